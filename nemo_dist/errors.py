@@ -1,0 +1,29 @@
+"""Everything nemo_dist raises on purpose."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class NemoDistError(Exception):
+    """Base of the errors raised by nemo_dist."""
+
+
+class PluginError(NemoDistError):
+    """A plugin is missing, broken, or does not keep the hook contract."""
+
+
+class TopologyError(NemoDistError, ValueError):
+    """The requested sizes, options and plugins do not fit together; ``problems`` holds every reason, one sentence each."""
+
+    def __init__(self, problems: Iterable[str]) -> None:
+        self.problems: tuple[str, ...] = tuple(dict.fromkeys(problems))
+        super().__init__("\n".join(f"- {problem}" for problem in self.problems))
+
+
+class RankError(NemoDistError, RuntimeError):
+    """Ranks disagree, or one of them failed or went missing; the message names the ranks."""
+
+
+class CheckpointError(NemoDistError, RuntimeError):
+    """A checkpoint is missing, incomplete, damaged, or does not belong to the model."""
