@@ -1,0 +1,41 @@
+"""Who failed first: tell a rank's own failure from the echo of another rank's."""
+
+from __future__ import annotations
+
+import signal
+
+# What gloo, NCCL and TCPStore say on the ranks that lose a peer. They arrive milliseconds after the peer's own
+# failure, or before it has been noticed at all when the peer was killed, so that time alone cannot order them.
+_ECHOES = (
+    "connection closed by peer",
+    "connection reset by peer",
+    "connection was likely closed",
+    "broken pipe",
+    "socket closed",
+    "recvvalue failed",
+    "remote process has terminated",
+    "remote process exited",
+    "failed to recv, got 0 bytes",
+    "timed out waiting",
+    "wait timeout",
+    "socket timeout",
+    "distbackenderror",
+    "distnetworkerror",
+    "diststoreerror",
+)
+
+
+def is_echo(message: str) -> bool:
+    """Say whether *message* is what a rank reports when a peer vanished, rather than a failure of its own."""
+    lowered = message.lower()
+    return any(echo in lowered for echo in _ECHOES)
+
+
+def describe_exit(code: int) -> str:
+    """Say in words how a process ended; a negative *code* is the number of the signal that killed it."""
+    if code >= 0:
+        return f"exited with code {code}"
+    try:
+        return f"was killed by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"was killed by signal {-code}"

@@ -1,0 +1,150 @@
+"""One rank of a pool: take a function, run it, send back what it returned or how it failed."""
+
+from __future__ import annotations
+
+import faulthandler
+import gc
+import os
+import pickle
+import random
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Mapping
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from nemo_dist.testing.call import Call, Reply
+
+# One thread per rank: ranks share the cores, and a process with threads must not fork.
+THREADS: Mapping[str, str] = {
+    name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+}
+
+
+@attrs.frozen(kw_only=True)
+class Seat:
+    """Where a rank sits: its number, its files, and the store it meets the others at; times in seconds."""
+
+    rank: int
+    world_size: int
+    folder: Path
+    listener: socket.socket | None
+    port: int
+    collective_timeout: float
+
+    @property
+    def output(self) -> Path:
+        """The file that holds what this rank printed."""
+        return self.folder / f"rank{self.rank}.out"
+
+    @property
+    def stacks(self) -> Path:
+        """The file that gets this rank's stacks when it is asked for them, or crashes."""
+        return self.folder / f"rank{self.rank}.stacks"
+
+
+def serve(seat: Seat, connection: Connection) -> None:
+    """Join the process group of *seat* and answer calls until the pool hangs up."""
+    _settle(seat)
+    try:
+        _join(seat)
+    except Exception as error:
+        connection.send_bytes(pickle.dumps(_failure(error)))
+        return
+    connection.send_bytes(pickle.dumps(Reply()))
+    while True:
+        try:
+            call: Call = pickle.loads(connection.recv_bytes())
+        except (EOFError, OSError):
+            # No orderly shutdown: peers may be gone, and destroying a process group waits for them.
+            os._exit(0)
+        for stream in (1, 2):
+            os.ftruncate(stream, 0)
+        connection.send_bytes(pickle.dumps(_answer(call)))
+
+
+def _settle(seat: Seat) -> None:
+    """Make this process a rank: environment, captured output, stacks on demand."""
+    rank, size = str(seat.rank), str(seat.world_size)
+    os.environ.update(THREADS, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=size, LOCAL_WORLD_SIZE=size)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(seat.port), TOKENIZERS_PARALLELISM="false")
+    if sys.platform == "linux":
+        # Otherwise gloo resolves the host's name, which many containers cannot.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the pool's to handle
+    output = os.open(seat.output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(output, stream)
+    for text in (sys.stdout, sys.stderr):
+        text.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    stacks = seat.stacks.open("w")
+    faulthandler.enable(stacks)
+    faulthandler.register(signal.SIGUSR1, stacks)
+    gc.collect()
+    gc.freeze()  # the preloaded modules: makes every later collection cheap and keeps their pages shared
+
+
+def _join(seat: Seat) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    timeout = timedelta(seconds=seat.collective_timeout)
+    # The listening socket comes from the pool, so that no other process can take the port in between.
+    listener: dict[str, Any] = {} if seat.listener is None else {"master_listen_fd": seat.listener.detach()}
+    meet: Any = dist.TCPStore  # type: ignore[attr-defined]
+    store = meet("127.0.0.1", seat.port, seat.world_size, is_master=seat.rank == 0, timeout=timeout, **listener)
+    dist.init_process_group("gloo", store=store, rank=seat.rank, world_size=seat.world_size, timeout=timeout)
+
+
+def _answer(call: Call) -> Reply:
+    try:
+        sys.path[:] = call.path
+        function = call.function.find()
+        arguments, keywords = pickle.loads(call.arguments)
+        _seed()
+        value = function(*arguments, **keywords)
+        return Reply(value=_pickled(value), open_files=len(os.listdir("/dev/fd")))
+    except BaseException as error:  # SystemExit and pytest's outcomes too: the pool must hear of everything
+        return _failure(error)
+    finally:
+        gc.collect()
+        sys.stdout.flush()
+        sys.stderr.flush()
+
+
+def _seed() -> None:
+    """Start every call from the same random state, so that a test's numbers do not depend on the tests before it."""
+    import torch
+
+    random.seed(0)
+    torch.manual_seed(0)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(0)
+
+
+def _pickled(value: object) -> bytes:
+    try:
+        return pickle.dumps(value)
+    except Exception as error:
+        raise TypeError(
+            f"the call returned a {type(value).__name__} that cannot travel back; return plain values and plain "
+            "tensors (full_tensor() of a DTensor)"
+        ) from error
+
+
+def _failure(error: BaseException) -> Reply:
+    at = time.time()
+    frames = error.__traceback__
+    while frames is not None and frames.tb_frame.f_code.co_filename == __file__ and frames.tb_next is not None:
+        frames = frames.tb_next  # this module's own frames only hide the culprit's
+    text = "".join(traceback.format_exception(type(error), error, frames))
+    line = "".join(traceback.format_exception_only(error)).strip()
+    return Reply(failure=text, error=line or type(error).__name__, at=at)
