@@ -1,14 +1,14 @@
 """Enumerate the axes of the mesh: whole numbers only, no torch and no process group.
 
-======================  =====================================  ==========================================================
-axis, outermost first   size                                   ranks that differ only in it
-======================  =====================================  ==========================================================
-``pp``                  ``pp_size``                            hold different layers
-``dp_replicate``        ``dp_replicate_size``                  hold equal shards, read different batches
-``dp_shard``            ``dp_size / dp_replicate_size``        hold different shards, read different batches
-``cp``                  ``cp_size``                            read different parts of the same sequences
-``tp``                  ``tp_size``                            hold different parts of the same matrices
-======================  =====================================  ==========================================================
+======================  ==============================  =============================================
+axis, outermost first   size                            ranks that differ only in it
+======================  ==============================  =============================================
+``pp``                  ``pp_size``                     hold different layers
+``dp_replicate``        ``dp_replicate_size``           hold equal shards, read different batches
+``dp_shard``            ``dp_size/dp_replicate_size``   hold different shards, read different batches
+``cp``                  ``cp_size``                     read different parts of the same sequences
+``tp``                  ``tp_size``                     hold different parts of the same matrices
+======================  ==============================  =============================================
 
 Ranks run from 0 to ``world_size - 1`` in row-major order: the last axis of a view changes fastest, as in torch's
 ``init_device_mesh``. A plugin may add views: other factorisations of the same ranks.
@@ -125,7 +125,7 @@ class MeshPlan:
         return dict(reversed(place.items()))
 
     def rank_at(self, coordinates: Mapping[str, int], view: str = DENSE) -> int:
-        """Return the rank at *coordinates*, which name every axis of *view* and nothing else; raise ValueError otherwise."""
+        """Return the rank at *coordinates*; raise ValueError unless they name every axis of *view* and nothing else."""
         found = self._view(view)
         for name in coordinates:
             if name not in found.names:
@@ -140,8 +140,8 @@ class MeshPlan:
     def groups(self, axis: str) -> Iterator[tuple[int, ...]]:
         """Yield the groups of ranks along *axis*, each in the order of its coordinates, by smallest rank.
 
-        Each group holds the ranks that differ only in *axis*; together they are every rank once. A flattened name counts as
-        one axis. The order is that of torch's ``DeviceMesh``.
+        Each group holds the ranks that differ only in *axis*; together they are every rank once. A flattened name
+        counts as one axis. The order is that of torch's ``DeviceMesh``.
         """
         size, step = self.view_of(axis).span(axis)
         return (
@@ -151,7 +151,7 @@ class MeshPlan:
         )
 
     def group_of(self, rank: int, axis: str) -> tuple[int, ...]:
-        """Return the ranks that differ from *rank* only in *axis*, itself included, in the order of their coordinates."""
+        """Return *rank* and the ranks that differ from it only in *axis*, in the order of their coordinates."""
         self._check_rank(rank)
         size, step = self.view_of(axis).span(axis)
         first = rank - rank // step % size * step

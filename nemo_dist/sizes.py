@@ -60,7 +60,7 @@ def _nearest_divisors(size: int, whole: int) -> str:
 class ParallelismSizes:
     """Ask for a size per axis; sizes are numbers of ranks, and an axis that is left out has size 1.
 
-    ``dp_size=None`` means what is left: ``world_size / (pp_size * cp_size * tp_size)``. ``dp_replicate_size=None`` means 1.
+    ``dp_size=None`` means what is left: ``world_size / (pp_size * cp_size * tp_size)``; ``dp_replicate_size=None``, 1.
     ``ep_size`` and ``extra`` name axes that are not of the dense mesh: a selected plugin must add a view that has them.
 
     Raises TypeError for a size that is not an int, ValueError for one below 1; each names its field.
@@ -90,7 +90,7 @@ class ParallelismSizes:
         return self.dp_size or max(1, world_size // self.model_size)
 
     def problems(self, world_size: int) -> list[str]:
-        """Return every reason why the sizes do not multiply to *world_size* ranks, one sentence each, with a way out."""
+        """Return every reason why the sizes do not make *world_size* ranks, one sentence each, with a way out."""
         integer("world_size", world_size)
         problems = [*self._world_problems(world_size), *self._dp_problems(world_size)]
         # What dp is divided into can only be judged where dp itself is known.

@@ -43,7 +43,7 @@ def _frozen_runs(runs: Mapping[str, Iterable[str]]) -> FrozenMapping[tuple[str, 
 class View:
     """One factorisation of all ranks: axes outermost first, and names for runs of consecutive axes taken as one.
 
-    Raises ValueError for a name that appears twice and for a flattened name whose axes are not consecutive and in order.
+    Raises ValueError for a name that appears twice, and for a flattened name whose axes are not consecutive, in order.
     """
 
     name: str = attrs.field(validator=_check_name)
@@ -118,8 +118,8 @@ def _clash(one: View, other: View) -> str:
     if not wrong:
         return ""
     return (
-        f"view {other.name!r} {_layout(other)} and view {one.name!r} {_layout(one)} both have {', '.join(wrong)}; views "
-        "may share only their leading axes, with the same sizes: rename the others"
+        f"view {other.name!r} {_layout(other)} and view {one.name!r} {_layout(one)} both have {', '.join(wrong)}; "
+        "views may share only their leading axes, with the same sizes: rename the others"
     )
 
 

@@ -1,0 +1,41 @@
+# make demo                         train a small Llama on several ranks of this machine
+# make demo ARGS="--strategy ddp"   the same, with options of `nemo-dist demo`
+# make test                         lint, type check and test, as CI does
+# make lint | bench | clean
+#
+# Needs Python 3.11 or newer with venv, and make; everything else is installed into .venv, at the tested versions.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+ARGS ?=
+
+.PHONY: help demo test lint bench clean
+help:
+	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
+
+demo: $(INSTALLED)
+	$(BIN)/nemo-dist demo $(ARGS)
+
+test: lint
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
+
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/run.py $(ARGS)
+
+# Installed again when what is to be installed changes; an editable install follows the sources by itself.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit(f"nemo_dist needs Python 3.11 or newer (got {sys.version.split()[0]}); pass PYTHON=python3.12, say")'
+	@$(BIN)/python -c pass 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
+	@echo "installing into $(VENV), torch included: a few minutes, once"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
