@@ -38,7 +38,7 @@ def _copy(items: Mapping[str, V]) -> dict[str, V]:
 
 @attrs.frozen(eq=False, repr=False)
 class FrozenMapping(Mapping[str, V]):
-    """A mapping from names that cannot change; it hashes when its values do, pickles, and equals a dict of its items."""
+    """A mapping that cannot change: it hashes when its values do, pickles, and equals a dict of its items."""
 
     _items: dict[str, V] = attrs.field(converter=_copy, factory=dict)
 

@@ -1,0 +1,32 @@
+"""What plugin authors test with: a conformance kit, Hypothesis strategies and a pool of ranks, loaded when first used."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nemo_dist.testing import strategies as strategies
+    from nemo_dist.testing.conformance import PluginConformance as PluginConformance
+    from nemo_dist.testing.pool import RankPool as RankPool
+
+# The public names and the module that has each; a module stands for itself. pytest, hypothesis and torch cost seconds
+# to import, and a test that needs one of these names does not need all three.
+_HOMES = {
+    "PluginConformance": "nemo_dist.testing.conformance",
+    "RankPool": "nemo_dist.testing.pool",
+    "strategies": "nemo_dist.testing.strategies",
+}
+
+__all__ = ["PluginConformance", "RankPool", "strategies"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = import_module(_HOMES[name])
+    return module if module.__name__ == f"{__name__}.{name}" else getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,113 @@
+"""Hypothesis strategies for everything the planner knows: worlds, sizes, views and plans.
+
+For a property of your plugin, draw plans in which only the axes that you compose with are wide::
+
+    from hypothesis import given
+    from nemo_dist.testing import strategies
+
+    @given(plan=strategies.plans(axes=("dp_shard", "tp"), max_views=0))
+    def test_every_rank_gets_a_slice(plan): ...
+
+Every strategy shrinks towards one rank and no views.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+
+import attrs
+from hypothesis import strategies as st
+from hypothesis.strategies import DrawFn, SearchStrategy
+
+from nemo_dist.mesh import Axis, MeshPlan, View
+from nemo_dist.sizes import ParallelismSizes
+
+__all__ = ["AXES", "factorisations", "parallelism_sizes", "plans", "topologies", "views", "worlds"]
+
+AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+
+
+@st.composite
+def worlds(draw: DrawFn, max_world: int = 512) -> int:
+    """Draw a number of ranks from 1 to *max_world*: mostly one with many factors, as real ones are."""
+    if draw(st.integers(0, 4)) == 4:
+        return draw(st.integers(1, max_world))
+    world = 1
+    for factor in draw(st.lists(st.sampled_from((2, 3, 5)), max_size=max_world.bit_length())):
+        if world * factor <= max_world:
+            world *= factor
+    return world
+
+
+@st.composite
+def factorisations(draw: DrawFn, whole: int, parts: int) -> tuple[int, ...]:
+    """Draw *parts* sizes, at least 1 each, that multiply to *whole*."""
+    sizes = []
+    for _ in range(parts - 1):
+        sizes.append(draw(st.sampled_from(_divisors(whole))))
+        whole //= sizes[-1]
+    return tuple(draw(st.permutations([*sizes, whole])))
+
+
+def _divisors(whole: int) -> list[int]:
+    small = [size for size in range(1, math.isqrt(whole) + 1) if whole % size == 0]
+    return sorted({*small, *(whole // size for size in small)})
+
+
+@st.composite
+def topologies(draw: DrawFn, max_world: int = 512, axes: Collection[str] = AXES) -> tuple[ParallelismSizes, int]:
+    """Draw sizes, and a number of ranks up to *max_world* that they fit; only the dense *axes* named are ever wide.
+
+    ``dp_size`` and ``dp_replicate_size`` are left to be inferred where that means the same.
+    """
+    wide = [axis for axis in AXES if axis in axes]
+    if not wide or len(wide) < len(set(axes)):
+        raise ValueError(f"axes must name some of {', '.join(AXES)} (got {axes!r})")
+    world = draw(worlds(max_world))
+    sizes = dict.fromkeys(AXES, 1) | dict(zip(wide, draw(factorisations(world, len(wide))), strict=True))
+    if sizes["dp_shard"] == 1:  # replicas without shards are refused
+        sizes["dp_shard"] = sizes["dp_replicate"] if "dp_shard" in axes else 1
+        sizes["dp_replicate"] = 1
+    dp = sizes["dp_replicate"] * sizes["dp_shard"]
+    replicate = sizes["dp_replicate"]
+    return (
+        ParallelismSizes(
+            tp_size=sizes["tp"],
+            pp_size=sizes["pp"],
+            cp_size=sizes["cp"],
+            dp_size=draw(st.sampled_from((None, dp))),
+            dp_replicate_size=draw(st.sampled_from((None, 1))) if replicate == 1 else replicate,
+        ),
+        math.prod(sizes.values()),
+    )
+
+
+def parallelism_sizes(max_world: int = 512, axes: Collection[str] = AXES) -> SearchStrategy[ParallelismSizes]:
+    """Draw sizes that fit some number of ranks up to *max_world*; to know that number too, draw ``topologies``."""
+    return topologies(max_world, axes).map(lambda topology: topology[0])
+
+
+@st.composite
+def views(draw: DrawFn, dense: View, name: str = "view") -> View:
+    """Draw a view called *name* of the ranks of *dense*, which may share its leading axes and may flatten some."""
+    shared = dense.axes[: draw(st.integers(0, len(dense.axes)))]
+    rest = dense.size // math.prod(axis.size for axis in shared)
+    fresh = draw(factorisations(rest, draw(st.integers(1, 3))))
+    axes = (*shared, *(Axis(f"{name}_{place}", size) for place, size in enumerate(fresh)))
+    names = [axis.name for axis in axes]
+    flattened = {}
+    for run in range(draw(st.integers(0, 2))):
+        start = draw(st.integers(0, len(names) - 1))
+        flattened[f"{name}_run_{run}"] = names[start : draw(st.integers(start, len(names) - 1)) + 1]
+    return View(name, axes, flattened)
+
+
+@st.composite
+def plans(draw: DrawFn, max_world: int = 512, axes: Collection[str] = AXES, max_views: int = 2) -> MeshPlan:
+    """Draw a plan with up to *max_views* views beside the dense one; only the dense *axes* named are ever wide."""
+    sizes, world = draw(topologies(max_world, axes))
+    dense = MeshPlan.resolve(sizes, world).dense
+    extra = [draw(views(dense, f"view_{number}")) for number in range(draw(st.integers(0, max_views)))]
+    declared = {axis.name: axis.size for view in extra for axis in view.axes if axis.name not in dense}
+    return MeshPlan.resolve(attrs.evolve(sizes, extra=declared), world, extra)
