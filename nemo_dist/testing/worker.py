@@ -23,9 +23,9 @@ import attrs
 from nemo_dist.testing.call import Call, Reply
 
 # One thread per rank: ranks share the cores, and a process with threads must not fork.
-THREADS: Mapping[str, str] = {
-    name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
-}
+THREADS: Mapping[str, str] = dict.fromkeys(
+    ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"), "1"
+)
 
 
 @attrs.frozen(kw_only=True)

@@ -1,0 +1,152 @@
+"""Starting ranks on one machine: exit codes, who is blamed, and that nothing is left running."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from nemo_dist.launch import Failure, launch
+
+PROGRAM = """
+import os, signal, sys, time
+from pathlib import Path
+import torch.distributed as dist
+
+what, folder = sys.argv[1], Path(sys.argv[2])
+rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+(folder / f"{rank}.partial").write_text(str(os.getpid()))
+(folder / f"{rank}.partial").rename(folder / f"{rank}.pid")
+if what != "sleep":
+    dist.init_process_group("gloo")
+    dist.barrier()
+if what == "finish":
+    (folder / f"{rank}.done").write_text(f"{rank}/{size} {os.environ['LOCAL_RANK']}")
+    dist.destroy_process_group()
+elif what == "raise":
+    if rank == 1:
+        raise ValueError("the second rank is unwell")
+    dist.barrier()
+elif what == "refuse":
+    from nemo_dist.errors import TopologyError
+    if rank == 1:
+        raise TopologyError(["tp 3 does not divide 4 heads"])
+    dist.barrier()
+elif what == "kill":
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    dist.barrier()
+elif what == "exit":
+    sys.exit(5 if rank == 1 else 0)
+else:
+    print("waiting", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], int]:
+    """Launch the program above on two ranks, here."""
+    (tmp_path / "launched_program.py").write_text(PROGRAM)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *filter(None, sys.path)]))
+    return lambda what: launch("launched_program", [what, str(tmp_path)], nproc=2)
+
+
+def pids(folder: Path, count: int, seconds: float = 60.0) -> list[int]:
+    """Wait until *count* ranks have said who they are."""
+    deadline = time.monotonic() + seconds
+    while len(files := list(folder.glob("*.pid"))) < count:
+        assert time.monotonic() < deadline, "the ranks did not start"
+        time.sleep(0.05)
+    return [int(file.read_text()) for file in files]
+
+
+def gone(processes: list[int], seconds: float = 10.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while any(Path(f"/proc/{pid}").exists() for pid in processes):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def test_every_rank_runs_the_module_and_the_launch_returns_zero(
+    program: Callable[[str], int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = dict(os.environ)
+    assert program("finish") == 0
+    assert [(tmp_path / f"{rank}.done").read_text() for rank in (0, 1)] == ["0/2 0", "1/2 1"]
+    assert capsys.readouterr().err == ""
+    assert dict(os.environ) == before
+
+
+def test_a_failing_rank_ends_all_with_its_traceback_and_no_other(
+    program: Callable[[str], int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert program("raise") == 1
+    said = capsys.readouterr().err
+    assert said.endswith("rank 1 of 2 failed: ValueError: the second rank is unwell\nall ranks were stopped\n")
+    assert said.count("Traceback") == 1 and "launched_program.py" in said and "runpy" not in said
+    assert gone(pids(tmp_path, 2))
+
+
+def test_a_refusal_is_one_block_without_a_traceback_and_exits_with_two(
+    program: Callable[[str], int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert program("refuse") == 2
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    assert said.startswith("rank 1 of 2 failed: ") and "tp 3 does not divide 4 heads" in said
+
+
+def test_a_rank_killed_by_a_signal_is_blamed_and_not_the_peer_that_lost_it(
+    program: Callable[[str], int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert program("kill") == 1
+    assert "rank 1 of 2 was killed by SIGKILL\nall ranks were stopped\n" in capsys.readouterr().err
+    assert gone(pids(tmp_path, 2))
+
+
+def test_a_rank_that_exits_with_a_code_passes_it_on(
+    program: Callable[[str], int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert program("exit") == 5
+    assert "rank 1 of 2 exited with code 5" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)]
+)
+def test_stopping_the_launcher_stops_every_rank_at_once(tmp_path: Path, number: signal.Signals, code: int) -> None:
+    (tmp_path / "launched_program.py").write_text(PROGRAM)
+    start = "import sys; from nemo_dist.launch import launch; sys.exit(launch('launched_program', sys.argv[1:], 2))"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, sys.path)])}
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", start, "sleep", str(tmp_path)],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    ranks = pids(tmp_path, 2)
+    launcher.send_signal(number)
+    _, said = launcher.communicate(timeout=20)
+    assert launcher.returncode == code
+    assert gone(ranks)
+    assert said == ("" if number == signal.SIGKILL else f"stopped by {number.name}: all 2 ranks have ended\n")
+
+
+def test_the_culprit_is_what_raised_then_what_was_killed_then_what_lost_a_peer() -> None:
+    lost = Failure(rank=0, error="RuntimeError: Connection closed by peer", at=1.0)
+    raised = Failure(rank=1, error="ValueError: no", at=2.0)
+    later = Failure(rank=2, error="ValueError: no", at=3.0)
+    killed = Failure(rank=3, error="was killed by SIGKILL", code=-signal.SIGKILL)
+    stopped = Failure(rank=4, error="was killed by SIGTERM", code=-signal.SIGTERM)
+    found = sorted([stopped, lost, killed, later, raised], key=lambda failure: failure.order)
+    assert [failure.rank for failure in found] == [1, 2, 3, 0, 4]
