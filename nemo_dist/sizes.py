@@ -26,7 +26,7 @@ def _check_optional_size(_: object, field: attrs.Attribute[Any], value: object) 
 def _frozen_extra(extra: object) -> FrozenMapping[int]:
     if not isinstance(extra, Mapping):
         raise TypeError(
-            f"extra must be a mapping from axis names to sizes (got {extra!r}, a {type(extra).__name__}); "
+            f"extra must be a mapping from axis names to sizes (got {extra!r} of type {type(extra).__name__}); "
             "pass extra={'axis': 2}"
         )
     return FrozenMapping(extra)
@@ -35,7 +35,7 @@ def _frozen_extra(extra: object) -> FrozenMapping[int]:
 def _check_extra(_: object, __: object, extra: Mapping[str, int]) -> None:
     for axis, size in extra.items():
         if not isinstance(axis, str):
-            raise TypeError(f"extra must be keyed by axis names (got {axis!r}, a {type(axis).__name__})")
+            raise TypeError(f"extra must be keyed by axis names (got {axis!r} of type {type(axis).__name__})")
         if not axis.isidentifier():
             raise ValueError(f"extra must be keyed by axis names that are Python identifiers (got {axis!r})")
         if field := _FIELD_OF.get(axis.removesuffix("_size")):

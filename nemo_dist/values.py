@@ -18,7 +18,7 @@ def integer(name: str, value: object, low: int = 1, high: int | None = None) -> 
     """
     bounds = f"from {low} up" if high is None else f"from {low} to {high}"
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int {bounds} (got {value!r}, a {type(value).__name__})")
+        raise TypeError(f"{name} must be an int {bounds} (got {value!r} of type {type(value).__name__})")
     if value < low or (high is not None and value > high):
         raise ValueError(f"{name} must be an int {bounds} (got {value})")
     return value
@@ -32,7 +32,7 @@ def near(word: str, words: Iterable[str]) -> str:
 
 def _copy(items: Mapping[str, V]) -> dict[str, V]:
     if not isinstance(items, Mapping):
-        raise TypeError(f"expected a mapping from names (got {items!r}, a {type(items).__name__})")
+        raise TypeError(f"expected a mapping from names (got {items!r} of type {type(items).__name__})")
     return dict(items)
 
 

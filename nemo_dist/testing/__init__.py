@@ -1,4 +1,4 @@
-"""What plugin authors test with: a conformance kit, Hypothesis strategies and a pool of ranks, loaded when first used."""
+"""What plugin authors test with: conformance kit, Hypothesis strategies, a pool of ranks; each loaded on first use."""
 
 from __future__ import annotations
 

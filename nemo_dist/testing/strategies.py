@@ -14,7 +14,7 @@ Every strategy shrinks towards one rank and no views.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
 import attrs
 from hypothesis import strategies as st
@@ -42,17 +42,23 @@ def worlds(draw: DrawFn, max_world: int = 512) -> int:
 
 @st.composite
 def factorisations(draw: DrawFn, whole: int, parts: int) -> tuple[int, ...]:
-    """Draw *parts* sizes, at least 1 each, that multiply to *whole*."""
-    sizes = []
-    for _ in range(parts - 1):
-        sizes.append(draw(st.sampled_from(_divisors(whole))))
-        whole //= sizes[-1]
-    return tuple(draw(st.permutations([*sizes, whole])))
+    """Draw *parts* sizes, at least 1 each, that multiply to *whole*: every prime factor goes to one of them."""
+    sizes = [1] * parts
+    for factor in _prime_factors(whole):
+        sizes[draw(st.integers(0, parts - 1))] *= factor
+    return tuple(sizes)
 
 
-def _divisors(whole: int) -> list[int]:
-    small = [size for size in range(1, math.isqrt(whole) + 1) if whole % size == 0]
-    return sorted({*small, *(whole // size for size in small)})
+def _prime_factors(whole: int) -> Iterator[int]:
+    factor = 2
+    while factor * factor <= whole:
+        if whole % factor:
+            factor += 1
+        else:
+            yield factor
+            whole //= factor
+    if whole > 1:
+        yield whole
 
 
 @st.composite
