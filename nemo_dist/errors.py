@@ -14,7 +14,7 @@ class PluginError(NemoDistError):
 
 
 class TopologyError(NemoDistError, ValueError):
-    """The requested sizes, options and plugins do not fit together; ``problems`` holds every reason, one sentence each."""
+    """The requested sizes, options and plugins do not fit together; ``problems`` has every reason."""
 
     def __init__(self, problems: Iterable[str]) -> None:
         self.problems: tuple[str, ...] = tuple(dict.fromkeys(problems))
@@ -27,3 +27,7 @@ class RankError(NemoDistError, RuntimeError):
 
 class CheckpointError(NemoDistError, RuntimeError):
     """A checkpoint is missing, incomplete, damaged, or does not belong to the model."""
+
+
+class UnknownNameError(PluginError, ValueError):
+    """A name that no installed plugin, option or key has; the message gives the near match and the valid names."""

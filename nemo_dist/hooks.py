@@ -33,13 +33,14 @@ Batch = Mapping[str, Any]
 class RuntimePart:
     """What a training step needs of one plugin; leave out what you do not need.
 
-    ``batch`` rewrites the batch of this data-parallel rank into what this rank computes on (a slice of the sequence, say).
+    ``batch`` rewrites the batch of this data-parallel rank into what this rank computes on (a slice of the sequence,
+    say).
 
     ``no_sync`` returns a context in which a backward leaves gradients unsynchronised, for gradient accumulation.
 
-    ``engine`` replaces the loop over the batches: it gets every batch, already rewritten, and one 0-dim float32 weight each.
-    It runs forward and backward of ``sum(weight * loss)`` and returns that sum, detached, equal on every rank of its own
-    axes. At most one plugin gives an engine.
+    ``engine`` replaces the loop over the batches: it gets every batch, already rewritten, and one 0-dim float32 weight
+    each. It runs forward and backward of ``sum(weight * loss)`` and returns that sum, detached, equal on every rank of
+    its own axes. At most one plugin gives an engine.
 
     ``optimizer`` takes the optimizer that was made over the local parameters and returns the one that the user steps.
 
@@ -104,13 +105,13 @@ class Hooks:
 
     @hookspec
     def runtime(self, parts: list[nn.Module], mesh: MeshContext, plan: MeshPlan, model: object) -> RuntimePart | None:
-        """Return what a step needs of you; called once, so that no hook runs in a step. *model* is what the loader returned."""
+        """Return what a step needs of you; called once. *model* is what the loader returned."""
 
     # ---- checkpoints ----
 
     @hookspec
     def export_state(self, state: dict[str, Tensor], parts: list[nn.Module], mesh: MeshContext) -> None:
-        """Rewrite entries of *state* in place to the canonical state: full Hugging Face names, global shapes, DTensors."""
+        """Rewrite *state* in place to the canonical state: Hugging Face names, global shapes, DTensors."""
 
     @hookspec
     def import_state(self, state: dict[str, Tensor], parts: list[nn.Module], mesh: MeshContext) -> None:

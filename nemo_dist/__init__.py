@@ -1,0 +1,104 @@
+"""Distributed training of Hugging Face models as a composition of plugins.
+
+Names are imported on first use (PEP 562), so that planning needs neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nemo_dist.compose import DistributedSetup
+    from nemo_dist.context import DistEnv, MeshContext, initialize_distributed
+    from nemo_dist.errors import (
+        CheckpointError,
+        NemoDistError,
+        PluginError,
+        RankError,
+        TopologyError,
+        UnknownNameError,
+    )
+    from nemo_dist.hooks import RuntimePart, hookimpl
+    from nemo_dist.loading import (
+        NeMoAutoModelForCausalLM,
+        NeMoAutoModelForImageTextToText,
+        NeMoAutoModelForSequenceClassification,
+        NeMoAutoModelForTokenClassification,
+    )
+    from nemo_dist.mesh import Axis, MeshPlan, View
+    from nemo_dist.registry import Plugin, Registry, Stage
+    from nemo_dist.runtime import Runtime
+    from nemo_dist.sizes import ParallelismSizes
+    from nemo_dist_ddp import DDPConfig
+    from nemo_dist_fsdp2 import FSDP2Config
+
+# The only place in the core that names plugins: their config classes are public names, and live with the plugin.
+_HOMES = {
+    "nemo_dist.compose": ("DistributedSetup",),
+    "nemo_dist.context": ("DistEnv", "MeshContext", "initialize_distributed"),
+    "nemo_dist.errors": (
+        "CheckpointError",
+        "NemoDistError",
+        "PluginError",
+        "RankError",
+        "TopologyError",
+        "UnknownNameError",
+    ),
+    "nemo_dist.hooks": ("RuntimePart", "hookimpl"),
+    "nemo_dist.loading": (
+        "NeMoAutoModelForCausalLM",
+        "NeMoAutoModelForImageTextToText",
+        "NeMoAutoModelForSequenceClassification",
+        "NeMoAutoModelForTokenClassification",
+    ),
+    "nemo_dist.mesh": ("Axis", "MeshPlan", "View"),
+    "nemo_dist.registry": ("Plugin", "Registry", "Stage"),
+    "nemo_dist.runtime": ("Runtime",),
+    "nemo_dist.sizes": ("ParallelismSizes",),
+    "nemo_dist_ddp": ("DDPConfig",),
+    "nemo_dist_fsdp2": ("FSDP2Config",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "Axis",
+    "CheckpointError",
+    "DDPConfig",
+    "DistEnv",
+    "DistributedSetup",
+    "FSDP2Config",
+    "MeshContext",
+    "MeshPlan",
+    "NeMoAutoModelForCausalLM",
+    "NeMoAutoModelForImageTextToText",
+    "NeMoAutoModelForSequenceClassification",
+    "NeMoAutoModelForTokenClassification",
+    "NemoDistError",
+    "ParallelismSizes",
+    "Plugin",
+    "PluginError",
+    "RankError",
+    "Registry",
+    "Runtime",
+    "RuntimePart",
+    "Stage",
+    "TopologyError",
+    "UnknownNameError",
+    "View",
+    "hookimpl",
+    "initialize_distributed",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME_OF.get(name)
+    if home is None:
+        raise AttributeError(f"module 'nemo_dist' has no attribute {name!r}")
+    value = getattr(import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME_OF})

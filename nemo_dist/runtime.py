@@ -1,0 +1,194 @@
+"""What a training loop holds: one object for every topology, with no plugin frame in a step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim import Optimizer
+
+from nemo_dist.context import MeshContext
+from nemo_dist.hooks import Batch, RuntimePart
+from nemo_dist.labels import count_labels
+
+if TYPE_CHECKING:
+    from nemo_dist.compose import DistributedSetup
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Runtime:
+    """Train a sharded model like a single process would; make one with ``setup.runtime(model)``.
+
+    Gradients: after ``forward_backward`` every gradient is that of the global token-weighted mean loss, the same as on
+    one process that sees the whole batch. Strategies average gradients over the ranks that see different tokens
+    (``dp_cp``); the loss is scaled for that here, once.
+    """
+
+    setup: DistributedSetup
+    model: Any
+    parts: Sequence[nn.Module]
+    plugins: Sequence[RuntimePart]
+
+    @classmethod
+    def assemble(cls, setup: DistributedSetup, model: Any) -> Runtime:
+        """Return the runtime of *model*, which a loader returned for *setup*; raise ValueError for another one."""
+        parts = [model] if isinstance(model, nn.Module) else list(getattr(model, "parts", ()))
+        for part in parts or [None]:
+            owner = getattr(part, "distributed_setup", None)
+            if owner is not setup:
+                made = "another setup" if owner is not None else "no setup"
+                raise ValueError(f"the model was loaded with {made}; load it with distributed_setup=<this setup> first")
+        return cls(setup=setup, model=model, parts=parts, plugins=setup.runtime_parts(parts, model))
+
+    @property
+    def mesh(self) -> MeshContext:
+        """The live mesh."""
+        return self.setup.mesh_context
+
+    @property
+    def dp_size(self) -> int:
+        """The number of different batches in a step: ``num_replicas`` of a ``DistributedSampler``."""
+        return self.mesh.size("dp")
+
+    @property
+    def dp_rank(self) -> int:
+        """Which of them is this rank's: ``rank`` of a ``DistributedSampler``."""
+        return self.mesh.rank("dp")
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the local parameters, each once, under their names in the full model."""
+        seen: set[int] = set()
+        for part in self.parts:
+            for name, parameter in part.named_parameters():
+                if id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    yield name, parameter
+
+    def optimizer(self, optimizer_type: type[Optimizer], params: Iterable[Any] | None = None, **options: Any) -> Any:
+        """Return one optimizer over all local parts.
+
+        ``params``: parameters or parameter groups, by default all that require gradients. ``options`` are the
+        optimizer's.
+        """
+        if params is None:
+            params = [parameter for _, parameter in self.named_parameters() if parameter.requires_grad]
+        optimizer = optimizer_type(_one_mesh_per_group(params), **options)
+        for part in self.plugins:
+            optimizer = part.optimizer(optimizer) if part.optimizer else optimizer
+        return optimizer
+
+    def batch(self, batch: Batch) -> dict[str, Any]:
+        """Return what this rank computes of the *batch* of its data-parallel rank, on its device."""
+        for part in self.plugins:
+            batch = part.batch(batch) if part.batch else batch
+        device = self.mesh.device
+        return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+
+    def forward_backward(self, batches: Batch | Sequence[Batch]) -> Tensor:
+        """Run forward and backward and return the loss: a 0-dim float32 tensor, equal on every rank.
+
+        ``batches``: this data-parallel rank's batch, a mapping of tensors with ``labels``; or a list of them, whose
+        gradients are accumulated with one synchronisation. The loss is the sum of the token losses over all ranks and
+        batches divided by the number of labels that are not -100, exactly what one process computes on all of it. No
+        unmasked label anywhere gives a loss of 0 and zero gradients.
+
+        Raises ValueError for a batch without labels or an empty list.
+        """
+        given = [batches] if isinstance(batches, Mapping) else list(batches)
+        if not given:
+            raise ValueError("forward_backward got an empty list; pass at least one batch")
+        local: list[Batch] = [self.batch(batch) for batch in given]
+        counts = torch.stack([count_labels(self.parts[-1], batch) for batch in local])
+        total = self._sum_over_batches(counts.sum())
+        weights = counts / total.clamp(min=1)
+        # The strategy will average gradients over the ranks of dp_cp, each of which contributes a sum.
+        scale = self.mesh.size("dp_cp")
+        loss = self._engine(local, list(weights * scale))
+        return self._sum_over_batches(loss / scale)
+
+    def _engine(self, batches: list[Batch], weights: list[Tensor]) -> Tensor:
+        for part in self.plugins:
+            if part.engine is not None:
+                return part.engine(batches, weights)
+        return self._accumulate(batches, weights)
+
+    def _accumulate(self, batches: list[Batch], weights: list[Tensor]) -> Tensor:
+        total = torch.zeros((), device=self.mesh.device)
+        for index, (batch, weight) in enumerate(zip(batches, weights, strict=True)):
+            last = index == len(batches) - 1
+            with nullcontext() if last else self.no_sync():
+                loss = self.model(**batch).loss * weight
+                loss.backward()
+            # Without an unmasked label the model's mean is 0/0; its gradient is zero all the same, and so is its share.
+            total += torch.where(weight > 0, loss.detach().float(), total.new_zeros(()))
+        return total
+
+    def _sum_over_batches(self, value: Tensor) -> Tensor:
+        """Sum over the ranks that see different tokens: all data-parallel and context-parallel ranks."""
+        group = self.mesh.group("dp_cp")
+        value = value.detach().clone().float()
+        if group is not None:
+            dist.all_reduce(value, group=group)
+        return value
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Within the context a backward leaves gradients unsynchronised, for accumulation in a loop of your own."""
+        with ExitStack() as stack:
+            for part in self.plugins:
+                if part.no_sync is not None:
+                    stack.enter_context(part.no_sync())
+            yield
+
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
+        """Scale all gradients to a global norm of at most *max_norm*; return the norm before, equal on every rank.
+
+        The norm is over every parameter of the whole model once, across all meshes, stages and experts.
+        """
+        skipped = {id(parameter) for part in self.plugins for parameter in part.norm_skip}
+        parameters = [parameter for _, parameter in self.named_parameters() if parameter.grad is not None]
+        counted = [parameter.grad for parameter in parameters if id(parameter) not in skipped]
+        axes = tuple(axis for part in self.plugins for axis in part.norm_axes)
+        norm = self._global_norm([grad for grad in counted if grad is not None], norm_type, axes)
+        for group in _by_mesh(parameters).values():
+            clip_grads_with_norm_(group, max_norm, norm)
+        return norm
+
+    def _global_norm(self, grads: list[Tensor], norm_type: float, axes: tuple[str, ...]) -> Tensor:
+        """Combine the norms of the gradients of each mesh; a DTensor's norm is already that of the whole tensor."""
+        norms = [_plain(get_total_norm(group, norm_type)) for group in _by_mesh(grads).values()]
+        device = self.mesh.device
+        local = torch.stack([norm.float().to(device) for norm in norms]) if norms else torch.zeros(1, device=device)
+        infinite = norm_type == float("inf")
+        total = local.max() if infinite else (local**norm_type).sum()
+        for axis in axes:  # ranks along these hold different parameters, so every one of them takes part
+            group = self.mesh.group(axis)
+            if group is not None:
+                dist.all_reduce(total, op=dist.ReduceOp.MAX if infinite else dist.ReduceOp.SUM, group=group)
+        return total if infinite else total ** (1.0 / norm_type)
+
+
+def _plain(value: Tensor) -> Tensor:
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def _by_mesh(tensors: Iterable[Any]) -> dict[Any, list[Any]]:
+    """Group tensors by the mesh they live on; plain tensors are one group."""
+    groups: dict[Any, list[Any]] = {}
+    for tensor in tensors:
+        groups.setdefault(tensor.device_mesh if isinstance(tensor, DTensor) else None, []).append(tensor)
+    return groups
+
+
+def _one_mesh_per_group(params: Iterable[Any]) -> list[dict[str, Any]]:
+    """Split parameter groups by mesh, because torch's fused loops refuse to mix them."""
+    listed = list(params)
+    groups = listed if listed and isinstance(listed[0], dict) else [{"params": listed}]
+    return [{**group, "params": members} for group in groups for members in _by_mesh(list(group["params"])).values()]

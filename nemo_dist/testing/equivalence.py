@@ -1,0 +1,173 @@
+"""The proof of a composition: train with it and on one process, and compare every number.
+
+``reference`` trains plain transformers on one process on the whole batch; ``trained`` trains the same checkpoint on the
+ranks of a pool under a setup; ``differences`` says where the two part. Both clip the gradient norm and take AdamW
+steps.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from nemo_dist.compose import DistributedSetup
+from nemo_dist.testing.zoo import SPECIMENS
+
+# A denominator well above rounding noise: where a gradient is zero in exact arithmetic (the bias of a key), plain AdamW
+# would turn the noise into full steps, on one process as on many.
+OPTIMIZER: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1, "eps": 1e-5}
+MAX_NORM = 0.5
+TOLERANCE = 1e-5
+
+
+@attrs.frozen(kw_only=True)
+class Task:
+    """What to train: a specimen of the zoo on global batches of ``rows`` x ``length`` tokens, ``accumulate`` a step."""
+
+    specimen: str = "llama"
+    rows: int = 8
+    length: int = 12
+    steps: int = 3
+    accumulate: int = 1
+    seed: int = 0
+
+    def batches(self, step: int) -> list[dict[str, Tensor]]:
+        """Return the global batches of *step*: ``accumulate`` dicts of tensors with ``rows`` rows."""
+        generator = torch.Generator().manual_seed(1000 * self.seed + step)
+        make = SPECIMENS[self.specimen].batch
+        return [make(self.rows, self.length, generator) for _ in range(self.accumulate)]
+
+
+@attrs.frozen(kw_only=True)
+class Outcome:
+    """The numbers of a training: losses and norms per step, the first step's gradients, the final parameters."""
+
+    losses: Sequence[float]
+    norms: Sequence[float]
+    gradients: Mapping[str, Tensor]
+    parameters: Mapping[str, Tensor]
+
+
+@lru_cache(maxsize=32)
+def checkpoint(specimen: str, seed: int = 0) -> Path:
+    """Return a folder with the seeded weights of *specimen*, written once by ``save_pretrained``."""
+    folder = Path(tempfile.mkdtemp(prefix=f"nemo_dist-{specimen}-"))
+    SPECIMENS[specimen].make(seed).save_pretrained(folder)
+    return folder
+
+
+@lru_cache(maxsize=64)
+def reference(task: Task) -> Outcome:
+    """Return what one process gets on the whole batch with plain transformers and torch, in float32."""
+    model = SPECIMENS[task.specimen].load.from_pretrained(checkpoint(task.specimen, task.seed), dtype=torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), **OPTIMIZER)
+    losses, norms, gradients = [], [], {}
+    for step in range(task.steps):
+        batches = task.batches(step)
+        whole = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+        loss = model(**whole).loss
+        loss.backward()
+        if step == 0:
+            gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM).item())
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    return Outcome(losses=losses, norms=norms, gradients=gradients, parameters=parameters)
+
+
+def train_on_rank(task: Task, folder: Path, options: Mapping[str, Any]) -> Outcome:
+    """Run on every rank: build the setup from *options*, load, train, and return this rank's view of all numbers."""
+    setup = DistributedSetup.build(**options)
+    model = SPECIMENS[task.specimen].load.from_pretrained(folder, distributed_setup=setup, dtype=torch.float32)
+    runtime = setup.runtime(model)
+    optimizer = runtime.optimizer(torch.optim.AdamW, **OPTIMIZER)
+    losses, norms, gradients = [], [], {}
+    for step in range(task.steps):
+        batches = [_rows(batch, runtime.dp_rank, runtime.dp_size) for batch in task.batches(step)]
+        losses.append(runtime.forward_backward(batches if task.accumulate > 1 else batches[0]).item())
+        if step == 0:
+            gradients = {n: _whole(p.grad) for n, p in runtime.named_parameters() if p.grad is not None}
+        norms.append(runtime.clip_grad_norm_(MAX_NORM).item())
+        optimizer.step()
+        optimizer.zero_grad()
+    parameters = {name: _whole(parameter) for name, parameter in runtime.named_parameters()}
+    return Outcome(losses=losses, norms=norms, gradients=gradients, parameters=parameters)
+
+
+def trained(pool: Any, task: Task, **options: Any) -> Outcome:
+    """Train *task* on the ranks of *pool* under ``DistributedSetup.build(**options)`` and merge what the ranks report.
+
+    Raises AssertionError when replicas on different ranks are not bit-equal, or ranks report different losses or norms.
+    """
+    return merged(pool.run(train_on_rank, task, checkpoint(task.specimen, task.seed), options))
+
+
+def merged(outcomes: Sequence[Outcome]) -> Outcome:
+    """Return one outcome for all ranks; what two ranks both hold must be bit-equal."""
+    for field in ("losses", "norms"):
+        values = [getattr(outcome, field) for outcome in outcomes]
+        assert all(value == values[0] for value in values), f"{field} differ between ranks: {values}"
+    joined: dict[str, dict[str, Tensor]] = {"gradients": {}, "parameters": {}}
+    for rank, outcome in enumerate(outcomes):
+        for field, tensors in joined.items():
+            for name, tensor in getattr(outcome, field).items():
+                same = torch.equal(tensors.setdefault(name, tensor), tensor)
+                assert same, f"{field}: {name} on rank {rank} is not bit-equal to that of an earlier rank"
+    return Outcome(losses=outcomes[0].losses, norms=outcomes[0].norms, **joined)
+
+
+def differences(found: Outcome, expected: Outcome, tolerance: float = TOLERANCE) -> list[str]:
+    """Say where *found* and *expected* differ by more than *tolerance*, relative to the expected norm."""
+    lines = []
+    for field in ("losses", "norms"):
+        for step, (a, b) in enumerate(zip(getattr(found, field), getattr(expected, field), strict=True)):
+            if not abs(a - b) <= tolerance * abs(b):
+                lines.append(f"{field}[{step}]: {a!r}, expected {b!r}")
+    for field in ("gradients", "parameters"):
+        lines += _tensor_differences(field, getattr(found, field), getattr(expected, field), tolerance)
+    return lines
+
+
+def _tensor_differences(
+    field: str, found: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance: float
+) -> list[str]:
+    missing = sorted(expected.keys() - found.keys())
+    extra = sorted(found.keys() - expected.keys())
+    lines = [f"{field}: missing {missing}"] * bool(missing) + [f"{field}: unexpected {extra}"] * bool(extra)
+    # A tensor that is zero in exact arithmetic has no norm to compare with: judge it by the largest of its kind.
+    floor = max((tensor.norm().item() for tensor in expected.values()), default=0.0) * 1e-3
+    for name in sorted(expected.keys() & found.keys()):
+        a, b = found[name].double(), expected[name].double()
+        if a.shape != b.shape:
+            lines.append(f"{field}: {name} has shape {tuple(a.shape)}, expected {tuple(b.shape)}")
+            continue
+        error = (a - b).norm().item() / max(b.norm().item(), floor)
+        if not error <= tolerance:
+            lines.append(f"{field}: {name} is off by {error:.2e} of its norm {b.norm():.3e}")
+    return lines
+
+
+def assert_equivalent(pool: Any, task: Task, **options: Any) -> None:
+    """Assert that training *task* under ``DistributedSetup.build(**options)`` is training it on one process."""
+    found = differences(trained(pool, task, **options), reference(task))
+    assert not found, "not what one process computes:\n" + "\n".join(found)
+
+
+def _rows(batch: Mapping[str, Tensor], index: int, count: int) -> dict[str, Tensor]:
+    return {name: value.chunk(count)[index] for name, value in batch.items()}
+
+
+def _whole(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None
+    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return whole.detach().clone().cpu()

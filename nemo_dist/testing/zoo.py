@@ -1,0 +1,137 @@
+"""Tiny models of real transformers classes, and batches for them, each made from a name and a seed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import attrs
+import torch
+import transformers
+from torch import Tensor
+
+import nemo_dist
+
+_IGNORED = -100
+_VOCABULARY = 96
+_PATCHES = 4  # what the vision tower of the vision-language model makes of one image
+
+
+@attrs.frozen(kw_only=True)
+class Specimen:
+    """A tiny model: how to make its config, the name of its loader, and how to make a batch for it.
+
+    ``batch(rows, length, generator)`` returns tensors with *rows* rows; its labels are masked differently in every row.
+    """
+
+    name: str
+    loader: str
+    config: Callable[[], Any]
+    batch: Callable[[int, int, torch.Generator], dict[str, Tensor]]
+
+    @property
+    def load(self) -> Any:
+        """The ``NeMoAutoModelFor*`` class."""
+        return getattr(nemo_dist, self.loader)
+
+    def make(self, seed: int = 0) -> Any:
+        """Return the model with seeded float32 weights, on one process; biases and norms are drawn too, not 0 and 1."""
+        torch.manual_seed(seed)
+        model = self.load.from_config(self.config(), dtype=torch.float32)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim == 1:
+                    parameter.add_(torch.randn_like(parameter), alpha=0.1)
+        return model
+
+
+def _text(**more: Any) -> dict[str, Any]:
+    return {
+        "vocab_size": _VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 56,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "pad_token_id": 0,
+        "initializer_range": 0.1,
+        **more,
+    }
+
+
+def _llama(**more: Any) -> Callable[[], Any]:
+    return lambda: transformers.LlamaConfig(**_text(**more))
+
+
+def _qwen3() -> Any:
+    return transformers.Qwen3Config(**_text(head_dim=8))
+
+
+def _bert() -> Any:
+    options = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "classifier_dropout": 0.0}
+    return transformers.BertConfig(**_text(num_labels=3, **options))
+
+
+def _llava() -> Any:
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=8, patch_size=4
+    )
+    return transformers.LlavaConfig(
+        vision_config=vision, text_config=_llama()(), image_token_index=_VOCABULARY - 1, image_seq_length=_PATCHES
+    )
+
+
+def _tokens(rows: int, length: int, generator: torch.Generator) -> Tensor:
+    return torch.randint(1, _VOCABULARY - 1, (rows, length), generator=generator)
+
+
+def _uneven(labels: Tensor, generator: torch.Generator) -> Tensor:
+    """Mask a different share of every row's labels; the first row keeps none, so a rank may have nothing to learn."""
+    shares = torch.linspace(1.0, 0.1, len(labels)).unsqueeze(1)
+    return torch.where(torch.rand(labels.shape, generator=generator) < shares, _IGNORED, labels)
+
+
+def _causal(rows: int, length: int, generator: torch.Generator) -> dict[str, Tensor]:
+    tokens = _tokens(rows, length, generator)
+    return {"input_ids": tokens, "labels": _uneven(tokens, generator)}
+
+
+def _padded(rows: int, length: int, generator: torch.Generator) -> dict[str, Tensor]:
+    lengths = torch.linspace(length, length // 2, rows).long().unsqueeze(1)
+    mask = (torch.arange(length) < lengths).long()
+    return {"input_ids": _tokens(rows, length, generator) * mask, "attention_mask": mask}
+
+
+def _sequences(rows: int, length: int, generator: torch.Generator) -> dict[str, Tensor]:
+    return {**_padded(rows, length, generator), "labels": torch.randint(0, 3, (rows,), generator=generator)}
+
+
+def _tagged(rows: int, length: int, generator: torch.Generator) -> dict[str, Tensor]:
+    batch = _padded(rows, length, generator)
+    tags = torch.randint(0, 3, (rows, length), generator=generator)
+    return {**batch, "labels": _uneven(torch.where(batch["attention_mask"] == 1, tags, _IGNORED), generator)}
+
+
+def _images(rows: int, length: int, generator: torch.Generator) -> dict[str, Tensor]:
+    batch = _causal(rows, length, generator)
+    batch["input_ids"][:, :_PATCHES] = _VOCABULARY - 1
+    batch["labels"][:, :_PATCHES] = _IGNORED
+    return {**batch, "pixel_values": torch.randn(rows, 3, 8, 8, generator=generator)}
+
+
+_CAUSAL = "NeMoAutoModelForCausalLM"
+
+SPECIMENS: dict[str, Specimen] = {
+    specimen.name: specimen
+    for specimen in (
+        Specimen(name="llama", loader=_CAUSAL, config=_llama(), batch=_causal),
+        Specimen(name="llama-tied", loader=_CAUSAL, config=_llama(tie_word_embeddings=True), batch=_causal),
+        Specimen(name="qwen3", loader=_CAUSAL, config=_qwen3, batch=_causal),
+        Specimen(
+            name="bert-sequences", loader="NeMoAutoModelForSequenceClassification", config=_bert, batch=_sequences
+        ),
+        Specimen(name="bert-tokens", loader="NeMoAutoModelForTokenClassification", config=_bert, batch=_tagged),
+        Specimen(name="llava", loader="NeMoAutoModelForImageTextToText", config=_llava, batch=_images),
+    )
+}

@@ -1,0 +1,130 @@
+"""The one place that touches transformers' weight loader: shard the meta model before a weight is read.
+
+transformers builds the model on meta, hands it to ``PreTrainedModel._load_pretrained_model`` and later, for weights
+that the checkpoint lacks, to ``_initialize_missing_keys``. Both names are private to it; ``tests/test_weights.py``
+holds the contract. For every parameter that is a DTensor its loader reads only the local slice, on the CPU as a view of
+the mapped file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import attrs
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers.distributed.sharding_utils import DtensorShardOperation
+from transformers.modeling_utils import PreTrainedModel
+
+from nemo_dist.errors import CheckpointError, PluginError, RankError
+from nemo_dist.meeting import meet, report
+
+if TYPE_CHECKING:
+    from nemo_dist.compose import DistributedSetup
+
+Missing = Callable[[nn.Module, Callable[[], None]], None]
+
+
+def local_slice(full: Tensor, shard: DTensor) -> Tensor:
+    """Return the slice of the global tensor *full* that this rank holds of *shard*; no communication.
+
+    Strided shards (packed projections, two mesh axes on one dim) included; a view where the slice is contiguous.
+    """
+    local = DtensorShardOperation(shard).shard_tensor(full)
+    return full if local is None else local  # None is only for experts stored one by one
+
+
+@attrs.define
+class Reading:
+    """One ``from_pretrained`` under way: the setup that shards the model, and the parts that came of it."""
+
+    setup: DistributedSetup
+    initialise: Missing
+    _parts: list[nn.Module] = attrs.field(factory=list)
+    _reported: bool = False
+
+    def load(self, original: Callable[..., Any], model: Any, state: Any, files: Any, config: Any, *rest: Any) -> Any:
+        """Shard *model*, then let transformers read the slices of every part; return its answer for *model*."""
+        device = self.setup.mesh_context.device
+        if device.type != "cpu":
+            object.__setattr__(config, "device_map", {"": device})  # frozen, but transformers uses it again to finish
+        self._parts = self.setup.shard(model)
+        if not any(part is model for part in self._parts):
+            raise PluginError(
+                "a plugin replaced the model that is being loaded; edit it in place, or add parts beside it"
+            )
+        answers = {id(part): self._read(original, part, state, files, config, *rest) for part in self._parts}
+        self._report(None)
+        self._agree_on_shapes(answers[id(model)][0], config)
+        for part in self._parts:
+            if part is not model:
+                type(model)._finalize_model_loading(part, config, answers[id(part)][0])
+        return answers[id(model)]
+
+    def _read(self, original: Callable[..., Any], part: Any, *args: Any) -> Any:
+        whole = part._initialize_missing_keys
+        part._initialize_missing_keys = lambda quantized: self.initialise(part, lambda: whole(quantized))
+        return original(part, *args)
+
+    def _agree_on_shapes(self, info: Any, config: Any) -> None:
+        """Tell all ranks of a shape that only some slices betray: of 10 and of 9 rows, most ranks have equal slices."""
+        mine = [[name, list(found), list(wanted)] for name, found, wanted in info.mismatched_keys]
+        union = meet(
+            "the shapes in the checkpoint", mine, lambda lists: {item[0]: item for ours in lists for item in ours}
+        )
+        if union and not config.ignore_mismatched_sizes:
+            lines = [f"- {name}: a slice of {a} in the checkpoint, {b} in the model" for name, a, b in union.values()]
+            raise CheckpointError(
+                f"{config.pretrained_model_name_or_path} does not fit the model; pass ignore_mismatched_sizes=True to "
+                "draw these anew:\n" + "\n".join(lines)
+            )
+        known = {name for name, _, _ in info.mismatched_keys}
+        info.mismatched_keys |= {(name, tuple(f), tuple(w)) for name, f, w in union.values() if name not in known}
+
+    def parts(self, model: nn.Module) -> list[nn.Module]:
+        """Return the parts of the *model* that ``from_pretrained`` returned."""
+        if not self._parts:
+            kind = type(model).__name__
+            raise CheckpointError(
+                f"{kind} does not load through transformers' weight loader, so it could not be sharded"
+            )
+        for part in self._parts:
+            part.__dict__.pop("_initialize_missing_keys", None)
+        return self._parts
+
+    def fail(self, error: Exception) -> NoReturn:
+        """Raise *error*, as a CheckpointError when it came from the files, after every other rank has been told."""
+        if isinstance(error, SafetensorError | OSError) and not isinstance(error, RankError):
+            failure: Exception = CheckpointError(f"cannot read the checkpoint: {error}")
+            failure.__cause__ = error
+        else:
+            failure = error
+        if not self._reported:
+            self._report(failure)
+        raise failure
+
+    def _report(self, failure: Exception | None) -> None:
+        self._reported = True
+        report("reading the checkpoint", failure)
+
+
+@contextmanager
+def read_through(setup: DistributedSetup, initialise: Missing) -> Iterator[Reading]:
+    """Within the context, a model that transformers loads is sharded by *setup* before its weights are read."""
+    reading = Reading(setup, initialise)
+    original = PreTrainedModel._load_pretrained_model
+
+    def load(model: Any, state: Any, files: Any, config: Any, *rest: Any, **more: Any) -> Any:
+        return reading.load(lambda *args: original(*args, **more), model, state, files, config, *rest)
+
+    private: Any = PreTrainedModel  # the name is an implementation detail of transformers
+    private._load_pretrained_model = staticmethod(load)
+    try:
+        yield reading
+    except Exception as error:
+        reading.fail(error)
+    finally:
+        private._load_pretrained_model = staticmethod(original)

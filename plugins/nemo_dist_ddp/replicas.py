@@ -1,0 +1,34 @@
+"""DistributedDataParallel in place, through torch's composable ``replicate``: the model stays what it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torch.distributed._composable.replicate import replicate as torch_replicate
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from nemo_dist.context import MeshContext
+
+
+def replicate(part: nn.Module, mesh: MeshContext, options: dict[str, Any]) -> None:
+    """Average the gradients of *part* over the data-parallel ranks during every backward."""
+    group = mesh.group("dp")
+    if group is not None:
+        torch_replicate(part, process_group=group, **options)
+
+
+@contextmanager
+def unsynchronised(parts: list[nn.Module]) -> Iterator[None]:
+    """Within the context, leave the gradients of *parts* local."""
+    replicated = [part for part in parts if hasattr(part, "set_requires_gradient_sync")]
+    for part in replicated:
+        part.set_requires_gradient_sync(False)  # type: ignore[operator]
+    try:
+        yield
+    finally:
+        for part in replicated:
+            part.set_requires_gradient_sync(True)  # type: ignore[operator]

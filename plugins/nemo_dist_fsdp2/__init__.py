@@ -1,0 +1,92 @@
+"""Shard parameters, gradients and optimizer state over the data-parallel ranks (torch's ``fully_shard``), with HSDP."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import attrs
+
+from nemo_dist import MeshPlan, RuntimePart, Stage, hookimpl
+from nemo_dist.options import boolean, integer, options
+from nemo_dist_fsdp2.policies import mixed_precision_fields, offload_policy
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
+
+    from nemo_dist.context import MeshContext
+
+
+def _reshard(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+    if value is not None and not isinstance(value, bool):
+        integer(at_least=2)(instance, attribute, value)
+
+
+@options(plugin="fsdp2")
+class FSDP2Config:
+    """Options of FSDP2.
+
+    ``mp_policy``: torch's ``MixedPrecisionPolicy``, or its fields as a dict of dtype names; None computes in bfloat16
+    and reduces gradients in float32. ``offload_policy``: torch's ``CPUOffloadPolicy`` or ``OffloadPolicy``; None keeps
+    the shards on the device. ``reshard_after_forward``: free the gathered parameters of a block after its forward; an
+    int reshards to that many ranks; None is True for blocks and False for what the end of the forward needs.
+    ``defer_fsdp_grad_sync``: reduce gradients once per ``forward_backward``, not once per batch of a list (faster, but
+    holds whole gradients). ``forward_prefetch_depth``, ``backward_prefetch_depth``: how many blocks ahead are gathered.
+    ``enable_compile``: run ``torch.compile`` on every block. ``activation_checkpointing`` is the same as on
+    ``DistributedSetup.build``.
+    """
+
+    mp_policy: MixedPrecisionPolicy | dict[str, Any] | None = attrs.field(
+        default=None, converter=mixed_precision_fields
+    )
+    offload_policy: OffloadPolicy | None = attrs.field(default=None, validator=offload_policy)
+    reshard_after_forward: bool | int | None = attrs.field(default=None, validator=_reshard)
+    defer_fsdp_grad_sync: bool = attrs.field(default=True, validator=boolean)
+    forward_prefetch_depth: int = attrs.field(default=1, validator=integer(at_least=1))
+    backward_prefetch_depth: int = attrs.field(default=1, validator=integer(at_least=1))
+    enable_compile: bool = attrs.field(default=False, validator=boolean)
+    activation_checkpointing: bool | str = False
+
+
+@attrs.frozen(eq=False)
+class FSDP2:
+    """Shard parameters, gradients and optimizer state; replicate the shards for HSDP."""
+
+    name: ClassVar[str] = "fsdp2"
+    config_type: ClassVar[type] = FSDP2Config
+    stage: ClassVar[int] = Stage.DATA
+    axes: ClassVar[frozenset[str]] = frozenset({"dp_shard", "dp_replicate"})
+    composes_with: ClassVar[frozenset[str]] = frozenset(
+        {"activation_checkpointing", "activation_checkpointing:selective"}
+    )
+
+    config: FSDP2Config = attrs.field(factory=FSDP2Config)
+
+    @hookimpl
+    def validate(self, plan: MeshPlan) -> list[str]:
+        reshard, shards = self.config.reshard_after_forward, plan.size("dp_shard_cp")
+        if isinstance(reshard, bool) or reshard is None or (shards % reshard == 0 and reshard < shards):
+            return []
+        return [
+            f"reshard_after_forward={reshard} must divide the {shards} ranks that share the parameters and be less; "
+            "use True to reshard to all of them"
+        ]
+
+    @hookimpl
+    def shard(self, parts: list[nn.Module], mesh: MeshContext) -> None:
+        from nemo_dist_fsdp2.sharding import shard
+
+        for part in parts:
+            shard(part, mesh, self.config)
+
+    @hookimpl
+    def runtime(self, parts: list[nn.Module]) -> RuntimePart:
+        from nemo_dist_fsdp2.sharding import unsynchronised
+
+        return RuntimePart(no_sync=(lambda: unsynchronised(parts)) if self.config.defer_fsdp_grad_sync else None)
+
+    @hookimpl
+    def explain(self, plan: MeshPlan) -> str:
+        replicas = plan.size("dp_replicate")
+        line = f"fsdp2: parameters, gradients and optimizer state in {plan.size('dp_shard_cp')} shards"
+        return f"{line}, each on {replicas} replicas" if replicas > 1 else line

@@ -1,0 +1,111 @@
+"""Apply ``fully_shard`` along a transformers model's own structure."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, OffloadPolicy, fully_shard
+
+from nemo_dist_fsdp2.policies import mixed_precision
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from nemo_dist.context import MeshContext
+    from nemo_dist_fsdp2 import FSDP2Config
+
+
+def shard(model: nn.Module, mesh: MeshContext, config: FSDP2Config) -> None:
+    """Shard *model* in place: a group per block, one for the embedding, one for norm and head, the root for the rest.
+
+    A module that shares a parameter with another one (a tied embedding) stays in the root's group, which is gathered
+    from the first use to the last, so that the tied parameter has one shard and one gradient.
+    """
+    options: dict[str, Any] = {
+        "mesh": data_mesh(mesh),
+        "mp_policy": mixed_precision(config.mp_policy),
+        "offload_policy": config.offload_policy or OffloadPolicy(),
+    }
+    blocks = _blocks(model)
+    reshard = config.reshard_after_forward
+    for block in blocks:
+        if config.enable_compile:
+            block.compile()
+        fully_shard(block, reshard_after_forward=True if reshard is None else reshard, **options)
+    for embedding in _untied(model, _embeddings(model)):
+        fully_shard(embedding, reshard_after_forward=True if reshard is None else reshard, **options)
+    # The backward starts with what the forward ended with, so freeing it in between would only gather it twice.
+    tail = _untied(model, _tail(model))
+    if tail:
+        fully_shard(tail, reshard_after_forward=bool(reshard), **options)
+    fully_shard(model, reshard_after_forward=bool(reshard), **options)
+    _prefetch([block for block in blocks if isinstance(block, FSDPModule)], config)
+
+
+def data_mesh(mesh: MeshContext) -> DeviceMesh:
+    """Return the mesh to shard over: all ranks that see different tokens, the replicas of HSDP as an outer axis."""
+    return mesh["dp_replicate", "dp_shard_cp"] if mesh.size("dp_replicate") > 1 else mesh["dp_shard_cp"]
+
+
+@contextmanager
+def unsynchronised(parts: list[nn.Module]) -> Iterator[None]:
+    """Within the context, accumulate whole local gradients instead of reducing them."""
+    sharded = [part for part in parts if isinstance(part, FSDPModule)]
+    for part in sharded:
+        part.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        for part in sharded:
+            part.set_requires_gradient_sync(True)
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    """Return the repeated blocks of *model*: the outermost modules of the classes that it declares indivisible."""
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    found: list[nn.Module] = []
+    inside: set[nn.Module] = set()
+    for module in model.modules():
+        if type(module).__name__ in names and module not in inside:
+            found.append(module)
+            inside.update(module.modules())
+    return _untied(model, found)
+
+
+def _embeddings(model: Any) -> list[nn.Module]:
+    embedding = model.get_input_embeddings()
+    return [embedding] if isinstance(embedding, nn.Module) else []
+
+
+def _tail(model: Any) -> list[nn.Module]:
+    """Return the modules at the end of the forward: final norm and output head, as transformers' plan names them."""
+    plan = {name for name, style in (model.fsdp_plan or {}).items() if style == "keep_full_weight"}
+    named = [module for name, module in model.named_modules() if name in plan]
+    head = model.get_output_embeddings()
+    return list(dict.fromkeys([*named, *([head] if isinstance(head, nn.Module) else [])]))
+
+
+def _untied(model: nn.Module, modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """Leave out what is sharded already, has no parameters, or shares one with a module outside itself."""
+    uses = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    sharded = {inner for module in model.modules() if isinstance(module, FSDPModule) for inner in module.modules()}
+    kept = []
+    for module in modules:
+        own = Counter(id(p) for child in module.modules() for p in child.parameters(recurse=False))
+        if own and module not in sharded and all(uses[key] == own[key] for key in own):
+            kept.append(module)
+    return kept
+
+
+def _prefetch(blocks: list[FSDPModule], config: FSDP2Config) -> None:
+    """Gather further ahead than the one block that FSDP2 gathers by itself."""
+    for index, block in enumerate(blocks):
+        if config.forward_prefetch_depth > 1:
+            block.set_modules_to_forward_prefetch(blocks[index + 1 : index + 1 + config.forward_prefetch_depth])
+        if config.backward_prefetch_depth > 1:
+            first = max(0, index - config.backward_prefetch_depth)
+            block.set_modules_to_backward_prefetch(blocks[first:index][::-1])
