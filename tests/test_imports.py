@@ -111,7 +111,7 @@ def test_planning_modules_do_not_import_torch():
 
 
 def public(target):
-    """Whether *target* is a public name of the core; those of the lazy table that live in a plugin are that plugin's."""
+    """Whether *target* is a public name of the core; one of the lazy table that lives in a plugin is not."""
     return HOMES.get(target, "").startswith("nemo_dist.")
 
 
