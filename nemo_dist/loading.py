@@ -10,7 +10,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from nemo_dist.compose import DistributedSetup
 from nemo_dist.context import MeshContext
-from nemo_dist.deferred import DeferredInit, draw_missing, shared_draws
+from nemo_dist.deferred import DeferredInit
+from nemo_dist.draws import draw_missing, shared_draws
 from nemo_dist.errors import RankError
 from nemo_dist.weights import read_through
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import attrs
+import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -35,6 +36,29 @@ def local_slice(full: Tensor, shard: DTensor) -> Tensor:
     """
     local = DtensorShardOperation(shard).shard_tensor(full)
     return full if local is None else local  # None is only for experts stored one by one
+
+
+def filled(parameter: nn.Parameter, value: Tensor, device: torch.device) -> nn.Parameter:
+    """Return *parameter* with *value*, the global tensor, on *device*: of a DTensor this rank's slice."""
+    if not isinstance(parameter, DTensor):
+        return nn.Parameter(value.to(device), requires_grad=parameter.requires_grad)
+    local = local_slice(value, parameter).to(device).clone()  # a copy, or the slice would keep the whole tensor alive
+    shard = DTensor.from_local(
+        local,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+    return nn.Parameter(shard, requires_grad=parameter.requires_grad)
+
+
+def slots(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
+    """Yield every place of *model* that holds a parameter: the module, the name in it, the parameter."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            yield module, name, parameter
 
 
 @attrs.define
