@@ -10,22 +10,19 @@ flight.
 
 from __future__ import annotations
 
-import base64
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Mapping
+from functools import wraps
+from typing import Any, cast
 
 import attrs
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map_only
+from transformers.initialization import TORCH_INIT_FUNCTIONS
 
-from nemo_dist.meeting import meet
-from nemo_dist.weights import local_slice
+from nemo_dist.weights import filled, slots
 
 _aten = torch.ops.aten
 _FRESH = {_aten.empty.memory_format, _aten.empty_strided.default, _aten.new_empty.default}
@@ -39,41 +36,48 @@ _OVERWRITING = {
     _aten.copy_.default,
 }
 _LARGE_NUMEL = 1 << 16  # smaller constants are made at once: the tables of rotary embeddings are computed from them
+_INIT_NAMES = (*TORCH_INIT_FUNCTIONS, "_no_grad_trunc_normal_")
+_INIT_HOMES: tuple[dict[str, Any], ...] = (vars(torch.nn.init), TORCH_INIT_FUNCTIONS)
 _RANDOM = torch.Tag.nondeterministic_seeded
 
 
 @attrs.frozen(eq=False)
 class _Call:
-    """One recorded operation on deferred tensors; ``generator`` is the CPU generator's state before a random one."""
+    """One recorded operation on deferred tensors.
 
-    function: Any
+    ``generator`` is the CPU generator's state before a random one; ``reads`` and ``writes`` are the deferred storages
+    whose content it uses and changes; ``overwrites`` says that what its target held before is void.
+    """
+
+    function: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     result: Any
     generator: Tensor | None
+    reads: frozenset[int]
+    writes: frozenset[int]
+    overwrites: bool
 
-    @property
-    def reads(self) -> set[int]:
-        """The deferred storages whose content the call uses."""
-        used = {_storage(tensor) for tensor in _tensors((self.args, self.kwargs)) if tensor.is_meta}
-        return used - {_storage(self.args[0])} if self.overwrites else used
-
-    @property
-    def writes(self) -> set[int]:
-        """The deferred storages that the call makes or changes."""
-        changed = {_storage(tensor) for tensor in _tensors(self.result) if tensor.is_meta}
-        for argument, value in zip(self.function._schema.arguments, self.args, strict=False):
+    @classmethod
+    def of(
+        cls,
+        function: Any,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        result: Any,
+        generator: Tensor | None,
+        replaces: bool,
+    ) -> _Call:
+        """Note a call; *replaces* says that the function replaces the whole content of its first argument."""
+        used = {_storage(tensor) for tensor in _tensors((args, kwargs)) if tensor.is_meta}
+        changed = {_storage(tensor) for tensor in _tensors(result) if tensor.is_meta}
+        schema = getattr(function, "_schema", None)
+        for argument, value in zip(schema.arguments if schema else (), args, strict=False):
             if argument.is_write:
                 changed |= {_storage(tensor) for tensor in _tensors(value) if tensor.is_meta}
-        return changed
-
-    @property
-    def overwrites(self) -> bool:
-        """Whether the call replaces the whole content of the storage it writes, so that what came before is void."""
-        if self.function not in _OVERWRITING:
-            return False
-        target: Tensor = self.args[0]
-        return target.is_meta and target.numel() * target.element_size() == target.untyped_storage().nbytes()
+        overwrites = replaces and args[0].is_meta and _covers_its_storage(args[0])
+        reads = used - {_storage(args[0])} if overwrites else used
+        return cls(function, args, kwargs, result, generator, frozenset(reads), frozenset(changed), overwrites)
 
 
 class DeferredInit(TorchDispatchMode):
@@ -84,6 +88,35 @@ class DeferredInit(TorchDispatchMode):
         self._calls: list[_Call] = []
         self._writers: defaultdict[int, list[int]] = defaultdict(list)  # storage -> indices of the calls that write it
         self._origin: dict[str, Tensor] = {}
+
+    def __enter__(self) -> DeferredInit:
+        self._originals = [(home, name, home[name]) for home in _INIT_HOMES for name in _INIT_NAMES if name in home]
+        for home, name, function in self._originals:
+            home[name] = self._as_one_call(function)
+        return cast(DeferredInit, super().__enter__())  # type: ignore[no-untyped-call]
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        for home, name, function in self._originals:
+            home[name] = function
+
+    def _as_one_call(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return *function* of ``torch.nn.init``, recorded whole on a deferred tensor.
+
+        Some of them look at what they drew and draw again, and skip a meta tensor silently.
+        """
+
+        @wraps(function)
+        def recorded(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if not tensor.is_meta:
+                return function(tensor, *args, **kwargs)
+            generator = torch.get_rng_state()
+            with _disable_current_modes():
+                _draw_and_forget(function, (tensor, *args), kwargs)
+            self._record(_Call.of(function, (tensor, *args), kwargs, tensor, generator, replaces=True))
+            return tensor
+
+        return recorded
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -97,7 +130,7 @@ class DeferredInit(TorchDispatchMode):
             _draw_and_forget(function, args, kwargs)
         result = function(*args, **kwargs)
         if not _is_view(function):
-            self._record(_Call(function, args, kwargs, result, generator))
+            self._record(_Call.of(function, args, kwargs, result, generator, replaces=function in _OVERWRITING))
         return result
 
     def _record(self, call: _Call) -> None:
@@ -109,7 +142,7 @@ class DeferredInit(TorchDispatchMode):
         """Remember under its name where every parameter comes from, and leave them all on the meta device."""
         tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
         self._origin = {name: tensor.detach() for name, tensor in tensors}
-        for module, name, parameter in _slots(model):
+        for module, name, parameter in slots(model):
             if not parameter.is_meta:
                 setattr(
                     module, name, nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
@@ -124,7 +157,7 @@ class DeferredInit(TorchDispatchMode):
                 if parameter.is_meta or id(parameter) in done:
                     path = f"{prefix}.{name}" if prefix else name
                     if id(parameter) not in done:
-                        done[id(parameter)] = _filled(parameter, self.value(path), device)
+                        done[id(parameter)] = filled(parameter, self.value(path), device)
                     setattr(module, name, done[id(parameter)])
             for name, buffer in list(module.named_buffers(recurse=False)):
                 path = f"{prefix}.{name}" if prefix else name
@@ -168,51 +201,6 @@ class DeferredInit(TorchDispatchMode):
         return [self._calls[index] for index in sorted(needed)]
 
 
-@contextmanager
-def shared_draws() -> Iterator[None]:
-    """Draw from rank 0's CPU generator on every rank; a rank that had another state gets it back afterwards."""
-    mine = torch.get_rng_state()
-    text = base64.b64encode(mine.numpy().tobytes()).decode()
-    follows = dist.is_initialized() and dist.get_rank() != 0
-    shared = meet("the generator for the weights", "" if follows else text, lambda states: states[0])
-    if shared == text:
-        yield
-        return
-    torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(shared)), dtype=torch.uint8))
-    try:
-        yield
-    finally:
-        torch.set_rng_state(mine)
-
-
-@torch.no_grad()
-def draw_missing(part: nn.Module, initialise: Callable[[], None]) -> None:
-    """Run *initialise*, which draws the weights that *part* lacks, as one process would."""
-    missing: dict[int, tuple[nn.Parameter, Tensor]] = {}
-    slots = [slot for slot in _slots(part) if _lacks_values(slot[2])]
-    with shared_draws(), DeferredInit() as init:
-        for module, name, parameter in slots:
-            if id(parameter) not in missing:
-                missing[id(parameter)] = (parameter, torch.empty(parameter.shape, dtype=parameter.dtype))
-            setattr(module, name, nn.Parameter(missing[id(parameter)][1], requires_grad=parameter.requires_grad))
-        initialise()
-    filled = {
-        key: _filled(parameter, init.replay(whole), _local_device(parameter))
-        for key, (parameter, whole) in missing.items()
-    }
-    for module, name, parameter in slots:
-        setattr(filled[id(parameter)], "_is_hf_initialized", True)  # noqa: B010  # transformers' mark: do not draw again
-        setattr(module, name, filled[id(parameter)])
-
-
-def _local_device(parameter: nn.Parameter) -> torch.device:
-    return parameter.to_local().device if isinstance(parameter, DTensor) else parameter.device
-
-
-def _lacks_values(parameter: nn.Parameter) -> bool:
-    return isinstance(parameter, DTensor) and not getattr(parameter, "_is_hf_initialized", False)
-
-
 def _makes_deferrable(function: Any, args: Any, kwargs: Mapping[str, Any]) -> bool:
     """Whether *function* makes a CPU tensor that is worth deferring: uninitialised, or a large constant or draw."""
     device = kwargs.get("device")
@@ -240,7 +228,8 @@ def _run(call: _Call, storages: dict[int, Tensor]) -> None:
     )
     if "device" in kwargs:
         kwargs["device"] = torch.device("cpu")
-    results = _tensors(call.function(*args, **kwargs))
+    with torch.no_grad():
+        results = _tensors(call.function(*args, **kwargs))
     for recorded, value in zip(_tensors(call.result), results, strict=True):
         if recorded.is_meta and _storage(recorded) not in storages:
             _view(storages, recorded).copy_(value)
@@ -256,21 +245,6 @@ def _view(storages: dict[int, Tensor], recorded: Tensor) -> Tensor:
     return storages[key].as_strided(recorded.size(), recorded.stride(), recorded.storage_offset())
 
 
-def _filled(parameter: nn.Parameter, value: Tensor, device: torch.device) -> nn.Parameter:
-    if not isinstance(parameter, DTensor):
-        return nn.Parameter(value.to(device), requires_grad=parameter.requires_grad)
-    local = local_slice(value, parameter).to(device).clone()  # a copy, or the slice would keep the whole tensor alive
-    shard = DTensor.from_local(
-        local,
-        parameter.device_mesh,
-        parameter.placements,
-        run_check=False,
-        shape=parameter.shape,
-        stride=parameter.stride(),
-    )
-    return nn.Parameter(shard, requires_grad=parameter.requires_grad)
-
-
 def _is_view(function: Any) -> bool:
     """Whether the result aliases an argument without a write: views are rebuilt from size, stride and offset."""
     returns = function._schema.returns
@@ -279,14 +253,12 @@ def _is_view(function: Any) -> bool:
     )
 
 
-def _slots(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
-    for module in model.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            yield module, name, parameter
-
-
 def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)]
+
+
+def _covers_its_storage(tensor: Tensor) -> bool:
+    return tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
 
 
 def _storage(tensor: Tensor) -> int:

@@ -1,0 +1,124 @@
+"""A new model starts from the bits that one process with the same seed would draw, whatever the topology."""
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from nemo_dist import DDPConfig, DistributedSetup, FSDP2Config, ParallelismSizes
+from nemo_dist.deferred import DeferredInit
+from nemo_dist.testing.equivalence import checkpoint
+from nemo_dist.testing.zoo import SPECIMENS
+
+SETUPS = {
+    "fsdp2": {"strategy": FSDP2Config()},
+    "hsdp": {"strategy": FSDP2Config(), "parallelism_sizes": ParallelismSizes(dp_replicate_size=2)},
+    "ddp": {"strategy": DDPConfig()},
+}
+
+
+def whole(parameter):
+    return (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach().clone()
+
+
+def build_from_config(specimen, options, seed_of_rank):
+    rank = torch.distributed.get_rank()
+    torch.manual_seed(seed_of_rank[rank])
+    before = torch.get_rng_state()
+    model = SPECIMENS[specimen].load.from_config(
+        SPECIMENS[specimen].config(), distributed_setup=DistributedSetup.build(**options), dtype=torch.float32
+    )
+    tensors = {name: whole(tensor) for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+    moved = not torch.equal(before, torch.get_rng_state())
+    return tensors, model.training, moved, torch.rand(1).item()
+
+
+@pytest.mark.parametrize("specimen", SPECIMENS)
+@pytest.mark.parametrize("strategy", SETUPS)
+def test_from_config_draws_what_one_process_draws(ranks, specimen, strategy):
+    torch.manual_seed(7)
+    single = SPECIMENS[specimen].load.from_config(SPECIMENS[specimen].config(), dtype=torch.float32)
+    next_draw = torch.rand(1).item()
+    expected = dict([*single.named_parameters(), *single.named_buffers()])
+
+    for tensors, training, _, then in ranks(4).run(build_from_config, specimen, SETUPS[strategy], [7] * 4):
+        assert training == single.training
+        assert tensors.keys() == expected.keys()
+        assert [name for name in expected if not torch.equal(expected[name], tensors[name])] == []
+        assert then == next_draw  # what is drawn next, dropout say, is that of one process too
+
+
+def test_ranks_with_different_seeds_start_from_the_weights_of_rank_0(ranks):
+    answers = ranks(2).run(build_from_config, "llama", SETUPS["ddp"], [7, 8])
+
+    first, second = (tensors for tensors, *_ in answers)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert [moved for _, _, moved, _ in answers] == [True, False]
+
+
+def load_with_a_new_head(folder, options):
+    torch.manual_seed(5)
+    model = SPECIMENS["bert-tokens"].load.from_pretrained(
+        folder, distributed_setup=DistributedSetup.build(**options), num_labels=5, ignore_mismatched_sizes=True
+    )
+    return {name: whole(parameter) for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("strategy", SETUPS)
+def test_weights_that_the_checkpoint_lacks_are_drawn_like_on_one_process(ranks, strategy, tmp_path):
+    transformers.BertModel.from_pretrained(checkpoint("bert-tokens")).save_pretrained(tmp_path)
+    torch.manual_seed(5)
+    single = SPECIMENS["bert-tokens"].load.from_pretrained(tmp_path, num_labels=5)
+    expected = {name: parameter.detach() for name, parameter in single.named_parameters()}
+
+    for tensors in ranks(4).run(load_with_a_new_head, tmp_path, SETUPS[strategy]):
+        assert [name for name in expected if not torch.equal(expected[name], tensors[name])] == []
+
+
+@pytest.mark.parametrize("strategy", SETUPS)
+def test_weights_of_another_shape_are_drawn_anew_on_every_rank_when_asked(ranks, strategy):
+    folder = checkpoint("bert-tokens")  # with 3 labels; 5 rows on 4 ranks are 2, 2, 1, 0 and 3 are 1, 1, 1, 0
+    torch.manual_seed(5)
+    single = SPECIMENS["bert-tokens"].load.from_pretrained(folder, num_labels=5, ignore_mismatched_sizes=True)
+    expected = {name: parameter.detach() for name, parameter in single.named_parameters()}
+
+    for tensors in ranks(4).run(load_with_a_new_head, folder, SETUPS[strategy]):
+        assert [name for name in expected if not torch.equal(expected[name], tensors[name])] == []
+
+
+class Odd(nn.Module):
+    """Initialise in every way that a model might."""
+
+    def __init__(self):
+        super().__init__()
+        self.scaled = nn.Parameter(torch.empty(40, 50).normal_().mul_(0.5).add_(1.0))
+        self.large = nn.Parameter(torch.randn(300, 300))
+        self.copied = nn.Parameter(torch.empty(300, 300))
+        self.orthogonal = nn.Parameter(torch.empty(8, 8))
+        self.cut = nn.Parameter(torch.empty(16, 4))
+        self.cast = nn.Parameter(torch.empty(8, 4).uniform_().to(torch.bfloat16).float())
+        self.row = nn.Embedding(10, 6, padding_idx=3)
+        with torch.no_grad():
+            self.copied.copy_(self.large.t())
+            self.large.mul_(2.0)  # after the copy was made
+            nn.init.orthogonal_(self.orthogonal)
+            nn.init.trunc_normal_(self.cut, std=0.3, a=-0.1, b=0.1)
+            self.cut[3:5].fill_(7.0)
+            self.row.weight.data[0] = torch.arange(6.0)
+
+
+def test_deferred_initialisation_replays_views_copies_chains_and_casts():
+    torch.manual_seed(3)
+    expected = Odd()
+    state = torch.get_rng_state()
+    torch.manual_seed(3)
+    with DeferredInit() as init:
+        model = Odd()
+    init.hollow(model)
+
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    init.fill(model, torch.device("cpu"))
+    for name, parameter in expected.named_parameters():
+        assert torch.equal(parameter, model.get_parameter(name)), name
