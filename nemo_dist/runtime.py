@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cached_property
@@ -178,6 +179,22 @@ class Runtime:
             if group is not None:
                 dist.all_reduce(total, op=dist.ReduceOp.MAX if infinite else dist.ReduceOp.SUM, group=group)
         return total if infinite else total ** (1.0 / norm_type)
+
+    def export(
+        self, path: str | os.PathLike[str], dtype: torch.dtype | str | None = None, max_shard_size: int | str = "5GB"
+    ) -> None:
+        """Write a plain Hugging Face folder that transformers loads; collective over all ranks.
+
+        ``dtype`` casts the floating-point weights. No file is larger than ``max_shard_size``, in bytes or like
+        ``"5GB"``, except for a single tensor that is. Ranks write different files at the same time, and hold one whole
+        tensor at a time. The folder appears when it is complete; weights that were there before go, and other files
+        stay. It may be the folder that the model was loaded from. Tokenizer and processor files are copied from there.
+
+        Raises CheckpointError where the disk fails or the model is quantized or has adapters, RankError on the others.
+        """
+        from nemo_dist.export import export
+
+        export(self, path, dtype, max_shard_size)
 
 
 def _plain(value: Tensor) -> Tensor:
