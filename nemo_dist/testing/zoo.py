@@ -64,8 +64,8 @@ def _llama(**more: Any) -> Callable[[], Any]:
     return lambda: transformers.LlamaConfig(**_text(**more))
 
 
-def _qwen3() -> Any:
-    return transformers.Qwen3Config(**_text(head_dim=8))
+def _qwen3(**more: Any) -> Callable[[], Any]:
+    return lambda: transformers.Qwen3Config(**_text(head_dim=8, **more))
 
 
 def _bert() -> Any:
@@ -127,7 +127,28 @@ SPECIMENS: dict[str, Specimen] = {
     for specimen in (
         Specimen(name="llama", loader=_CAUSAL, config=_llama(), batch=_causal),
         Specimen(name="llama-tied", loader=_CAUSAL, config=_llama(tie_word_embeddings=True), batch=_causal),
-        Specimen(name="qwen3", loader=_CAUSAL, config=_qwen3, batch=_causal),
+        # Enough layers for 4 pipeline ranks with 2 stages each, and a number that does not divide.
+        Specimen(name="llama-deep", loader=_CAUSAL, config=_llama(num_hidden_layers=9), batch=_causal),
+        Specimen(
+            name="llama-deep-tied",
+            loader=_CAUSAL,
+            config=_llama(num_hidden_layers=9, tie_word_embeddings=True),
+            batch=_causal,
+        ),
+        Specimen(name="qwen3-deep", loader=_CAUSAL, config=_qwen3(num_hidden_layers=9), batch=_causal),
+        Specimen(
+            name="llama-sequences",
+            loader="NeMoAutoModelForSequenceClassification",
+            config=_llama(num_hidden_layers=5, num_labels=3),
+            batch=_sequences,
+        ),
+        Specimen(
+            name="llama-tokens",
+            loader="NeMoAutoModelForTokenClassification",
+            config=_llama(num_hidden_layers=5, num_labels=3),
+            batch=_tagged,
+        ),
+        Specimen(name="qwen3", loader=_CAUSAL, config=_qwen3(), batch=_causal),
         Specimen(
             name="bert-sequences", loader="NeMoAutoModelForSequenceClassification", config=_bert, batch=_sequences
         ),
