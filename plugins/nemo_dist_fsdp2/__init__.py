@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import attrs
@@ -40,8 +40,9 @@ class FSDP2Config:
     ``defer_fsdp_grad_sync``: reduce gradients once per ``forward_backward``, not once per batch of a list (faster, but
     holds whole gradients). ``forward_prefetch_depth``, ``backward_prefetch_depth``: how many blocks ahead are gathered.
     ``enable_compile``: run ``torch.compile`` on every block. ``activation_checkpointing`` is the same as on
-    ``DistributedSetup.build``. ``sequence_parallel``, ``tp_plan`` and ``enable_async_tensor_parallel`` go to the plugin
-    of the ``tp`` axis, and are refused without one.
+    ``DistributedSetup.build``; ``activation_checkpointing_scope`` restricts it to parts of a model of several towers:
+    one or more of "language", "vision", "audio" and "multimodal"; None is all. ``sequence_parallel``, ``tp_plan`` and
+    ``enable_async_tensor_parallel`` go to the plugin of the ``tp`` axis, and are refused without one.
     """
 
     mp_policy: MixedPrecisionPolicy | dict[str, Any] | None = attrs.field(
@@ -57,6 +58,7 @@ class FSDP2Config:
     sequence_parallel: bool = attrs.field(default=False, validator=boolean)
     tp_plan: Mapping[str, str] | None = attrs.field(default=None, converter=_frozen)
     enable_async_tensor_parallel: bool = attrs.field(default=False, validator=boolean)
+    activation_checkpointing_scope: str | Sequence[str] | None = None
 
 
 @attrs.frozen(eq=False)
