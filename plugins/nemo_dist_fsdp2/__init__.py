@@ -60,7 +60,7 @@ class FSDP2:
     stage: ClassVar[int] = Stage.DATA
     axes: ClassVar[frozenset[str]] = frozenset({"dp_shard", "dp_replicate"})
     composes_with: ClassVar[frozenset[str]] = frozenset(
-        {"activation_checkpointing", "activation_checkpointing:selective"}
+        {"activation_checkpointing", "activation_checkpointing:selective", "cp"}
     )
 
     config: FSDP2Config = attrs.field(factory=FSDP2Config)
