@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -17,12 +17,12 @@ from nemo_dist.weights import filled, slots
 
 
 @contextmanager
-def shared_draws() -> Iterator[None]:
-    """Draw from rank 0's CPU generator on every rank; a rank that had another state gets it back afterwards."""
+def shared_draws(ranks: Sequence[int] | None) -> Iterator[None]:
+    """Draw from the CPU generator of the first of *ranks* (None: all) on every one; another state is put back after."""
     mine = torch.get_rng_state()
     text = base64.b64encode(mine.numpy().tobytes()).decode()
-    follows = dist.is_initialized() and dist.get_rank() != 0
-    shared = meet("the generator for the weights", "" if follows else text, lambda states: states[0])
+    follows = dist.is_initialized() and dist.get_rank() != (ranks[0] if ranks else 0)
+    shared = meet("the generator for the weights", "" if follows else text, lambda states: states[0], ranks)
     if shared == text:
         yield
         return
@@ -34,11 +34,11 @@ def shared_draws() -> Iterator[None]:
 
 
 @torch.no_grad()
-def draw_missing(part: nn.Module, initialise: Callable[[], None]) -> None:
-    """Run *initialise*, which draws the weights that *part* lacks, as one process would."""
+def draw_missing(part: nn.Module, initialise: Callable[[], None], ranks: Sequence[int] | None) -> None:
+    """Run *initialise*, which draws the weights that *part* lacks, as one process would on every one of *ranks*."""
     missing: dict[int, tuple[nn.Parameter, Tensor]] = {}
     lacking = [slot for slot in slots(part) if _lacks_values(slot[2])]
-    with shared_draws(), DeferredInit() as init:
+    with shared_draws(ranks), DeferredInit() as init:
         for module, name, parameter in lacking:
             if id(parameter) not in missing:
                 missing[id(parameter)] = (parameter, torch.empty(parameter.shape, dtype=parameter.dtype))

@@ -108,7 +108,7 @@ class _Loader:
         _refuse_placement(kwargs)
         if kwargs.get("output_loading_info"):
             raise TypeError("output_loading_info is not supported with distributed_setup or device_mesh; leave it out")
-        with read_through(setup, draw_missing) as reading:
+        with read_through(setup, pretrained_model_name_or_path, draw_missing) as reading:
             model = cls.auto.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         return _finish(setup, reading.parts(model))
 
@@ -131,7 +131,7 @@ class _Loader:
         if setup is None:
             return cls.auto.from_config(config, **kwargs)
         _refuse_placement(kwargs)
-        with shared_draws(), DeferredInit() as init:
+        with shared_draws(setup.ranks), DeferredInit() as init:
             model = cls.auto.from_config(config, **kwargs)
         init.hollow(model)
         parts = setup.shard(model)

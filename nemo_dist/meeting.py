@@ -21,25 +21,35 @@ _PATIENCE = timedelta(minutes=5)
 _held: defaultdict[str, int] = defaultdict(int)  # every rank holds its meetings in the same order
 
 
-def meet(occasion: str, brought: Any, judge: Callable[[list[Any]], Any], patience: timedelta = _PATIENCE) -> Any:
-    """Return, on every rank, what *judge* on rank 0 makes of what the ranks brought: JSON values, in rank order.
+def meet(
+    occasion: str,
+    brought: Any,
+    judge: Callable[[list[Any]], Any],
+    ranks: Sequence[int] | None = None,
+    patience: timedelta = _PATIENCE,
+) -> Any:
+    """Return, on every rank, what *judge* makes of what the ranks brought: JSON values, in the order of *ranks*.
 
-    ``patience`` is for the slowest rank. Raises RankError on every rank when a rank does not come; it names the missing
-    ones.
+    Only the first of *ranks* (None: all) judges. ``patience`` is for the slowest rank. Raises RankError on every rank
+    when one does not come; it names the missing ones.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return judge([brought])
+    members = list(range(dist.get_world_size()) if ranks is None else ranks)
     store = dist.distributed_c10d._get_default_store()
-    _held[occasion] += 1
-    prefix = f"nemo_dist/{occasion}/{_held[occasion]}"
+    name = occasion if ranks is None else f"{occasion} of {members}"
+    _held[name] += 1
+    prefix = f"nemo_dist/{name}/{_held[name]}"
     rank = dist.get_rank()
     store.set(f"{prefix}/{rank}", json.dumps(brought))
-    if rank == 0:
-        _preside(store, prefix, occasion, judge, patience)
+    if rank == members[0]:
+        _preside(store, prefix, members, judge, patience)
     try:
         store.wait([f"{prefix}/verdict"], patience * 2)
     except dist.DistStoreError as error:
-        raise RankError(f"rank {rank} waited {patience * 2} for rank 0 at {occasion!r}, and it did not come") from error
+        raise RankError(
+            f"rank {rank} waited {patience * 2} for rank {members[0]} at {occasion!r}, and it did not come"
+        ) from error
     verdict = json.loads(store.get(f"{prefix}/verdict"))
     if "missing" in verdict:
         raise RankError(
@@ -49,14 +59,14 @@ def meet(occasion: str, brought: Any, judge: Callable[[list[Any]], Any], patienc
 
 
 def _preside(
-    store: dist.Store, prefix: str, occasion: str, judge: Callable[[list[Any]], Any], patience: timedelta
+    store: dist.Store, prefix: str, members: list[int], judge: Callable[[list[Any]], Any], patience: timedelta
 ) -> None:
-    keys = [f"{prefix}/{rank}" for rank in range(dist.get_world_size())]
+    keys = {rank: f"{prefix}/{rank}" for rank in members}
     try:
-        store.wait(keys, patience)
-        verdict = {"verdict": judge([json.loads(value) for value in store.multi_get(keys)])}
+        store.wait(list(keys.values()), patience)
+        verdict = {"verdict": judge([json.loads(value) for value in store.multi_get(list(keys.values()))])}
     except dist.DistStoreError:
-        verdict = {"missing": [rank for rank, key in enumerate(keys) if not store.check([key])]}
+        verdict = {"missing": [rank for rank, key in keys.items() if not store.check([key])]}
     store.set(f"{prefix}/verdict", json.dumps(verdict))
 
 
@@ -84,10 +94,11 @@ def _differences(answers: Sequence[Mapping[str, str]]) -> list[str]:
     return lines
 
 
-def report(occasion: str, failure: BaseException | None) -> None:
-    """Raise on every rank when one brought a *failure*: its own there, RankError that quotes it elsewhere."""
-    brought = "" if failure is None else f"{type(failure).__name__}: {failure}"
-    failed = meet(occasion, brought, lambda answers: [[rank, text] for rank, text in enumerate(answers) if text])
+def report(occasion: str, failure: BaseException | None, ranks: Sequence[int] | None = None) -> None:
+    """Raise on every one of *ranks* when one brought a *failure*: its own there, RankError that quotes it elsewhere."""
+    mine = dist.get_rank() if dist.is_initialized() else 0
+    brought = [mine, "" if failure is None else f"{type(failure).__name__}: {failure}"]
+    failed = meet(occasion, brought, lambda answers: [answer for answer in answers if answer[1]], ranks)
     if failure is not None:
         raise failure
     if failed:

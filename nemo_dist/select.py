@@ -9,7 +9,7 @@ import attrs
 
 from nemo_dist.errors import UnknownNameError
 from nemo_dist.options import from_mapping
-from nemo_dist.registry import Plugin, Registry, Stage
+from nemo_dist.registry import Plugin, Registry, Stage, normalise
 from nemo_dist.sizes import ParallelismSizes
 from nemo_dist.values import near
 
@@ -135,7 +135,7 @@ class Selection:
                 raise
             valid = self._strategies()
             raise UnknownNameError(
-                f"unknown strategy {name!r}{near(name, valid)}; valid names: {', '.join(valid)}"
+                f"unknown strategy {name!r}{near(normalise(name), valid)}; valid names: {', '.join(valid)}"
             ) from error
 
     def _strategies(self) -> list[str]:

@@ -8,7 +8,7 @@ the mapped file.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -26,7 +26,7 @@ from nemo_dist.meeting import meet, report
 if TYPE_CHECKING:
     from nemo_dist.compose import DistributedSetup
 
-Missing = Callable[[nn.Module, Callable[[], None]], None]
+Missing = Callable[[nn.Module, Callable[[], None], Sequence[int] | None], None]
 
 
 def local_slice(full: Tensor, shard: DTensor) -> Tensor:
@@ -66,6 +66,7 @@ class Reading:
     """One ``from_pretrained`` under way: the setup that shards the model, and the parts that came of it."""
 
     setup: DistributedSetup
+    source: Any
     initialise: Missing
     _parts: list[nn.Module] = attrs.field(factory=list)
     _reported: bool = False
@@ -90,14 +91,19 @@ class Reading:
 
     def _read(self, original: Callable[..., Any], part: Any, *args: Any) -> Any:
         whole = part._initialize_missing_keys
-        part._initialize_missing_keys = lambda quantized: self.initialise(part, lambda: whole(quantized))
+        part._initialize_missing_keys = lambda quantized: self.initialise(
+            part, lambda: whole(quantized), self.setup.ranks
+        )
         return original(part, *args)
 
     def _agree_on_shapes(self, info: Any, config: Any) -> None:
         """Tell all ranks of a shape that only some slices betray: of 10 and of 9 rows, most ranks have equal slices."""
         mine = [[name, list(found), list(wanted)] for name, found, wanted in info.mismatched_keys]
         union = meet(
-            "the shapes in the checkpoint", mine, lambda lists: {item[0]: item for ours in lists for item in ours}
+            "the shapes in the checkpoint",
+            mine,
+            lambda lists: {item[0]: item for ours in lists for item in ours},
+            self.setup.ranks,
         )
         if union and not config.ignore_mismatched_sizes:
             lines = [f"- {name}: a slice of {a} in the checkpoint, {b} in the model" for name, a, b in union.values()]
@@ -122,7 +128,7 @@ class Reading:
     def fail(self, error: Exception) -> NoReturn:
         """Raise *error*, as a CheckpointError when it came from the files, after every other rank has been told."""
         if isinstance(error, SafetensorError | OSError) and not isinstance(error, RankError):
-            failure: Exception = CheckpointError(f"cannot read the checkpoint: {error}")
+            failure: Exception = CheckpointError(f"cannot read the checkpoint {str(self.source)!r}: {error}")
             failure.__cause__ = error
         else:
             failure = error
@@ -132,13 +138,13 @@ class Reading:
 
     def _report(self, failure: Exception | None) -> None:
         self._reported = True
-        report("reading the checkpoint", failure)
+        report("reading the checkpoint", failure, self.setup.ranks)
 
 
 @contextmanager
-def read_through(setup: DistributedSetup, initialise: Missing) -> Iterator[Reading]:
+def read_through(setup: DistributedSetup, source: Any, initialise: Missing) -> Iterator[Reading]:
     """Within the context, a model that transformers loads is sharded by *setup* before its weights are read."""
-    reading = Reading(setup, initialise)
+    reading = Reading(setup, source, initialise)
     original = PreTrainedModel._load_pretrained_model
 
     def load(model: Any, state: Any, files: Any, config: Any, *rest: Any, **more: Any) -> Any:

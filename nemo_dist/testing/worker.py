@@ -99,7 +99,7 @@ def _join(seat: Seat) -> None:
     timeout = timedelta(seconds=seat.collective_timeout)
     # The listening socket comes from the pool, so that no other process can take the port in between.
     listener: dict[str, Any] = {} if seat.listener is None else {"master_listen_fd": seat.listener.detach()}
-    meet: Any = dist.TCPStore  # type: ignore[attr-defined]
+    meet: Any = dist.TCPStore
     store = meet("127.0.0.1", seat.port, seat.world_size, is_master=seat.rank == 0, timeout=timeout, **listener)
     dist.init_process_group("gloo", store=store, rank=seat.rank, world_size=seat.world_size, timeout=timeout)
 

@@ -21,6 +21,7 @@ class DDPConfig:
     """Options of torch's ``DistributedDataParallel``, under its names and with its defaults.
 
     ``find_unused_parameters``: None turns it on for models of several towers, where a forward may leave some out.
+    ``static_graph`` synchronises every batch of a list.
     ``bucket_cap_mb`` is the size of a gradient bucket in MiB. ``activation_checkpointing`` is the same as on
     ``DistributedSetup.build``; ``activation_checkpointing_scope`` restricts it to parts of a model of several towers:
     one or more of "language", "vision", "audio" and "multimodal"; None is all.
@@ -63,7 +64,8 @@ class DDP:
     def runtime(self, parts: list[nn.Module]) -> RuntimePart:
         from nemo_dist_ddp.replicas import unsynchronised
 
-        return RuntimePart(no_sync=lambda: unsynchronised(parts))
+        # torch records a static graph in the first synchronised backward, and fails on an unsynchronised one before it.
+        return RuntimePart(no_sync=None if self.config.static_graph else lambda: unsynchronised(parts))
 
     @hookimpl
     def explain(self, plan: MeshPlan) -> str:

@@ -1,0 +1,74 @@
+"""What the demo is asked to do; made by the command line, without torch, and read by every rank."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from nemo_dist.compose import DistributedSetup
+from nemo_dist.registry import Registry
+from nemo_dist.sizes import ParallelismSizes
+from nemo_dist.values import integer
+
+REPORT = "demo.json"  # beside the exported weights: the losses, and the mark of a folder that the demo may replace
+_BATCH = 16  # windows of a step over all ranks, unless the data-parallel size does not divide it
+_EXACT = {"param_dtype": "float32", "reduce_dtype": "float32", "output_dtype": "float32"}
+
+
+@attrs.frozen(kw_only=True)
+class DemoOptions:
+    """The demo's settings: ranks, strategy, sizes by the names of :class:`ParallelismSizes`, steps, folder and seed."""
+
+    nproc: int = 4
+    strategy: str = "fsdp2"
+    sizes: dict[str, int] = attrs.field(factory=dict)
+    steps: int = 160
+    out: Path = attrs.field(default=Path("nemo_dist_demo"), converter=Path)
+    seed: int = 0
+    window: int = 128  # bytes
+    lr: float = 2e-3
+
+    def __attrs_post_init__(self) -> None:
+        integer("nproc", self.nproc)
+        integer("steps", self.steps)
+        integer("seed", self.seed, low=0)
+
+    @classmethod
+    def from_json(cls, text: str) -> DemoOptions:
+        """Read what ``to_json`` wrote."""
+        return cls(**json.loads(text))
+
+    def to_json(self) -> str:
+        """Return the options as one line of JSON."""
+        return json.dumps(attrs.asdict(self) | {"out": str(self.out)})
+
+    @property
+    def parallelism_sizes(self) -> ParallelismSizes:
+        """The sizes that were asked for."""
+        return ParallelismSizes(**self.sizes)
+
+    @property
+    def batch(self) -> int:
+        """The windows of a step over all ranks: 16, or the next multiple of the data-parallel size."""
+        dp = self.parallelism_sizes.dp(self.nproc)
+        return -(-_BATCH // dp) * dp
+
+    def setup(self, world_size: int | None = None) -> DistributedSetup:
+        """Build the setup; every number is float32, so that the export can be compared with what was trained."""
+        config_type: Any = Registry().load(self.strategy).config_type
+        known = attrs.fields_dict(config_type) if attrs.has(config_type) else {}
+        return DistributedSetup.build(
+            strategy=config_type(mp_policy=_EXACT) if "mp_policy" in known else self.strategy,
+            parallelism_sizes=self.parallelism_sizes,
+            world_size=self.nproc if world_size is None else world_size,
+        )
+
+    def claim_folder(self) -> None:
+        """Raise ValueError when the output folder holds something that the demo did not write."""
+        if self.out.exists() and not self.out.is_dir():
+            raise ValueError(f"--out {self.out} is a file; name a folder")
+        if self.out.is_dir() and any(self.out.iterdir()) and not (self.out / REPORT).is_file():
+            raise ValueError(f"--out {self.out} holds files that the demo did not write; name another folder")

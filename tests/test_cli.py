@@ -1,0 +1,162 @@
+"""The command line: what it prints, what it refuses, and the demo for real."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from nemo_dist import DistributedSetup, ParallelismSizes
+from nemo_dist.cli import app
+from nemo_dist.corpus import Windows, collate, read
+from nemo_dist.demo import verify
+from nemo_dist.demo_options import DemoOptions
+
+run = CliRunner()
+
+
+def refused(*arguments: str) -> str:
+    """Run a command that must be refused, and return its message."""
+    result = run.invoke(app, list(arguments))
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith("error: ") and "Traceback" not in result.stderr
+    assert result.stdout == ""
+    return result.stderr
+
+
+def test_planning_explaining_and_listing_plugins_import_no_torch() -> None:
+    code = (
+        "import sys; from typer.testing import CliRunner; from nemo_dist.cli import app\n"
+        "for command in (['plan', '-n', '16384'], ['explain', '-n', '8'], ['plugins'], ['--help']):\n"
+        "    assert CliRunner().invoke(app, command).exit_code == 0, command\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_plan_shows_the_axes_and_the_groups() -> None:
+    result = run.invoke(app, ["plan", "--world-size", "8", "--dp-replicate", "2", "--rank", "5"])
+    assert result.exit_code == 0
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in result.stdout.splitlines() if "│" in line]
+    assert ["dense", "dp_replicate", "2", "fsdp2"] in rows and ["dense", "tp", "1", "-"] in rows
+    assert ["dp_replicate", "4", "2", "[0 4]  [1 5]  [2 6]  [3 7]"] in rows
+    assert "rank 5: pp 0, dp_replicate 1, dp_shard 1, cp 0, tp 0" in result.stdout
+
+
+def test_plan_as_json_is_the_plan() -> None:
+    result = run.invoke(app, ["plan", "--world-size", "8", "--dp-replicate", "2", "--rank", "6", "--json"])
+    plan = DistributedSetup.build(parallelism_sizes=ParallelismSizes(dp_replicate_size=2), world_size=8).plan
+    data = json.loads(result.stdout)
+    assert data["world_size"] == 8 and data["plugins"] == ["fsdp2"]
+    dense = data["views"][0]
+    assert [(axis["name"], axis["size"]) for axis in dense["axes"]] == [(one.name, one.size) for one in plan.dense.axes]
+    assert {axis["name"]: axis["plugin"] for axis in dense["axes"]}["dp_shard"] == "fsdp2"
+    assert dense["flattened"]["dp"] == {"axes": ["dp_replicate", "dp_shard"], "size": 8}
+    assert data["groups"] == {name: [list(group) for group in plan.groups(name)] for name in data["groups"]}
+    assert {"dp_replicate", "dp_shard", "tp", "dp", "dp_cp"} <= set(data["groups"])
+    assert data["rank"]["coordinates"] == plan.coordinates(6) and data["rank"]["batch_ranks"] == [6]
+
+
+def test_what_does_not_fit_is_one_block_on_stderr() -> None:
+    assert "world_size 6 is not divisible by" in refused("plan", "-n", "6", "--dp", "4", "--tp", "4")
+    assert "dp_size must be an int from 1 up (got 0)" in refused("plan", "-n", "4", "--dp", "0")
+    assert "did you mean 'fsdp2'?" in refused("explain", "-n", "4", "--strategy", "fdsp2")
+    assert "rank must be an int from 0 to 3 (got 4)" in refused("plan", "-n", "4", "--rank", "4", "--json")
+    assert refused("plan", "-n", "6", "--dp", "4", "--dp-replicate", "3").count("\n- ") >= 2
+
+
+def test_explain_prints_the_explanation_of_the_setup() -> None:
+    result = run.invoke(app, ["explain", "--world-size", "4", "--strategy", "ddp"])
+    assert result.stdout.strip() == DistributedSetup.build(strategy="ddp", world_size=4).explain()
+
+
+def test_plugins_are_listed_with_where_they_come_from() -> None:
+    rows = {row["name"]: row for row in json.loads(run.invoke(app, ["plugins", "--json"]).stdout)}
+    fsdp2 = rows["fsdp2"]
+    assert fsdp2["distribution"] == "nemo-dist" and fsdp2["version"] and fsdp2["error"] is None
+    assert fsdp2["stage"] == "DATA" and "dp_shard" in fsdp2["axes"] and fsdp2["doc"].endswith(".")
+    shown = run.invoke(app, ["plugins"]).stdout
+    assert all(name in shown for name in rows)
+
+
+def test_a_plugin_that_does_not_import_is_listed_as_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    info = tmp_path / "half_made-2.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: half-made\nVersion: 2.0\n")
+    (info / "entry_points.txt").write_text("[nemo_dist]\nhalf = half_made:Half\n")
+    (tmp_path / "half_made.py").write_text("import a_module_that_is_not_there\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    rows = {row["name"]: row for row in json.loads(run.invoke(app, ["plugins", "--json"]).stdout)}
+    assert (rows["half"]["distribution"], rows["half"]["version"], rows["half"]["stage"]) == ("half-made", "2.0", None)
+    assert "No module named 'a_module_that_is_not_there'" in rows["half"]["error"]
+    assert rows["fsdp2"]["error"] is None
+    assert "BROKEN" in run.invoke(app, ["plugins"]).stdout
+
+
+@pytest.mark.parametrize("command", ["plan", "explain", "plugins", "demo"])
+def test_every_command_has_help_with_examples(command: str) -> None:
+    result = run.invoke(app, [command, "--help"])
+    assert result.exit_code == 0
+    assert f"Examples:\n    nemo-dist {command}" in result.stdout
+
+
+def test_the_text_is_the_same_everywhere_and_the_held_out_part_is_another(tmp_path: Path) -> None:
+    code = (
+        "from nemo_dist.corpus import Windows\n"
+        "print([w['input_ids'].tolist() for w in map(Windows(4, 16, 3).__getitem__, range(4))])"
+    )
+    elsewhere = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    windows = Windows(4, 16, 3)
+    assert json.loads(elsewhere.stdout) == [windows[index]["input_ids"].tolist() for index in range(4)]
+    assert collate([windows[0], windows[1]])["labels"].shape == (2, 16)
+    assert len(read(held_out=False)) > 5 * len(read(held_out=True)) > 0
+
+
+def test_the_demo_refuses_before_it_starts_a_rank(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "mine"
+    out.mkdir()
+    (out / "thesis.txt").write_text("do not overwrite")
+    assert "holds files that the demo did not write" in refused("demo", "--out", str(out))
+    assert "steps must be an int from 1 up" in refused("demo", "--steps", "0", "--out", str(tmp_path / "new"))
+    assert "dp_replicate_size 3" in refused("demo", "--dp-replicate", "3", "--out", str(tmp_path / "new"))
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_batch_is_the_same_for_every_topology_that_divides_it() -> None:
+    assert [DemoOptions(nproc=nproc).batch for nproc in (1, 2, 3, 4, 16, 24)] == [16, 16, 18, 16, 16, 24]
+    assert DemoOptions(nproc=8, sizes={"tp_size": 2}).batch == 16
+
+
+def test_the_demo_trains_exports_and_checks_the_export(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "model"
+    result = run.invoke(app, ["demo", "--nproc", "2", "--steps", "6", "--out", str(out)])
+    ranks = capfd.readouterr()
+    assert result.exit_code == 0, result.output + ranks.err
+    assert result.stdout.startswith("2 ranks, strategy fsdp2")
+    assert ranks.out.count("step ") == 6 and "step    6/6  loss " in ranks.out
+    assert "a sample of what it writes:\n  | def " in result.stdout
+    losses = json.loads((out / "demo.json").read_text())["losses"]
+    assert len(losses) == 6 and losses[-1] < losses[0] - 0.5
+    assert verify(DemoOptions(nproc=2, out=out)).difference < 1e-5
+    # The check is a check: one weight that is off makes it fail.
+    weights = load_file(out / "model.safetensors")
+    weights["model.norm.weight"] = weights["model.norm.weight"] + 0.5
+    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    assert not verify(DemoOptions(nproc=2, out=out)).equal
+
+
+def test_a_demo_whose_export_is_wrong_exits_with_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nemo_dist import demo, launch
+
+    wrong = demo.Verdict(first_loss=5.0, last_loss=2.0, distributed=2.0, exported=2.001, sample="x")
+    monkeypatch.setattr(launch, "launch", lambda *arguments: 0)
+    monkeypatch.setattr(demo, "verify", lambda options: wrong)
+    result = run.invoke(app, ["demo", "--out", str(tmp_path / "new")])
+    assert result.exit_code == 1 and "does not compute the loss of the trained one" in result.stderr
+    assert torch.tensor(wrong.difference).item() == pytest.approx(5e-4)

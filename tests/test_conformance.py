@@ -1,0 +1,27 @@
+"""Every plugin that ships passes the kit that a third party's has to pass."""
+
+from nemo_dist import FSDP2Config, Registry
+from nemo_dist.testing import PluginConformance
+
+FP32 = {"param_dtype": "float32", "reduce_dtype": "float32"}
+
+
+class TestFSDP2(PluginConformance):
+    plugin = "fsdp2"
+    build = {"strategy": FSDP2Config(mp_policy=FP32)}
+
+
+class TestDDP(PluginConformance):
+    plugin = "ddp"
+
+
+class TestRecompute(PluginConformance):
+    plugin = "recompute"
+    build = {"strategy": FSDP2Config(mp_policy=FP32), "plugins": ("recompute",)}
+
+
+def test_every_plugin_that_ships_is_tested_here():
+    tested = {kit.plugin for kit in PluginConformance.__subclasses__()}
+    ours = {entry.name for entry in Registry().entries if entry.dist and entry.dist.name == "nemo-dist"}
+
+    assert ours <= tested
