@@ -71,7 +71,7 @@ def test_a_process_group_that_exists_is_taken_as_it_is(ranks):
 
 
 def test_a_process_without_a_launcher_is_a_world_of_one():
-    code = "from nemo_dist import initialize_distributed as init; env = init(); print(env.rank, env.world_size, env.is_main)"
+    code = "import nemo_dist; env = nemo_dist.initialize_distributed(); print(env.rank, env.world_size, env.is_main)"
     environment = {
         name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import attrs
@@ -22,7 +23,8 @@ class DDPConfig:
     ``find_unused_parameters``: None turns it on for models of several towers, where a forward may leave some out.
     ``static_graph`` synchronises every batch of a list.
     ``bucket_cap_mb`` is the size of a gradient bucket in MiB. ``activation_checkpointing`` is the same as on
-    ``DistributedSetup.build``.
+    ``DistributedSetup.build``; ``activation_checkpointing_scope`` restricts it to parts of a model of several towers:
+    one or more of "language", "vision", "audio" and "multimodal"; None is all.
     """
 
     bucket_cap_mb: int = attrs.field(default=25, validator=integer(at_least=1))
@@ -31,6 +33,7 @@ class DDPConfig:
     static_graph: bool = attrs.field(default=False, validator=boolean)
     broadcast_buffers: bool = attrs.field(default=True, validator=boolean)
     activation_checkpointing: bool | str = False
+    activation_checkpointing_scope: str | Sequence[str] | None = None
 
 
 @attrs.frozen(eq=False)

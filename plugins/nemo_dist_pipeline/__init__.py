@@ -59,6 +59,11 @@ def _parts(value: Any) -> Any:
     return tuple(tuple(part) for part in value)
 
 
+def _function_name(value: Any) -> str:
+    """Write a function without its address, so that ranks which build the same setup describe it alike."""
+    return f"{value.__module__}.{value.__qualname__}" if hasattr(value, "__qualname__") else type(value).__name__
+
+
 def _callable(instance: Any, attribute: Any, value: Any) -> None:
     if value is not None and not callable(value):
         raise TypeError(f"PipelineConfig.loss_fn must be a function of logits and labels (got {value!r})")
@@ -92,7 +97,7 @@ class PipelineConfig:
         default=None, validator=optional(one_of(("up", "down")))
     )
     scale_grads_in_schedule: bool = attrs.field(default=False, validator=boolean)
-    loss_fn: Callable[[Any, Any], Any] | None = attrs.field(default=None, validator=_callable)
+    loss_fn: Callable[[Any, Any], Any] | None = attrs.field(default=None, validator=_callable, repr=_function_name)
     dtype: Any = attrs.field(default=None, converter=_dtype_name, validator=optional(one_of(_DTYPES)))
     pp_seq_len: int | None = attrs.field(default=None, validator=optional(integer(at_least=1)))
 
