@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from nemo_dist.compose import DistributedSetup
+from nemo_dist.runtime import Runtime
 from nemo_dist.testing.zoo import SPECIMENS
 
 # A denominator well above rounding noise: where a gradient is zero in exact arithmetic (the bias of a key), plain AdamW
@@ -96,11 +97,11 @@ def train_on_rank(task: Task, folder: Path, options: Mapping[str, Any]) -> Outco
         batches = [_rows(batch, runtime.dp_rank, runtime.dp_size) for batch in task.batches(step)]
         losses.append(runtime.forward_backward(batches if task.accumulate > 1 else batches[0]).item())
         if step == 0:
-            gradients = {n: _whole(p.grad) for n, p in runtime.named_parameters() if p.grad is not None}
+            gradients = _whole(runtime, {n: p.grad for n, p in runtime.named_parameters() if p.grad is not None})
         norms.append(runtime.clip_grad_norm_(MAX_NORM).item())
         optimizer.step()
         optimizer.zero_grad()
-    parameters = {name: _whole(parameter) for name, parameter in runtime.named_parameters()}
+    parameters = _whole(runtime, dict(runtime.named_parameters()))
     return Outcome(losses=losses, norms=norms, gradients=gradients, parameters=parameters)
 
 
@@ -167,7 +168,8 @@ def _rows(batch: Mapping[str, Tensor], index: int, count: int) -> dict[str, Tens
     return {name: value.chunk(count)[index] for name, value in batch.items()}
 
 
-def _whole(tensor: Tensor | None) -> Tensor:
-    assert tensor is not None
-    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return whole.detach().clone().cpu()
+def _whole(runtime: Runtime, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the whole tensors of *state*, by way of the canonical state: a strategy may cut them in its own way."""
+    runtime.setup.calls.export_state(state=state, parts=list(runtime.parts), mesh=runtime.mesh)
+    whole = {name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for name, tensor in state.items()}
+    return {name: tensor.detach().clone().cpu() for name, tensor in whole.items()}
