@@ -18,6 +18,13 @@ import torch._dynamo  # reads torch.cuda when it is imported, which must be the 
 from nemo_dist.testing.call import Reference
 
 
+class _Device(str):
+    """The CPU where memory is taken on it, and the number 0 where it becomes part of a device's name."""
+
+    def __format__(self, spec: str) -> str:
+        return "0"
+
+
 class _Event:
     def wait(self, stream: Any = None) -> None:
         """Return at once: what was recorded before has happened."""
@@ -43,7 +50,7 @@ def cuda_calls() -> Iterator[None]:
     And ``Tensor.cuda``, which the package calls on one small CPU tensor.
     """
     replaced: dict[str, Any] = {
-        "current_device": lambda: 0,
+        "current_device": lambda: _Device("cpu"),
         "Stream": _Stream,
         "stream": _inside,
         "current_stream": lambda device=None: _Stream(),

@@ -24,14 +24,17 @@ from nemo_dist.testing.zoo import SPECIMENS
 
 # A denominator well above rounding noise: where a gradient is zero in exact arithmetic (the bias of a key), plain AdamW
 # would turn the noise into full steps, on one process as on many.
-OPTIMIZER: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1, "eps": 1e-5}
+EPS = 1e-5
 MAX_NORM = 0.5
 TOLERANCE = 1e-5
 
 
 @attrs.frozen(kw_only=True)
 class Task:
-    """What to train: a specimen of the zoo on global batches of ``rows`` x ``length`` tokens, ``accumulate`` a step."""
+    """What to train: a specimen of the zoo on global batches of ``rows`` x ``length`` tokens, ``accumulate`` a step.
+
+    ``lr`` and ``weight_decay`` are AdamW's.
+    """
 
     specimen: str = "llama"
     rows: int = 8
@@ -39,6 +42,13 @@ class Task:
     steps: int = 3
     accumulate: int = 1
     seed: int = 0
+    lr: float = 1e-2
+    weight_decay: float = 0.1
+
+    @property
+    def optimizer(self) -> dict[str, Any]:
+        """The options of AdamW."""
+        return {"lr": self.lr, "weight_decay": self.weight_decay, "eps": EPS}
 
     def batches(self, step: int) -> list[dict[str, Tensor]]:
         """Return the global batches of *step*: ``accumulate`` dicts of tensors with ``rows`` rows."""
@@ -69,7 +79,7 @@ def checkpoint(specimen: str, seed: int = 0) -> Path:
 def reference(task: Task) -> Outcome:
     """Return what one process gets on the whole batch with plain transformers and torch, in float32."""
     model = SPECIMENS[task.specimen].load.from_pretrained(checkpoint(task.specimen, task.seed), dtype=torch.float32)
-    optimizer = torch.optim.AdamW(model.parameters(), **OPTIMIZER)
+    optimizer = torch.optim.AdamW(model.parameters(), **task.optimizer)
     losses, norms, gradients = [], [], {}
     for step in range(task.steps):
         batches = task.batches(step)
@@ -91,7 +101,7 @@ def train_on_rank(task: Task, folder: Path, options: Mapping[str, Any]) -> Outco
     setup = DistributedSetup.build(**options)
     model = SPECIMENS[task.specimen].load.from_pretrained(folder, distributed_setup=setup, dtype=torch.float32)
     runtime = setup.runtime(model)
-    optimizer = runtime.optimizer(torch.optim.AdamW, **OPTIMIZER)
+    optimizer = runtime.optimizer(torch.optim.AdamW, **task.optimizer)
     losses, norms, gradients = [], [], {}
     for step in range(task.steps):
         batches = [_rows(batch, runtime.dp_rank, runtime.dp_size) for batch in task.batches(step)]

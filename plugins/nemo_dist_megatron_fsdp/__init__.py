@@ -41,7 +41,7 @@ class MegatronFSDPConfig:
     ``zero_dp_strategy``: 1 shards the optimizer state, 2 the gradients too, 3 the parameters too.
     ``megatron_fsdp_unit_modules``: names (``"LlamaDecoderLayer"``) or import paths of the classes that are gathered and
     freed as one; None takes the blocks that the model declares indivisible. ``preserve_fp32_weights``: keep and update
-    float32 weights beside parameters of another dtype. ``grad_reduce_in_fp32``: accumulate and reduce gradients in
+    float32 weights, and gradients, beside parameters of another dtype. ``grad_reduce_in_fp32``: reduce gradients in
     float32, whatever the dtype of the parameters. ``average_in_collective``: divide in the collective, not before it.
     ``disable_bucketing``: one bucket for all parameters outside the units. ``fsdp_double_buffer``: gather into two
     buffers that are kept, for models whose units are alike. ``report_nan_in_param_grad``: raise on a gradient that is
@@ -67,7 +67,7 @@ class MegatronFSDP:
     config_type: ClassVar[type] = MegatronFSDPConfig
     stage: ClassVar[int] = Stage.DATA
     axes: ClassVar[frozenset[str]] = frozenset({"dp_shard"})
-    composes_with: ClassVar[frozenset[str]] = frozenset()
+    composes_with: ClassVar[frozenset[str]] = frozenset({"activation_checkpointing"})
 
     config: MegatronFSDPConfig = attrs.field(factory=MegatronFSDPConfig)
 

@@ -64,22 +64,24 @@ def take_over(model: nn.Module, mesh: MeshContext, config: MegatronFSDPConfig) -
     """
     own_mesh = mesh["dp_shard_cp", "tp"]
     sources: dict[str, Any] = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    data, tensor = own_mesh.mesh_dim_names or ()
     units = unit_classes(model, config)
     _hollow(model, sources, model.__dict__.pop(_WHOLE))
     wrapper: Any = fully_shard_model(
         model,
         device_mesh=own_mesh,
-        dp_shard_dim="dp_shard_cp",
-        tp_dim="tp",
+        dp_shard_dim=data,
+        tp_dim=tensor,
         device=mesh.device,
         fsdp_unit_modules=units,
         zero_dp_strategy=config.zero_dp_strategy,
         mixed_precision_policy=_precision(sources, config),
-        average_in_collective=config.average_in_collective,
         disable_bucketing=config.disable_bucketing,
         fsdp_double_buffer=config.fsdp_double_buffer,
         report_nan_in_param_grad=config.report_nan_in_param_grad,
     )
+    # Given to the package, it would ask for expert groups, which only Megatron-LM has.
+    wrapper.ddp_config.average_in_collective = config.average_in_collective
     if dist.get_backend(own_mesh.get_group(0)) != "nccl":
         wrapper.ddp_config.gradient_reduce_div_fusion = False  # a sum with a factor is a reduction of NCCL's only
     own: dict[str, Any] = dict(model.named_parameters())
@@ -144,10 +146,13 @@ def _hollowed(whole: Tensor, source: Tensor) -> Tensor:
     )
 
 
-def _precision(sources: dict[str, Tensor], config: MegatronFSDPConfig) -> Any:
+def _precision(sources: Mapping[str, Tensor], config: MegatronFSDPConfig) -> Any:
     """Return the package's policy; float32 parameters are their own main weights."""
-    narrow = any(tensor.dtype != torch.float32 for tensor in sources.values())
+    wide = all(tensor.dtype == torch.float32 for tensor in sources.values())
+    reduced = torch.float32 if config.grad_reduce_in_fp32 else None
     return MixedPrecisionPolicy(
-        main_params_dtype=torch.float32 if config.preserve_fp32_weights and narrow else None,
-        main_grads_dtype=torch.float32 if config.grad_reduce_in_fp32 else None,
+        main_params_dtype=torch.float32 if config.preserve_fp32_weights and not wide else None,
+        # An optimizer needs gradients of its weights' dtype, so only float32 weights can have float32 gradients.
+        main_grads_dtype=reduced if config.preserve_fp32_weights or wide else None,
+        grad_comm_dtype=reduced,
     )
