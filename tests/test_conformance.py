@@ -1,7 +1,10 @@
 """Every plugin that ships passes the kit that a third party's has to pass."""
 
+import pytest
+
 from nemo_dist import FSDP2Config, ParallelismSizes, Registry
 from nemo_dist.testing import PluginConformance
+from nemo_dist.testing.cuda_calls import WithCudaCalls
 
 FP32 = {"param_dtype": "float32", "reduce_dtype": "float32"}
 
@@ -18,6 +21,14 @@ class TestDDP(PluginConformance):
 class TestPipeline(PluginConformance):
     plugin = "pipeline"
     build = {"strategy": FSDP2Config(mp_policy=FP32), "parallelism_sizes": ParallelismSizes(pp_size=2)}
+
+
+class TestMegatronFSDP(PluginConformance):
+    plugin = "megatron_fsdp"
+
+    @pytest.fixture
+    def ranks(self, ranks):
+        return lambda world_size: WithCudaCalls(ranks(world_size))
 
 
 class TestRecompute(PluginConformance):
