@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     )
     from nemo_dist.mesh import Axis, MeshPlan, View
     from nemo_dist.registry import Plugin, Registry, Stage
+    from nemo_dist.run_folder import RunFolder
     from nemo_dist.runtime import Runtime
     from nemo_dist.sizes import ParallelismSizes
     from nemo_dist_context import ContextConfig
@@ -57,6 +58,7 @@ _HOMES = {
     ),
     "nemo_dist.mesh": ("Axis", "MeshPlan", "View"),
     "nemo_dist.registry": ("Plugin", "Registry", "Stage"),
+    "nemo_dist.run_folder": ("RunFolder",),
     "nemo_dist.runtime": ("Runtime",),
     "nemo_dist.sizes": ("ParallelismSizes",),
     "nemo_dist_context": ("ContextConfig",),
@@ -90,6 +92,7 @@ __all__ = [
     "PluginError",
     "RankError",
     "Registry",
+    "RunFolder",
     "Runtime",
     "RuntimePart",
     "Stage",
