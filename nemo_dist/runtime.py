@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -110,8 +111,8 @@ class Runtime:
         counts = torch.stack([count_labels(self.parts[-1], batch) for batch in local])
         total = self._sum_over_batches(counts.sum())
         weights = counts / total.clamp(min=1)
-        # The strategy will average gradients over the ranks of dp_cp, each of which contributes a sum.
-        scale = self.mesh.size("dp_cp")
+        # The strategy will average gradients over these ranks, each of which contributes a sum.
+        scale = 1 if self._token_group is None else self._token_group.size()
         loss = self._engine(local, list(weights * scale))
         return self._sum_over_batches(loss / scale)
 
@@ -132,12 +133,16 @@ class Runtime:
             total += torch.where(weight > 0, loss.detach().float(), total.new_zeros(()))
         return total
 
+    @cached_property  # looking a group up on a mesh costs half a millisecond, too much for every step
+    def _token_group(self) -> dist.ProcessGroup | None:
+        """The ranks that see different tokens, all data-parallel and context-parallel ones; None when there is one."""
+        return self.mesh.group("dp_cp")
+
     def _sum_over_batches(self, value: Tensor) -> Tensor:
-        """Sum over the ranks that see different tokens: all data-parallel and context-parallel ranks."""
-        group = self.mesh.group("dp_cp")
+        """Sum over the ranks that see different tokens."""
         value = value.detach().clone().float()
-        if group is not None:
-            dist.all_reduce(value, group=group)
+        if self._token_group is not None:
+            dist.all_reduce(value, group=self._token_group)
         return value
 
     @contextmanager
