@@ -36,6 +36,19 @@ class TestRecompute(PluginConformance):
     build = {"strategy": FSDP2Config(mp_policy=FP32), "plugins": ("recompute",)}
 
 
+class TestTensor(PluginConformance):
+    plugin = "tensor"
+    build = {
+        "strategy": FSDP2Config(mp_policy=FP32, sequence_parallel=True),
+        "parallelism_sizes": ParallelismSizes(tp_size=2),
+    }
+
+
+class TestContext(PluginConformance):
+    plugin = "context"
+    build = {"strategy": FSDP2Config(mp_policy=FP32), "parallelism_sizes": ParallelismSizes(cp_size=2)}
+
+
 def test_every_plugin_that_ships_is_tested_here():
     tested = {kit.plugin for kit in PluginConformance.__subclasses__()}
     ours = {entry.name for entry in Registry().entries if entry.dist and entry.dist.name == "nemo-dist"}
