@@ -64,8 +64,8 @@ def _llama(**more: Any) -> Callable[[], Any]:
     return lambda: transformers.LlamaConfig(**_text(**more))
 
 
-def _qwen3() -> Any:
-    return transformers.Qwen3Config(**_text(head_dim=8))
+def _qwen3(**more: Any) -> Callable[[], Any]:
+    return lambda: transformers.Qwen3Config(**_text(head_dim=8, **more))
 
 
 def _odd() -> Any:
@@ -116,6 +116,10 @@ def _deepseek() -> Any:
     return transformers.DeepseekV2Config(**_text(num_key_value_heads=4, first_k_dense_replace=1, **latent, **experts))
 
 
+def _mistral(**more: Any) -> Callable[[], Any]:
+    return lambda: transformers.MistralConfig(**_text(sliding_window=5, **more))
+
+
 def _bert() -> Any:
     options = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "classifier_dropout": 0.0}
     return transformers.BertConfig(**_text(num_labels=3, **options))
@@ -161,6 +165,34 @@ def _tagged(rows: int, length: int, generator: torch.Generator) -> dict[str, Ten
     return {**batch, "labels": _uneven(torch.where(batch["attention_mask"] == 1, tags, _IGNORED), generator)}
 
 
+def _padded_causal(rows: int, length: int, generator: torch.Generator) -> dict[str, Tensor]:
+    batch = _padded(rows, length, generator)
+    tokens = torch.where(batch["attention_mask"] == 1, batch["input_ids"], _IGNORED)
+    return {**batch, "labels": _uneven(tokens, generator)}
+
+
+def _left_padded(rows: int, length: int, generator: torch.Generator) -> dict[str, Tensor]:
+    return {name: value.flip(1) for name, value in _padded_causal(rows, length, generator).items()}
+
+
+def _packed(rows: int, length: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Pack several sequences into every row, each cut elsewhere: positions restart, and no mask says so.
+
+    transformers keeps them apart only where the forward makes no cache, so their configs say ``use_cache=False``.
+    """
+    batch = _causal(rows, length, generator)
+    cuts = torch.rand((rows, length), generator=generator) < 2.5 / length
+    cuts[:, 0] = True
+    places = torch.arange(length).expand(rows, length)
+    starts = torch.where(cuts, places, 0).cummax(dim=1).values
+    labels = torch.where(cuts, _IGNORED, batch["labels"])  # the last token of a sequence has no next one
+    return {**batch, "labels": labels, "position_ids": places - starts}
+
+
+def _numbered(rows: int, length: int, generator: torch.Generator) -> dict[str, Tensor]:
+    return {**_tagged(rows, length, generator), "position_ids": torch.arange(length).expand(rows, length).clone()}
+
+
 def _images(rows: int, length: int, generator: torch.Generator) -> dict[str, Tensor]:
     batch = _causal(rows, length, generator)
     batch["input_ids"][:, :_PATCHES] = _VOCABULARY - 1
@@ -175,7 +207,33 @@ SPECIMENS: dict[str, Specimen] = {
     for specimen in (
         Specimen(name="llama", loader=_CAUSAL, config=_llama(), batch=_causal),
         Specimen(name="llama-tied", loader=_CAUSAL, config=_llama(tie_word_embeddings=True), batch=_causal),
-        Specimen(name="qwen3", loader=_CAUSAL, config=_qwen3, batch=_causal),
+        # Enough layers for 4 pipeline ranks with 2 stages each, and a number that does not divide.
+        Specimen(name="llama-deep", loader=_CAUSAL, config=_llama(num_hidden_layers=9), batch=_causal),
+        Specimen(
+            name="llama-deep-tied",
+            loader=_CAUSAL,
+            config=_llama(num_hidden_layers=9, tie_word_embeddings=True),
+            batch=_causal,
+        ),
+        Specimen(name="qwen3-deep", loader=_CAUSAL, config=_qwen3(num_hidden_layers=9), batch=_causal),
+        Specimen(
+            name="llama-sequences",
+            loader="NeMoAutoModelForSequenceClassification",
+            config=_llama(num_hidden_layers=5, num_labels=3),
+            batch=_sequences,
+        ),
+        Specimen(
+            name="llama-tokens",
+            loader="NeMoAutoModelForTokenClassification",
+            config=_llama(num_hidden_layers=5, num_labels=3),
+            batch=_tagged,
+        ),
+        Specimen(name="llama-padded", loader=_CAUSAL, config=_llama(), batch=_padded_causal),
+        Specimen(name="llama-left-padded", loader=_CAUSAL, config=_llama(), batch=_left_padded),
+        Specimen(name="llama-packed", loader=_CAUSAL, config=_llama(use_cache=False), batch=_packed),
+        Specimen(name="mistral", loader=_CAUSAL, config=_mistral(), batch=_causal),
+        Specimen(name="mistral-packed", loader=_CAUSAL, config=_mistral(use_cache=False), batch=_packed),
+        Specimen(name="qwen3", loader=_CAUSAL, config=_qwen3(), batch=_causal),
         Specimen(name="llama-odd", loader=_CAUSAL, config=_odd, batch=_causal),
         Specimen(name="phi3", loader=_CAUSAL, config=_phi3, batch=_causal),
         Specimen(name="gemma2", loader=_CAUSAL, config=_gemma2, batch=_causal),
@@ -189,6 +247,7 @@ SPECIMENS: dict[str, Specimen] = {
             name="bert-sequences", loader="NeMoAutoModelForSequenceClassification", config=_bert, batch=_sequences
         ),
         Specimen(name="bert-tokens", loader="NeMoAutoModelForTokenClassification", config=_bert, batch=_tagged),
+        Specimen(name="bert-numbered", loader="NeMoAutoModelForTokenClassification", config=_bert, batch=_numbered),
         Specimen(name="llava", loader="NeMoAutoModelForImageTextToText", config=_llava, batch=_images),
     )
 }
