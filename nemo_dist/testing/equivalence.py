@@ -100,6 +100,11 @@ def train_on_rank(task: Task, folder: Path, options: Mapping[str, Any]) -> Outco
     """Run on every rank: build the setup from *options*, load, train, and return this rank's view of all numbers."""
     setup = DistributedSetup.build(**options)
     model = SPECIMENS[task.specimen].load.from_pretrained(folder, distributed_setup=setup, dtype=torch.float32)
+    return train(task, setup, model)
+
+
+def train(task: Task, setup: DistributedSetup, model: Any) -> Outcome:
+    """Train *model*, loaded for *setup*, on this rank, and return this rank's view of all numbers."""
     runtime = setup.runtime(model)
     optimizer = runtime.optimizer(torch.optim.AdamW, **task.optimizer)
     losses, norms, gradients = [], [], {}
