@@ -145,20 +145,32 @@ def _describe(
     plugin: Plugin, setup: DistributedSetup, registry: Registry, section: dict[str, Any], further: dict[str, Any]
 ) -> None:
     """Add *plugin* to the section: under the key of its role where it fills one, else under ``plugins:``."""
-    options = _options(plugin.config, plugin.name)
     if registry.role(RECOMPUTE) == plugin.name:
         scope = getattr(setup.strategy_config, f"{RECOMPUTE}_scope", None)
         settings = {"mode": setup.activation_checkpointing} | ({} if scope is None else {"scope": scope})
         if plugin.config == type(plugin.config)(**settings):
             section[RECOMPUTE] = setup.activation_checkpointing
             return
+    options = _options(plugin.config, plugin.name)
     for key, (_, role) in _CONFIGS.items():
         if registry.role(role) == plugin.name:
             section |= {key: options} if options else {}
             return
-    wide = {axis.name for axis in setup.plan.wide}
-    if options or not any(registry.role(axis) == plugin.name for axis in plugin.axes & wide):
+    if plugin.config != _default(plugin, setup, registry):
         further[plugin.name] = options
+
+
+def _default(plugin: Plugin, setup: DistributedSetup, registry: Registry) -> Any:
+    """Return the config that ``build`` gives *plugin* for an axis that nobody was named for; None if it would not."""
+    delegates = getattr(setup.strategy, "delegates", {})
+    usual = type(setup.strategy_config)()
+    for axis in (axis.name for axis in setup.plan.wide if axis.name in plugin.axes):
+        if registry.role(axis) == plugin.name:
+            given = {name: getattr(setup.strategy_config, name) for name in delegates.get(axis, ())}
+            return type(plugin.config)(
+                **{name: value for name, value in given.items() if value != getattr(usual, name)}
+            )
+    return None
 
 
 def _installed(plugin: Plugin, registry: Registry) -> Plugin:

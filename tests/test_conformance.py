@@ -20,6 +20,11 @@ class TestContext(PluginConformance):
     build = {"strategy": FSDP2Config(mp_policy=FP32), "parallelism_sizes": ParallelismSizes(cp_size=2)}
 
 
+class TestPipeline(PluginConformance):
+    plugin = "pipeline"
+    build = {"strategy": FSDP2Config(mp_policy=FP32), "parallelism_sizes": ParallelismSizes(pp_size=2)}
+
+
 class TestRecompute(PluginConformance):
     plugin = "recompute"
     build = {"strategy": FSDP2Config(mp_policy=FP32), "plugins": ("recompute",)}

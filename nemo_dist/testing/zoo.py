@@ -64,8 +64,56 @@ def _llama(**more: Any) -> Callable[[], Any]:
     return lambda: transformers.LlamaConfig(**_text(**more))
 
 
-def _qwen3() -> Any:
-    return transformers.Qwen3Config(**_text(head_dim=8))
+def _qwen3(**more: Any) -> Callable[[], Any]:
+    return lambda: transformers.Qwen3Config(**_text(head_dim=8, **more))
+
+
+def _odd() -> Any:
+    """Sizes that hardly anything divides: vocabulary, width, 6 query heads over 3 key heads; biases everywhere."""
+    odd = {"vocab_size": 101, "hidden_size": 36, "intermediate_size": 57, "attention_bias": True, "mlp_bias": True}
+    return transformers.LlamaConfig(**_text(**odd, num_attention_heads=6, num_key_value_heads=3, head_dim=6))
+
+
+def _phi3() -> Any:
+    return transformers.Phi3Config(**_text(bos_token_id=1, eos_token_id=2))
+
+
+def _gemma3() -> Any:
+    """A scaled embedding, q/k norms, norms after attention and feed-forward too, sliding layers, tied."""
+    return transformers.Gemma3TextConfig(**_text(head_dim=8, sliding_window=8, layer_types=_gemma3_layers()))
+
+
+def _gemma3_layers() -> list[str]:
+    return ["sliding_attention", "full_attention", "sliding_attention"]
+
+
+def _gemma2() -> Any:
+    return transformers.Gemma2Config(**_text(head_dim=8, sliding_window=8, final_logit_softcapping=5.0))
+
+
+def _olmo2() -> Any:
+    return transformers.Olmo2Config(**_text())
+
+
+def _neox() -> Any:
+    text = _text()
+    text.pop("num_key_value_heads")
+    return transformers.GPTNeoXConfig(**text)
+
+
+def _mixtral() -> Any:
+    return transformers.MixtralConfig(**_text(num_local_experts=4, num_experts_per_tok=2))
+
+
+def _qwen3_moe() -> Any:
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    return transformers.Qwen3MoeConfig(**_text(head_dim=8, **experts))
+
+
+def _deepseek() -> Any:
+    latent = {"kv_lora_rank": 16, "q_lora_rank": None, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "n_shared_experts": 1}
+    return transformers.DeepseekV2Config(**_text(num_key_value_heads=4, first_k_dense_replace=1, **latent, **experts))
 
 
 def _mistral(**more: Any) -> Callable[[], Any]:
@@ -159,12 +207,42 @@ SPECIMENS: dict[str, Specimen] = {
     for specimen in (
         Specimen(name="llama", loader=_CAUSAL, config=_llama(), batch=_causal),
         Specimen(name="llama-tied", loader=_CAUSAL, config=_llama(tie_word_embeddings=True), batch=_causal),
+        # Enough layers for 4 pipeline ranks with 2 stages each, and a number that does not divide.
+        Specimen(name="llama-deep", loader=_CAUSAL, config=_llama(num_hidden_layers=9), batch=_causal),
+        Specimen(
+            name="llama-deep-tied",
+            loader=_CAUSAL,
+            config=_llama(num_hidden_layers=9, tie_word_embeddings=True),
+            batch=_causal,
+        ),
+        Specimen(name="qwen3-deep", loader=_CAUSAL, config=_qwen3(num_hidden_layers=9), batch=_causal),
+        Specimen(
+            name="llama-sequences",
+            loader="NeMoAutoModelForSequenceClassification",
+            config=_llama(num_hidden_layers=5, num_labels=3),
+            batch=_sequences,
+        ),
+        Specimen(
+            name="llama-tokens",
+            loader="NeMoAutoModelForTokenClassification",
+            config=_llama(num_hidden_layers=5, num_labels=3),
+            batch=_tagged,
+        ),
         Specimen(name="llama-padded", loader=_CAUSAL, config=_llama(), batch=_padded_causal),
         Specimen(name="llama-left-padded", loader=_CAUSAL, config=_llama(), batch=_left_padded),
         Specimen(name="llama-packed", loader=_CAUSAL, config=_llama(use_cache=False), batch=_packed),
         Specimen(name="mistral", loader=_CAUSAL, config=_mistral(), batch=_causal),
         Specimen(name="mistral-packed", loader=_CAUSAL, config=_mistral(use_cache=False), batch=_packed),
-        Specimen(name="qwen3", loader=_CAUSAL, config=_qwen3, batch=_causal),
+        Specimen(name="qwen3", loader=_CAUSAL, config=_qwen3(), batch=_causal),
+        Specimen(name="llama-odd", loader=_CAUSAL, config=_odd, batch=_causal),
+        Specimen(name="phi3", loader=_CAUSAL, config=_phi3, batch=_causal),
+        Specimen(name="gemma2", loader=_CAUSAL, config=_gemma2, batch=_causal),
+        Specimen(name="gemma3", loader=_CAUSAL, config=_gemma3, batch=_causal),
+        Specimen(name="olmo2", loader=_CAUSAL, config=_olmo2, batch=_causal),
+        Specimen(name="neox", loader=_CAUSAL, config=_neox, batch=_causal),
+        Specimen(name="mixtral", loader=_CAUSAL, config=_mixtral, batch=_causal),
+        Specimen(name="qwen3-moe", loader=_CAUSAL, config=_qwen3_moe, batch=_causal),
+        Specimen(name="deepseek", loader=_CAUSAL, config=_deepseek, batch=_causal),
         Specimen(
             name="bert-sequences", loader="NeMoAutoModelForSequenceClassification", config=_bert, batch=_sequences
         ),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import attrs
 
 from nemo_dist import MeshPlan, RuntimePart, Stage, hookimpl
 from nemo_dist.options import boolean, integer, options
+from nemo_dist.values import FrozenMapping
 from nemo_dist_fsdp2.policies import mixed_precision_fields, offload_fields
 
 if TYPE_CHECKING:
@@ -23,6 +24,11 @@ def _reshard(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None
         integer(at_least=2)(instance, attribute, value)
 
 
+def _frozen(value: Any) -> Any:
+    """Return a plan as it is kept in a config; the plugin that carries it out judges what is in it."""
+    return FrozenMapping(value) if isinstance(value, dict) else value
+
+
 @options(plugin="fsdp2")
 class FSDP2Config:
     """Options of FSDP2.
@@ -31,12 +37,13 @@ class FSDP2Config:
     and reduces gradients in float32. ``offload_policy``: torch's ``CPUOffloadPolicy``, or "cpu", or its ``pin_memory``
     in a dict; None keeps the shards on the device. ``reshard_after_forward``: free the gathered parameters of a block
     after its forward; an int reshards to that many ranks; None is True for blocks and False for what the end of the
-    forward needs. ``defer_fsdp_grad_sync``: reduce gradients once per ``forward_backward``, not once per batch of a
-    list (faster, but holds whole gradients). ``forward_prefetch_depth``, ``backward_prefetch_depth``: how many blocks
-    ahead are gathered.
+    forward needs, and for the stages of a pipeline. ``defer_fsdp_grad_sync``: reduce gradients once per
+    ``forward_backward``, not once per batch of a list (faster, but holds whole gradients).
+    ``forward_prefetch_depth``, ``backward_prefetch_depth``: how many blocks ahead are gathered.
     ``enable_compile``: run ``torch.compile`` on every block. ``activation_checkpointing`` is the same as on
     ``DistributedSetup.build``; ``activation_checkpointing_scope`` restricts it to parts of a model of several towers:
-    one or more of "language", "vision", "audio" and "multimodal"; None is all.
+    one or more of "language", "vision", "audio" and "multimodal"; None is all. ``sequence_parallel``, ``tp_plan`` and
+    ``enable_async_tensor_parallel`` go to the plugin of the ``tp`` axis, and are refused without one.
     """
 
     mp_policy: MixedPrecisionPolicy | dict[str, Any] | None = attrs.field(
@@ -49,6 +56,9 @@ class FSDP2Config:
     backward_prefetch_depth: int = attrs.field(default=1, validator=integer(at_least=1))
     enable_compile: bool = attrs.field(default=False, validator=boolean)
     activation_checkpointing: bool | str = False
+    sequence_parallel: bool = attrs.field(default=False, validator=boolean)
+    tp_plan: Mapping[str, str] | None = attrs.field(default=None, converter=_frozen)
+    enable_async_tensor_parallel: bool = attrs.field(default=False, validator=boolean)
     activation_checkpointing_scope: str | Sequence[str] | None = None
 
 
@@ -61,8 +71,11 @@ class FSDP2:
     stage: ClassVar[int] = Stage.DATA
     axes: ClassVar[frozenset[str]] = frozenset({"dp_shard", "dp_replicate"})
     composes_with: ClassVar[frozenset[str]] = frozenset(
-        {"activation_checkpointing", "activation_checkpointing:selective", "cp"}
+        {"activation_checkpointing", "activation_checkpointing:selective", "cp", "pp", "tp"}
     )
+    delegates: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "tp": ("tp_plan", "sequence_parallel", "enable_async_tensor_parallel")
+    }
 
     config: FSDP2Config = attrs.field(factory=FSDP2Config)
 
