@@ -18,11 +18,6 @@ class TestDDP(PluginConformance):
     plugin = "ddp"
 
 
-class TestContext(PluginConformance):
-    plugin = "context"
-    build = {"strategy": FSDP2Config(mp_policy=FP32), "parallelism_sizes": ParallelismSizes(cp_size=2)}
-
-
 class TestPipeline(PluginConformance):
     plugin = "pipeline"
     build = {"strategy": FSDP2Config(mp_policy=FP32), "parallelism_sizes": ParallelismSizes(pp_size=2)}

@@ -94,6 +94,21 @@ def test_a_section_means_what_build_means():
     assert DistributedSetup.from_dict(section, world_size=8).describe() == expected.describe()
 
 
+def test_the_options_of_other_axes_survive_too():
+    section = {
+        "strategy": "fsdp2",
+        "tp_size": 2,
+        "pp_size": 2,
+        "sequence_parallel": True,
+        "tp_plan": {"layers.*.mlp.gate_proj": "colwise"},
+        "pipeline": {"pp_schedule": "GPipe"},
+    }
+    setup = DistributedSetup.from_dict(section, world_size=8)
+    assert setup.to_dict() == section
+    assert setup.pipeline_config.pp_schedule == "GPipe"
+    assert next(plugin for plugin in setup.plugins if plugin.name == "tensor").config.sequence_parallel
+
+
 def test_a_setup_of_defaults_is_its_strategy():
     assert DistributedSetup.build(world_size=4).to_dict() == {"strategy": "fsdp2"}
     assert DistributedSetup.from_dict({}, world_size=4).to_dict() == {"strategy": "fsdp2"}
