@@ -82,6 +82,43 @@ def test_recomputing_activations_changes_no_number(ranks, zero):
     assert_equivalent(ranks(2), Task(), strategy=strategy, activation_checkpointing=True)
 
 
+# World, then cp and tp, sequence parallelism, ZeRO, specimen; what is left of the world is data parallelism.
+COMPOSED = [
+    (world, cp, tp, sequence, zero, specimen)
+    for world in (2, 4, 8)
+    for cp in (1, 2, 4)
+    for tp in (1, 2, 4)
+    for sequence in ((False, True) if tp > 1 else (False,))
+    for zero in ZERO
+    for specimen in ("llama", "llama-tied", "qwen3")
+    if 1 < cp * tp <= world
+]
+COMPOSED_SAMPLE = [
+    (2, 2, 1, False, 3, "llama"),
+    (2, 1, 2, False, 3, "qwen3"),
+    (4, 1, 2, True, 1, "llama-tied"),
+    (4, 1, 2, False, 2, "llama"),
+    (4, 2, 1, False, 1, "qwen3"),
+    (4, 2, 2, True, 3, "llama"),
+]
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [*COMPOSED_SAMPLE, *(pytest.param(one, marks=pytest.mark.slow) for one in COMPOSED if one not in COMPOSED_SAMPLE)],
+    ids=lambda cell: "-".join(map(str, cell)),
+)
+def test_with_tensor_and_context_parallelism_it_computes_what_one_process_computes(ranks, cell):
+    world, cp, tp, sequence, zero, specimen = cell
+    assert_equivalent(
+        ranks(world),
+        Task(specimen=specimen, length=13),  # a length that neither cp nor tp divides
+        strategy=MegatronFSDPConfig(zero_dp_strategy=zero, sequence_parallel=sequence),
+        parallelism_sizes=ParallelismSizes(cp_size=cp, tp_size=tp),
+        activation_checkpointing=zero == 3,
+    )
+
+
 # ---- loading ----
 
 
