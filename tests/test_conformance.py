@@ -2,7 +2,7 @@
 
 import pytest
 
-from nemo_dist import FSDP2Config, Registry
+from nemo_dist import FSDP2Config, ParallelismSizes, Registry
 from nemo_dist.testing import PluginConformance
 from nemo_dist.testing.cuda_calls import WithCudaCalls
 
@@ -18,6 +18,11 @@ class TestDDP(PluginConformance):
     plugin = "ddp"
 
 
+class TestPipeline(PluginConformance):
+    plugin = "pipeline"
+    build = {"strategy": FSDP2Config(mp_policy=FP32), "parallelism_sizes": ParallelismSizes(pp_size=2)}
+
+
 class TestMegatronFSDP(PluginConformance):
     plugin = "megatron_fsdp"
 
@@ -29,6 +34,19 @@ class TestMegatronFSDP(PluginConformance):
 class TestRecompute(PluginConformance):
     plugin = "recompute"
     build = {"strategy": FSDP2Config(mp_policy=FP32), "plugins": ("recompute",)}
+
+
+class TestTensor(PluginConformance):
+    plugin = "tensor"
+    build = {
+        "strategy": FSDP2Config(mp_policy=FP32, sequence_parallel=True),
+        "parallelism_sizes": ParallelismSizes(tp_size=2),
+    }
+
+
+class TestContext(PluginConformance):
+    plugin = "context"
+    build = {"strategy": FSDP2Config(mp_policy=FP32), "parallelism_sizes": ParallelismSizes(cp_size=2)}
 
 
 def test_every_plugin_that_ships_is_tested_here():

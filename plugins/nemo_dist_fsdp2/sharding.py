@@ -32,12 +32,14 @@ def shard(model: nn.Module, mesh: MeshContext, config: FSDP2Config) -> None:
     }
     blocks = _blocks(model)
     reshard = config.reshard_after_forward
+    # A stage of a pipeline runs many microbatches forward before the first goes back: gather its blocks once for all.
+    block_reshard = mesh.size("pp") == 1 if reshard is None else reshard
     for block in blocks:
         if config.enable_compile:
             block.compile()
-        fully_shard(block, reshard_after_forward=True if reshard is None else reshard, **options)
+        fully_shard(block, reshard_after_forward=block_reshard, **options)
     for embedding in _untied(model, _embeddings(model)):
-        fully_shard(embedding, reshard_after_forward=True if reshard is None else reshard, **options)
+        fully_shard(embedding, reshard_after_forward=block_reshard, **options)
     # The backward starts with what the forward ended with, so freeing it in between would only gather it twice.
     tail = _untied(model, _tail(model))
     if tail:
