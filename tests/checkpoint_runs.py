@@ -3,8 +3,9 @@
 import torch
 from torch.distributed.tensor import DTensor
 
-from nemo_dist import DDPConfig, DistributedSetup, FSDP2Config, ParallelismSizes
+from nemo_dist import DDPConfig, DistributedSetup, FSDP2Config, MegatronFSDPConfig, ParallelismSizes
 from nemo_dist.canonical import exported, own_state
+from nemo_dist.testing.cuda_calls import WithCudaCalls
 from nemo_dist.testing.equivalence import OPTIMIZER, Task, checkpoint
 from nemo_dist.testing.zoo import SPECIMENS
 
@@ -13,7 +14,15 @@ SETUPS = {
     "fsdp2": {"strategy": FSDP2Config(mp_policy=FP32)},
     "hsdp": {"strategy": FSDP2Config(mp_policy=FP32), "parallelism_sizes": ParallelismSizes(dp_replicate_size=2)},
     "ddp": {"strategy": DDPConfig()},
+    "megatron_fsdp": {"strategy": MegatronFSDPConfig()},
+    "megatron_fsdp-1": {"strategy": MegatronFSDPConfig(zero_dp_strategy=1)},
+    "megatron_fsdp-tp": {"strategy": MegatronFSDPConfig(), "parallelism_sizes": ParallelismSizes(tp_size=2)},
 }
+
+
+def pool_for(name, pool):
+    """Return *pool*, with a stand-in for torch.cuda where the strategy needs one."""
+    return WithCudaCalls(pool) if name.startswith("megatron_fsdp") else pool
 
 
 def start(name, specimen="llama", seed=0, **options):

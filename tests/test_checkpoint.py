@@ -11,7 +11,16 @@ from nemo_dist import DistributedSetup, FSDP2Config, NeMoAutoModelForCausalLM
 from nemo_dist.testing.equivalence import Task
 
 # In the order of the world size, as a pool of ranks takes seconds to start.
-TOPOLOGIES = [("ddp", 1), ("ddp", 2), ("fsdp2", 2), ("fsdp2", 4), ("hsdp", 4)]
+TOPOLOGIES = [
+    ("ddp", 1),
+    ("ddp", 2),
+    ("fsdp2", 2),
+    ("megatron_fsdp", 2),
+    ("megatron_fsdp-1", 2),
+    ("fsdp2", 4),
+    ("hsdp", 4),
+    ("megatron_fsdp-tp", 4),
+]
 KINDS = ["exp_avg", "exp_avg_sq", "model", "step"]
 
 
@@ -24,7 +33,9 @@ def saved(rank_pools, tmp_path_factory):
         path = where / f"{name}-{world}"
         found[name, world] = (
             path,
-            runs.joined(rank_pools(world).run(runs.train_and_save, name, folders, path, "llama-tied")),
+            runs.joined(
+                runs.pool_for(name, rank_pools(world)).run(runs.train_and_save, name, folders, path, "llama-tied")
+            ),
         )
     return found
 
@@ -34,7 +45,8 @@ def uninterrupted(rank_pools):
     """The losses of steps 3 to 5 of a run that never stopped, under each topology."""
     folders, task = runs.folders("llama-tied"), Task(specimen="llama-tied")
     return {
-        (name, world): rank_pools(world).run(runs.losses, name, folders, task, 6)[0][3:] for name, world in TOPOLOGIES
+        (name, world): runs.pool_for(name, rank_pools(world)).run(runs.losses, name, folders, task, 6)[0][3:]
+        for name, world in TOPOLOGIES
     }
 
 
@@ -51,7 +63,9 @@ PAIRS = [
 def test_any_topology_goes_on_from_any_other(ranks, saved, uninterrupted, source, target):
     path, expected = saved[source]
     name, world = target
-    answers = ranks(world).run(runs.load_and_report, name, runs.folders("llama-tied"), path, "llama-tied", train=3)
+    answers = runs.pool_for(name, ranks(world)).run(
+        runs.load_and_report, name, runs.folders("llama-tied"), path, "llama-tied", train=3
+    )
     loaded = runs.joined([found for _, found, _ in answers])
     assert loaded.keys() == expected.keys()
     assert sorted({key.partition("/")[0] for key in loaded}) == KINDS

@@ -217,6 +217,44 @@ def test_small_steps_of_narrow_parameters_are_kept_in_float32_unless_told_otherw
         assert moved == 1.0 if preserve else moved < 1.0
 
 
+def narrow_run_on_rank(folder, other, path):
+    """Return what a bfloat16 run computes when it is saved, and what one from other weights does once it has loaded it."""
+    task, answers = Task(rows=4), []
+    for weights in (folder, other):
+        model, runtime = start(3, weights, torch.bfloat16)
+        optimizer = runtime.optimizer(torch.optim.AdamW, lr=1e-3)
+        if weights is other:
+            runtime.load(path, optimizer)
+        else:
+            runtime.forward_backward({n: v.chunk(2)[runtime.dp_rank] for n, v in task.batches(0)[0].items()})
+            optimizer.step()
+            optimizer.zero_grad()
+            runtime.save(path, optimizer).wait()
+        with torch.no_grad():
+            logits = model(torch.tensor([[5, 6, 7]])).logits
+        answers.append((logits, canonical(runtime, dict(model.named_parameters()))))
+    return answers
+
+
+def test_a_loaded_run_computes_with_what_it_loaded(ranks, tmp_path):
+    folders = checkpoint("llama"), checkpoint("llama", 1)
+    for (logits, weights), (loaded_logits, loaded) in ranks(2).run(narrow_run_on_rank, *folders, tmp_path / "run"):
+        assert torch.equal(loaded_logits, logits)
+        assert all(torch.equal(loaded[name], weights[name]) for name in weights)
+
+
+def export_on_rank(folder, path):
+    _, runtime = start(2, folder)
+    runtime.export(path)
+
+
+def test_the_exported_folder_is_what_was_loaded(ranks, tmp_path):
+    ranks(2).run(export_on_rank, checkpoint("llama"), tmp_path / "out")
+    exported = NeMoAutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    for name, parameter in SPECIMENS["llama"].make().named_parameters():
+        assert torch.equal(exported.get_parameter(name), parameter)
+
+
 # ---- the optimizer ----
 
 

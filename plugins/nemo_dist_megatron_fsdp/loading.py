@@ -105,7 +105,6 @@ def take_over(model: nn.Module, mesh: MeshContext, config: MegatronFSDPConfig) -
     with torch.no_grad():
         for name in list(own):
             own[name].to_local().copy_(layout.own_part(name, sources.pop(name)))
-    wrapper.install_optimized_model_weights()
     Engine.start(model, wrapper, layout)
 
 
