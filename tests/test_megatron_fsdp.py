@@ -218,7 +218,7 @@ def test_small_steps_of_narrow_parameters_are_kept_in_float32_unless_told_otherw
 
 
 def narrow_run_on_rank(folder, other, path):
-    """Return what a bfloat16 run computes when it is saved, and what one from other weights does once it has loaded it."""
+    """Return what a bfloat16 run computes when it is saved, and what a run that loads it computes."""
     task, answers = Task(rows=4), []
     for weights in (folder, other):
         model, runtime = start(3, weights, torch.bfloat16)
