@@ -35,8 +35,16 @@ def test_a_mesh_of_tensor_parallel_ranks_alone_computes_what_one_process_compute
         ([[0, 2], [1, 3]], ("dp", "tp"), {"tp_size": 2}),
         ([[0, 1], [2, 3]], ("tp", "dp"), {"tp_size": 2}),
         ([[3, 1], [0, 2]], ("tp", "dp_shard"), {"tp_size": 2}),
-        ([[[0, 1], [2, 3]], [[4, 5], [6, 7]]], ("dp_replicate", "dp_shard", "tp"), {"tp_size": 2, "dp_replicate_size": 2}),
-        ([[[0, 1], [2, 3]], [[4, 5], [6, 7]]], ("tp", "dp_replicate", "dp_shard"), {"tp_size": 2, "dp_replicate_size": 2}),
+        (
+            [[[0, 1], [2, 3]], [[4, 5], [6, 7]]],
+            ("dp_replicate", "dp_shard", "tp"),
+            {"tp_size": 2, "dp_replicate_size": 2},
+        ),
+        (
+            [[[0, 1], [2, 3]], [[4, 5], [6, 7]]],
+            ("tp", "dp_replicate", "dp_shard"),
+            {"tp_size": 2, "dp_replicate_size": 2},
+        ),
     ],
 )
 def test_a_mesh_with_data_axes_is_the_default_strategy_on_the_same_sizes(ranks, layout, names, sizes):
