@@ -28,11 +28,13 @@ if TYPE_CHECKING:
     )
     from nemo_dist.mesh import Axis, MeshPlan, View
     from nemo_dist.registry import Plugin, Registry, Stage
+    from nemo_dist.run_folder import RunFolder
     from nemo_dist.runtime import Runtime
     from nemo_dist.sizes import ParallelismSizes
     from nemo_dist_context import ContextConfig
     from nemo_dist_ddp import DDPConfig
     from nemo_dist_fsdp2 import FSDP2Config
+    from nemo_dist_megatron_fsdp import MegatronFSDPConfig
     from nemo_dist_pipeline import AutoPipeline, PipelineConfig
 
 # The only place in the core that names plugins: their config classes are public names, and live with the plugin.
@@ -56,11 +58,13 @@ _HOMES = {
     ),
     "nemo_dist.mesh": ("Axis", "MeshPlan", "View"),
     "nemo_dist.registry": ("Plugin", "Registry", "Stage"),
+    "nemo_dist.run_folder": ("RunFolder",),
     "nemo_dist.runtime": ("Runtime",),
     "nemo_dist.sizes": ("ParallelismSizes",),
     "nemo_dist_context": ("ContextConfig",),
     "nemo_dist_ddp": ("DDPConfig",),
     "nemo_dist_fsdp2": ("FSDP2Config",),
+    "nemo_dist_megatron_fsdp": ("MegatronFSDPConfig",),
     "nemo_dist_pipeline": ("AutoPipeline", "PipelineConfig"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -74,6 +78,7 @@ __all__ = [
     "DistEnv",
     "DistributedSetup",
     "FSDP2Config",
+    "MegatronFSDPConfig",
     "MeshContext",
     "MeshPlan",
     "NeMoAutoModelForCausalLM",
@@ -87,6 +92,7 @@ __all__ = [
     "PluginError",
     "RankError",
     "Registry",
+    "RunFolder",
     "Runtime",
     "RuntimePart",
     "Stage",

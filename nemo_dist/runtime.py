@@ -16,11 +16,13 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
+from nemo_dist.agreement import BatchCheck
 from nemo_dist.context import MeshContext
 from nemo_dist.hooks import Batch, RuntimePart
 from nemo_dist.labels import count_labels
 
 if TYPE_CHECKING:
+    from nemo_dist.background import Save
     from nemo_dist.compose import DistributedSetup
 
 
@@ -37,6 +39,7 @@ class Runtime:
     model: Any
     parts: Sequence[nn.Module]
     plugins: Sequence[RuntimePart]
+    _agreement: BatchCheck = attrs.field(factory=BatchCheck, init=False)
 
     @classmethod
     def assemble(cls, setup: DistributedSetup, model: Any) -> Runtime:
@@ -101,11 +104,13 @@ class Runtime:
         batches divided by the number of labels that are not -100, exactly what one process computes on all of it. No
         unmasked label anywhere gives a loss of 0 and zero gradients.
 
-        Raises ValueError for a batch without labels or an empty list.
+        Raises ValueError for a batch without labels or an empty list, and on the first step RankError when ranks that
+        work on one batch together were given different ones.
         """
         given = [batches] if isinstance(batches, Mapping) else list(batches)
         if not given:
             raise ValueError("forward_backward got an empty list; pass at least one batch")
+        self._agreement.once(given, self.mesh)
         local: list[Batch] = [self.batch(batch) for batch in given]
         counts = torch.stack([count_labels(self.parts[-1], batch) for batch in local])
         total = self._sum_over_batches(counts.sum())
@@ -179,6 +184,52 @@ class Runtime:
             if group is not None:
                 dist.all_reduce(total, op=dist.ReduceOp.MAX if infinite else dist.ReduceOp.SUM, group=group)
         return total if infinite else total ** (1.0 / norm_type)
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        optimizer: Optimizer | None = None,
+        *,
+        extra: Any = None,
+        schedulers: Sequence[Any] = (),
+        data: Any = None,
+        asynchronous: bool = False,
+    ) -> Save:
+        """Save the run to the folder *path*, so that any strategy and topology can go on; collective over all ranks.
+
+        Saved are the weights, the optimizer by parameter name, the learning-rate ``schedulers``, the generators of
+        every rank, ``extra`` and, for every data-parallel rank, ``data.state_dict()``. ``extra`` and the state dicts
+        hold plain values, tensors, and containers of them; nothing is pickled. The folder appears when all of it is
+        durable; until then what was at *path* stays. With ``asynchronous`` the call returns when the state is copied to
+        host memory; an error then is raised by ``wait()`` of the returned handle, by the next save or load, or at exit.
+
+        Raises CheckpointError where the disk fails, RankError on the other ranks, TypeError for what JSON and
+        safetensors cannot hold.
+        """
+        from nemo_dist.saving import save
+
+        return save(self, path, optimizer, extra=extra, schedulers=schedulers, data=data, asynchronous=asynchronous)
+
+    def load(
+        self,
+        path: str | os.PathLike[str],
+        optimizer: Optimizer | None = None,
+        *,
+        schedulers: Sequence[Any] = (),
+        data: Any = None,
+    ) -> Any:
+        """Load what ``save`` wrote under any topology, and return its ``extra``; collective over all ranks.
+
+        Weights and moments are those saved, bit for bit; every rank reads only what it holds. Generators are restored
+        where the topology is the same, and by data-parallel rank where it is not. All files are checked before anything
+        is changed, and no code in them is run.
+
+        Raises CheckpointError that says what is damaged, missing or does not fit, RankError that quotes it on the other
+        ranks.
+        """
+        from nemo_dist.restoring import load
+
+        return load(self, path, optimizer, schedulers=schedulers, data=data)
 
     def export(
         self, path: str | os.PathLike[str], dtype: torch.dtype | str | None = None, max_shard_size: int | str = "5GB"
