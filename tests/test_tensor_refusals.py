@@ -214,7 +214,10 @@ def test_a_batch_of_another_shape_or_one_more_is_noticed_too(ranks):
     (one,) = Task(rows=2).batches(0)
     short = {name: value[:, :5] for name, value in one.items()}
     for batches in ([one, short], [[one], [one, one]], [one, {**one, "position_ids": torch.arange(12).unsqueeze(0)}]):
-        assert all("the batch of rank 1 is not that of rank 0" in text for text in ranks(2).run(step, checkpoint("llama"), batches))
+        assert all(
+            "the batch of rank 1 is not that of rank 0" in text
+            for text in ranks(2).run(step, checkpoint("llama"), batches)
+        )
 
 
 def test_the_first_batch_is_checked_and_no_later_one(ranks):
