@@ -139,6 +139,38 @@ class DistributedSetup:
         plan = _plan(sizes, device_mesh.size(), selection)
         return cls(plan=plan, plugins=selection.plugins, parallelism_sizes=sizes, live_mesh=device_mesh)
 
+    @classmethod
+    def from_dict(cls, section: Mapping[str, Any], world_size: int | None = None) -> DistributedSetup:
+        """Build from the ``distributed:`` section of a configuration: a flat mapping of plain values.
+
+        Keys: ``strategy``, the sizes of ParallelismSizes, the options of the strategy (dtypes by name),
+        ``activation_checkpointing``, ``pipeline``, ``moe``, ``plugins`` (a mapping from names to options),
+        ``device_type``, ``timeout_minutes`` and ``ranks``. Raises UnknownNameError (a ValueError) that names every
+        unknown key, and what ``build`` raises.
+        """
+        from nemo_dist.section import build_keywords
+
+        return cls.build(**build_keywords(section, Registry()), world_size=world_size)
+
+    @classmethod
+    def from_yaml(cls, path: str | os.PathLike[str], world_size: int | None = None) -> DistributedSetup:
+        """Build from the ``distributed:`` section of the YAML file at *path*; see ``from_dict``.
+
+        Raises ValueError for a key that stands twice, and OSError for a file that cannot be read.
+        """
+        from nemo_dist.section import read_yaml
+
+        return cls.from_dict(read_yaml(path), world_size)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the section that ``from_dict`` builds this setup from: plain values without defaults.
+
+        Raises ValueError for a setup with a plugin that is not installed, or an option that has no plain form.
+        """
+        from nemo_dist.section import section_of
+
+        return section_of(self, Registry())
+
     @cached_property
     def calls(self) -> PluginCalls:
         """The hooks of the selected plugins, and of nothing else."""

@@ -54,11 +54,15 @@ class Context:
             share(part, mesh, self.config)
 
     @hookimpl
-    def runtime(self, parts: list[nn.Module], mesh: MeshContext) -> RuntimePart:
+    def runtime(self, parts: list[nn.Module], mesh: MeshContext) -> RuntimePart | None:
         from nemo_dist_context.model import splitter
 
+        if mesh.size("cp") == 1:
+            return None
         return RuntimePart(batch=splitter(parts[0], mesh, self.config))
 
     @hookimpl
     def explain(self, plan: MeshPlan) -> str:
+        if plan.size("cp") == 1:
+            return "context: nothing to do, cp_size is 1"
         return f"context: sequences in {plan.size('cp')} parts; {_EXCHANGES[self.config.method]} in every attention"

@@ -10,7 +10,7 @@ import attrs
 from nemo_dist import MeshPlan, RuntimePart, Stage, hookimpl
 from nemo_dist.options import boolean, integer, options
 from nemo_dist.values import FrozenMapping
-from nemo_dist_fsdp2.policies import mixed_precision_fields, offload_policy
+from nemo_dist_fsdp2.policies import mixed_precision_fields, offload_fields
 
 if TYPE_CHECKING:
     from torch import nn
@@ -34,12 +34,12 @@ class FSDP2Config:
     """Options of FSDP2.
 
     ``mp_policy``: torch's ``MixedPrecisionPolicy``, or its fields as a dict of dtype names; None computes in bfloat16
-    and reduces gradients in float32. ``offload_policy``: torch's ``CPUOffloadPolicy`` or ``OffloadPolicy``; None keeps
-    the shards on the device. ``reshard_after_forward``: free the gathered parameters of a block after its forward; an
-    int reshards to that many ranks; None is True for blocks and False for what the end of the forward needs, and for
-    the stages of a pipeline.
-    ``defer_fsdp_grad_sync``: reduce gradients once per ``forward_backward``, not once per batch of a list (faster, but
-    holds whole gradients). ``forward_prefetch_depth``, ``backward_prefetch_depth``: how many blocks ahead are gathered.
+    and reduces gradients in float32. ``offload_policy``: torch's ``CPUOffloadPolicy``, or "cpu", or its ``pin_memory``
+    in a dict; None keeps the shards on the device. ``reshard_after_forward``: free the gathered parameters of a block
+    after its forward; an int reshards to that many ranks; None is True for blocks and False for what the end of the
+    forward needs, and for the stages of a pipeline. ``defer_fsdp_grad_sync``: reduce gradients once per
+    ``forward_backward``, not once per batch of a list (faster, but holds whole gradients).
+    ``forward_prefetch_depth``, ``backward_prefetch_depth``: how many blocks ahead are gathered.
     ``enable_compile``: run ``torch.compile`` on every block. ``activation_checkpointing`` is the same as on
     ``DistributedSetup.build``; ``activation_checkpointing_scope`` restricts it to parts of a model of several towers:
     one or more of "language", "vision", "audio" and "multimodal"; None is all. ``sequence_parallel``, ``tp_plan`` and
@@ -49,7 +49,7 @@ class FSDP2Config:
     mp_policy: MixedPrecisionPolicy | dict[str, Any] | None = attrs.field(
         default=None, converter=mixed_precision_fields
     )
-    offload_policy: OffloadPolicy | None = attrs.field(default=None, validator=offload_policy)
+    offload_policy: OffloadPolicy | dict[str, Any] | str | None = attrs.field(default=None, converter=offload_fields)
     reshard_after_forward: bool | int | None = attrs.field(default=None, validator=_reshard)
     defer_fsdp_grad_sync: bool = attrs.field(default=True, validator=boolean)
     forward_prefetch_depth: int = attrs.field(default=1, validator=integer(at_least=1))
