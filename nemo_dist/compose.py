@@ -117,8 +117,10 @@ class DistributedSetup:
 
         The axes may be ``pp``, ``dp_replicate``, ``dp_shard`` (or ``dp``), ``cp`` and ``tp``, in any order.
         """
-        from nemo_dist.context import MeshContext
+        from nemo_dist.context import MeshContext, in_order
 
+        MeshContext.from_meshes(device_mesh)  # judges it
+        device_mesh = in_order(device_mesh)
         context = MeshContext.from_meshes(device_mesh)
         sizes = ParallelismSizes(
             tp_size=context.tp_size,
@@ -185,6 +187,11 @@ class DistributedSetup:
         if self._live_mesh is not None:
             return MeshContext.from_meshes(self._live_mesh)
         return MeshContext.realise(self)
+
+    @property
+    def own_mesh(self) -> DeviceMesh | None:
+        """The mesh that the user passed to a loader, its axes in order; None for one that is laid by the plan."""
+        return self._live_mesh
 
     @property
     def strategy(self) -> Plugin | None:
@@ -297,6 +304,8 @@ def _mesh_ranks(
     repeated = sorted({rank for rank in chosen if chosen.count(rank) > 1})
     if repeated:
         problems.append(f"ranks names {repeated} more than once; a rank has one place in the mesh")
+    if list(chosen) != sorted(chosen):
+        problems.append(f"ranks must ascend (got {list(chosen)}), as they do in torch's process groups; sort them")
     outside = sorted({rank for rank in chosen if not 0 <= rank < world_size})
     if outside:
         problems.append(f"ranks names {outside}, but the world has ranks 0 to {world_size - 1}")
