@@ -27,7 +27,7 @@ def parallelise(parts: list[nn.Module], mesh: MeshContext, config: TensorConfig)
     if found:
         raise TopologyError(found)
     for part, rules in zip(parts, matched, strict=True):
-        Surgery(part, rules, peers, config.sequence_parallel, mesh.size("dp_shard_cp")).run()
+        Surgery(part, rules, peers, config.sequence_parallel).run()
 
 
 def _unused(matched: list[Rules], mesh: MeshContext) -> list[str]:

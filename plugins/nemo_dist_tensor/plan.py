@@ -73,6 +73,11 @@ def problems(model: Any, rules: Rules) -> list[str]:
     for name, style in {**rules.modules, **rules.parameters}.items():
         if style not in STYLES:
             found.append(f"the plan of {kind} gives {generic(name)!r} the style {style!r}, {unknown_style(style)}")
+        elif name in rules.modules and style in ("packed_colwise", "packed_rowwise"):
+            found.append(
+                f"the plan of {kind} gives the module {generic(name)!r} the style {style!r}, which fits experts' "
+                "parameters only; use 'colwise_gather_output' and, for what reads its halves, 'rowwise_split_input'"
+            )
         elif name in rules.parameters and style not in PARAMETER:
             valid = ", ".join(sorted(PARAMETER))
             found.append(f"the plan of {kind} gives the parameter {generic(name)!r} the style {style!r}; use {valid}")
