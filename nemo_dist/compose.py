@@ -241,11 +241,16 @@ class DistributedSetup:
         )
         return answers
 
-    def explain(self) -> str:
-        """Say which axes there are, who claims each, what every plugin will do in order, and where this rank stands."""
+    def explain(self, model: Any = None, rows: int = 1, length: int | None = None) -> str:
+        """Say which axes there are, who claims each, what every plugin and every step will do, and this rank's place.
+
+        ``model``: a transformers model, on the meta device for one; with it, the collectives of a step come with the
+        bytes that one rank sends. ``rows`` and ``length``: the batch of one data-parallel rank, by default one sequence
+        of the greatest length that the model takes.
+        """
         from nemo_dist.explain import explanation
 
-        return explanation(self)
+        return explanation(self, model, rows, length)
 
     def describe(self) -> Mapping[str, str]:
         """Return the fields that must be the same on every rank, each as text."""

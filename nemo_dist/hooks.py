@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from nemo_dist.mesh import MeshPlan, View
     from nemo_dist.registry import Plugin
     from nemo_dist.sizes import ParallelismSizes
+    from nemo_dist.traffic import ModelFacts, Traffic
 
 hookspec = HookspecMarker("nemo_dist")
 hookimpl = HookimplMarker("nemo_dist")
@@ -80,6 +81,13 @@ class Hooks:
     @hookspec
     def explain(self, plan: MeshPlan) -> str | None:
         """Say in one line what you will do with *plan*."""
+
+    @hookspec
+    def traffic(self, plan: MeshPlan, facts: ModelFacts | None) -> list[Traffic] | None:
+        """Say which collectives a step will run, one entry for each kind; with bytes where *facts* are known.
+
+        Called by ``setup.explain()``; *facts* are None where it was given no model.
+        """
 
     # ---- loading: once, on every rank, after the mesh is live ----
 
