@@ -162,7 +162,9 @@ def demo(
         sizes = _given(tp, pp, cp, ep, dp, dp_replicate)
         options = DemoOptions(nproc=nproc, strategy=strategy, sizes=sizes, steps=steps, out=out, seed=seed)
         options.claim_folder()
-        typer.echo(options.setup().explain())
+        from nemo_dist.demo import device_type
+
+        typer.echo(options.setup(device_type=device_type(options)).explain())
     typer.echo(f"starting {nproc} ranks")
     sys.stdout.flush()
     from nemo_dist.launch import launch

@@ -102,7 +102,7 @@ class DistributedSetup:
         selection.judge_composition(chosen, sizes, total)
         _judge_runtime_options(device_type, timeout_minutes, selection.problems)
         return cls(
-            plan=_plan(sizes, total, selection),
+            plan=_plan(sizes, total, selection, device_type),
             plugins=selection.plugins,
             parallelism_sizes=sizes,
             activation_checkpointing=mode or False,
@@ -136,7 +136,7 @@ class DistributedSetup:
             selection.judge_composition(strategy, sizes, device_mesh.size())
         else:
             selection.axes(sizes, device_mesh.size())
-        plan = _plan(sizes, device_mesh.size(), selection)
+        plan = _plan(sizes, device_mesh.size(), selection, device_mesh.device_type)
         return cls(plan=plan, plugins=selection.plugins, parallelism_sizes=sizes, live_mesh=device_mesh)
 
     @classmethod
@@ -266,7 +266,7 @@ class DistributedSetup:
         return fields | {f"{plugin.name} config": repr(plugin.config) for plugin in self.plugins}
 
 
-def _plan(sizes: ParallelismSizes, world_size: int, selection: Selection) -> MeshPlan:
+def _plan(sizes: ParallelismSizes, world_size: int, selection: Selection, device_type: str | None) -> MeshPlan:
     """Return the plan, or raise every problem of the selection, the arithmetic and the plugins at once."""
     plugins = _in_stage_order(selection.plugins)
     calls = PluginCalls(plugins)
@@ -279,7 +279,7 @@ def _plan(sizes: ParallelismSizes, world_size: int, selection: Selection) -> Mes
             plan = MeshPlan.resolve(sizes, world_size, tuple(views))
         except TopologyError as error:
             problems += error.problems
-    for found in calls.validate(plan=plan, sizes=sizes, plugins=plugins):
+    for found in calls.validate(plan=plan, sizes=sizes, plugins=plugins, device_type=device_type):
         problems += found
     if problems:
         raise TopologyError(problems)

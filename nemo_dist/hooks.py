@@ -70,12 +70,14 @@ class Hooks:
         """
 
     @hookspec
-    def validate(self, plan: MeshPlan, sizes: ParallelismSizes, plugins: tuple[Plugin, ...]) -> list[str] | None:
+    def validate(
+        self, plan: MeshPlan, sizes: ParallelismSizes, plugins: tuple[Plugin, ...], device_type: str | None
+    ) -> list[str] | None:
         """Say what is wrong, one sentence each; the sentences of all plugins are raised together.
 
         Called on every rank before a process group exists, so read nothing but the arguments and your own config.
         *plan* fits *sizes* or, when they do not multiply out, is the nearest plan that does. *plugins* is the whole
-        composition, in stage order.
+        composition, in stage order. *device_type* is that of the mesh; None is what each rank's process group can use.
         """
 
     @hookspec
