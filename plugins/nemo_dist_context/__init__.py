@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import attrs
 
@@ -22,6 +22,15 @@ _EXCHANGES = {
 }
 
 
+def _method(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+    if value == "ring":
+        raise ValueError(
+            "ContextConfig.method 'ring' is not supported: torch's ring attention needs CUDA kernels, and nothing here "
+            "proves it equal to one process; use 'all_gather' or 'ulysses'"
+        )
+    one_of(tuple(_EXCHANGES))(instance, attribute, value)
+
+
 @options(plugin="context")
 class ContextConfig:
     """How the ranks of the cp axis share attention; pass it as ``plugins=(ContextConfig(...),)``.
@@ -32,7 +41,7 @@ class ContextConfig:
     one of the tail of a sequence, so that causal attention is the same work for all; None is True for causal models.
     """
 
-    method: str = attrs.field(default="all_gather", validator=one_of(tuple(_EXCHANGES)))
+    method: str = attrs.field(default="all_gather", validator=_method)
     balance: bool | None = attrs.field(default=None, validator=optional(boolean))
 
 
