@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
+from nemo_dist.agreement import BatchCheck
 from nemo_dist.context import MeshContext
 from nemo_dist.hooks import Batch, RuntimePart
 from nemo_dist.labels import count_labels
@@ -38,6 +39,7 @@ class Runtime:
     model: Any
     parts: Sequence[nn.Module]
     plugins: Sequence[RuntimePart]
+    _agreement: BatchCheck = attrs.field(factory=BatchCheck, init=False)
 
     @classmethod
     def assemble(cls, setup: DistributedSetup, model: Any) -> Runtime:
@@ -102,11 +104,13 @@ class Runtime:
         batches divided by the number of labels that are not -100, exactly what one process computes on all of it. No
         unmasked label anywhere gives a loss of 0 and zero gradients.
 
-        Raises ValueError for a batch without labels or an empty list.
+        Raises ValueError for a batch without labels or an empty list, and on the first step RankError when ranks that
+        work on one batch together were given different ones.
         """
         given = [batches] if isinstance(batches, Mapping) else list(batches)
         if not given:
             raise ValueError("forward_backward got an empty list; pass at least one batch")
+        self._agreement.once(given, self.mesh)
         local: list[Batch] = [self.batch(batch) for batch in given]
         counts = torch.stack([count_labels(self.parts[-1], batch) for batch in local])
         total = self._sum_over_batches(counts.sum())

@@ -15,6 +15,7 @@ from nemo_dist.testing.equivalence import Task
 # In the order of the world size, as a pool of ranks takes seconds to start.
 SAMPLED = [("ddp", 2), ("tp", 2), ("cp", 2), ("pp", 2), ("megatron", 2), ("fsdp2", 4), ("hsdp", 4)]
 TOPOLOGIES = [("fsdp2", 1), ("fsdp2", 2), *SAMPLED, ("tp", 4), ("pp", 4), ("ddp", 4), ("hsdp-tp", 8)]
+TOPOLOGIES += [("megatron-zero1", 2), ("megatron-tp", 4)]
 # A cycle through the sampled ones: each is saved once and loaded once.
 SAMPLE = set(zip(SAMPLED, SAMPLED[3:] + SAMPLED[:3], strict=True))
 PAIRS = [
@@ -32,7 +33,7 @@ def on(rank_pools):
 
     def run(topology, function, *args, **kwargs):
         name, world = topology
-        pool = WithCudaCalls(rank_pools(world)) if name == "megatron" else rank_pools(world)
+        pool = WithCudaCalls(rank_pools(world)) if name.startswith("megatron") else rank_pools(world)
         return pool.run(function, name, *args, **kwargs)
 
     return run

@@ -10,8 +10,7 @@ from nemo_dist.errors import UnknownNameError
 from nemo_dist.values import FrozenMapping, near
 
 if TYPE_CHECKING:
-    import attrs
-    from torch.distributed.fsdp import MixedPrecisionPolicy
+    from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
 
 _DTYPES = ("param_dtype", "reduce_dtype", "output_dtype")
 _FIELDS = (*_DTYPES, "cast_forward_inputs")
@@ -30,6 +29,7 @@ def mixed_precision_fields(value: Any) -> Any:
         return value
     if not isinstance(value, Mapping):
         raise TypeError(f"mp_policy must be a MixedPrecisionPolicy or a dict of its fields (got {value!r})")
+    value = _without_target(value, "MixedPrecisionPolicy")
     for field, content in value.items():
         if field not in _FIELDS:
             raise UnknownNameError(
@@ -54,10 +54,43 @@ def _dtype_name(value: Any) -> Any:
     return None if value is None else short.get(name, name)
 
 
-def offload_policy(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
-    """Judge that *value* is torch's OffloadPolicy (CPUOffloadPolicy is one) or None."""
-    if value is not None and not _is(value, "OffloadPolicy"):
-        raise TypeError(f"offload_policy must be torch's CPUOffloadPolicy() or OffloadPolicy() (got {value!r})")
+def _without_target(value: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Drop the ``_target_`` by which other configurations name torch's class *name*; no other code is named here."""
+    fields = dict(value)
+    target = fields.get("_target_")
+    if target in (name, f"torch.distributed.fsdp.{name}"):
+        del fields["_target_"]
+    return fields
+
+
+def offload_fields(value: Any) -> Any:
+    """Return *value* as it is kept in a config: None, torch's policy, or a frozen mapping of its fields."""
+    if value is None or _is(value, "CPUOffloadPolicy"):
+        return value
+    if _is(value, "OffloadPolicy"):  # torch's base class offloads nothing
+        return None
+    fields = {} if value in ("cpu", "CPUOffloadPolicy") else value
+    if not isinstance(fields, Mapping):
+        raise TypeError(
+            f"offload_policy must be 'cpu', a dict with pin_memory, or torch's CPUOffloadPolicy() (got {value!r})"
+        )
+    fields = _without_target(fields, "CPUOffloadPolicy")
+    for field, content in fields.items():
+        if field != "pin_memory":
+            raise UnknownNameError(f"offload_policy has no field {field!r}{near(str(field), ['pin_memory'])}")
+        if not isinstance(content, bool):
+            raise TypeError(f"offload_policy.pin_memory must be True or False (got {content!r})")
+    return FrozenMapping(fields)
+
+
+def offload(value: Any) -> OffloadPolicy:
+    """Return torch's policy for what a config holds; memory is pinned where there is a device to copy to."""
+    import torch
+    from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
+
+    if value is None or isinstance(value, OffloadPolicy):
+        return value or OffloadPolicy()
+    return CPUOffloadPolicy(**{"pin_memory": torch.cuda.is_available(), **value})
 
 
 def mixed_precision(value: Any) -> MixedPrecisionPolicy:

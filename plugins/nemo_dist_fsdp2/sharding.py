@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from nemo_dist_fsdp2.policies import mixed_precision
+from nemo_dist_fsdp2.policies import mixed_precision, offload
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -28,7 +28,7 @@ def shard(model: nn.Module, mesh: MeshContext, config: FSDP2Config) -> None:
     options: dict[str, Any] = {
         "mesh": data_mesh(mesh),
         "mp_policy": mixed_precision(config.mp_policy),
-        "offload_policy": config.offload_policy or OffloadPolicy(),
+        "offload_policy": offload(config.offload_policy),
     }
     blocks = _blocks(model)
     reshard = config.reshard_after_forward
