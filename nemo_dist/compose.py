@@ -102,7 +102,7 @@ class DistributedSetup:
         selection.judge_composition(chosen, sizes, total)
         _judge_runtime_options(device_type, timeout_minutes, selection.problems)
         return cls(
-            plan=_plan(sizes, total, selection),
+            plan=_plan(sizes, total, selection, device_type),
             plugins=selection.plugins,
             parallelism_sizes=sizes,
             activation_checkpointing=mode or False,
@@ -136,7 +136,7 @@ class DistributedSetup:
             selection.judge_composition(strategy, sizes, device_mesh.size())
         else:
             selection.axes(sizes, device_mesh.size())
-        plan = _plan(sizes, device_mesh.size(), selection)
+        plan = _plan(sizes, device_mesh.size(), selection, device_mesh.device_type)
         return cls(plan=plan, plugins=selection.plugins, parallelism_sizes=sizes, live_mesh=device_mesh)
 
     @classmethod
@@ -241,11 +241,16 @@ class DistributedSetup:
         )
         return answers
 
-    def explain(self) -> str:
-        """Say which axes there are, who claims each, what every plugin will do in order, and where this rank stands."""
+    def explain(self, model: Any = None, rows: int = 1, length: int | None = None) -> str:
+        """Say which axes there are, who claims each, what every plugin and every step will do, and this rank's place.
+
+        ``model``: a transformers model, on the meta device for one; with it, the collectives of a step come with the
+        bytes that one rank sends. ``rows`` and ``length``: the batch of one data-parallel rank, by default one sequence
+        of the greatest length that the model takes.
+        """
         from nemo_dist.explain import explanation
 
-        return explanation(self)
+        return explanation(self, model, rows, length)
 
     def describe(self) -> Mapping[str, str]:
         """Return the fields that must be the same on every rank, each as text."""
@@ -261,7 +266,7 @@ class DistributedSetup:
         return fields | {f"{plugin.name} config": repr(plugin.config) for plugin in self.plugins}
 
 
-def _plan(sizes: ParallelismSizes, world_size: int, selection: Selection) -> MeshPlan:
+def _plan(sizes: ParallelismSizes, world_size: int, selection: Selection, device_type: str | None) -> MeshPlan:
     """Return the plan, or raise every problem of the selection, the arithmetic and the plugins at once."""
     plugins = _in_stage_order(selection.plugins)
     calls = PluginCalls(plugins)
@@ -274,7 +279,7 @@ def _plan(sizes: ParallelismSizes, world_size: int, selection: Selection) -> Mes
             plan = MeshPlan.resolve(sizes, world_size, tuple(views))
         except TopologyError as error:
             problems += error.problems
-    for found in calls.validate(plan=plan, sizes=sizes, plugins=plugins):
+    for found in calls.validate(plan=plan, sizes=sizes, plugins=plugins, device_type=device_type):
         problems += found
     if problems:
         raise TopologyError(problems)

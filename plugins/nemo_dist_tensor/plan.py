@@ -56,8 +56,10 @@ def match(model: Any, override: Mapping[str, str], stage: bool = False, skip_exp
             styles[name] = found
     experts = [name + "." for name, style in styles.items() if style == "moe_tp_experts"] if skip_experts else []
     kept = {n: s for n, s in styles.items() if not any(f"{n}.".startswith(expert) for expert in experts)}
+    # A module without parameters stands for one that another stage of a pipeline has.
+    held = {name for name, module in modules.items() if next(module.parameters(), None) is not None}
     return Rules(
-        modules={name: style for name, style in kept.items() if name in modules},
+        modules={name: style for name, style in kept.items() if name in held},
         parameters={name: style for name, style in kept.items() if name in parameters},
         unused=unused,
     )
