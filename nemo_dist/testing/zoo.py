@@ -68,6 +68,32 @@ def _qwen3() -> Any:
     return transformers.Qwen3Config(**_text(head_dim=8))
 
 
+def _moe(**more: Any) -> dict[str, Any]:
+    sizes = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8}
+    return _text(**{**sizes, "output_router_logits": True, "router_aux_loss_coef": 0.1, **more})
+
+
+def _qwen3_moe(**more: Any) -> Callable[[], Any]:
+    return lambda: transformers.Qwen3MoeConfig(**_moe(**more))
+
+
+def _mixtral() -> Any:
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "output_router_logits": True}
+    return transformers.MixtralConfig(**_text(router_aux_loss_coef=0.1, sliding_window=None, **experts))
+
+
+def _qwen2_moe() -> Any:
+    return transformers.Qwen2MoeConfig(**_moe(shared_expert_intermediate_size=40))
+
+
+def _deepseek_v3() -> Any:
+    latent = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+    experts = {"n_routed_experts": 8, "num_experts_per_tok": 3, "n_group": 2, "topk_group": 1, "n_shared_experts": 1}
+    return transformers.DeepseekV3Config(
+        **_text(num_key_value_heads=4, moe_intermediate_size=24, first_k_dense_replace=1, **latent, **experts)
+    )
+
+
 def _bert() -> Any:
     options = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "classifier_dropout": 0.0}
     return transformers.BertConfig(**_text(num_labels=3, **options))
@@ -103,6 +129,12 @@ def _padded(rows: int, length: int, generator: torch.Generator) -> dict[str, Ten
     return {"input_ids": _tokens(rows, length, generator) * mask, "attention_mask": mask}
 
 
+def _padded_causal(rows: int, length: int, generator: torch.Generator) -> dict[str, Tensor]:
+    batch = _padded(rows, length, generator)
+    labels = torch.where(batch["attention_mask"] == 1, batch["input_ids"], _IGNORED)
+    return {**batch, "labels": _uneven(labels, generator)}
+
+
 def _sequences(rows: int, length: int, generator: torch.Generator) -> dict[str, Tensor]:
     return {**_padded(rows, length, generator), "labels": torch.randint(0, 3, (rows,), generator=generator)}
 
@@ -132,6 +164,11 @@ SPECIMENS: dict[str, Specimen] = {
             name="bert-sequences", loader="NeMoAutoModelForSequenceClassification", config=_bert, batch=_sequences
         ),
         Specimen(name="bert-tokens", loader="NeMoAutoModelForTokenClassification", config=_bert, batch=_tagged),
+        Specimen(name="qwen3-moe", loader=_CAUSAL, config=_qwen3_moe(), batch=_causal),
+        Specimen(name="qwen3-moe-padded", loader=_CAUSAL, config=_qwen3_moe(), batch=_padded_causal),
+        Specimen(name="mixtral", loader=_CAUSAL, config=_mixtral, batch=_causal),
+        Specimen(name="qwen2-moe", loader=_CAUSAL, config=_qwen2_moe, batch=_causal),
+        Specimen(name="deepseek-v3", loader=_CAUSAL, config=_deepseek_v3, batch=_causal),
         Specimen(name="llava", loader="NeMoAutoModelForImageTextToText", config=_llava, batch=_images),
     )
 }
