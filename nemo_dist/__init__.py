@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from nemo_dist.sizes import ParallelismSizes
     from nemo_dist_ddp import DDPConfig
     from nemo_dist_fsdp2 import FSDP2Config
+    from nemo_dist_moe import MoEParallelizerConfig
 
 # The only place in the core that names plugins: their config classes are public names, and live with the plugin.
 _HOMES = {
@@ -58,6 +59,7 @@ _HOMES = {
     "nemo_dist.sizes": ("ParallelismSizes",),
     "nemo_dist_ddp": ("DDPConfig",),
     "nemo_dist_fsdp2": ("FSDP2Config",),
+    "nemo_dist_moe": ("MoEParallelizerConfig",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -70,6 +72,7 @@ __all__ = [
     "FSDP2Config",
     "MeshContext",
     "MeshPlan",
+    "MoEParallelizerConfig",
     "NeMoAutoModelForCausalLM",
     "NeMoAutoModelForImageTextToText",
     "NeMoAutoModelForSequenceClassification",

@@ -80,12 +80,13 @@ class MeshContext:
     """The live meshes of a setup.
 
     ``device_mesh`` has the axes ``pp, dp_replicate, dp_shard, cp, tp`` (or the user's own), and the flattened names
-    ``dp``, ``dp_shard_cp`` and ``dp_cp``. ``views`` are the meshes that plugins added, by name. Sizes are read from the
-    live mesh, 1 where an axis is absent.
+    ``dp``, ``dp_shard_cp`` and ``dp_cp``. ``views`` are the meshes that plugins added, by name, and ``flattened`` says
+    which axes a flattened name of any of them stands for. Sizes are read from the live mesh, 1 where an axis is absent.
     """
 
     device_mesh: DeviceMesh | None = None
     views: Mapping[str, DeviceMesh] = attrs.field(factory=dict)
+    flattened: Mapping[str, tuple[str, ...]] = attrs.field(default=FLATTENED)
 
     @classmethod
     def realise(cls, setup: DistributedSetup) -> MeshContext:
@@ -106,7 +107,8 @@ class MeshContext:
         device_type = setup.device_type or default_device_type()
         dense = _live(plan.dense, ranks, device_type)
         views = {view.name: _live(view, ranks, device_type) for view in plan.views}
-        context = cls(dense, views)
+        flattened = {name: axes for view in (plan.dense, *plan.views) for name, axes in view.flattened.items()}
+        context = cls(dense, views, flattened)
         if setup.timeout_minutes is not None:
             _limit(context, timedelta(minutes=setup.timeout_minutes))
         return context
@@ -135,8 +137,7 @@ class MeshContext:
     @property
     def moe_mesh(self) -> DeviceMesh | None:
         """The mesh of the experts, with the axes ``ep_shard, ep``; None when ep is 1."""
-        moe = self.views.get("moe")
-        return None if moe is None else moe["ep_shard", "ep"]
+        return None if "moe" not in self.views else self["ep_shard", "ep"]
 
     def __getitem__(self, names: str | tuple[str, ...]) -> DeviceMesh:
         """Return the submesh of an axis or flattened name, or the mesh over several of them, one dim each."""
@@ -193,7 +194,7 @@ class MeshContext:
     def _present(self, mesh: DeviceMesh, name: str) -> tuple[str, ...]:
         """Return the axes of *mesh* that make up *name*; a user's ``dp`` stands for dp_shard."""
         own = mesh.mesh_dim_names or ()
-        parts = FLATTENED.get(name, (name,))
+        parts = self.flattened.get(name, (name,))
         alias = {"dp_shard": "dp"} if "dp" in own else {}
         return tuple(dict.fromkeys(alias.get(part, part) for part in parts if alias.get(part, part) in own))
 

@@ -47,6 +47,8 @@ class RuntimePart:
 
     ``norm_axes`` are the mesh axes along which ranks hold *different* parameters that no DTensor mesh spans, so that
     a global norm must be summed over them (``pp``). ``norm_skip`` are parameters whose gradient another rank counts.
+
+    ``metrics`` returns figures by name about the steps since it was called last; every rank calls it at the same time.
     """
 
     batch: Callable[[Batch], Batch] | None = None
@@ -56,6 +58,7 @@ class RuntimePart:
     optimizer: Callable[[Optimizer], Optimizer] | None = None
     norm_axes: tuple[str, ...] = ()
     norm_skip: Collection[nn.Parameter] = ()
+    metrics: Callable[[], Mapping[str, float]] | None = None
 
 
 class Hooks:

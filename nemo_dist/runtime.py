@@ -195,6 +195,10 @@ class Runtime:
                     stack.enter_context(part.no_sync())
             yield
 
+    def metrics(self) -> dict[str, float]:
+        """Return what the plugins measured since the last call, by name; collective, and the same on every rank."""
+        return {name: value for part in self.plugins if part.metrics for name, value in part.metrics().items()}
+
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
         """Scale all gradients to a global norm of at most *max_norm*; return the norm before, equal on every rank.
 

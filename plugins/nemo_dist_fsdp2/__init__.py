@@ -8,7 +8,7 @@ import attrs
 
 from nemo_dist import MeshPlan, RuntimePart, Stage, hookimpl
 from nemo_dist.options import boolean, integer, options
-from nemo_dist_fsdp2.policies import mixed_precision_fields, offload_policy
+from nemo_dist.precision import is_torch_policy, mixed_precision_fields
 
 if TYPE_CHECKING:
     from torch import nn
@@ -20,6 +20,12 @@ if TYPE_CHECKING:
 def _reshard(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
     if value is not None and not isinstance(value, bool):
         integer(at_least=2)(instance, attribute, value)
+
+
+def _offload(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+    """Judge that *value* is torch's OffloadPolicy (CPUOffloadPolicy is one) or None."""
+    if value is not None and not is_torch_policy(value, "OffloadPolicy"):
+        raise TypeError(f"offload_policy must be torch's CPUOffloadPolicy() or OffloadPolicy() (got {value!r})")
 
 
 @options(plugin="fsdp2")
@@ -39,7 +45,7 @@ class FSDP2Config:
     mp_policy: MixedPrecisionPolicy | dict[str, Any] | None = attrs.field(
         default=None, converter=mixed_precision_fields
     )
-    offload_policy: OffloadPolicy | None = attrs.field(default=None, validator=offload_policy)
+    offload_policy: OffloadPolicy | None = attrs.field(default=None, validator=_offload)
     reshard_after_forward: bool | int | None = attrs.field(default=None, validator=_reshard)
     defer_fsdp_grad_sync: bool = attrs.field(default=True, validator=boolean)
     forward_prefetch_depth: int = attrs.field(default=1, validator=integer(at_least=1))
@@ -57,7 +63,7 @@ class FSDP2:
     stage: ClassVar[int] = Stage.DATA
     axes: ClassVar[frozenset[str]] = frozenset({"dp_shard", "dp_replicate"})
     composes_with: ClassVar[frozenset[str]] = frozenset(
-        {"activation_checkpointing", "activation_checkpointing:selective"}
+        {"activation_checkpointing", "activation_checkpointing:selective", "ep"}
     )
 
     config: FSDP2Config = attrs.field(factory=FSDP2Config)

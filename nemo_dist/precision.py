@@ -1,4 +1,4 @@
-"""The policies of FSDP2 in a config: torch's own objects or plain names, judged without importing torch."""
+"""The dtypes to compute and to reduce in: torch's own policy or plain names, judged without importing torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from nemo_dist.errors import UnknownNameError
 from nemo_dist.values import FrozenMapping, near
 
 if TYPE_CHECKING:
-    import attrs
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
 _DTYPES = ("param_dtype", "reduce_dtype", "output_dtype")
@@ -18,7 +17,7 @@ _FIELDS = (*_DTYPES, "cast_forward_inputs")
 _NAMES = ("float32", "bfloat16", "float16", "float64")
 
 
-def _is(value: Any, name: str) -> bool:
+def is_torch_policy(value: Any, name: str) -> bool:
     """Whether *value* is an instance of the class *name* of torch's FSDP; if it is, torch is imported already."""
     module = sys.modules.get("torch.distributed.fsdp")
     return module is not None and isinstance(value, getattr(module, name))
@@ -26,7 +25,7 @@ def _is(value: Any, name: str) -> bool:
 
 def mixed_precision_fields(value: Any) -> Any:
     """Return *value* as it is kept in a config: None, torch's policy, or a frozen mapping of dtype names."""
-    if value is None or _is(value, "MixedPrecisionPolicy"):
+    if value is None or is_torch_policy(value, "MixedPrecisionPolicy"):
         return value
     if not isinstance(value, Mapping):
         raise TypeError(f"mp_policy must be a MixedPrecisionPolicy or a dict of its fields (got {value!r})")
@@ -52,12 +51,6 @@ def _dtype_name(value: Any) -> Any:
     short = {"bf16": "bfloat16", "fp32": "float32", "fp16": "float16"}
     name = str(value).removeprefix("torch.")
     return None if value is None else short.get(name, name)
-
-
-def offload_policy(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
-    """Judge that *value* is torch's OffloadPolicy (CPUOffloadPolicy is one) or None."""
-    if value is not None and not _is(value, "OffloadPolicy"):
-        raise TypeError(f"offload_policy must be torch's CPUOffloadPolicy() or OffloadPolicy() (got {value!r})")
 
 
 def mixed_precision(value: Any) -> MixedPrecisionPolicy:
