@@ -1,6 +1,7 @@
 # make demo                         train a small Llama on several ranks of this machine
 # make demo ARGS="--strategy ddp"   the same, with options of `nemo-dist demo`
 # make test                         lint, type check and test, as CI does
+# make matrix                       the full matrices of compositions, which take long
 # make lint | bench | clean
 #
 # Needs Python 3.11 or newer with venv, and make; everything else is installed into .venv, at the tested versions.
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 ARGS ?=
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test matrix lint bench clean
 help:
 	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
 
@@ -20,6 +21,9 @@ demo: $(INSTALLED)
 
 test: lint
 	$(BIN)/python -m pytest $(ARGS)
+
+matrix: $(INSTALLED)
+	$(BIN)/python -m pytest -m slow $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/python -m ruff check .

@@ -98,11 +98,7 @@ class DistributedSetup:
             elif value is not None:
                 selection.option(role, keyword, value)
         selection.axes(sizes, total)
-        mode = _recompute_mode(activation_checkpointing, chosen.config, selection.problems)
-        if mode:
-            feature = RECOMPUTE if mode == "full" else f"{RECOMPUTE}:{mode}"
-            selection.judge_feature(chosen, feature, f"{RECOMPUTE}={mode!r} was asked for")
-            selection.role(RECOMPUTE, f"{RECOMPUTE}={mode!r} was asked for", mode=mode)
+        mode = _select_recompute(activation_checkpointing, chosen, selection)
         selection.judge_composition(chosen, sizes, total)
         _judge_runtime_options(device_type, timeout_minutes, selection.problems)
         return cls(
@@ -275,6 +271,28 @@ def _mesh_ranks(
     if not chosen:
         problems.append("ranks is empty; name at least one rank, or leave it out for all")
     return chosen, max(1, len(chosen))
+
+
+def _select_recompute(asked: Any, strategy: Plugin, selection: Selection) -> str | None:
+    """Select the plugin that recomputes activations, if that was asked for anywhere, and return the mode."""
+    config = strategy.config
+    given = selection.filling(RECOMPUTE)
+    mode = given.config.mode if given else _recompute_mode(asked, config, selection.problems)
+    scope = getattr(config, f"{RECOMPUTE}_scope", None)
+    if given and (asked or getattr(config, RECOMPUTE, None) or scope is not None):
+        selection.problems.append(f"{RECOMPUTE} is set both here and in plugins=({given.config!r},); set it once")
+    elif mode and not given:
+        settings = {"mode": mode} if scope is None else {"mode": mode, "scope": scope}
+        selection.role(RECOMPUTE, f"{RECOMPUTE}={mode!r} was asked for", **settings)
+    elif scope is not None:
+        selection.problems.append(
+            f"{type(config).__name__}.{RECOMPUTE}_scope={scope!r} was given, but nothing is recomputed; "
+            f"set {RECOMPUTE}=True, or leave the scope out"
+        )
+    if mode:
+        feature = RECOMPUTE if mode == "full" else f"{RECOMPUTE}:{mode}"
+        selection.judge_feature(strategy, feature, f"{RECOMPUTE}={mode!r} was asked for")
+    return mode
 
 
 def _recompute_mode(asked: Any, config: Any, problems: list[str]) -> str | None:

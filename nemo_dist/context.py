@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -137,7 +138,8 @@ class MeshContext:
     @property
     def moe_mesh(self) -> DeviceMesh | None:
         """The mesh of the experts, with the axes ``ep_shard, ep``; None when ep is 1."""
-        return None if "moe" not in self.views else self["ep_shard", "ep"]
+        moe = self.views.get("moe")
+        return None if moe is None else _sliced(moe, ["ep_shard", "ep"])
 
     def __getitem__(self, names: str | tuple[str, ...]) -> DeviceMesh:
         """Return the submesh of an axis or flattened name, or the mesh over several of them, one dim each."""
@@ -146,7 +148,7 @@ class MeshContext:
             present = [self._present(mesh, name) for name in wanted]
             if all(present):
                 axes = [self._axis(mesh, name, axes) for name, axes in zip(wanted, present, strict=True)]
-                return mesh[axes[0]] if len(axes) == 1 else mesh[tuple(axes)]
+                return _sliced(mesh, axes)
         raise KeyError(f"the mesh has no axis {names!r} (axes: {[mesh.mesh_dim_names for mesh in self._meshes()]})")
 
     def size(self, name: str) -> int:
@@ -154,7 +156,8 @@ class MeshContext:
         for mesh in self._meshes():
             present = self._present(mesh, name)
             if present:
-                return math.prod(mesh[axis].size() for axis in present)
+                own = mesh.mesh_dim_names or ()
+                return math.prod(mesh.size(own.index(axis)) for axis in present)
         return 1
 
     def group(self, name: str) -> dist.ProcessGroup | None:
@@ -192,11 +195,15 @@ class MeshContext:
         return (*dense, *self.views.values())
 
     def _present(self, mesh: DeviceMesh, name: str) -> tuple[str, ...]:
-        """Return the axes of *mesh* that make up *name*; a user's ``dp`` stands for dp_shard."""
+        """Return the axes of *mesh* that make up *name*, those of size 1 left out where others remain.
+
+        The ``dp`` of a user's own mesh stands for dp_shard.
+        """
         own = mesh.mesh_dim_names or ()
-        parts = self.flattened.get(name, (name,))
         alias = {"dp_shard": "dp"} if "dp" in own else {}
-        return tuple(dict.fromkeys(alias.get(part, part) for part in parts if alias.get(part, part) in own))
+        parts = [alias.get(part, part) for part in self.flattened.get(name, (name,))]
+        present = tuple(dict.fromkeys(part for part in parts if part in own))
+        return tuple(axis for axis in present if mesh.size(own.index(axis)) > 1) or present[:1]
 
     def _axis(self, mesh: DeviceMesh, name: str, present: tuple[str, ...]) -> str:
         """Return the name under which *mesh* has *name*, made by flattening where it spans several axes."""
@@ -217,6 +224,16 @@ def flatten(mesh: DeviceMesh, axes: tuple[str, ...], name: str) -> DeviceMesh:
     root = mesh._get_root_mesh()
     made = root._flatten_mapping.get(name)
     return mesh[axes]._flatten(name) if made is None else made
+
+
+def _sliced(mesh: DeviceMesh, names: list[str]) -> DeviceMesh:
+    """Return the submesh over axes and flattened names of *mesh*."""
+    flattened = mesh._get_root_mesh()._flatten_mapping
+    if len(names) == 1:
+        return flattened[names[0]] if names[0] in flattened else mesh[names[0]]
+    with warnings.catch_warnings():  # torch means to change how a flattened name is sliced, not what it means
+        warnings.filterwarnings("ignore", "Slicing a flattened dim")
+        return mesh[tuple(names)]
 
 
 def _live(view: View, ranks: torch.Tensor, device_type: str) -> DeviceMesh:

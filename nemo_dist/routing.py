@@ -44,6 +44,7 @@ class RouterLoss:
     coefficient: float
     default: bool
     device: torch.device
+    groups: Sequence[dist.ProcessGroup]
     _active: bool = False
     _counting: bool = False
     _mask: Tensor | None = None
@@ -54,8 +55,11 @@ class RouterLoss:
         self._clear()
 
     @classmethod
-    def of(cls, parts: Sequence[nn.Module], device: torch.device) -> RouterLoss | None:
+    def of(cls, parts: Sequence[nn.Module], mesh: MeshContext) -> RouterLoss | None:
         """Hook the routers of *parts*; None where the model has no load balancing loss.
+
+        Ranks of ``dp_cp`` route different tokens and ranks of ``pp`` hold different routers, so what they count is
+        added; ranks of ``tp`` route the same tokens.
 
         Raises ValueError when it has one that is turned on, and its form is not known.
         """
@@ -76,7 +80,8 @@ class RouterLoss:
                     f"load it with {SWITCH}=False"
                 )
             return None
-        loss = cls(experts, top_k, float(coefficient), default, device)
+        groups = [group for axis in ("dp_cp", "pp") if (group := mesh.group(axis)) is not None]
+        loss = cls(experts, top_k, float(coefficient), default, mesh.device, groups)
         for part in parts:
             loss._hook(part)
         return loss
@@ -114,17 +119,14 @@ class RouterLoss:
         with torch.random.fork_rng(devices), torch.no_grad():
             yield
 
-    def settle(self, mesh: MeshContext, scale: float) -> Tensor:
+    def settle(self, scale: float) -> Tensor:
         """Add up what was counted and return the loss of all tokens, a 0-dim float32 tensor, equal on every rank.
 
-        Backwards from now on add *scale* times its gradient. Ranks of ``dp_cp`` routed different tokens and ranks of
-        ``pp`` hold different routers, so their sums are added; ranks of ``tp`` routed the same tokens.
+        Backwards from now on add *scale* times its gradient.
         """
         self._counting = False
-        for axis in ("dp_cp", "pp"):
-            group = mesh.group(axis)
-            if group is not None:
-                dist.all_reduce(self._sums, group=group)
+        for group in self.groups:
+            dist.all_reduce(self._sums, group=group)
         rows = self._sums[-1].clamp(min=1)
         chosen, mass = self._sums[: self.experts] / rows, self._sums[self.experts : -1] / rows
         weight = self.coefficient * self.experts

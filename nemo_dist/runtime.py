@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -52,7 +54,7 @@ class Runtime:
             model=model,
             parts=parts,
             plugins=setup.runtime_parts(parts, model),
-            router_loss=RouterLoss.of(parts, setup.mesh_context.device),
+            router_loss=RouterLoss.of(parts, setup.mesh_context),
         )
 
     @property
@@ -118,28 +120,30 @@ class Runtime:
         counts = torch.stack([count_labels(self.parts[-1], batch) for batch in local])
         total = self._sum_over_batches(counts.sum())
         weights = counts / total.clamp(min=1)
-        # The strategy will average gradients over the ranks of dp_cp, each of which contributes a sum.
-        scale = self.mesh.size("dp_cp")
+        # The strategy will average gradients over these ranks, each of which contributes a sum.
+        scale = 1 if self._token_group is None else self._token_group.size()
         routers = self.router_loss
         if routers is None or not routers.wanted(local):
             return self._sum_over_batches(self._engine(local, list(weights * scale)) / scale)
         with routers.step():
-            loss, balance = self._balanced(routers, [routers.without(batch) for batch in local], weights * scale)
+            loss, balance = self._balanced(routers, [routers.without(batch) for batch in local], weights, scale)
             return self._sum_over_batches(loss / scale) + balance
 
-    def _balanced(self, routers: RouterLoss, batches: list[Batch], weights: Tensor) -> tuple[Tensor, Tensor]:
+    def _balanced(
+        self, routers: RouterLoss, batches: list[Batch], weights: Tensor, scale: int
+    ) -> tuple[Tensor, Tensor]:
         """Run forward and backward with the router loss; return the weighted model losses and the router loss."""
         settled: list[Tensor] = []
 
         def settle() -> None:
             if not settled:
-                settled.append(routers.settle(self.mesh, self.mesh.size("dp_cp")))
+                settled.append(routers.settle(scale))
 
         engine = next((part for part in self.plugins if part.engine is not None), None)
         if engine is not None or len(batches) > 1:
             self._survey(engine, routers, batches)
             settle()
-        return self._engine(batches, list(weights), before_backward=settle), settled[0]
+        return self._engine(batches, list(weights * scale), before_backward=settle), settled[0]
 
     def _survey(self, engine: RuntimePart | None, routers: RouterLoss, batches: list[Batch]) -> None:
         """Run every forward once without gradients, for what the routers of all of them choose."""
@@ -178,12 +182,16 @@ class Runtime:
             total += torch.where(weight > 0, loss.detach().float(), total.new_zeros(()))
         return total
 
+    @cached_property  # looking a group up on a mesh costs half a millisecond, too much for every step
+    def _token_group(self) -> dist.ProcessGroup | None:
+        """The ranks that see different tokens, all data-parallel and context-parallel ones; None when there is one."""
+        return self.mesh.group("dp_cp")
+
     def _sum_over_batches(self, value: Tensor) -> Tensor:
-        """Sum over the ranks that see different tokens: all data-parallel and context-parallel ranks."""
-        group = self.mesh.group("dp_cp")
+        """Sum over the ranks that see different tokens."""
         value = value.detach().clone().float()
-        if group is not None:
-            dist.all_reduce(value, group=group)
+        if self._token_group is not None:
+            dist.all_reduce(value, group=self._token_group)
         return value
 
     @contextmanager
@@ -225,6 +233,22 @@ class Runtime:
             if group is not None:
                 dist.all_reduce(total, op=dist.ReduceOp.MAX if infinite else dist.ReduceOp.SUM, group=group)
         return total if infinite else total ** (1.0 / norm_type)
+
+    def export(
+        self, path: str | os.PathLike[str], dtype: torch.dtype | str | None = None, max_shard_size: int | str = "5GB"
+    ) -> None:
+        """Write a plain Hugging Face folder that transformers loads; collective over all ranks.
+
+        ``dtype`` casts the floating-point weights. No file is larger than ``max_shard_size``, in bytes or like
+        ``"5GB"``, except for a single tensor that is. Ranks write different files at the same time, and hold one whole
+        tensor at a time. The folder appears when it is complete; weights that were there before go, and other files
+        stay. It may be the folder that the model was loaded from. Tokenizer and processor files are copied from there.
+
+        Raises CheckpointError where the disk fails or the model is quantized or has adapters, RankError on the others.
+        """
+        from nemo_dist.export import export
+
+        export(self, path, dtype, max_shard_size)
 
 
 def _plain(value: Tensor) -> Tensor:

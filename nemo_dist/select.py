@@ -68,6 +68,11 @@ class Selection:
         plugin_type = self.registry.load(name)
         self._add(plugin_type(plugin_type.config_type(**settings)))  # type: ignore[call-arg]
 
+    def filling(self, role: str) -> Plugin | None:
+        """Return the selected plugin that is the default for *role*, if the user passed it."""
+        name = self.registry.role(role)
+        return next((plugin for plugin in self.plugins if plugin.name == name), None)
+
     def axes(self, sizes: ParallelismSizes, world_size: int) -> None:
         """Select a plugin for every axis of size > 1 that nobody claims yet."""
         for axis, size in _wide(sizes, world_size).items():

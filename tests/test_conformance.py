@@ -15,6 +15,11 @@ class TestDDP(PluginConformance):
     plugin = "ddp"
 
 
+class TestRecompute(PluginConformance):
+    plugin = "recompute"
+    build = {"strategy": FSDP2Config(mp_policy=FP32), "plugins": ("recompute",)}
+
+
 def test_every_plugin_that_ships_is_tested_here():
     tested = {kit.plugin for kit in PluginConformance.__subclasses__()}
     ours = {entry.name for entry in Registry().entries if entry.dist and entry.dist.name == "nemo-dist"}

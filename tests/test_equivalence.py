@@ -18,3 +18,36 @@ SPECIMENS = ["llama", "llama-tied", "bert-sequences", "bert-tokens", "llava"]
 @pytest.mark.parametrize(("strategy", "world"), [("fsdp2", 2), ("fsdp2", 4), ("hsdp", 4), ("ddp", 2), ("ddp", 4)])
 def test_a_strategy_computes_what_one_process_computes(ranks, specimen, strategy, world):
     assert_equivalent(ranks(world), Task(specimen=specimen), **SETUPS[strategy])
+
+
+@pytest.mark.parametrize(("strategy", "world"), [("fsdp2", 2), ("hsdp", 4), ("ddp", 2)])
+@pytest.mark.parametrize("specimen", ["llama-tied", "bert-tokens"])
+def test_accumulated_batches_weigh_by_their_labels(ranks, specimen, strategy, world):
+    assert_equivalent(ranks(world), Task(specimen=specimen, accumulate=3), **SETUPS[strategy])
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"reshard_after_forward": False},
+        {"reshard_after_forward": True},
+        {"reshard_after_forward": 2},
+        {"forward_prefetch_depth": 3, "backward_prefetch_depth": 2},
+        {"defer_fsdp_grad_sync": False},
+    ],
+)
+def test_an_option_of_fsdp2_changes_the_cost_and_not_the_numbers(ranks, option):
+    config = FSDP2Config(mp_policy=FP32, **option)
+    assert_equivalent(ranks(4), Task(specimen="llama-tied", accumulate=2), strategy=config)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [{"bucket_cap_mb": 1}, {"gradient_as_bucket_view": True}, {"find_unused_parameters": True}, {"static_graph": True}],
+)
+def test_an_option_of_ddp_changes_the_cost_and_not_the_numbers(ranks, option):
+    assert_equivalent(ranks(2), Task(specimen="llama-tied", accumulate=2), strategy=DDPConfig(**option))
+
+
+def test_rows_that_do_not_divide_the_ranks_weigh_by_their_labels(ranks):
+    assert_equivalent(ranks(4), Task(specimen="llama", rows=7), **SETUPS["fsdp2"])

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 
-from nemo_dist import DDPConfig, DistributedSetup, FSDP2Config, ParallelismSizes
+from nemo_dist import DDPConfig, DistributedSetup, FSDP2Config, MeshContext, ParallelismSizes
 from nemo_dist.routing import RouterLoss
 from nemo_dist.testing.equivalence import Task, assert_equivalent, checkpoint
 from nemo_dist.testing.zoo import SPECIMENS
@@ -53,7 +53,7 @@ def plain_loss():
 
 
 def test_batches_of_one_step_must_agree_on_the_router_loss():
-    loss = RouterLoss.of([SPECIMENS["qwen3-moe"].make()], torch.device("cpu"))
+    loss = RouterLoss.of([SPECIMENS["qwen3-moe"].make()], MeshContext())
 
     with pytest.raises(ValueError, match="True in some batches of a step and False in others"):
         loss.wanted([{"output_router_logits": True}, {"output_router_logits": False}])
@@ -73,11 +73,11 @@ def test_a_router_loss_of_another_form_is_refused():
     model = transformers.AutoModelForCausalLM.from_config(config)
 
     with pytest.raises(ValueError, match="DogeForCausalLM has a router loss whose form is not known"):
-        RouterLoss.of([model], torch.device("cpu"))
+        RouterLoss.of([model], MeshContext())
 
 
 def test_a_dense_model_has_no_router_loss():
-    assert RouterLoss.of([SPECIMENS["llama"].make()], torch.device("cpu")) is None
+    assert RouterLoss.of([SPECIMENS["llama"].make()], MeshContext()) is None
 
 
 def test_every_load_balancing_loss_of_these_arguments_in_transformers_is_the_same_code():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import attrs
@@ -20,8 +21,10 @@ class DDPConfig:
     """Options of torch's ``DistributedDataParallel``, under its names and with its defaults.
 
     ``find_unused_parameters``: None turns it on for models of several towers, where a forward may leave some out.
+    ``static_graph`` synchronises every batch of a list.
     ``bucket_cap_mb`` is the size of a gradient bucket in MiB. ``activation_checkpointing`` is the same as on
-    ``DistributedSetup.build``.
+    ``DistributedSetup.build``; ``activation_checkpointing_scope`` restricts it to parts of a model of several towers:
+    one or more of "language", "vision", "audio" and "multimodal"; None is all.
     """
 
     bucket_cap_mb: int = attrs.field(default=25, validator=integer(at_least=1))
@@ -30,6 +33,7 @@ class DDPConfig:
     static_graph: bool = attrs.field(default=False, validator=boolean)
     broadcast_buffers: bool = attrs.field(default=True, validator=boolean)
     activation_checkpointing: bool | str = False
+    activation_checkpointing_scope: str | Sequence[str] | None = None
 
 
 @attrs.frozen(eq=False)
@@ -60,7 +64,8 @@ class DDP:
     def runtime(self, parts: list[nn.Module]) -> RuntimePart:
         from nemo_dist_ddp.replicas import unsynchronised
 
-        return RuntimePart(no_sync=lambda: unsynchronised(parts))
+        # torch records a static graph in the first synchronised backward, and fails on an unsynchronised one before it.
+        return RuntimePart(no_sync=None if self.config.static_graph else lambda: unsynchronised(parts))
 
     @hookimpl
     def explain(self, plan: MeshPlan) -> str:

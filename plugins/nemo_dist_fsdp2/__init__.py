@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import attrs
@@ -39,7 +40,8 @@ class FSDP2Config:
     ``defer_fsdp_grad_sync``: reduce gradients once per ``forward_backward``, not once per batch of a list (faster, but
     holds whole gradients). ``forward_prefetch_depth``, ``backward_prefetch_depth``: how many blocks ahead are gathered.
     ``enable_compile``: run ``torch.compile`` on every block. ``activation_checkpointing`` is the same as on
-    ``DistributedSetup.build``.
+    ``DistributedSetup.build``; ``activation_checkpointing_scope`` restricts it to parts of a model of several towers:
+    one or more of "language", "vision", "audio" and "multimodal"; None is all.
     """
 
     mp_policy: MixedPrecisionPolicy | dict[str, Any] | None = attrs.field(
@@ -52,6 +54,7 @@ class FSDP2Config:
     backward_prefetch_depth: int = attrs.field(default=1, validator=integer(at_least=1))
     enable_compile: bool = attrs.field(default=False, validator=boolean)
     activation_checkpointing: bool | str = False
+    activation_checkpointing_scope: str | Sequence[str] | None = None
 
 
 @attrs.frozen(eq=False)

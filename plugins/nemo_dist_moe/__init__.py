@@ -122,8 +122,8 @@ class MoE:
         ep, copies = plan.size("ep"), plan.size("ep_shard")
         shards = f", in {copies} shards" if copies > 1 else ""
         return (
-            f"moe: 1/{ep} of the experts on each rank of ep{shards}; dispatcher {self.config.dispatcher}; per layer and "
-            f"step each rank sends about 4 * tokens * experts per token * hidden size * {ep - 1}/{ep} elements"
+            f"moe: 1/{ep} of the experts on each rank of ep{shards}; dispatcher {self.config.dispatcher}; per layer "
+            f"and step each rank sends about 4 * tokens * experts per token * hidden size * {ep - 1}/{ep} elements"
         )
 
 

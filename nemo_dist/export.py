@@ -1,0 +1,251 @@
+"""Write a model as a plain Hugging Face folder, in parallel on all ranks and never whole on one."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import torch
+import torch.distributed as dist
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from torch import Tensor
+from transformers.dynamic_module_utils import custom_object_save
+
+from nemo_dist.canonical import model_state
+from nemo_dist.pieces import bring, describe, survey
+from nemo_dist.safetensors_file import DTYPES, SafetensorsFile
+from nemo_dist.saved_names import Group, Layout, groups, nbytes, plain_config, refuse_unplain, skeleton
+from nemo_dist.staging import agreed, rank, written_beside
+
+if TYPE_CHECKING:
+    from nemo_dist.runtime import Runtime
+
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin*")
+_COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+)
+
+
+@attrs.define
+class Bundle:
+    """What one rank writes in one go: groups of parameters, and the one file (or, of a huge group, files) for them."""
+
+    groups: list[Group]
+    files: list[dict[str, Layout]]
+
+
+def export(
+    runtime: Runtime,
+    path: str | os.PathLike[str],
+    dtype: torch.dtype | str | None = None,
+    max_shard_size: int | str = "5GB",
+) -> None:
+    """Write the model of *runtime* to the folder *path*; see :meth:`nemo_dist.Runtime.export`."""
+    with agreed("collecting what to export"):
+        target, limit = _dtype(dtype), _bytes(max_shard_size)
+        model = runtime.parts[0]
+        refuse_unplain(model)
+        state = model_state(runtime)
+        described = describe(state)
+    entries = survey(described, runtime.mesh.device)
+    with agreed("planning the export"):
+        bare = skeleton(model)
+        skipped = bare._keys_to_ignore_on_save or ()
+        dtypes = {
+            name: target if target and entry.dtype.is_floating_point else entry.dtype
+            for name, entry in sorted(entries.items())
+            if name not in skipped
+        }
+        bundles = pack(groups(bare, {name: (entries[name].shape, kind) for name, kind in dtypes.items()}), limit)
+    with written_beside(path, "the export", stale=_is_weights) as folder:
+        names = file_names(bundles)
+        if rank() == 0:
+            _write_index(folder, bundles, names)
+            _write_companions(folder, model, target)
+        with _Writer(folder, bare, names) as writer:
+            writer.write(bundles, lambda wanted: bring(wanted, state, entries, dtypes, runtime.mesh.device))
+
+
+def pack(found: Sequence[Group], limit: int) -> list[Bundle]:
+    """Fill files of at most *limit* bytes with the groups, in order; only a single larger tensor exceeds it."""
+    bundles: list[Bundle] = []
+    room = 0
+    for group in found:
+        if group.nbytes > limit:
+            bundles.append(Bundle([group], _split(group.saved, limit)))
+            room = 0
+            continue
+        if group.nbytes > room:
+            bundles.append(Bundle([], [{}]))
+            room = limit
+        bundles[-1].groups.append(group)
+        bundles[-1].files[0].update(group.saved)
+        room -= group.nbytes
+    return bundles
+
+
+def _split(saved: Mapping[str, Layout], limit: int) -> list[dict[str, Layout]]:
+    files: list[dict[str, Layout]] = [{}]
+    room = limit
+    for name, layout in saved.items():
+        size = nbytes(layout)
+        if size > room and files[-1]:
+            files.append({})
+            room = limit
+        files[-1][name] = layout
+        room -= size
+    return files
+
+
+def file_names(bundles: Sequence[Bundle]) -> list[list[str]]:
+    """Return the names of the files of each bundle, as ``save_pretrained`` numbers them."""
+    total = sum(len(bundle.files) for bundle in bundles)
+    if total == 1:
+        return [["model.safetensors"]]
+    numbers = iter(range(1, total + 1))
+    return [[f"model-{next(numbers):05d}-of-{total:05d}.safetensors" for _ in bundle.files] for bundle in bundles]
+
+
+class _Writer:
+    """The files of this rank: every bundle is written by one rank, in turn, one group of parameters at a time."""
+
+    def __init__(self, folder: Path, bare: Any, names: list[list[str]]) -> None:
+        self._folder, self._bare, self._names = folder, bare, names
+        self._open: dict[str, SafetensorsFile] = {}  # the file of each name in the bundle under way
+        self._stack = ExitStack()
+        self._failure: Exception | None = None
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._stack.__exit__(*exception)
+
+    def write(self, bundles: list[Bundle], bring: Callable[[Sequence[Sequence[str]]], dict[str, Tensor]]) -> None:
+        """Write this rank's bundles; every rank takes part in every exchange, also when its own disk has failed."""
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        steps = [_steps(range(owner, len(bundles), world), bundles) for owner in range(world)]
+        for turn in range(max(map(len, steps))):
+            wanted = [mine[turn][1].sources if turn < len(mine) else () for mine in steps]
+            whole = bring(wanted)
+            mine = steps[rank()]
+            if turn < len(mine) and self._failure is None:
+                self._try(bundles, *mine[turn], whole)
+        if self._failure is not None:
+            raise self._failure
+
+    def _try(self, bundles: list[Bundle], index: int, group: Group, whole: dict[str, Tensor]) -> None:
+        bundle = bundles[index]
+        try:
+            if group is bundle.groups[0]:
+                self._begin(bundle, self._names[index])
+            for name, tensor in group.convert(self._bare, whole).items():
+                self._open[name].write(name, tensor)
+            if group is bundle.groups[-1]:
+                self._stack.close()
+        except Exception as error:
+            self._failure = error
+            self._stack.pop_all()
+
+    def _begin(self, bundle: Bundle, names: list[str]) -> None:
+        for name, layouts in zip(names, bundle.files, strict=True):
+            file = self._stack.enter_context(SafetensorsFile(self._folder / name, layouts))
+            self._open |= dict.fromkeys(layouts, file)
+
+
+def _steps(owned: Iterable[int], bundles: list[Bundle]) -> list[tuple[int, Group]]:
+    return [(index, group) for index in owned for group in bundles[index].groups]
+
+
+def _write_index(folder: Path, bundles: list[Bundle], names: list[list[str]]) -> None:
+    files = [
+        (name, file)
+        for bundle, own in zip(bundles, names, strict=True)
+        for name, file in zip(own, bundle.files, strict=True)
+    ]
+    if len(files) == 1:
+        return
+    layouts = [layout for _, file in files for layout in file.values()]
+    index = {
+        "metadata": {
+            "total_parameters": sum(torch.Size(shape).numel() for shape, _ in layouts),
+            "total_size": sum(map(nbytes, layouts)),
+        },
+        "weight_map": dict(sorted((saved, name) for name, file in files for saved in file)),
+    }
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _write_companions(folder: Path, model: Any, dtype: torch.dtype | None) -> None:
+    """Write the config and generation config, and copy tokenizer and processor from where the model came from."""
+    plain_config(model, dtype).save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+    if model.is_remote_code():
+        custom_object_save(model, folder, config=model.config)
+    for name in _COMPANIONS:
+        origin = _companion(model.config, name)
+        if origin is not None:
+            shutil.copyfile(origin, folder / name)
+
+
+def _companion(config: Any, name: str) -> Path | None:
+    """Return the file *name* beside the model's origin, a folder or a hub name whose files are cached; None without."""
+    origin = config.name_or_path or ""
+    local = Path(origin) / name
+    if origin and local.is_file():
+        return local
+    if not origin or Path(origin).exists():
+        return None
+    try:
+        cached = try_to_load_from_cache(origin, name, revision=getattr(config, "_commit_hash", None))
+    except HFValidationError:  # a path that is gone is no hub name either
+        return None
+    return Path(cached) if isinstance(cached, str) else None
+
+
+def _is_weights(name: str) -> bool:
+    return any(fnmatch.fnmatch(name, pattern) for pattern in _WEIGHTS)
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    given = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if given is None and dtype is None:
+        return None
+    if not isinstance(given, torch.dtype) or not given.is_floating_point or given not in DTYPES:
+        raise ValueError(f"dtype must be a floating-point dtype such as 'bfloat16' (got {dtype!r})")
+    return given
+
+
+def _bytes(size: int | str) -> int:
+    """Return a number of bytes, of an int or of text like ``"5GB"``."""
+    if isinstance(size, int) and not isinstance(size, bool) and size > 0:
+        return size
+    found = re.fullmatch(r"([0-9.]+) ?([KMG]I?B)", size.strip().upper()) if isinstance(size, str) else None
+    if found is None or float(found[1]) <= 0:
+        raise ValueError(f"max_shard_size must be a positive number of bytes or text like '5GB' (got {size!r})")
+    return int(float(found[1]) * _UNITS[found[2]])

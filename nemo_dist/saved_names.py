@@ -1,0 +1,144 @@
+"""The one place that touches how transformers saves: class, config, tied weights, and the conversions undone.
+
+Loading renames, splits and stacks weights; saving must undo that, or nobody else can read the files. transformers does
+it on the whole state dict at once. Here it runs once on the meta device, which tells which files' tensors come of which
+parameters; then on the few that belong together at a time. ``tests/test_export.py`` holds the contract.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+from transformers.core_model_loading import revert_weight_conversion
+
+from nemo_dist.errors import CheckpointError
+
+Layout = tuple[tuple[int, ...], torch.dtype]
+
+
+def nbytes(layout: Layout) -> int:
+    """Return the size in bytes of a tensor with this shape and dtype."""
+    return torch.Size(layout[0]).numel() * layout[1].itemsize
+
+
+def plain_class(model: nn.Module) -> type[Any]:
+    """Return the class of *model* without what a strategy made of it (``FSDPLlamaForCausalLM``)."""
+    for kind in type(model).__mro__:
+        if not any(base.__module__.startswith("torch.distributed") for base in kind.__mro__):
+            return kind
+    return type(model)
+
+
+def plain_config(model: Any, dtype: torch.dtype | None) -> Any:
+    """Return a copy of the config of *model* as ``save_pretrained`` writes it, with the *dtype* of the weights."""
+    config = copy.deepcopy(model.config)
+    config.architectures = [plain_class(model).__name__]
+    config.dtype = str(dtype or model.dtype).removeprefix("torch.")
+    return config
+
+
+def skeleton(model: Any) -> Any:
+    """Return *model* as on one process, on the meta device, with the conversions that it was loaded through."""
+    with torch.device("meta"):
+        bare = plain_class(model)(copy.deepcopy(model.config))
+    known = getattr(model, "_weight_conversions", None)
+    if known is not None:
+        bare._weight_conversions = known
+    return bare
+
+
+def refuse_unplain(model: Any) -> None:
+    """Raise CheckpointError for a model whose weights are not those of its class: quantized, or with adapters."""
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise CheckpointError("a quantized model cannot be exported; load it unquantized, or use its save_pretrained")
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise CheckpointError("a model with adapters cannot be exported; merge them into the weights first")
+
+
+@attrs.frozen
+class Group:
+    """Parameters that must be converted together, and what is saved of them, by name."""
+
+    sources: tuple[str, ...]
+    saved: Mapping[str, Layout]
+    renamed_only: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes that are saved."""
+        return sum(map(nbytes, self.saved.values()))
+
+    def convert(self, bare: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return what is saved of *tensors*, the sources; *bare* is the skeleton of the model."""
+        if self.renamed_only:
+            return dict(zip(self.saved, tensors.values(), strict=True))
+        converted: dict[str, Tensor] = revert_weight_conversion(bare, tensors)
+        if set(converted) != set(self.saved):
+            raise CheckpointError(
+                f"transformers saves {sorted(self.sources)} as {sorted(converted)} alone, but as {sorted(self.saved)} "
+                "within the model"
+            )
+        return converted
+
+
+class _Origins(TorchDispatchMode):
+    """Follow, from storage to storage, which named tensors every tensor was computed from."""
+
+    def __init__(self, named: Mapping[str, Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._alive: list[Any] = list(named.values())  # a storage that is freed would give its identity to another
+        self._names: dict[int, frozenset[str]] = {}
+        for name, tensor in named.items():
+            self._names[_storage(tensor)] = frozenset({name})
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        self._alive.append(result)
+        names: frozenset[str] = frozenset().union(*(self.of(tensor) for tensor in _tensors((args, kwargs or {}))))
+        for tensor in _tensors(result):
+            self._names[_storage(tensor)] = self.of(tensor) | names
+        return result
+
+    def of(self, tensor: Tensor) -> frozenset[str]:
+        return self._names.get(_storage(tensor), frozenset())
+
+
+def groups(bare: Any, layouts: Mapping[str, Layout]) -> list[Group]:
+    """Return the groups in which to convert parameters of these *layouts*, in the order of their names."""
+    metas = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in layouts.items()}
+    with _Origins(metas) as origins:
+        saved: dict[str, Tensor] = revert_weight_conversion(bare, dict(metas))
+    group_of: dict[str, set[str]] = {name: {name} for name in layouts}
+    for tensor in saved.values():
+        joined = set().union(*(group_of[name] for name in origins.of(tensor)))
+        for name in joined:
+            group_of[name] = joined
+    found: dict[frozenset[str], dict[str, Layout]] = {frozenset(group): {} for group in group_of.values()}
+    for target, tensor in saved.items():
+        (source, *_) = origins.of(tensor)
+        found[frozenset(group_of[source])][target] = (tuple(tensor.shape), tensor.dtype)
+    same = {id(tensor) for tensor in metas.values()} & {id(tensor) for tensor in saved.values()}
+    return [
+        Group(
+            tuple(sorted(sources)),
+            made,
+            renamed_only=len(sources) == len(made) == 1 and id(metas[next(iter(sources))]) in same,
+        )
+        for sources, made in found.items()
+        if made
+    ]
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)]
+
+
+def _storage(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)

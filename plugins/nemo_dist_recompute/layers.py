@@ -1,0 +1,91 @@
+"""Switch on transformers' own activation checkpointing, in every mode of the model and in the scope asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from nemo_dist_recompute.policy import selective_contexts
+
+if TYPE_CHECKING:
+    from nemo_dist_recompute import RecomputeConfig
+
+_CACHES = ("past_key_values", "layer_past")
+
+
+def recompute(model: Any, config: RecomputeConfig) -> None:
+    """Make the layers of *model* recompute during the backward.
+
+    transformers recomputes only in training mode, and what ``from_pretrained`` returns is in evaluation mode; here a
+    layer recomputes whenever gradients are recorded, so that switching dropout and saving memory stay two decisions.
+
+    Raises ValueError for a model without such layers, and for a scope that it does not have.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not model.supports_gradient_checkpointing or not layers:
+        raise ValueError(
+            f"{type(model).__name__} has no layers that transformers can recompute; "
+            "leave activation_checkpointing out for this model"
+        )
+    chosen = _in_scope(model, layers, config.scope)
+    context = {"context_fn": selective_contexts} if config.mode == "selective" else {}
+    model.activation_checkpointing_enable({"use_reentrant": False, **context})
+    model.disable_input_require_grads()  # only reentrant checkpointing needs inputs that require gradients
+    for layer in layers:
+        layer.gradient_checkpointing = layer in chosen
+        if layer in chosen:
+            layer.forward = partial(_forward, layer)
+
+
+def _forward(layer: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run *layer*, recomputed later if gradients are recorded; transformers itself does that in training mode."""
+    forward = type(layer).forward  # looked up late: FSDP2 gives the layer another class
+    if layer.training or not torch.is_grad_enabled() or any(_filled(kwargs.get(name)) for name in _CACHES):
+        return forward(layer, *args, **kwargs)
+    # A layer that ran twice would write its keys and values into the cache twice.
+    dropped = {name: None for name in _CACHES if name in kwargs and not layer._can_checkpoint_with_cache}
+    if kwargs.get("use_cache"):
+        dropped["use_cache"] = False  # type: ignore[assignment]
+    return layer._gradient_checkpointing_func(partial(forward, layer, **{**kwargs, **dropped}), *args)
+
+
+def _filled(cache: Any) -> bool:
+    """Whether *cache* holds keys of earlier tokens, which attention must see."""
+    return cache is not None and cache.get_seq_length() > 0
+
+
+def _in_scope(model: Any, layers: Iterable[nn.Module], scope: tuple[str, ...]) -> set[nn.Module]:
+    if scope == ("all",):
+        return set(layers)
+    towers = list(_towers(model))
+    kinds = {kind for kind, _ in towers} | ({"multimodal"} if any(kind != "language" for kind, _ in towers) else set())
+    missing = [name for name in scope if name not in kinds]
+    if missing:
+        raise ValueError(
+            f"activation_checkpointing_scope names {', '.join(map(repr, missing))}, but {type(model).__name__} has no "
+            f"such part; it has {', '.join(sorted(kinds))}"
+        )
+    wanted = {kind for kind, _ in towers if kind in scope or (kind != "language" and "multimodal" in scope)}
+    tower_of: dict[nn.Module, str] = {}
+    for module in model.modules():  # from the outside in, so that the innermost tower has the last word
+        for kind, config in towers:
+            if isinstance(module, PreTrainedModel) and module.config is config:
+                tower_of.update(dict.fromkeys(module.modules(), kind))
+    return {layer for layer in layers if tower_of.get(layer) in wanted}
+
+
+def _towers(model: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the kind and the config of every tower of *model*; a model of one tower is a language model."""
+    language = model.config.get_text_config()
+    yield "language", language
+    for name in model.config.sub_configs:
+        config = getattr(model.config, name)
+        if config is not None and config is not language:
+            kind = next((kind for kind in ("vision", "audio") if kind in name), name)
+            yield kind, config

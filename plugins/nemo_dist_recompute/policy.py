@@ -1,0 +1,58 @@
+"""What selective activation checkpointing keeps: the one place that lists operators by name."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+# Every second one is kept: the policy of torchtitan, which halves both their memory and their recomputation.
+_MATMULS = (
+    "aten::mm",
+    "aten::addmm",
+    "aten::_grouped_mm",
+    "aten::_scaled_mm",
+    "aten::_scaled_grouped_mm",
+)
+_ALWAYS = (
+    "aten::_scaled_dot_product_cudnn_attention",
+    "aten::_scaled_dot_product_efficient_attention",
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_fused_attention_overrideable",
+    "_c10d_functional::all_gather_into_tensor",
+    "_c10d_functional::all_reduce",
+    "_c10d_functional::all_to_all_single",
+    "_c10d_functional::reduce_scatter_tensor",
+    "aten::topk",  # a router that decided anew would send another number of tokens to an expert
+)
+
+
+def _operators(names: tuple[str, ...]) -> frozenset[Any]:
+    """Return the default overloads of *names*, without those that this build of torch lacks."""
+    found = set()
+    for name in names:
+        namespace, _, operator = name.partition("::")
+        packet = getattr(getattr(torch.ops, namespace), operator, None)
+        if packet is not None:
+            found.add(packet.default)
+    return frozenset(found)
+
+
+def selective_contexts() -> Any:
+    """Return the two contexts, for the forward and for the recomputation of one layer, that keep what is dear."""
+    matmuls, always = _operators(_MATMULS), _operators(_ALWAYS)
+    # The forward and the recomputation count apart, so that the same matmul is judged the same in both.
+    seen: Counter[bool] = Counter()
+
+    def keep(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        if operator in matmuls:
+            seen[context.is_recompute] += 1
+            kept = seen[context.is_recompute] % 2 == 1
+        else:
+            kept = operator in always
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(keep)

@@ -1,0 +1,106 @@
+"""The boxes that the ranks hold make up the whole tensor, whatever the layout."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
+
+from nemo_dist.errors import PluginError
+from nemo_dist.pieces import bring, describe, pieces, survey
+
+LAYOUTS = {
+    "replicated": (Replicate(), Replicate()),
+    "one axis": (Shard(0), Replicate()),
+    "replicas of shards": (Replicate(), Shard(0)),
+    "two dims": (Shard(1), Shard(0)),
+    "one dim, twice": (Shard(0), Shard(0)),
+    "from the right": (_StridedShard(0, split_factor=2), Shard(0)),
+    "packed in two": (Replicate(), _StridedShard(0, split_factor=2)),
+    "packed in three, and the other dim": (Shard(1), _StridedShard(0, split_factor=3)),
+    "packed, then sharded": (_StridedShard(0, split_factor=2), _StridedShard(0, split_factor=2)),
+    "the last dim": (Shard(-1), Replicate()),
+}
+
+
+def placed(shape, placements, mesh):
+    """Return a counting tensor laid out by the placements' own splits, left to right."""
+    local = torch.arange(torch.Size(shape).numel()).view(shape)
+    for axis, placement in enumerate(placements):
+        if hasattr(placement, "dim"):
+            shards, _ = placement._split_tensor(local, mesh.size(axis), with_padding=False)
+            local = shards[mesh.get_local_rank(axis)]
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(local.contiguous(), mesh, placements, run_check=False, shape=shape, stride=stride)
+
+
+def whole_on_every_rank(shape, placements):
+    mesh = init_device_mesh("cpu", (2, 2))
+    state = {"weight": placed(torch.Size(shape), placements, mesh)}
+    for box, values in pieces(state["weight"]):
+        assert torch.equal(values, box.of(torch.arange(torch.Size(shape).numel()).view(shape)))
+    entries = survey(describe(state), torch.device("cpu"))
+    wanted = [["weight"] if rank != 2 else [] for rank in range(4)]
+    return bring(wanted, state, entries, {"weight": torch.int64}, torch.device("cpu")).get("weight")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(12, 4), (7, 5), (1, 3), (24, 2, 3)])
+def test_the_pieces_of_any_layout_make_the_whole(ranks, layout, shape):
+    results = ranks(4).run(whole_on_every_rank, shape, LAYOUTS[layout])
+    expected = torch.arange(torch.Size(shape).numel()).view(shape)
+    assert results[2] is None
+    for rank in (0, 1, 3):
+        assert torch.equal(results[rank], expected)
+
+
+def scalars_and_empties():
+    state = {"scalar": torch.tensor(3.0), "empty": torch.empty(0, 4)}
+    entries = survey(describe(state), torch.device("cpu"))
+    dtypes = {name: tensor.dtype for name, tensor in state.items()}
+    return bring([["scalar", "empty"]] * 2, state, entries, dtypes, torch.device("cpu"))
+
+
+def test_scalars_and_empty_tensors_are_brought_too(ranks):
+    for found in ranks(2).run(scalars_and_empties):
+        assert torch.equal(found["scalar"], torch.tensor(3.0))
+        assert found["empty"].shape == (0, 4)
+
+
+def survey_of(make):
+    mesh = init_device_mesh("cpu", (2,))
+    return survey(describe({"weight": make(mesh)}), torch.device("cpu"))
+
+
+def partial(mesh):
+    return DTensor.from_local(torch.ones(4), mesh, [Partial()], run_check=False)
+
+
+def holed(mesh):
+    if dist.get_rank() == 0:
+        return DTensor.from_local(torch.ones(2), mesh, [Shard(0)], run_check=False, shape=(4,), stride=(1,))
+    return DTensor.from_local(torch.ones(0), mesh, [Shard(0)], run_check=False, shape=(4,), stride=(1,))
+
+
+def of_another_shape(mesh):
+    return torch.ones(3 + dist.get_rank())
+
+
+def misdeclared(mesh):
+    return DTensor.from_local(torch.ones(3), mesh, [Shard(0)], run_check=False, shape=(4,), stride=(1,))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (partial, "reduce it before it is saved"),
+        (holed, "leave holes: 2 elements of 4"),
+        (of_another_shape, "but float32"),
+        (misdeclared, "should have 2 of dim 0"),
+    ],
+)
+def test_a_state_that_is_not_what_it_declares_is_refused(ranks, make, message):
+    with pytest.raises(Exception, match=message) as caught:
+        ranks(2).run(survey_of, make)
+    assert PluginError.__name__ in str(caught.value)

@@ -1,0 +1,180 @@
+"""What a training loop holds: the loop of the public API, loops of one's own, and what is refused."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from nemo_dist import DDPConfig, DistributedSetup, FSDP2Config, NeMoAutoModelForCausalLM, ParallelismSizes
+from nemo_dist.labels import count_labels
+from nemo_dist.testing.equivalence import Task, checkpoint, reference
+from nemo_dist.testing.zoo import SPECIMENS
+
+FP32 = {"param_dtype": "float32", "reduce_dtype": "float32"}
+STRATEGIES = {"fsdp2": FSDP2Config(mp_policy=FP32), "ddp": DDPConfig()}
+
+
+def start(strategy, folder=None, **options):
+    setup = DistributedSetup.build(strategy=STRATEGIES[strategy], **options)
+    model = NeMoAutoModelForCausalLM.from_pretrained(folder or checkpoint("llama"), distributed_setup=setup)
+    return setup, model, setup.runtime(model)
+
+
+def whole(tensor):
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def learn_nothing(strategy, folder):
+    _, model, runtime = start(strategy, folder)
+    tokens = torch.arange(1, 13).reshape(2, 6)
+    loss = runtime.forward_backward({"input_ids": tokens, "labels": torch.full_like(tokens, -100)})
+    return (
+        loss.item(),
+        [whole(p.grad).abs().max().item() for p in model.parameters()],
+        runtime.clip_grad_norm_(1.0).item(),
+    )
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_batch_without_a_label_anywhere_is_a_loss_of_zero_with_zero_gradients(ranks, strategy):
+    for loss, gradients, norm in ranks(2).run(learn_nothing, strategy, checkpoint("llama")):
+        assert (loss, norm, set(gradients)) == (0.0, 0.0, {0.0})
+
+
+def own_loop(strategy, folder, task):
+    _, model, runtime = start(strategy, folder)
+    batches = [{n: v.chunk(runtime.dp_size)[runtime.dp_rank] for n, v in b.items()} for b in task.batches(0)]
+    counts = torch.stack([count_labels(model, batch) for batch in batches])
+    total = counts.sum()
+    dist.all_reduce(total)
+    for index, batch in enumerate(batches):
+        loss = model(**runtime.batch(batch)).loss * counts[index] / total * runtime.dp_size
+        if index < len(batches) - 1:
+            with runtime.no_sync():
+                loss.backward()
+        else:
+            loss.backward()
+    return {name: whole(parameter.grad) for name, parameter in runtime.named_parameters()}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_loop_of_ones_own_with_no_sync_gets_the_same_gradients(ranks, strategy):
+    task = Task(specimen="llama", accumulate=3, seed=0)
+    expected = reference(task).gradients
+
+    for found in ranks(2).run(own_loop, strategy, checkpoint("llama"), task):
+        for name, gradient in expected.items():
+            torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def places(folder, options):
+    _, _, runtime = start("fsdp2", folder, **options)
+    return runtime.dp_rank, runtime.dp_size
+
+
+def test_ranks_have_different_places_among_the_batches(ranks):
+    options = {"parallelism_sizes": ParallelismSizes(dp_replicate_size=2)}
+    assert ranks(4).run(places, checkpoint("llama"), options) == [(0, 4), (1, 4), (2, 4), (3, 4)]
+
+
+def norms(folder, norm_type):
+    _, _, runtime = start("fsdp2", folder)
+    tokens = torch.arange(1, 25).reshape(2, 12)
+    runtime.forward_backward({"input_ids": tokens, "labels": tokens})
+    return runtime.clip_grad_norm_(1e-3, norm_type).item(), runtime.clip_grad_norm_(1.0, norm_type).item()
+
+
+@pytest.mark.parametrize("norm_type", [1.0, 2.0, float("inf")])
+def test_the_norm_is_global_for_every_type_and_clipping_brings_it_down(ranks, norm_type):
+    model = NeMoAutoModelForCausalLM.from_pretrained(checkpoint("llama"))
+    tokens = torch.arange(1, 25).reshape(2, 12)
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    expected = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3, norm_type).item()
+
+    for before, after in ranks(2).run(norms, checkpoint("llama"), norm_type):
+        assert before == pytest.approx(expected, rel=1e-5)
+        assert after == pytest.approx(1e-3, rel=1e-3)
+
+
+def grouped(folder):
+    _, _, runtime = start("fsdp2", folder)
+    decayed = [p for n, p in runtime.named_parameters() if p.ndim > 1]
+    plain = [p for n, p in runtime.named_parameters() if p.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
+    optimizer = runtime.optimizer(torch.optim.AdamW, groups, lr=1e-3)
+    return [(group["weight_decay"], len(group["params"])) for group in optimizer.param_groups], len(decayed), len(plain)
+
+
+def test_parameter_groups_are_kept(ranks):
+    groups, decayed, plain = ranks(2).run(grouped, checkpoint("llama"))[0]
+    assert groups == [(0.1, decayed), (0.0, plain)]
+
+
+def refusals(folder):
+    setup, model, runtime = start("fsdp2", folder)
+    other = DistributedSetup.build(strategy=STRATEGIES["fsdp2"])
+    plain = NeMoAutoModelForCausalLM.from_pretrained(folder)
+    messages = []
+    for attempt in (
+        lambda: runtime.forward_backward([]),
+        lambda: runtime.forward_backward({"input_ids": torch.ones(1, 4, dtype=torch.long)}),
+        lambda: other.runtime(model),
+        lambda: setup.runtime(plain),
+        lambda: setup.runtime("model"),
+    ):
+        try:
+            attempt()
+            messages.append("nothing")
+        except ValueError as error:
+            messages.append(str(error))
+    return messages
+
+
+def test_what_a_runtime_cannot_do_is_said(ranks):
+    empty, unlabelled, other, plain, text = ranks(1).run(refusals, checkpoint("llama"))[0]
+
+    assert "empty list" in empty
+    assert "no labels" in unlabelled and "input_ids" in unlabelled
+    assert "another setup" in other
+    assert "no setup" in plain and "no setup" in text
+
+
+def default_precision(folder):
+    seen = {}
+    setup = DistributedSetup.build()
+    model = NeMoAutoModelForCausalLM.from_pretrained(folder, distributed_setup=setup, dtype=torch.float32)
+    layer = model.model.layers[0].mlp.up_proj
+    layer.register_forward_hook(
+        lambda module, args, output: seen.update(weight=module.weight.dtype, output=output.dtype)
+    )
+    tokens = torch.arange(1, 13).reshape(2, 6)
+    loss = setup.runtime(model).forward_backward({"input_ids": tokens, "labels": tokens})
+    return seen, layer.weight.dtype, layer.weight.grad.dtype, loss.dtype
+
+
+def test_the_default_computes_in_bfloat16_and_keeps_parameters_gradients_and_loss_in_float32(ranks):
+    for seen, parameter, gradient, loss in ranks(2).run(default_precision, checkpoint("llama")):
+        assert seen == {"weight": torch.bfloat16, "output": torch.bfloat16}
+        assert (parameter, gradient, loss) == (torch.float32, torch.float32, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("specimen", "batch", "count"),
+    [
+        ("llama", {"labels": torch.tensor([[1, 2, -100, 4], [-100, -100, 3, -100]])}, 3),
+        ("llama", {"labels": torch.ones(1, 4).long(), "shift_labels": torch.tensor([[1, -100, 2, 3]])}, 3),
+        ("llava", {"labels": torch.tensor([[1, 2, 3]])}, 2),
+        ("bert-tokens", {"labels": torch.tensor([[1, 2, -100]])}, 2),
+        ("bert-sequences", {"labels": torch.tensor([1, -100, 2])}, 2),
+        ("bert-sequences", {"labels": torch.zeros(2, 3)}, 6),
+    ],
+)
+def test_the_labels_that_count_are_those_of_the_models_mean(specimen, batch, count):
+    assert count_labels(SPECIMENS[specimen].make(), batch).item() == count
+
+
+def test_a_loss_whose_mean_is_not_known_is_refused():
+    model = SPECIMENS["bert-tokens"].make()
+    model.loss_type = "ForObjectDetection"
+    with pytest.raises(ValueError, match=r"loss of type 'ForObjectDetection'.*known: "):
+        count_labels(model, {"labels": torch.tensor([1])})
