@@ -1,30 +1,220 @@
-"""Expert parallelism computes what one process computes."""
+"""Expert parallelism computes what one process computes, and reads only its experts."""
 
 import pytest
+import torch
+from torch.distributed.tensor import DTensor
 
-from nemo_dist import FSDP2Config, ParallelismSizes
-from nemo_dist.testing.equivalence import Task, assert_equivalent
+from nemo_dist import DistributedSetup, FSDP2Config, MoEParallelizerConfig, ParallelismSizes, TopologyError
+from nemo_dist.testing.equivalence import Task, assert_equivalent, checkpoint
+from nemo_dist.testing.reading import BytesRead
+from nemo_dist.testing.zoo import SPECIMENS
 
 FP32 = {"param_dtype": "float32", "reduce_dtype": "float32", "output_dtype": "float32"}
 
 
-def setup(recompute=False, moe=None, **sizes):
+def options(recompute=False, moe=None, strategy=None, **sizes):
     return {
-        "strategy": FSDP2Config(mp_policy=FP32),
+        "strategy": strategy or FSDP2Config(mp_policy=FP32),
         "parallelism_sizes": ParallelismSizes(**sizes),
         "activation_checkpointing": recompute,
         "moe_parallel_config": moe,
     }
 
 
+def load(specimen, folder, **more):
+    setup = DistributedSetup.build(**options(**more))
+    return SPECIMENS[specimen].load.from_pretrained(folder, distributed_setup=setup, dtype=torch.float32), setup
+
+
+# ---- numbers ----
+
+
 @pytest.mark.parametrize("specimen", ["qwen3-moe", "mixtral", "qwen2-moe", "deepseek-v3"])
-@pytest.mark.parametrize(("world", "sizes"), [(2, {"ep_size": 2}), (4, {"ep_size": 2}), (4, {"ep_size": 4})])
-def test_experts_over_ranks_compute_what_one_process_computes(ranks, specimen, world, sizes):
-    assert_equivalent(ranks(world), Task(specimen=specimen), **setup(**sizes))
+@pytest.mark.parametrize(("world", "ep"), [(2, 2), (4, 2), (4, 4)])
+def test_experts_over_ranks_compute_what_one_process_computes(ranks, specimen, world, ep):
+    assert_equivalent(ranks(world), Task(specimen=specimen), **options(ep_size=ep))
 
 
-@pytest.mark.parametrize(("world", "ep"), [(4, 2), (4, 4), (8, 2)])
-@pytest.mark.parametrize("replicas", [2])
-def test_experts_with_replicas_compute_what_one_process_computes(ranks, world, ep, replicas):
+@pytest.mark.parametrize(("world", "ep"), [(4, 2), (4, 4), pytest.param(8, 2, marks=pytest.mark.slow)])
+def test_experts_with_replicas_compute_what_one_process_computes(ranks, world, ep):
     """The parameters of all replicas are compared bit for bit, those of the experts included."""
-    assert_equivalent(ranks(world), Task(specimen="qwen2-moe"), **setup(ep_size=ep, dp_replicate_size=replicas))
+    assert_equivalent(ranks(world), Task(specimen="qwen2-moe"), **options(ep_size=ep, dp_replicate_size=2))
+
+
+@pytest.mark.parametrize("mode", ["full", "selective"])
+def test_recomputed_experts_compute_what_one_process_computes(ranks, mode):
+    assert_equivalent(ranks(4), Task(specimen="qwen3-moe"), **options(ep_size=2, recompute=mode))
+
+
+def test_accumulated_batches_have_one_router_loss(ranks):
+    task = Task(specimen="qwen3-moe-padded", accumulate=3, rows=4)
+    assert_equivalent(ranks(4), task, **options(ep_size=4, recompute="full"))
+
+
+@pytest.mark.parametrize("mode", [False, "full", "selective"])
+def test_all_tokens_may_go_to_the_experts_of_one_rank(ranks, mode):
+    """The routers are tied, so two experts of eight get every token, and three ranks of four get none.
+
+    One step: the second would find routers that are almost tied, which rounding decides.
+    """
+    assert_equivalent(ranks(4), Task(specimen="qwen3-moe-tied", steps=1), **options(ep_size=4, recompute=mode))
+
+
+def test_a_rank_may_have_no_label_to_learn_from(ranks):
+    assert_equivalent(ranks(4), Task(specimen="mixtral", rows=4), **options(ep_size=4))
+
+
+def test_copies_that_do_not_divide_the_experts_share_the_hidden_size(ranks):
+    """Three experts a rank on two ranks each."""
+    assert_equivalent(ranks(4), Task(specimen="qwen3-moe-six"), **options(ep_size=2))
+
+
+def test_experts_that_are_not_resharded_compute_what_one_process_computes(ranks):
+    assert_equivalent(
+        ranks(4), Task(specimen="qwen3-moe"), **options(ep_size=2, moe={"reshard_after_forward": False})
+    )
+
+
+# ---- loading ----
+
+
+def read(specimen, folder, sizes):
+    with BytesRead() as reading:
+        model, _ = load(specimen, folder, **sizes)
+    local = {name: p.to_local() if isinstance(p, DTensor) else p for name, p in model.named_parameters()}
+    held = sum(p.numel() * p.element_size() for p in local.values())
+    return reading.bytes, held, {name: p.detach().clone() for name, p in local.items()}
+
+
+@pytest.mark.parametrize("specimen", ["qwen3-moe", "qwen3-moe-six"])
+@pytest.mark.parametrize("sizes", [{"ep_size": 2}, {"ep_size": 2, "dp_replicate_size": 2}])
+def test_experts_load_the_same_one_by_one_or_fused_and_each_rank_reads_its_own(ranks, specimen, sizes, tmp_path):
+    SPECIMENS[specimen].make().save_pretrained(tmp_path, save_original_format=False)
+    single = read(specimen, checkpoint(specimen), {})[1]
+
+    one_by_one = ranks(4).run(read, specimen, checkpoint(specimen), sizes)
+    fused = ranks(4).run(read, specimen, tmp_path, sizes)
+
+    print(f"bytes read on 4 ranks: {[a for a, *_ in one_by_one]} one by one, {[a for a, *_ in fused]} fused of {single}")
+    for (bytes_one_by_one, held, first), (bytes_fused, _, second) in zip(one_by_one, fused, strict=True):
+        assert bytes_one_by_one == bytes_fused == held
+        assert all(torch.equal(first[name], second[name]) for name in first)
+    assert sum(a for a, *_ in fused) == single * sizes.get("dp_replicate_size", 1)
+
+
+def whole_from_config(specimen):
+    torch.manual_seed(3)
+    setup = DistributedSetup.build(**options(ep_size=2))
+    model = SPECIMENS[specimen].load.from_config(SPECIMENS[specimen].config(), distributed_setup=setup)
+    return {n: p.full_tensor() if isinstance(p, DTensor) else p.detach() for n, p in model.named_parameters()}
+
+
+def test_a_new_model_has_the_experts_that_one_process_draws(ranks):
+    torch.manual_seed(3)
+    single = SPECIMENS["qwen3-moe"].load.from_config(SPECIMENS["qwen3-moe"].config())
+
+    for drawn in ranks(4).run(whole_from_config, "qwen3-moe"):
+        assert [name for name, p in single.named_parameters() if not torch.equal(p, drawn[name])] == []
+
+
+# ---- options ----
+
+
+def dtypes(folder, moe):
+    strategy = FSDP2Config(mp_policy={"param_dtype": "bfloat16"})
+    model, _ = load("qwen3-moe", folder, ep_size=2, strategy=strategy, moe=moe)
+    seen = set()
+    model.model.layers[0].mlp.experts.act_fn.register_forward_hook(lambda m, args, output: seen.add(output.dtype))
+    logits = model(torch.arange(1, 9).unsqueeze(0)).logits
+    return seen, logits.dtype
+
+
+def test_experts_and_head_may_compute_in_a_dtype_of_their_own(ranks):
+    folder = checkpoint("qwen3-moe")
+    exact = {"mp_policy": {"param_dtype": "float32"}, "lm_head_precision": "float32"}
+
+    assert ranks(2).run(dtypes, folder, None) == [({torch.bfloat16}, torch.bfloat16)] * 2
+    assert ranks(2).run(dtypes, folder, exact) == [({torch.float32}, torch.float32)] * 2
+
+
+def balance(folder):
+    model, setup = load("qwen3-moe", folder, ep_size=2)
+    runtime = setup.runtime(model)
+    whole = Task(specimen="qwen3-moe").batches(0)[0]
+    runtime.forward_backward({name: value.chunk(2)[runtime.dp_rank] for name, value in whole.items()})
+    return runtime.metrics()
+
+
+def test_the_runtime_reports_how_evenly_experts_are_used(ranks):
+    folder = checkpoint("qwen3-moe")
+    model = SPECIMENS["qwen3-moe"].load.from_pretrained(folder, dtype=torch.float32)
+    logits = model(Task(specimen="qwen3-moe").batches(0)[0]["input_ids"], output_router_logits=True).router_logits
+    counts = [torch.bincount(layer.topk(2).indices.flatten(), minlength=8).float() for layer in logits]
+    worst = max((count.max() / count.mean()).item() for count in counts)
+
+    assert ranks(2).run(balance, folder) == [{"expert_load_max_over_mean": pytest.approx(worst)}] * 2
+
+
+def test_explain_says_how_many_experts_a_rank_holds_and_what_is_sent():
+    text = DistributedSetup.build(world_size=8, **options(ep_size=4)).explain()
+
+    assert "moe: 1/4 of the experts on each rank of ep, in 2 shards; dispatcher auto" in text
+    assert "4 * tokens * experts per token * hidden size * 3/4 elements" in text
+
+
+def test_the_moe_mesh_has_the_axes_of_the_page(ranks):
+    for shape in ranks(4).run(moe_shapes):
+        assert shape == [(("ep_shard", "ep"), (2, 2)), (("ep_shard", "ep"), (2, 2)), None]
+
+
+def moe_shapes():
+    meshes = [
+        DistributedSetup.build(**options(**sizes)).mesh_context.moe_mesh
+        for sizes in ({"ep_size": 2}, {"ep_size": 2, "dp_replicate_size": 2}, {})
+    ]
+    return [mesh and (mesh.mesh_dim_names, tuple(mesh.shape)) for mesh in meshes]
+
+
+# ---- refusals ----
+
+
+def refused(error=TopologyError, world_size=8, **more):
+    with pytest.raises(error) as caught:
+        DistributedSetup.build(world_size=world_size, **options(**more))
+    return str(caught.value)
+
+
+def test_experts_over_a_number_of_ranks_that_does_not_divide_them_are_refused():
+    assert "ep_size=3 must divide the 8 ranks of dp*cp*tp = 8*1*1" in refused(ep_size=3)
+
+
+def test_adding_up_needs_ranks_with_the_same_tokens():
+    assert "needs ranks that hold the same tokens" in refused(ep_size=4, moe={"dispatcher": "all_reduce"})
+
+
+def test_an_unknown_dispatcher_is_refused():
+    with pytest.raises(ValueError, match="did you mean 'all_to_all'"):
+        MoEParallelizerConfig(dispatcher="alltoall")
+
+
+def test_ddp_has_no_place_for_experts():
+    assert "strategy 'ddp' does not compose with it; use 'fsdp2'" in refused(ep_size=2, strategy="ddp")
+
+
+def refused_at_load(specimen, folder, more):
+    with BytesRead() as reading, pytest.raises(TopologyError) as caught:
+        load(specimen, folder, **more)
+    return reading.bytes, str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("specimen", "sizes", "moe", "message"),
+    [
+        ("llama", {"ep_size": 2}, None, "LlamaForCausalLM has no experts that transformers can dispatch to"),
+        ("qwen3-moe-six", {"ep_size": 4}, None, "ep_size=4 must divide the experts of a layer of Qwen3MoeForCausalLM (6)"),
+    ],
+)
+def test_a_model_whose_experts_do_not_fit_is_refused_before_a_weight_is_read(ranks, specimen, sizes, moe, message):
+    for read_bytes, text in ranks(4).run(refused_at_load, specimen, checkpoint(specimen), {**sizes, "moe": moe}):
+        assert read_bytes == 0
+        assert message in text

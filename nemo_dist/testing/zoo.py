@@ -22,12 +22,14 @@ class Specimen:
     """A tiny model: how to make its config, the name of its loader, and how to make a batch for it.
 
     ``batch(rows, length, generator)`` returns tensors with *rows* rows; its labels are masked differently in every row.
+    ``edit`` changes the weights that were drawn.
     """
 
     name: str
     loader: str
     config: Callable[[], Any]
     batch: Callable[[int, int, torch.Generator], dict[str, Tensor]]
+    edit: Callable[[Any], None] = lambda model: None
 
     @property
     def load(self) -> Any:
@@ -42,6 +44,7 @@ class Specimen:
             for parameter in model.parameters():
                 if parameter.ndim == 1:
                     parameter.add_(torch.randn_like(parameter), alpha=0.1)
+            self.edit(model)
         return model
 
 
@@ -75,6 +78,13 @@ def _moe(**more: Any) -> dict[str, Any]:
 
 def _qwen3_moe(**more: Any) -> Callable[[], Any]:
     return lambda: transformers.Qwen3MoeConfig(**_moe(**more))
+
+
+def _tie_routers(model: Any) -> None:
+    """Let all experts be equally likely, so that all tokens go to the ones that break ties."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("mlp.gate.weight"):
+            parameter.copy_(parameter[:1].expand_as(parameter))
 
 
 def _mixtral() -> Any:
@@ -166,6 +176,8 @@ SPECIMENS: dict[str, Specimen] = {
         Specimen(name="bert-tokens", loader="NeMoAutoModelForTokenClassification", config=_bert, batch=_tagged),
         Specimen(name="qwen3-moe", loader=_CAUSAL, config=_qwen3_moe(), batch=_causal),
         Specimen(name="qwen3-moe-padded", loader=_CAUSAL, config=_qwen3_moe(), batch=_padded_causal),
+        Specimen(name="qwen3-moe-six", loader=_CAUSAL, config=_qwen3_moe(num_experts=6), batch=_causal),
+        Specimen(name="qwen3-moe-tied", loader=_CAUSAL, config=_qwen3_moe(), batch=_causal, edit=_tie_routers),
         Specimen(name="mixtral", loader=_CAUSAL, config=_mixtral, batch=_causal),
         Specimen(name="qwen2-moe", loader=_CAUSAL, config=_qwen2_moe, batch=_causal),
         Specimen(name="deepseek-v3", loader=_CAUSAL, config=_deepseek_v3, batch=_causal),
