@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from nemo_dist.registry import Plugin, Registry, Stage
     from nemo_dist.runtime import Runtime
     from nemo_dist.sizes import ParallelismSizes
+    from nemo_dist_context import ContextConfig
     from nemo_dist_ddp import DDPConfig
     from nemo_dist_fsdp2 import FSDP2Config
     from nemo_dist_moe import MoEParallelizerConfig
@@ -57,6 +58,7 @@ _HOMES = {
     "nemo_dist.registry": ("Plugin", "Registry", "Stage"),
     "nemo_dist.runtime": ("Runtime",),
     "nemo_dist.sizes": ("ParallelismSizes",),
+    "nemo_dist_context": ("ContextConfig",),
     "nemo_dist_ddp": ("DDPConfig",),
     "nemo_dist_fsdp2": ("FSDP2Config",),
     "nemo_dist_moe": ("MoEParallelizerConfig",),
@@ -66,6 +68,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "Axis",
     "CheckpointError",
+    "ContextConfig",
     "DDPConfig",
     "DistEnv",
     "DistributedSetup",

@@ -38,7 +38,9 @@ class Plugin(Protocol):
     """What the core asks of a plugin besides its hooks: an ``attrs.frozen(eq=False)`` class with these attributes.
 
     ``axes`` are the mesh axes that it claims. ``composes_with`` matters for a strategy (stage ``DATA``): the axes and
-    roles of other plugins that it works with. The config class names its plugin in a class variable ``plugin``.
+    roles of other plugins that it works with. It may have ``delegates`` besides: for an axis, the names of the options
+    of its config that belong to the plugin of that axis. A config class names its plugin in a class variable
+    ``plugin``.
     """
 
     name: ClassVar[str]

@@ -74,10 +74,29 @@ class Selection:
         return next((plugin for plugin in self.plugins if plugin.name == name), None)
 
     def axes(self, sizes: ParallelismSizes, world_size: int) -> None:
-        """Select a plugin for every axis of size > 1 that nobody claims yet."""
+        """Select a plugin for every axis of size > 1 that nobody claims yet; it gets the strategy's options for it."""
+        delegated = {axis: self._delegated(axis) for axis in self._delegates()}
         for axis, size in _wide(sizes, world_size).items():
             if not self._claimant(axis):
-                self.role(axis, f"axis {axis!r} has size {size}")
+                self.role(axis, f"axis {axis!r} has size {size}", **delegated.pop(axis, {}))
+        for axis, given in delegated.items():
+            claimant = self._claimant(axis)
+            for option, value in given.items():
+                way = f"set {axis}_size > 1 or leave it out" if claimant is None else f"set it on {claimant.config!r}"
+                who = (
+                    f"{axis}_size is 1" if claimant is None else f"plugin {claimant.name!r} was given for axis {axis!r}"
+                )
+                self.problems.append(f"{option}={value!r} was given on the strategy, but {who}; {way}")
+
+    def _delegates(self) -> Mapping[str, tuple[str, ...]]:
+        strategy = next((plugin for plugin in self.plugins if plugin.stage == Stage.DATA), None)
+        return getattr(strategy, "delegates", {})
+
+    def _delegated(self, axis: str) -> dict[str, Any]:
+        """Return the options for *axis* that were given on the strategy's config: those that are not the default."""
+        strategy = next(plugin for plugin in self.plugins if plugin.stage == Stage.DATA)
+        default, names = strategy.config_type(), self._delegates()[axis]
+        return {name: value for name in names if (value := getattr(strategy.config, name)) != getattr(default, name)}
 
     def judge_composition(self, strategy: Plugin, sizes: ParallelismSizes, world_size: int) -> None:
         """Judge that *strategy* composes with every other claimed axis of size > 1."""

@@ -70,9 +70,7 @@ def test_copies_that_do_not_divide_the_experts_share_the_hidden_size(ranks):
 
 
 def test_experts_that_are_not_resharded_compute_what_one_process_computes(ranks):
-    assert_equivalent(
-        ranks(4), Task(specimen="qwen3-moe"), **options(ep_size=2, moe={"reshard_after_forward": False})
-    )
+    assert_equivalent(ranks(4), Task(specimen="qwen3-moe"), **options(ep_size=2, moe={"reshard_after_forward": False}))
 
 
 # ---- loading ----
@@ -95,7 +93,9 @@ def test_experts_load_the_same_one_by_one_or_fused_and_each_rank_reads_its_own(r
     one_by_one = ranks(4).run(read, specimen, checkpoint(specimen), sizes)
     fused = ranks(4).run(read, specimen, tmp_path, sizes)
 
-    print(f"bytes read on 4 ranks: {[a for a, *_ in one_by_one]} one by one, {[a for a, *_ in fused]} fused of {single}")
+    print(
+        f"bytes read on 4 ranks: {[a for a, *_ in one_by_one]} one by one, {[a for a, *_ in fused]} fused of {single}"
+    )
     for (bytes_one_by_one, held, first), (bytes_fused, _, second) in zip(one_by_one, fused, strict=True):
         assert bytes_one_by_one == bytes_fused == held
         assert all(torch.equal(first[name], second[name]) for name in first)
@@ -211,7 +211,12 @@ def refused_at_load(specimen, folder, more):
     ("specimen", "sizes", "moe", "message"),
     [
         ("llama", {"ep_size": 2}, None, "LlamaForCausalLM has no experts that transformers can dispatch to"),
-        ("qwen3-moe-six", {"ep_size": 4}, None, "ep_size=4 must divide the experts of a layer of Qwen3MoeForCausalLM (6)"),
+        (
+            "qwen3-moe-six",
+            {"ep_size": 4},
+            None,
+            "ep_size=4 must divide the experts of a layer of Qwen3MoeForCausalLM (6)",
+        ),
     ],
 )
 def test_a_model_whose_experts_do_not_fit_is_refused_before_a_weight_is_read(ranks, specimen, sizes, moe, message):

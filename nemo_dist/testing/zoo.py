@@ -71,6 +71,39 @@ def _qwen3() -> Any:
     return transformers.Qwen3Config(**_text(head_dim=8))
 
 
+def _odd() -> Any:
+    """Sizes that hardly anything divides: vocabulary, width, 6 query heads over 3 key heads; biases everywhere."""
+    odd = {"vocab_size": 101, "hidden_size": 36, "intermediate_size": 57, "attention_bias": True, "mlp_bias": True}
+    return transformers.LlamaConfig(**_text(**odd, num_attention_heads=6, num_key_value_heads=3, head_dim=6))
+
+
+def _phi3() -> Any:
+    return transformers.Phi3Config(**_text(bos_token_id=1, eos_token_id=2))
+
+
+def _gemma3() -> Any:
+    """A scaled embedding, q/k norms, norms after attention and feed-forward too, sliding layers, tied."""
+    return transformers.Gemma3TextConfig(**_text(head_dim=8, sliding_window=8, layer_types=_gemma3_layers()))
+
+
+def _gemma3_layers() -> list[str]:
+    return ["sliding_attention", "full_attention", "sliding_attention"]
+
+
+def _gemma2() -> Any:
+    return transformers.Gemma2Config(**_text(head_dim=8, sliding_window=8, final_logit_softcapping=5.0))
+
+
+def _olmo2() -> Any:
+    return transformers.Olmo2Config(**_text())
+
+
+def _neox() -> Any:
+    text = _text()
+    text.pop("num_key_value_heads")
+    return transformers.GPTNeoXConfig(**text)
+
+
 def _moe(**more: Any) -> dict[str, Any]:
     sizes = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8}
     return _text(**{**sizes, "output_router_logits": True, "router_aux_loss_coef": 0.1, **more})
@@ -102,6 +135,16 @@ def _deepseek_v3() -> Any:
     return transformers.DeepseekV3Config(
         **_text(num_key_value_heads=4, moe_intermediate_size=24, first_k_dense_replace=1, **latent, **experts)
     )
+
+
+def _deepseek() -> Any:
+    latent = {"kv_lora_rank": 16, "q_lora_rank": None, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "n_shared_experts": 1}
+    return transformers.DeepseekV2Config(**_text(num_key_value_heads=4, first_k_dense_replace=1, **latent, **experts))
+
+
+def _mistral(**more: Any) -> Callable[[], Any]:
+    return lambda: transformers.MistralConfig(**_text(sliding_window=5, **more))
 
 
 def _bert() -> Any:
@@ -139,12 +182,6 @@ def _padded(rows: int, length: int, generator: torch.Generator) -> dict[str, Ten
     return {"input_ids": _tokens(rows, length, generator) * mask, "attention_mask": mask}
 
 
-def _padded_causal(rows: int, length: int, generator: torch.Generator) -> dict[str, Tensor]:
-    batch = _padded(rows, length, generator)
-    labels = torch.where(batch["attention_mask"] == 1, batch["input_ids"], _IGNORED)
-    return {**batch, "labels": _uneven(labels, generator)}
-
-
 def _sequences(rows: int, length: int, generator: torch.Generator) -> dict[str, Tensor]:
     return {**_padded(rows, length, generator), "labels": torch.randint(0, 3, (rows,), generator=generator)}
 
@@ -153,6 +190,34 @@ def _tagged(rows: int, length: int, generator: torch.Generator) -> dict[str, Ten
     batch = _padded(rows, length, generator)
     tags = torch.randint(0, 3, (rows, length), generator=generator)
     return {**batch, "labels": _uneven(torch.where(batch["attention_mask"] == 1, tags, _IGNORED), generator)}
+
+
+def _padded_causal(rows: int, length: int, generator: torch.Generator) -> dict[str, Tensor]:
+    batch = _padded(rows, length, generator)
+    tokens = torch.where(batch["attention_mask"] == 1, batch["input_ids"], _IGNORED)
+    return {**batch, "labels": _uneven(tokens, generator)}
+
+
+def _left_padded(rows: int, length: int, generator: torch.Generator) -> dict[str, Tensor]:
+    return {name: value.flip(1) for name, value in _padded_causal(rows, length, generator).items()}
+
+
+def _packed(rows: int, length: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Pack several sequences into every row, each cut elsewhere: positions restart, and no mask says so.
+
+    transformers keeps them apart only where the forward makes no cache, so their configs say ``use_cache=False``.
+    """
+    batch = _causal(rows, length, generator)
+    cuts = torch.rand((rows, length), generator=generator) < 2.5 / length
+    cuts[:, 0] = True
+    places = torch.arange(length).expand(rows, length)
+    starts = torch.where(cuts, places, 0).cummax(dim=1).values
+    labels = torch.where(cuts, _IGNORED, batch["labels"])  # the last token of a sequence has no next one
+    return {**batch, "labels": labels, "position_ids": places - starts}
+
+
+def _numbered(rows: int, length: int, generator: torch.Generator) -> dict[str, Tensor]:
+    return {**_tagged(rows, length, generator), "position_ids": torch.arange(length).expand(rows, length).clone()}
 
 
 def _images(rows: int, length: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -169,11 +234,24 @@ SPECIMENS: dict[str, Specimen] = {
     for specimen in (
         Specimen(name="llama", loader=_CAUSAL, config=_llama(), batch=_causal),
         Specimen(name="llama-tied", loader=_CAUSAL, config=_llama(tie_word_embeddings=True), batch=_causal),
+        Specimen(name="llama-padded", loader=_CAUSAL, config=_llama(), batch=_padded_causal),
+        Specimen(name="llama-left-padded", loader=_CAUSAL, config=_llama(), batch=_left_padded),
+        Specimen(name="llama-packed", loader=_CAUSAL, config=_llama(use_cache=False), batch=_packed),
+        Specimen(name="mistral", loader=_CAUSAL, config=_mistral(), batch=_causal),
+        Specimen(name="mistral-packed", loader=_CAUSAL, config=_mistral(use_cache=False), batch=_packed),
         Specimen(name="qwen3", loader=_CAUSAL, config=_qwen3, batch=_causal),
+        Specimen(name="llama-odd", loader=_CAUSAL, config=_odd, batch=_causal),
+        Specimen(name="phi3", loader=_CAUSAL, config=_phi3, batch=_causal),
+        Specimen(name="gemma2", loader=_CAUSAL, config=_gemma2, batch=_causal),
+        Specimen(name="gemma3", loader=_CAUSAL, config=_gemma3, batch=_causal),
+        Specimen(name="olmo2", loader=_CAUSAL, config=_olmo2, batch=_causal),
+        Specimen(name="neox", loader=_CAUSAL, config=_neox, batch=_causal),
+        Specimen(name="deepseek", loader=_CAUSAL, config=_deepseek, batch=_causal),
         Specimen(
             name="bert-sequences", loader="NeMoAutoModelForSequenceClassification", config=_bert, batch=_sequences
         ),
         Specimen(name="bert-tokens", loader="NeMoAutoModelForTokenClassification", config=_bert, batch=_tagged),
+        Specimen(name="bert-numbered", loader="NeMoAutoModelForTokenClassification", config=_bert, batch=_numbered),
         Specimen(name="qwen3-moe", loader=_CAUSAL, config=_qwen3_moe(), batch=_causal),
         Specimen(name="qwen3-moe-padded", loader=_CAUSAL, config=_qwen3_moe(), batch=_padded_causal),
         Specimen(name="qwen3-moe-six", loader=_CAUSAL, config=_qwen3_moe(num_experts=6), batch=_causal),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import attrs
@@ -10,6 +10,7 @@ import attrs
 from nemo_dist import MeshPlan, RuntimePart, Stage, hookimpl
 from nemo_dist.options import boolean, integer, options
 from nemo_dist.precision import is_torch_policy, mixed_precision_fields
+from nemo_dist.values import FrozenMapping
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,6 +30,11 @@ def _offload(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None
         raise TypeError(f"offload_policy must be torch's CPUOffloadPolicy() or OffloadPolicy() (got {value!r})")
 
 
+def _frozen(value: Any) -> Any:
+    """Return a plan as it is kept in a config; the plugin that carries it out judges what is in it."""
+    return FrozenMapping(value) if isinstance(value, dict) else value
+
+
 @options(plugin="fsdp2")
 class FSDP2Config:
     """Options of FSDP2.
@@ -41,7 +47,8 @@ class FSDP2Config:
     holds whole gradients). ``forward_prefetch_depth``, ``backward_prefetch_depth``: how many blocks ahead are gathered.
     ``enable_compile``: run ``torch.compile`` on every block. ``activation_checkpointing`` is the same as on
     ``DistributedSetup.build``; ``activation_checkpointing_scope`` restricts it to parts of a model of several towers:
-    one or more of "language", "vision", "audio" and "multimodal"; None is all.
+    one or more of "language", "vision", "audio" and "multimodal"; None is all. ``sequence_parallel``, ``tp_plan`` and
+    ``enable_async_tensor_parallel`` go to the plugin of the ``tp`` axis, and are refused without one.
     """
 
     mp_policy: MixedPrecisionPolicy | dict[str, Any] | None = attrs.field(
@@ -54,6 +61,9 @@ class FSDP2Config:
     backward_prefetch_depth: int = attrs.field(default=1, validator=integer(at_least=1))
     enable_compile: bool = attrs.field(default=False, validator=boolean)
     activation_checkpointing: bool | str = False
+    sequence_parallel: bool = attrs.field(default=False, validator=boolean)
+    tp_plan: Mapping[str, str] | None = attrs.field(default=None, converter=_frozen)
+    enable_async_tensor_parallel: bool = attrs.field(default=False, validator=boolean)
     activation_checkpointing_scope: str | Sequence[str] | None = None
 
 
@@ -66,8 +76,11 @@ class FSDP2:
     stage: ClassVar[int] = Stage.DATA
     axes: ClassVar[frozenset[str]] = frozenset({"dp_shard", "dp_replicate"})
     composes_with: ClassVar[frozenset[str]] = frozenset(
-        {"activation_checkpointing", "activation_checkpointing:selective", "ep"}
+        {"activation_checkpointing", "activation_checkpointing:selective", "cp", "ep", "tp"}
     )
+    delegates: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "tp": ("tp_plan", "sequence_parallel", "enable_async_tensor_parallel")
+    }
 
     config: FSDP2Config = attrs.field(factory=FSDP2Config)
 

@@ -1,0 +1,64 @@
+"""Share every sequence between ranks (context parallelism): each computes a part of the tokens, exactly."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+import attrs
+
+from nemo_dist import MeshPlan, RuntimePart, Stage, hookimpl
+from nemo_dist.options import boolean, one_of, optional, options
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from nemo_dist import MeshContext
+
+_EXCHANGES = {
+    "all_gather": "all-gather of keys and values",
+    "ulysses": "all-to-all of heads",
+}
+
+
+@options(plugin="context")
+class ContextConfig:
+    """How the ranks of the cp axis share attention; pass it as ``plugins=(ContextConfig(...),)``.
+
+    ``method``: "all_gather" gathers all keys and values on every rank, layer by layer, as Llama 3 was trained
+    (arXiv:2407.21783); it works with any number of heads. "ulysses" exchanges parts of the sequence for shares of the
+    heads (DeepSpeed-Ulysses, arXiv:2309.14509); heads must divide. ``balance``: give every rank a piece of the head and
+    one of the tail of a sequence, so that causal attention is the same work for all; None is True for causal models.
+    """
+
+    method: str = attrs.field(default="all_gather", validator=one_of(tuple(_EXCHANGES)))
+    balance: bool | None = attrs.field(default=None, validator=optional(boolean))
+
+
+@attrs.frozen(eq=False)
+class Context:
+    """Split batches along the sequence, and let attention see the whole of it."""
+
+    name: ClassVar[str] = "context"
+    config_type: ClassVar[type] = ContextConfig
+    stage: ClassVar[int] = Stage.CONTEXT
+    axes: ClassVar[frozenset[str]] = frozenset({"cp"})
+    composes_with: ClassVar[frozenset[str]] = frozenset()
+
+    config: ContextConfig = attrs.field(factory=ContextConfig)
+
+    @hookimpl
+    def shard(self, parts: list[nn.Module], mesh: MeshContext) -> None:
+        from nemo_dist_context.model import share
+
+        for part in parts:
+            share(part, mesh, self.config)
+
+    @hookimpl
+    def runtime(self, parts: list[nn.Module], mesh: MeshContext) -> RuntimePart:
+        from nemo_dist_context.model import splitter
+
+        return RuntimePart(batch=splitter(parts[0], mesh, self.config))
+
+    @hookimpl
+    def explain(self, plan: MeshPlan) -> str:
+        return f"context: sequences in {plan.size('cp')} parts; {_EXCHANGES[self.config.method]} in every attention"

@@ -1,0 +1,149 @@
+"""Attention over a sequence that several ranks share, as an attention function and a mask function of transformers.
+
+Both are registered under one new name per loaded model. Outside of a split batch (generation, evaluation on whole
+sequences) they are transformers' own ``sdpa``; what a layer does, also when it recomputes later, is decided by the mask
+that it was given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import count
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import torch
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from nemo_dist_context.batch import APPENDED
+from nemo_dist_context.collectives import gather_sequence, to_heads, to_sequence
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from nemo_dist_context.layout import Layout
+
+_names = count()
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Visible:
+    """What the queries of a split batch may attend to; travels through the model in the place of a mask.
+
+    ``allowed``: (rows, 1, queries, keys) of bool, or None: everything, or, if ``causal``, everything before.
+    """
+
+    allowed: Tensor | None
+    causal: bool
+
+
+@attrs.define(kw_only=True, eq=False)
+class SharedAttention:
+    """Attention of one loaded model over the ranks of *group*.
+
+    ``sequences`` are the sequence ids of the split batch that is being computed, None between such batches; ``shifted``
+    says that its loss was given labels that were shifted before the split.
+    """
+
+    layout: Layout
+    group: ProcessGroup
+    method: str
+    sequences: Tensor | None = None
+    shifted: bool = False
+
+    def register(self) -> str:
+        """Register with transformers; return the name to set as the attention implementation."""
+        name = f"nemo_dist_context_{next(_names)}"
+        AttentionInterface.register(name, self.attend)
+        AttentionMaskInterface.register(name, self.mask)
+        return name
+
+    def mask(self, *, mask_function: Callable[..., Any], device: Any, use_vmap: bool = False, **rest: Any) -> Any:
+        """Return a ``Visible`` for a split batch, else transformers' mask for ``sdpa``."""
+        ids = self.sequences
+        if ids is None:
+            return sdpa_mask(mask_function=mask_function, device=device, use_vmap=use_vmap, **rest)
+        if use_vmap:
+            raise ValueError("context parallelism cannot split a mask function of the model's own; use cp_size=1")
+        causal = mask_function is causal_mask_function
+        # A causal query never sees what was appended at the end.
+        whole = (ids == 1) | (ids == APPENDED) if causal else ids == 1
+        if whole.all() and (causal or mask_function is bidirectional_mask_function):
+            return Visible(allowed=None, causal=causal)
+        return Visible(allowed=self._allowed(ids, mask_function), causal=causal)
+
+    def _allowed(self, ids: Tensor, mask_function: Callable[..., Any]) -> Tensor:
+        rows, length = ids.shape
+        keys = torch.arange(length, device=ids.device)
+        queries = keys
+        if self.method != "ulysses":
+            queries = torch.tensor(self.layout.indices(length), device=ids.device)
+        row = torch.arange(rows, device=ids.device)[:, None, None, None]
+        head = torch.zeros((1, 1, 1, 1), dtype=torch.long, device=ids.device)
+        pattern = mask_function(row, head, queries[None, None, :, None], keys[None, None, None, :])
+        of_query, of_key = ids[:, None, queries, None], ids[:, None, None, :]
+        # A hidden token sees what transformers lets it see, whole rows; nobody sees it.
+        allowed: Tensor = pattern & (of_key > 0) & ((of_query <= 0) | (of_query == of_key))
+        return allowed
+
+    def attend(
+        self, module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
+    ) -> tuple[Tensor, None]:
+        """Return the attention of this rank's queries, (rows, queries, heads, width), over the whole sequence."""
+        if not isinstance(attention_mask, Visible):
+            return _sdpa(module, query, key, value, attention_mask, **options), None
+        if options.get("position_bias") is not None:
+            raise ValueError("context parallelism cannot split a learned position bias; use cp_size=1 for this model")
+        options.pop("is_causal", None)
+        exchange = self._exchanged if self.method == "ulysses" else self._gathered
+        return exchange(module, query, key, value, attention_mask, options), None
+
+    def _gathered(self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Visible, options: Any) -> Tensor:
+        """Gather every key and value; attend with this rank's queries, chunk by chunk to what stands before each."""
+        length = key.shape[2] * self.layout.size
+        pair = gather_sequence(torch.cat((key, value), dim=-1), self.group)
+        order = torch.tensor(self.layout.restoring(length), device=key.device)
+        key, value = pair.index_select(2, order).split((key.shape[-1], value.shape[-1]), dim=-1)
+        if mask.allowed is not None or not mask.causal:
+            return _sdpa(_like(module), query, key, value, mask.allowed, is_causal=False, **options)
+        parts, done = [], 0
+        for start, stop in self.layout.spans(length):
+            own = query[:, :, done : done + stop - start]
+            bias = causal_lower_right(stop - start, stop)
+            parts.append(_sdpa(_like(module), own, key[:, :, :stop], value[:, :, :stop], bias, **options))
+            done += stop - start
+        return torch.cat(parts, dim=1)
+
+    def _exchanged(self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Visible, options: Any) -> Tensor:
+        """Exchange parts of the sequence for shares of the heads, attend to whole sequences, and exchange back."""
+        length = query.shape[2] * self.layout.size
+        key, value = _shared_heads(key, self.layout.size), _shared_heads(value, self.layout.size)
+        order = torch.tensor(self.layout.restoring(length), device=query.device)
+        query, key, value = (to_heads(x, self.group).index_select(2, order) for x in (query, key, value))
+        groups = query.shape[1] // key.shape[1]
+        causal = mask.causal and mask.allowed is None
+        found = _sdpa(_like(module, groups), query, key, value, mask.allowed, is_causal=causal, **options)
+        back = torch.tensor(self.layout.gathered(length), device=query.device)
+        return to_sequence(found.transpose(1, 2).index_select(2, back), self.group).transpose(1, 2)
+
+
+def _sdpa(*args: Any, **options: Any) -> Tensor:
+    """Return transformers' scaled dot-product attention, (rows, queries, heads, width)."""
+    found: Tensor = ALL_ATTENTION_FUNCTIONS["sdpa"](*args, **options)[0]
+    return found
+
+
+def _like(module: Any, groups: int | None = None) -> Any:
+    """Return what transformers' ``sdpa`` reads of *module*, with *groups* query heads per key head."""
+    own = getattr(module, "num_key_value_groups", 1)
+    return SimpleNamespace(num_key_value_groups=own if groups is None else groups, training=module.training)
+
+
+def _shared_heads(heads: Tensor, size: int) -> Tensor:
+    """Repeat each of fewer key heads than ranks, so that every rank gets the one that its query heads use."""
+    return heads if heads.shape[1] % size == 0 else heads.repeat_interleave(size // heads.shape[1], dim=1)

@@ -1,0 +1,117 @@
+"""Split a batch along the sequence: pad it, shift its labels, number its sequences, and keep this rank's tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from nemo_dist_context.layout import Layout
+
+SEQUENCES = "sequence_ids"  # the mark of a split batch, which the model's forward hook takes out again
+APPENDED = -1  # the sequence id of the tokens appended to make the length divide
+_IGNORED = -100
+_FILL = {
+    "input_ids": 0,
+    "inputs_embeds": 0,
+    "labels": _IGNORED,
+    "shift_labels": _IGNORED,
+    "position_ids": 0,
+    "token_type_ids": 0,
+}
+
+
+@attrs.frozen(kw_only=True)
+class Splitter:
+    """Split the batches of one model.
+
+    ``shifts``: its loss compares a token's output with the next label. ``counts``: it numbers positions from 0 where
+    the batch has none. ``causal``: positions that restart mean packed sequences, as in transformers, which keeps them
+    apart only where the forward makes no cache: ``caches`` is what it does where the batch does not say.
+    """
+
+    layout: Layout
+    shifts: bool
+    counts: bool
+    causal: bool
+    caches: bool
+
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Return this rank's part of *batch*: tensors of (rows, length, ...) -> (rows, padded length / size, ...).
+
+        ``sequence_ids`` (rows, padded length) says of every token, here and elsewhere, to which sequence of its row it
+        belongs: from 1 up, 0 for what ``attention_mask`` hides, -1 for what was appended. Raises ValueError for a
+        tensor that cannot be split.
+        """
+        rows, length = _shape(batch)
+        tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+        _refuse(tensors, rows, length)
+        mask = tensors.pop("attention_mask", None)
+        some = next(iter(tensors.values()))
+        if "position_ids" not in tensors:
+            if not self.counts:
+                raise ValueError(
+                    "this model numbers the positions of its tokens itself, which a rank cannot do for a part of the "
+                    "sequence; add position_ids of shape (rows, length) to the batch"
+                )
+            tensors["position_ids"] = torch.arange(length, device=some.device).unsqueeze(0)
+        ids = sequence_ids(mask, tensors["position_ids"], self.causal).expand(rows, length)
+        if mask is None and batch.get("use_cache", self.caches) and (ids > 1).any():
+            raise ValueError(
+                "positions restart, as in packed sequences, but the forward makes a cache, and then transformers lets "
+                "tokens attend to other sequences; add use_cache=False to the batch, or set it in the model's config"
+            )
+        if self.shifts and "labels" in tensors:
+            tensors.setdefault("shift_labels", pad(tensors["labels"], (0, 1), value=_IGNORED)[:, 1:])
+            tensors["labels"] = tensors["shift_labels"]  # the loss function reads only the shifted ones
+        whole = self.layout.padded(length)
+        index = torch.tensor(self.layout.indices(whole), device=some.device)
+        parts = {name: _padded(value, whole, _FILL[name]).index_select(1, index) for name, value in tensors.items()}
+        others = {name: value for name, value in batch.items() if not isinstance(value, Tensor)}
+        return {**others, **parts, SEQUENCES: _padded(ids, whole, APPENDED)}
+
+
+def sequence_ids(mask: Tensor | None, positions: Tensor, causal: bool) -> Tensor:
+    """Return the sequence ids, int32, of a batch: from its mask, or from positions (rows, length) that restart.
+
+    As in transformers, positions count only where there is no mask and attention is causal.
+    """
+    if mask is not None:
+        return (mask != 0).int()
+    if not causal:
+        return torch.ones_like(positions, dtype=torch.int32)
+    restarts = positions.diff(dim=1, prepend=positions[:, :1] - 1) != 1
+    return restarts.cumsum(1, dtype=torch.int32) + 1
+
+
+def _shape(batch: Mapping[str, Any]) -> tuple[int, int]:
+    for name in ("input_ids", "inputs_embeds"):
+        if isinstance(batch.get(name), Tensor):
+            rows, length = batch[name].shape[:2]
+            return rows, length
+    raise ValueError(f"the batch has neither input_ids nor inputs_embeds (it has {sorted(batch)}); add one")
+
+
+def _refuse(tensors: Mapping[str, Tensor], rows: int, length: int) -> None:
+    """Raise ValueError for tensors that are not one value, or one vector, per token."""
+    problems = []
+    for name, value in tensors.items():
+        dims = 3 if name == "inputs_embeds" else 2
+        rows_wanted = (1, rows) if name == "position_ids" else (rows,)
+        if name not in _FILL and name != "attention_mask":
+            problems.append(f"{name} {tuple(value.shape)} cannot be split along the sequence; leave it out")
+        elif value.ndim != dims or value.shape[0] not in rows_wanted or value.shape[1] != length:
+            problems.append(
+                f"{name} must have shape ({rows}, {length}{', width' * (dims - 2)}) (got {tuple(value.shape)})"
+            )
+    if problems:
+        raise ValueError("context parallelism cannot split the batch:\n" + "\n".join(f"- {line}" for line in problems))
+
+
+def _padded(value: Tensor, length: int, fill: int) -> Tensor:
+    more = length - value.shape[1]
+    return pad(value, (0, 0) * (value.ndim - 2) + (0, more), value=fill) if more else value

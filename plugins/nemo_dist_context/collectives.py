@@ -1,0 +1,80 @@
+"""The collectives along the cp axis, differentiable: the one place that names torch's functional collectives.
+
+The functional kind is used because selective activation checkpointing can see and keep its results.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+_ops = torch.ops._c10d_functional
+
+
+class _Gather(torch.autograd.Function):
+    """All ranks' parts, one after the other along dim 0; backward sums each part's gradients onto its rank."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        whole = _ops.all_gather_into_tensor(part.contiguous(), group.size(), group.group_name)
+        return _wait(whole)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        part = _ops.reduce_scatter_tensor(grad.contiguous(), "sum", ctx.group.size(), ctx.group.group_name)
+        return _wait(part), None
+
+
+class _Exchange(torch.autograd.Function):
+    """Send the i-th slice along dim 0 to rank i, and stack what the ranks sent here; backward sends it back."""
+
+    @staticmethod
+    def forward(ctx: Any, slices: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _all_to_all(slices, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _all_to_all(grad, ctx.group), None
+
+
+def _all_to_all(slices: Tensor, group: ProcessGroup) -> Tensor:
+    sizes = [1] * group.size()
+    return _wait(_ops.all_to_all_single(slices.contiguous(), sizes, sizes, group.group_name))
+
+
+def _wait(pending: Tensor) -> Tensor:
+    done: Tensor = _ops.wait_tensor(pending)
+    return done
+
+
+def _apply(function: Any, part: Tensor, group: ProcessGroup) -> Tensor:
+    result: Tensor = function.apply(part, group)
+    return result
+
+
+def gather_sequence(part: Tensor, group: ProcessGroup) -> Tensor:
+    """Return the parts of all cp ranks, (batch, heads, part, width), one after the other along dim 2; all take part."""
+    whole: Tensor = _apply(_Gather, part.movedim(2, 0), group)
+    return whole.movedim(0, 2)
+
+
+def to_heads(part: Tensor, group: ProcessGroup) -> Tensor:
+    """Exchange a part of the sequence with all heads for all parts with this rank's share of the heads.
+
+    (batch, heads, part, width) -> (batch, heads/size, size*part, width), parts in rank order; all cp ranks take part.
+    """
+    slices = torch.stack(part.chunk(group.size(), dim=1))
+    return torch.cat(_apply(_Exchange, slices, group).unbind(0), dim=2)
+
+
+def to_sequence(heads: Tensor, group: ProcessGroup) -> Tensor:
+    """The inverse of ``to_heads``."""
+    slices = torch.stack(heads.chunk(group.size(), dim=2))
+    return torch.cat(_apply(_Exchange, slices, group).unbind(0), dim=1)

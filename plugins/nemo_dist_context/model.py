@@ -1,0 +1,74 @@
+"""Prepare a model for split batches: its attention, its forward and its loss."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from nemo_dist_context.attention import SharedAttention
+from nemo_dist_context.batch import SEQUENCES, Splitter
+from nemo_dist_context.fitness import counts_positions, is_causal, predicts_next_token, require_fit
+from nemo_dist_context.layout import Layout
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from nemo_dist import MeshContext
+    from nemo_dist_context import ContextConfig
+
+
+def share(part: Any, mesh: MeshContext, config: ContextConfig) -> None:
+    """Make *part* compute split batches as the whole would; anything else it computes as before."""
+    group = mesh.group("cp")
+    if group is None:
+        return
+    require_fit(part, config.method, mesh.size("cp"), mesh.size("tp"))
+    attention = SharedAttention(layout=layout_of(part, mesh, config), group=group, method=config.method)
+    part.set_attn_implementation(attention.register())
+    part.register_forward_pre_hook(partial(_begin, attention), with_kwargs=True)
+    part.register_forward_hook(partial(_end, attention), with_kwargs=True, always_call=True)
+    if predicts_next_token(part):
+        part.loss_function = partial(_next_token_loss, part.loss_function, attention)
+
+
+def splitter(part: Any, mesh: MeshContext, config: ContextConfig) -> Splitter:
+    """Return what splits the batches of the model that *part* is of."""
+    return Splitter(
+        layout=layout_of(part, mesh, config),
+        shifts=predicts_next_token(part),
+        counts=counts_positions(part),
+        causal=is_causal(part),
+        caches=bool(getattr(part.config.get_text_config(), "use_cache", False)),
+    )
+
+
+def layout_of(part: nn.Module, mesh: MeshContext, config: ContextConfig) -> Layout:
+    """Return how the cp ranks share a sequence: balanced where attention is causal, unless the user said otherwise."""
+    balanced = is_causal(part) if config.balance is None else config.balance
+    return Layout(size=mesh.size("cp"), rank=mesh.rank("cp"), balanced=balanced)
+
+
+def _begin(attention: SharedAttention, part: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Take the mark of a split batch out of the arguments, and tell transformers how long the whole sequence is."""
+    ids = kwargs.pop(SEQUENCES, None)
+    attention.sequences = ids
+    attention.shifted = False
+    if ids is not None:
+        kwargs["attention_mask"] = ids > 0
+    return args, kwargs
+
+
+def _end(attention: SharedAttention, part: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+    split, attention.sequences = attention.sequences is not None, None
+    unshifted = predicts_next_token(part) and not attention.shifted
+    if split and unshifted and kwargs.get("labels") is not None and getattr(output, "loss", None) is not None:
+        raise ValueError(
+            f"{type(part).__name__} computes its loss without shift_labels, so labels cannot be split with the "
+            "sequence; leave them out and compute the loss from the logits"
+        )
+
+
+def _next_token_loss(original: Any, attention: SharedAttention, *args: Any, **kwargs: Any) -> Any:
+    """Run the model's loss function, and note that it was given the labels that were shifted before the split."""
+    attention.shifted = kwargs.get("shift_labels") is not None
+    return original(*args, **kwargs)

@@ -1,0 +1,100 @@
+"""Share every matrix of a model out over the tensor-parallel ranks, by the model's own plan from transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import attrs
+
+from nemo_dist import MeshPlan, Plugin, Stage, hookimpl
+from nemo_dist.options import boolean, options
+from nemo_dist.values import FrozenMapping
+from nemo_dist_tensor.styles import STYLES
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from nemo_dist.context import MeshContext
+
+
+def _rules(value: Any) -> FrozenMapping[str]:
+    """Return a plan as it is kept in a config: a frozen mapping from rules to styles."""
+    if value is None:
+        return FrozenMapping()
+    if not isinstance(value, Mapping) or not all(isinstance(text, str) for item in value.items() for text in item):
+        raise TypeError(f"tp_plan must be a dict from module names to styles (got {value!r})")
+    return FrozenMapping(dict(value))
+
+
+@options(plugin="tensor")
+class TensorConfig:
+    """Options of tensor parallelism; a strategy that has them too hands them over.
+
+    ``tp_plan``: rules over the model's own, each from a module name (``"layers.*.mlp.up_proj"``) to a style
+    (``"colwise"``); see ``nemo_dist_tensor.styles``. ``sequence_parallel``: between attention and feed-forward every
+    rank keeps its own tokens only. ``enable_async_tensor_parallel``: overlap its collectives with the matrix products
+    around them (CUDA only).
+    """
+
+    tp_plan: Mapping[str, str] | None = attrs.field(default=None, converter=_rules)
+    sequence_parallel: bool = attrs.field(default=False, validator=boolean)
+    enable_async_tensor_parallel: bool = attrs.field(default=False, validator=boolean)
+
+
+@attrs.frozen(eq=False)
+class Tensor:
+    """Cut matrices, vocabulary and loss along ``tp``; with sequence parallelism the activations between them too."""
+
+    name: ClassVar[str] = "tensor"
+    config_type: ClassVar[type] = TensorConfig
+    stage: ClassVar[int] = Stage.TENSOR
+    axes: ClassVar[frozenset[str]] = frozenset({"tp"})
+    composes_with: ClassVar[frozenset[str]] = frozenset()
+
+    config: TensorConfig = attrs.field(factory=TensorConfig)
+
+    @hookimpl
+    def validate(self, plugins: tuple[Plugin, ...]) -> list[str]:
+        plan, found = self.config.tp_plan or {}, []
+        for rule, style in plan.items():
+            if style not in STYLES:
+                from nemo_dist_tensor.plan import unknown_style
+
+                found.append(f"tp_plan gives {rule!r} the style {style!r}, {unknown_style(style)}")
+        if self.config.enable_async_tensor_parallel:
+            if not self.config.sequence_parallel:
+                found.append(
+                    "enable_async_tensor_parallel overlaps the collectives of sequence parallelism; set "
+                    "sequence_parallel=True too, or leave it out"
+                )
+            if not any(getattr(plugin.config, "enable_compile", False) for plugin in plugins):
+                found.append(
+                    "enable_async_tensor_parallel is torch.compile's work; set enable_compile=True too, or leave it out"
+                )
+        return found
+
+    @hookimpl
+    def shard(self, parts: list[nn.Module], mesh: MeshContext) -> None:
+        from nemo_dist_tensor.overlap import enable
+        from nemo_dist_tensor.parallelise import parallelise
+
+        if mesh.tp_size == 1:
+            return
+        if self.config.enable_async_tensor_parallel:
+            enable(mesh)
+        parallelise(parts, mesh, self.config)
+
+    @hookimpl
+    def explain(self, plan: MeshPlan) -> str:
+        ranks, sequence = plan.size("tp"), self.config.sequence_parallel
+        rules = len(self.config.tp_plan or {})
+        way = "2 all-gathers and 2 reduce-scatters" if sequence else "2 all-reduces"
+        share = f"{ranks - 1}/{ranks}" if sequence else f"2*{ranks - 1}/{ranks}"
+        return (
+            f"tensor: attention, feed-forward, embedding and head by the model's own plan"
+            f"{f' and {rules} rules of tp_plan' if rules else ''}, each matrix in {ranks} parts; per block forward and "
+            f"backward {way} each, in which a rank sends {share} of tokens x hidden size x bytes of the dtype"
+            f"{'; between them every rank keeps 1/' + str(ranks) + ' of the tokens' if sequence else ''}; the loss "
+            "exchanges 3 numbers per token and never joins the logits"
+        )

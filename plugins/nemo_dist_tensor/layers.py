@@ -1,0 +1,157 @@
+"""What each style makes of a module's forward: plain tensors in, this rank's share of the work, plain tensors out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
+
+from nemo_dist_tensor.collectives import Peers, enter, gather, reduce, split
+from nemo_dist_tensor.heads import Heads, pick
+from nemo_dist_tensor.local import local, parameters_as, replace_forward
+from nemo_dist_tensor.regions import Region
+from nemo_dist_tensor.styles import GATHERED, WHOLE_INPUT
+
+
+@attrs.define(eq=False)
+class Head:
+    """The output projection of a language model: with ``stays_cut`` its logits are not gathered."""
+
+    stays_cut: bool = False
+
+
+def column(module: nn.Linear, style: str, region: Region, whole_keys: Heads | None = None) -> None:
+    """Compute this rank's output features; of keys and values that do not divide, those of the heads it needs."""
+    peers, original, width = region.peers, module.forward, module.out_features
+    special: dict[str, Callable[[Tensor], Tensor | None]] = {}
+    if whole_keys is not None:
+        heads = whole_keys
+        special = dict.fromkeys(("weight", "bias"), lambda whole: pick(enter(whole, peers), heads, peers.rank))
+
+    def forward(value: Tensor) -> Tensor:
+        with parameters_as(module, special=special):
+            output: Tensor = original(region.entered(value))
+        return gather(output, -1, width, peers) if style in GATHERED else output
+
+    replace_forward(module, forward)
+
+
+def head(module: nn.Linear, region: Region, state: Head) -> None:
+    """Compute this rank's part of the vocabulary; gather it unless the loss takes the logits as they lie."""
+    peers, original, width = region.peers, module.forward, module.out_features
+
+    def forward(value: Tensor) -> Tensor:
+        with parameters_as(module):
+            output: Tensor = original(region.entered(value))
+        if not state.stays_cut:
+            return gather(output, -1, width, peers)
+        shape = torch.Size((*output.shape[:-1], width))
+        strides = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(output, peers.mesh, [Shard(-1)], run_check=False, shape=shape, stride=strides)
+
+    replace_forward(module, forward)
+
+
+def row(module: nn.Linear, name: str, style: str, region: Region) -> None:
+    """Multiply this rank's input features and sum over the ranks; the bias is added once, to the sum."""
+    peers, original = region.peers, module.forward
+
+    def forward(value: Tensor) -> Tensor:
+        if style in WHOLE_INPUT:
+            value = split(value, -1, peers)
+        with parameters_as(module, special={"bias": lambda _: None}):
+            partial = original(value)
+        return region.leave(partial, name, None if module.bias is None else local(module.bias))
+
+    replace_forward(module, forward)
+
+
+def vocabulary(module: nn.Embedding, peers: Peers) -> None:
+    """Look up the words that this rank holds, and sum over the ranks."""
+    original, words, padding = module.forward, module.num_embeddings, module.padding_idx
+    start, length = peers.bounds(words)
+    own_padding = padding - start if padding is not None and start <= padding < start + length else None
+
+    def forward(ids: Tensor) -> Tensor:
+        if ids.device.type == "cpu" and bool(((ids < 0) | (ids >= words)).any()):
+            raise IndexError(f"a token id lies outside of the vocabulary of {words}")
+        elsewhere = (ids < start) | (ids >= start + length)
+        module.padding_idx = own_padding  # its row gets no gradient
+        try:
+            with parameters_as(module, special={"weight": _at_least_one_row}):
+                found = original((ids - start).masked_fill(elsewhere, 0))
+        finally:
+            module.padding_idx = padding
+        return reduce(found.masked_fill(elsewhere.unsqueeze(-1), 0), peers)
+
+    replace_forward(module, forward)
+
+
+def _at_least_one_row(weight: Tensor) -> Tensor:
+    """Return a rank's rows; a rank without words looks up a row of zeros, which is masked."""
+    rows = local(weight)
+    return rows if len(rows) else torch.nn.functional.pad(rows, (0, 0, 0, 1))
+
+
+def features(module: nn.Embedding, peers: Peers) -> None:
+    """Look up this rank's features of every word, and gather the rest."""
+    original, width = module.forward, module.embedding_dim
+
+    def forward(ids: Tensor) -> Tensor:
+        with parameters_as(module):
+            return gather(original(ids), -1, width, peers)
+
+    replace_forward(module, forward)
+
+
+def summed(module: nn.Module, peers: Peers) -> None:
+    """Sum the gradients of the own parameters of *module*: each rank uses them on heads or tokens of its own."""
+    original: Callable[..., Any] = module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with parameters_as(module, lambda parameter: enter(local(parameter), peers)):
+            return original(*args, **kwargs)
+
+    replace_forward(module, forward)
+
+
+def local_only(module: nn.Module) -> None:
+    """Give the forward of *module* its own parameters as plain tensors."""
+    original: Callable[..., Any] = module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with parameters_as(module):
+            return original(*args, **kwargs)
+
+    replace_forward(module, forward)
+
+
+def experts(module: nn.Module, peers: Peers) -> None:
+    """Run every expert on this rank's features of it, and sum; hidden states and weights get partial gradients."""
+    original: Callable[..., Any] = module.forward
+
+    def partial(value: Any) -> Any:
+        return enter(value, peers) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
+        with parameters_as(module):
+            output = original(*map(partial, args), **{name: partial(value) for name, value in kwargs.items()})
+        return reduce(output, peers)
+
+    replace_forward(module, forward)
+
+
+def latent(module: nn.Linear, rotary: int, peers: Peers) -> None:
+    """Mark the last *rotary* outputs, which every rank gives to heads of its own, so that their gradient is summed."""
+    original = module.forward
+
+    def forward(value: Tensor) -> Tensor:
+        output = original(value)
+        passed, turned = output.split([output.shape[-1] - rotary, rotary], dim=-1)
+        return torch.cat([passed, enter(turned, peers)], dim=-1)
+
+    replace_forward(module, forward)

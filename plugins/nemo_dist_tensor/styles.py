@@ -1,0 +1,35 @@
+"""The names of transformers' tensor-parallel styles that this plugin carries out; no torch here, so `build` can judge.
+
+====================================  ================================================================================
+style                                 what is cut, and what crosses the ranks
+====================================  ================================================================================
+``colwise``                           output features of a linear layer; the output stays cut
+``colwise_gather_output`` (``_rep``)  the same; the output is gathered
+``packed_colwise``                    the same for two projections in one matrix: each half is cut
+``rowwise``                           input features of a linear layer, whose input is cut; the output is summed
+``rowwise_split_input`` (``_rep``)    the same for an input that is whole
+``embedding_rowwise``                 the vocabulary of an embedding; the output is summed
+``embedding_colwise``                 the features of an embedding; the output is gathered
+``replicated_with_grad_allreduce``    nothing; what the ranks do with it differs, so its gradients are summed
+``moe_tp_experts``                    the experts' parameters, by rules of their own; the output is summed
+``mla_kv_a_proj``                     nothing; the gradients of its last ``qk_rope_head_dim`` outputs are summed
+``local_params``                      the module's own parameters, by rules of their own
+``replicate``                         nothing
+====================================  ================================================================================
+"""
+
+from __future__ import annotations
+
+COLUMN = frozenset({"colwise", "colwise_gather_output", "colwise_rep", "packed_colwise"})
+ROW = frozenset({"rowwise", "rowwise_split_input", "rowwise_rep"})
+GATHERED = frozenset({"colwise_gather_output", "colwise_rep"})  # their output is whole
+WHOLE_INPUT = frozenset({"rowwise_split_input", "rowwise_rep"})
+EMBEDDING = frozenset({"embedding_rowwise", "embedding_colwise"})
+PARAMETER = frozenset({"colwise", "rowwise", "packed_colwise", "packed_rowwise", "replicate"})  # of a bare parameter
+STYLES = (
+    COLUMN
+    | ROW
+    | EMBEDDING
+    | PARAMETER
+    | {"replicated_with_grad_allreduce", "moe_tp_experts", "mla_kv_a_proj", "local_params"}
+)

@@ -1,0 +1,335 @@
+"""Sharing sequences between ranks is computing them on one process: loss, gradients, norm, three AdamW steps."""
+
+import itertools
+import re
+
+import pytest
+import torch
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.distributed.device_mesh import init_device_mesh
+
+import nemo_dist
+from nemo_dist import (
+    ContextConfig,
+    DDPConfig,
+    DistributedSetup,
+    FSDP2Config,
+    NeMoAutoModelForCausalLM,
+    NeMoAutoModelForSequenceClassification,
+    ParallelismSizes,
+    TopologyError,
+    initialize_distributed,
+)
+from nemo_dist.testing.equivalence import Task, assert_equivalent, checkpoint
+from nemo_dist.testing.zoo import SPECIMENS
+from nemo_dist_context.batch import Splitter, sequence_ids
+from nemo_dist_context.layout import Layout
+
+FP32 = {"param_dtype": "float32", "reduce_dtype": "float32", "output_dtype": "float32"}
+METHODS = ("all_gather", "ulysses")
+
+
+def options(world, cp, replicate=None, method="all_gather", balance=None, mode=False):
+    return {
+        "strategy": FSDP2Config(mp_policy=FP32),
+        "parallelism_sizes": ParallelismSizes(cp_size=cp, dp_replicate_size=replicate),
+        "plugins": (ContextConfig(method=method, balance=balance),),
+        "activation_checkpointing": mode,
+    }
+
+
+# ---- which tokens a rank holds ----
+
+layouts = st.builds(Layout, size=st.integers(1, 9), rank=st.just(0), balanced=st.booleans())
+
+
+@given(layouts, st.integers(1, 200))
+def test_the_parts_of_all_ranks_are_the_sequence(layout, length):
+    whole = layout.padded(length)
+    assert length <= whole < length + layout.chunks
+    parts = [layout.indices(whole, rank) for rank in range(layout.size)]
+    assert {len(part) for part in parts} == {whole // layout.size}
+    assert sorted(index for part in parts for index in part) == list(range(whole))
+    gathered = [index for part in parts for index in part]
+    assert [gathered[place] for place in layout.restoring(whole)] == list(range(whole))
+
+
+@given(st.integers(2, 9), st.integers(1, 20))
+def test_balanced_ranks_attend_to_equally_many_keys(size, step):
+    layout = Layout(size=size, rank=0, balanced=True)
+    length = layout.chunks * step
+    seen = [sum(index + 1 for index in layout.indices(length, rank)) for rank in range(size)]
+    assert len(set(seen)) == 1
+
+
+# ---- what is in a part of a batch ----
+
+
+def splitters(size, balanced=True, **facts):
+    facts = {"shifts": True, "counts": True, "causal": True, "caches": False, **facts}
+    return [Splitter(layout=Layout(size=size, rank=rank, balanced=balanced), **facts) for rank in range(size)]
+
+
+def test_labels_are_shifted_before_the_split():
+    batch = {"input_ids": torch.arange(8).unsqueeze(0), "labels": torch.arange(10, 18).unsqueeze(0)}
+    first, second = (split(batch) for split in splitters(2))
+    assert first["input_ids"].tolist() == [[0, 1, 6, 7]]
+    assert first["shift_labels"].tolist() == [[11, 12, 17, -100]]
+    assert second["shift_labels"].tolist() == [[13, 14, 15, 16]]
+    assert second["position_ids"].tolist() == [[2, 3, 4, 5]]
+
+
+def test_a_length_that_does_not_divide_is_padded_and_masked():
+    batch = {"input_ids": torch.arange(1, 6).unsqueeze(0), "labels": torch.arange(1, 6).unsqueeze(0)}
+    first, second = (split(batch) for split in splitters(2))
+    assert first["input_ids"].tolist() == [[1, 2, 0, 0]]
+    assert first["shift_labels"].tolist() == [[2, 3, -100, -100]]
+    assert first["sequence_ids"].tolist() == second["sequence_ids"].tolist() == [[1, 1, 1, 1, 1, -1, -1, -1]]
+
+
+def test_sequences_are_numbered_as_transformers_numbers_packed_ones():
+    positions = torch.tensor([[0, 1, 2, 0, 1, 0], [3, 4, 5, 6, 0, 1]])
+    assert sequence_ids(None, positions, causal=True).tolist() == [[1, 1, 1, 2, 2, 3], [1, 1, 1, 1, 2, 2]]
+    assert sequence_ids(None, positions, causal=False).unique().tolist() == [1]
+    assert sequence_ids(torch.tensor([[1, 1, 0]]), positions[:1, :3], causal=True).tolist() == [[1, 1, 0]]
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"pixel_values": torch.zeros(2, 3)}, r"pixel_values \(2, 3\) cannot be split along the sequence"),
+        ({"attention_mask": torch.zeros(2, 1, 6, 6)}, r"attention_mask must have shape \(2, 6\)"),
+        ({"labels": torch.zeros(2)}, r"labels must have shape \(2, 6\)"),
+        ({"position_ids": torch.zeros(3, 2, 6)}, r"position_ids must have shape \(2, 6\)"),
+    ],
+)
+def test_a_tensor_that_cannot_be_split_is_refused(extra, message):
+    with pytest.raises(ValueError, match=message):
+        splitters(2)[0]({"input_ids": torch.zeros(2, 6), **extra})
+
+
+def test_a_model_that_numbers_tokens_in_its_own_way_needs_positions():
+    with pytest.raises(ValueError, match="add position_ids"):
+        splitters(2, counts=False)[0]({"input_ids": torch.zeros(2, 6)})
+
+
+def test_packed_sequences_that_transformers_would_mix_are_refused():
+    packed = {"input_ids": torch.zeros(1, 4), "position_ids": torch.tensor([[0, 1, 0, 1]])}
+    with pytest.raises(ValueError, match="add use_cache=False"):
+        splitters(2, caches=True)[0](packed)
+    assert splitters(2, caches=True)[0]({**packed, "use_cache": False})["use_cache"] is False
+
+
+# ---- equal to one process ----
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("specimen", ["llama", "llama-tied", "qwen3"])
+@pytest.mark.parametrize(("world", "cp", "replicate"), [(2, 2, None), (4, 2, None), (8, 2, 2)])
+def test_context_parallelism_computes_what_one_process_computes(ranks, world, cp, replicate, specimen, method):
+    assert_equivalent(ranks(world), Task(specimen=specimen), **options(world, cp, replicate, method))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("length", [13, 15])
+@pytest.mark.parametrize("specimen", ["llama", "llama-packed", "llama-padded", "llama-left-padded", "bert-numbered"])
+def test_any_length_padding_and_packing_are_exact(ranks, specimen, length, method):
+    assert_equivalent(ranks(2), Task(specimen=specimen, length=length), **options(2, 2, method=method))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("specimen", ["mistral", "mistral-packed"])
+def test_sliding_windows_are_exact(ranks, specimen, method):
+    assert_equivalent(ranks(2), Task(specimen=specimen, length=14), **options(2, 2, method=method))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_more_ranks_than_key_heads_are_exact(ranks, method):
+    assert_equivalent(ranks(4), Task(specimen="llama", length=11), **options(4, 4, method=method))
+
+
+@pytest.mark.parametrize(("specimen", "balance"), [("llama", False), ("bert-numbered", True)])
+def test_either_layout_is_exact_for_either_attention(ranks, specimen, balance):
+    assert_equivalent(ranks(2), Task(specimen=specimen, length=13), **options(2, 2, balance=balance))
+
+
+@pytest.mark.parametrize("mode", ["full", "selective"])
+@pytest.mark.parametrize("method", METHODS)
+def test_recomputed_layers_are_exact(ranks, method, mode):
+    assert_equivalent(ranks(2), Task(specimen="llama-packed"), **options(2, 2, method=method, mode=mode))
+
+
+def test_accumulated_batches_are_exact(ranks):
+    assert_equivalent(ranks(4), Task(specimen="llama-packed", accumulate=2), **options(4, 2))
+
+
+def topologies():
+    for world in (2, 4, 8):
+        for replicate, shard in itertools.product((1, 2, 4), repeat=2):
+            cp = world // (replicate * shard)
+            if cp > 1 and replicate * shard * cp == world and not (replicate > 1 and shard == 1):
+                yield world, cp, replicate if replicate > 1 else None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", [False, "full", "selective"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("specimen", ["llama", "llama-tied", "qwen3"])
+@pytest.mark.parametrize(("world", "cp", "replicate"), list(topologies()))
+def test_every_factorisation_is_exact(ranks, world, cp, replicate, specimen, method, mode):
+    if method == "ulysses" and cp == 8:
+        pytest.skip("the specimens have 4 heads, which 8 ranks cannot share")
+    task = Task(specimen=specimen, length=19)
+    assert_equivalent(ranks(world), task, **options(world, cp, replicate, method, mode=mode))
+
+
+def trained_on_a_cp_mesh(folder):
+    initialize_distributed("gloo")
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("cp",))
+    model = NeMoAutoModelForCausalLM.from_pretrained(folder, device_mesh=mesh, dtype=torch.float32)
+    return [plugin.name for plugin in model.distributed_setup.plugins]
+
+
+def test_a_users_own_cp_mesh_is_honoured(on_ranks):
+    assert on_ranks(2, trained_on_a_cp_mesh, checkpoint("llama")) == [["context", "fsdp2"]] * 2
+
+
+def whole_sequences(folder, setup_options):
+    initialize_distributed("gloo")
+    plain = NeMoAutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    setup = DistributedSetup.build(**setup_options)
+    model = NeMoAutoModelForCausalLM.from_pretrained(folder, distributed_setup=setup, dtype=torch.float32)
+    tokens = torch.tensor([[5, 7, 11, 13]])
+    runtime = setup.runtime(model)
+    runtime.forward_backward({"input_ids": tokens, "labels": tokens})
+    logits = [loaded(input_ids=tokens).logits.detach() for loaded in (model, plain)]
+    texts = [loaded.generate(tokens, max_new_tokens=6, do_sample=False).tolist() for loaded in (model, plain)]
+    return logits, texts
+
+
+def test_whole_sequences_and_generation_still_work(on_ranks):
+    for (found, expected), (text, reference) in on_ranks(2, whole_sequences, checkpoint("llama"), options(2, 2)):
+        torch.testing.assert_close(found, expected)
+        assert text == reference
+
+
+# ---- what is refused ----
+
+
+def test_ddp_with_cp_is_refused():
+    with pytest.raises(TopologyError, match="axis 'cp' has size 2, but strategy 'ddp' does not compose with it; use '"):
+        DistributedSetup.build(strategy=DDPConfig(), parallelism_sizes=ParallelismSizes(cp_size=2), world_size=2)
+
+
+def test_an_unknown_method_is_refused_with_the_near_match():
+    with pytest.raises(ValueError, match="got 'ulyses'\\); did you mean 'ulysses'"):
+        ContextConfig(method="ulyses")
+
+
+CONFIGS = {
+    "encoder-decoder": (
+        lambda: transformers.BartConfig(
+            vocab_size=32,
+            d_model=16,
+            encoder_layers=1,
+            decoder_layers=1,
+            encoder_ffn_dim=16,
+            decoder_ffn_dim=16,
+            encoder_attention_heads=2,
+            decoder_attention_heads=2,
+        ),
+        "has an encoder and a decoder",
+    ),
+    "heads": (
+        lambda: transformers.LlamaConfig(
+            vocab_size=32, hidden_size=24, intermediate_size=16, num_hidden_layers=1, num_attention_heads=3
+        ),
+        "3 query heads do not divide by 2",
+    ),
+    "rope": (
+        lambda: transformers.LlamaConfig(
+            vocab_size=32,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0},
+        ),
+        "rotary embedding \\(dynamic\\) depends on the length",
+    ),
+    "mamba": (
+        lambda: transformers.JambaConfig(
+            vocab_size=32,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            attn_layer_period=2,
+            attn_layer_offset=1,
+            expert_layer_period=2,
+            num_experts=2,
+            mamba_d_state=4,
+            mamba_expand=2,
+            use_mamba_kernels=False,
+            pad_token_id=0,
+        ),
+        "use cp_size=1",
+    ),
+    "alibi": (
+        lambda: transformers.BloomConfig(vocab_size=32, hidden_size=16, n_layer=1, n_head=2),
+        "takes no position_ids",
+    ),
+    "llava": (SPECIMENS["llava"].config, "several towers \\(vision_config, text_config\\)"),
+}
+
+
+def refusal(name, loader):
+    initialize_distributed("gloo")
+    setup = DistributedSetup.build(**options(2, 2, method="ulysses"))
+    with pytest.raises(ValueError, match="cp_size=2 does not fit") as caught:
+        getattr(nemo_dist, loader).from_config(CONFIGS[name][0](), distributed_setup=setup)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_a_model_that_is_not_exact_in_parts_is_refused(on_ranks, name):
+    loader = "NeMoAutoModelForImageTextToText" if name == "llava" else "NeMoAutoModelForCausalLM"
+    if name == "encoder-decoder":
+        loader = "NeMoAutoModelForSequenceClassification"
+    for message in on_ranks(2, refusal, name, loader):
+        assert re.search(CONFIGS[name][1], message), message
+
+
+def sequence_classifier_refusal(folder):
+    initialize_distributed("gloo")
+    setup = DistributedSetup.build(**options(2, 2))
+    with pytest.raises(ValueError, match="is not a mean over tokens"):
+        NeMoAutoModelForSequenceClassification.from_pretrained(folder, distributed_setup=setup)
+    with pytest.raises(ValueError, match="attention implementation is 'eager'"):
+        NeMoAutoModelForCausalLM.from_config(
+            SPECIMENS["llama"].config(), distributed_setup=setup, attn_implementation="eager"
+        )
+    return True
+
+
+def test_losses_over_sequences_and_other_attention_implementations_are_refused(on_ranks):
+    assert all(on_ranks(2, sequence_classifier_refusal, checkpoint("bert-sequences")))
+
+
+def loss_that_ignores_shifted_labels(folder):
+    initialize_distributed("gloo")
+    setup = DistributedSetup.build(**options(2, 2))
+    model = NeMoAutoModelForCausalLM.from_pretrained(folder, distributed_setup=setup, dtype=torch.float32)
+    shifting = model.loss_function
+    model.loss_function = lambda logits, labels, vocab_size, **_: shifting(logits, labels, vocab_size)
+    tokens = torch.arange(1, 9).unsqueeze(0)
+    with pytest.raises(ValueError, match="computes its loss without shift_labels"):
+        setup.runtime(model).forward_backward({"input_ids": tokens, "labels": tokens})
+    return True
+
+
+def test_a_loss_that_shifts_labels_itself_is_refused(on_ranks):
+    assert all(on_ranks(2, loss_that_ignores_shifted_labels, checkpoint("llama")))
