@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from nemo_dist.hooks import Batch
 
 SWITCH = "output_router_logits"  # the argument, and the config's field, that turns the loss on
+# In a batch, optional: which tokens of (rows, length) count, where that is not what attention_mask says. Whoever
+# appends tokens or rows of its own gives it; the model does not get it.
+COUNTED = "counted_tokens"
 _FORMULA = "load_balancing_loss_func"
 _ARGUMENTS = ("gate_logits", "num_experts", "top_k", "attention_mask")
 
@@ -95,8 +98,12 @@ class RouterLoss:
 
     @staticmethod
     def without(batch: Batch) -> dict[str, Any]:
-        """Return *batch* for a forward in which the model adds no router loss of its own."""
-        return {**batch, SWITCH: False}
+        """Return *batch* for a forward in which the model adds no router loss, and which says what counts in ours."""
+        counted = batch.get(COUNTED, batch.get("attention_mask"))
+        if counted is None:
+            tokens = batch["input_ids"] if batch.get("input_ids") is not None else batch["inputs_embeds"]
+            counted = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+        return {**batch, SWITCH: False, COUNTED: counted}
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -138,20 +145,23 @@ class RouterLoss:
         self._slope = torch.zeros(self.experts, device=self.device)
 
     def _hook(self, part: nn.Module) -> None:
-        part.register_forward_pre_hook(self._note_mask, with_kwargs=True)
+        part.register_forward_pre_hook(self._note_mask, with_kwargs=True, prepend=True)
         for module, index in _routers(part).items():
             module.register_forward_hook(partial(self._route, index))
 
-    def _note_mask(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
-        if self._active:
-            self._mask = kwargs.get("attention_mask")
+    def _note_mask(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        if not self._active:
+            return None
+        counted = kwargs.pop(COUNTED, None)  # a forward without it is not one of this step
+        self._mask = None if counted is None else counted.reshape(-1).float()
+        return args, kwargs
 
     def _route(self, index: int, module: nn.Module, args: Any, output: Any) -> Any:
         """Count what a router chose, and tie the loss to one of its other outputs; called after its forward."""
-        if not self._active or not isinstance(output, tuple) or output[index] is None:
+        mask = self._mask if self._active else None
+        if mask is None or not isinstance(output, tuple) or output[index] is None:
             return None
         logits: Tensor = output[index]
-        mask = None if self._mask is None else self._mask.reshape(-1).float()
         if self._counting:
             self._count(logits.detach(), mask)
         if not torch.is_grad_enabled() or not logits.requires_grad:
@@ -164,25 +174,24 @@ class RouterLoss:
         tied = _Tied.apply(output[at], logits, mask, self)  # type: ignore[no-untyped-call]
         return (*output[:at], tied, *output[at + 1 :])
 
-    def _count(self, logits: Tensor, mask: Tensor | None) -> None:
-        if mask is not None and mask.numel() != logits.shape[0]:
+    def _count(self, logits: Tensor, mask: Tensor) -> None:
+        if mask.numel() != logits.shape[0]:
             raise ValueError(
-                f"a router got {logits.shape[0]} tokens, but attention_mask has {mask.numel()}; pass a mask of shape "
-                "[rows, length], or none"
+                f"a router got {logits.shape[0]} tokens, but {mask.numel()} of the batch are known; pass an "
+                "attention_mask of shape (rows, length), or none"
             )
         probabilities = torch.softmax(logits, dim=-1)
         choices = torch.topk(probabilities, self.top_k, dim=-1).indices
-        weight = torch.ones(logits.shape[0], device=logits.device) if mask is None else mask
-        self._sums[: self.experts].scatter_add_(0, choices.reshape(-1), weight.repeat_interleave(self.top_k))
-        self._sums[self.experts : -1] += (probabilities.float() * weight.unsqueeze(-1)).sum(0)
-        self._sums[-1] += weight.sum()
+        self._sums[: self.experts].scatter_add_(0, choices.reshape(-1), mask.repeat_interleave(self.top_k))
+        self._sums[self.experts : -1] += (probabilities.float() * mask.unsqueeze(-1)).sum(0)
+        self._sums[-1] += mask.sum()
 
 
 class _Tied(torch.autograd.Function):
     """The identity on a tensor, whose backward adds the gradient of the router loss to the logits."""
 
     @staticmethod
-    def forward(ctx: Any, carrier: Tensor, logits: Tensor, mask: Tensor | None, loss: RouterLoss) -> Tensor:
+    def forward(ctx: Any, carrier: Tensor, logits: Tensor, mask: Tensor, loss: RouterLoss) -> Tensor:
         ctx.save_for_backward(logits)
         # The mask belongs to this forward: a recomputation may run while another microbatch's is current.
         ctx.mask, ctx.loss = mask, loss
@@ -193,9 +202,7 @@ class _Tied(torch.autograd.Function):
         with torch.enable_grad():
             logits = ctx.saved_tensors[0].detach().requires_grad_()
             probabilities = torch.softmax(logits, dim=-1).float()
-            rows = probabilities @ ctx.loss._slope
-            total = rows.sum() if ctx.mask is None else (rows * ctx.mask).sum()
-            (slope,) = torch.autograd.grad(total, logits)
+            (slope,) = torch.autograd.grad((probabilities @ ctx.loss._slope * ctx.mask).sum(), logits)
         return grad, slope, None, None
 
 

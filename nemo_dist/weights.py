@@ -8,7 +8,7 @@ the mapped file.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -76,6 +76,7 @@ class Reading:
         device = self.setup.mesh_context.device
         if device.type != "cpu":
             object.__setattr__(config, "device_map", {"": device})  # frozen, but transformers uses it again to finish
+        whole = frozenset(model.state_dict())
         self._parts = self.setup.shard(model)
         if not any(part is model for part in self._parts):
             raise PluginError(
@@ -83,10 +84,12 @@ class Reading:
             )
         answers = {id(part): self._read(original, part, state, files, config, *rest) for part in self._parts}
         self._report(None)
-        self._agree_on_shapes(answers[id(model)][0], config)
-        for part in self._parts:
-            if part is not model:
-                type(model)._finalize_model_loading(part, config, answers[id(part)][0])
+        for info, *_ in answers.values():
+            info.unexpected_keys -= whole  # what this part does not have, another one does
+        self._agree_on_shapes({id(part): answers[id(part)][0] for part in self._parts}, config)
+        others: list[Any] = [part for part in self._parts if part is not model]
+        for part in others:
+            part._finalize_model_loading(part, config, answers[id(part)][0])
         return answers[id(model)]
 
     def _read(self, original: Callable[..., Any], part: Any, *args: Any) -> Any:
@@ -96,9 +99,13 @@ class Reading:
         )
         return original(part, *args)
 
-    def _agree_on_shapes(self, info: Any, config: Any) -> None:
-        """Tell all ranks of a shape that only some slices betray: of 10 and of 9 rows, most ranks have equal slices."""
-        mine = [[name, list(found), list(wanted)] for name, found, wanted in info.mismatched_keys]
+    def _agree_on_shapes(self, infos: Mapping[int, Any], config: Any) -> None:
+        """Tell all ranks of a shape that only some slices betray: of 10 and of 9 rows, most ranks have equal slices.
+
+        ``infos`` are transformers' loading infos by the identity of the part.
+        """
+        mismatched = [item for info in infos.values() for item in info.mismatched_keys]
+        mine = [[name, list(found), list(wanted)] for name, found, wanted in mismatched]
         union = meet(
             "the shapes in the checkpoint",
             mine,
@@ -111,8 +118,10 @@ class Reading:
                 f"{config.pretrained_model_name_or_path} does not fit the model; pass ignore_mismatched_sizes=True to "
                 "draw these anew:\n" + "\n".join(lines)
             )
-        known = {name for name, _, _ in info.mismatched_keys}
-        info.mismatched_keys |= {(name, tuple(f), tuple(w)) for name, f, w in union.values() if name not in known}
+        for part in self._parts:
+            info = infos[id(part)]
+            own = set(part.state_dict()) - {name for name, _, _ in info.mismatched_keys}
+            info.mismatched_keys |= {(name, tuple(f), tuple(w)) for name, f, w in union.values() if name in own}
 
     def parts(self, model: nn.Module) -> list[nn.Module]:
         """Return the parts of the *model* that ``from_pretrained`` returned."""

@@ -1,6 +1,6 @@
 """Every plugin that ships passes the kit that a third party's has to pass."""
 
-from nemo_dist import FSDP2Config, Registry
+from nemo_dist import FSDP2Config, ParallelismSizes, Registry
 from nemo_dist.testing import PluginConformance
 
 FP32 = {"param_dtype": "float32", "reduce_dtype": "float32"}
@@ -13,6 +13,11 @@ class TestFSDP2(PluginConformance):
 
 class TestDDP(PluginConformance):
     plugin = "ddp"
+
+
+class TestPipeline(PluginConformance):
+    plugin = "pipeline"
+    build = {"strategy": FSDP2Config(mp_policy=FP32), "parallelism_sizes": ParallelismSizes(pp_size=2)}
 
 
 class TestRecompute(PluginConformance):

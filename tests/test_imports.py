@@ -19,9 +19,9 @@ PUBLIC = {
     "nemo_dist",
     *(
         f"nemo_dist.{name}"
-        for name in ("context", "errors", "hooks", "mesh", "options", "registry", "runtime", "sizes")
+        for name in ("context", "errors", "hooks", "labels", "meeting", "mesh", "options", "registry", "runtime")
     ),
-    *(f"nemo_dist.{name}" for name in ("testing", "values")),
+    *(f"nemo_dist.{name}" for name in ("sizes", "testing", "values")),
 }
 
 

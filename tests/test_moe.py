@@ -12,12 +12,13 @@ from nemo_dist.testing.zoo import SPECIMENS
 FP32 = {"param_dtype": "float32", "reduce_dtype": "float32", "output_dtype": "float32"}
 
 
-def options(recompute=False, moe=None, strategy=None, **sizes):
+def options(recompute=False, moe=None, pipeline=None, strategy=None, **sizes):
     return {
         "strategy": strategy or FSDP2Config(mp_policy=FP32),
         "parallelism_sizes": ParallelismSizes(**sizes),
         "activation_checkpointing": recompute,
         "moe_parallel_config": moe,
+        "pipeline_config": pipeline,
     }
 
 
@@ -73,6 +74,55 @@ def test_experts_that_are_not_resharded_compute_what_one_process_computes(ranks)
     assert_equivalent(ranks(4), Task(specimen="qwen3-moe"), **options(ep_size=2, moe={"reshard_after_forward": False}))
 
 
+@pytest.mark.parametrize(
+    ("specimen", "sizes", "moe"),
+    [
+        ("qwen3-moe", {"tp_size": 2, "ep_size": 2}, None),
+        ("qwen3-moe", {"tp_size": 2, "ep_size": 4}, None),
+        ("qwen3-moe", {"tp_size": 2, "ep_size": 2}, {"dispatcher": "all_reduce"}),
+        ("qwen3-moe", {"tp_size": 4, "ep_size": 2}, None),
+        ("qwen2-moe", {"tp_size": 2, "ep_size": 2}, None),
+        ("deepseek-v3", {"tp_size": 2, "ep_size": 2}, None),
+        ("mixtral", {"tp_size": 2, "ep_size": 4}, None),
+    ],
+)
+def test_experts_beside_tensor_parallelism_compute_what_one_process_computes(ranks, specimen, sizes, moe):
+    """A token is sent once, not once per tensor-parallel rank, or its experts' gradients would be twice as large."""
+    assert_equivalent(ranks(4), Task(specimen=specimen), **options(moe=moe, **sizes))
+
+
+@pytest.mark.parametrize(
+    ("specimen", "length", "sizes"),
+    [
+        ("qwen3-moe", 12, {"cp_size": 2, "ep_size": 2}),
+        ("qwen3-moe-padded", 10, {"cp_size": 2, "ep_size": 4}),  # two tokens are appended, which no router may count
+        ("qwen3-moe", 10, {"cp_size": 2}),
+        ("qwen3-moe", 12, {"cp_size": 2, "tp_size": 2, "ep_size": 4}),
+    ],
+)
+def test_experts_beside_context_parallelism_compute_what_one_process_computes(ranks, specimen, length, sizes):
+    assert_equivalent(ranks(4), Task(specimen=specimen, length=length), **options(**sizes))
+
+
+@pytest.mark.parametrize(
+    ("specimen", "sizes", "pipeline", "recompute"),
+    [
+        ("qwen3-moe", {"pp_size": 2, "ep_size": 2}, {"pp_schedule": "1f1b"}, False),
+        ("qwen3-moe-padded", {"pp_size": 2, "ep_size": 2}, {"pp_schedule": "gpipe"}, "full"),
+        ("deepseek-v3", {"pp_size": 2, "ep_size": 2}, None, False),
+        ("qwen3-moe-deep", {"pp_size": 4}, {"pp_batch_size": 12}, False),  # four rows are appended, which do not count
+        ("qwen3-moe-deep", {"pp_size": 2, "ep_size": 2}, {"pp_schedule": "interleaved_1f1b"}, False),
+        ("qwen3-moe-deep", {"pp_size": 2, "ep_size": 2}, {"pp_schedule": "zbv"}, False),
+        ("qwen3-moe-deep", {"pp_size": 2, "ep_size": 2}, {"pp_schedule": "zero_bubble"}, False),
+        ("qwen3-moe-deep", {"pp_size": 2, "ep_size": 2}, {"pp_schedule": "dualpipev"}, False),
+        ("qwen3-moe-deep", {"pp_size": 2, "ep_size": 2}, {"pp_schedule": "looped_bfs"}, False),
+    ],
+)
+def test_experts_in_a_pipeline_compute_what_one_process_computes(ranks, specimen, sizes, pipeline, recompute):
+    task = Task(specimen=specimen, accumulate=1)
+    assert_equivalent(ranks(4), task, **options(pipeline=pipeline, recompute=recompute, **sizes))
+
+
 # ---- loading ----
 
 
@@ -88,7 +138,7 @@ def read(specimen, folder, sizes):
 @pytest.mark.parametrize("sizes", [{"ep_size": 2}, {"ep_size": 2, "dp_replicate_size": 2}])
 def test_experts_load_the_same_one_by_one_or_fused_and_each_rank_reads_its_own(ranks, specimen, sizes, tmp_path):
     SPECIMENS[specimen].make().save_pretrained(tmp_path, save_original_format=False)
-    single = read(specimen, checkpoint(specimen), {})[1]
+    single = sum(p.numel() * p.element_size() for p in SPECIMENS[specimen].make().parameters())
 
     one_by_one = ranks(4).run(read, specimen, checkpoint(specimen), sizes)
     fused = ranks(4).run(read, specimen, tmp_path, sizes)

@@ -67,8 +67,8 @@ def _llama(**more: Any) -> Callable[[], Any]:
     return lambda: transformers.LlamaConfig(**_text(**more))
 
 
-def _qwen3() -> Any:
-    return transformers.Qwen3Config(**_text(head_dim=8))
+def _qwen3(**more: Any) -> Callable[[], Any]:
+    return lambda: transformers.Qwen3Config(**_text(head_dim=8, **more))
 
 
 def _odd() -> Any:
@@ -234,12 +234,33 @@ SPECIMENS: dict[str, Specimen] = {
     for specimen in (
         Specimen(name="llama", loader=_CAUSAL, config=_llama(), batch=_causal),
         Specimen(name="llama-tied", loader=_CAUSAL, config=_llama(tie_word_embeddings=True), batch=_causal),
+        # Enough layers for 4 pipeline ranks with 2 stages each, and a number that does not divide.
+        Specimen(name="llama-deep", loader=_CAUSAL, config=_llama(num_hidden_layers=9), batch=_causal),
+        Specimen(
+            name="llama-deep-tied",
+            loader=_CAUSAL,
+            config=_llama(num_hidden_layers=9, tie_word_embeddings=True),
+            batch=_causal,
+        ),
+        Specimen(name="qwen3-deep", loader=_CAUSAL, config=_qwen3(num_hidden_layers=9), batch=_causal),
+        Specimen(
+            name="llama-sequences",
+            loader="NeMoAutoModelForSequenceClassification",
+            config=_llama(num_hidden_layers=5, num_labels=3),
+            batch=_sequences,
+        ),
+        Specimen(
+            name="llama-tokens",
+            loader="NeMoAutoModelForTokenClassification",
+            config=_llama(num_hidden_layers=5, num_labels=3),
+            batch=_tagged,
+        ),
         Specimen(name="llama-padded", loader=_CAUSAL, config=_llama(), batch=_padded_causal),
         Specimen(name="llama-left-padded", loader=_CAUSAL, config=_llama(), batch=_left_padded),
         Specimen(name="llama-packed", loader=_CAUSAL, config=_llama(use_cache=False), batch=_packed),
         Specimen(name="mistral", loader=_CAUSAL, config=_mistral(), batch=_causal),
         Specimen(name="mistral-packed", loader=_CAUSAL, config=_mistral(use_cache=False), batch=_packed),
-        Specimen(name="qwen3", loader=_CAUSAL, config=_qwen3, batch=_causal),
+        Specimen(name="qwen3", loader=_CAUSAL, config=_qwen3(), batch=_causal),
         Specimen(name="llama-odd", loader=_CAUSAL, config=_odd, batch=_causal),
         Specimen(name="phi3", loader=_CAUSAL, config=_phi3, batch=_causal),
         Specimen(name="gemma2", loader=_CAUSAL, config=_gemma2, batch=_causal),
@@ -254,6 +275,7 @@ SPECIMENS: dict[str, Specimen] = {
         Specimen(name="bert-numbered", loader="NeMoAutoModelForTokenClassification", config=_bert, batch=_numbered),
         Specimen(name="qwen3-moe", loader=_CAUSAL, config=_qwen3_moe(), batch=_causal),
         Specimen(name="qwen3-moe-padded", loader=_CAUSAL, config=_qwen3_moe(), batch=_padded_causal),
+        Specimen(name="qwen3-moe-deep", loader=_CAUSAL, config=_qwen3_moe(num_hidden_layers=4), batch=_causal),
         Specimen(name="qwen3-moe-six", loader=_CAUSAL, config=_qwen3_moe(num_experts=6), batch=_causal),
         Specimen(name="qwen3-moe-tied", loader=_CAUSAL, config=_qwen3_moe(), batch=_causal, edit=_tie_routers),
         Specimen(name="mixtral", loader=_CAUSAL, config=_mixtral, batch=_causal),

@@ -16,6 +16,7 @@ import attrs
 import torch
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -114,7 +115,7 @@ class SharedAttention:
         parts, done = [], 0
         for start, stop in self.layout.spans(length):
             own = query[:, :, done : done + stop - start]
-            bias = causal_lower_right(stop - start, stop)
+            bias = _lower_right(stop - start, stop, key.device)
             parts.append(_sdpa(_like(module), own, key[:, :, :stop], value[:, :, :stop], bias, **options))
             done += stop - start
         return torch.cat(parts, dim=1)
@@ -130,6 +131,18 @@ class SharedAttention:
         found = _sdpa(_like(module, groups), query, key, value, mask.allowed, is_causal=causal, **options)
         back = torch.tensor(self.layout.gathered(length), device=query.device)
         return to_sequence(found.transpose(1, 2).index_select(2, back), self.group).transpose(1, 2)
+
+
+def _lower_right(queries: int, keys: int, device: torch.device) -> Tensor:
+    """Return the causal mask of the last *queries* of *keys* positions, (1, 1, queries, keys) of bool.
+
+    torch's own bias, which its fused kernels know, is a tensor subclass and cannot be made under the dispatch mode of
+    selective recomputation; and the CPU has no kernel for it.
+    """
+    if device.type == "cuda" and _get_current_dispatch_mode() is None:
+        return causal_lower_right(queries, keys)
+    positions = torch.arange(keys, device=device)
+    return (positions[None, :] <= positions[keys - queries :, None])[None, None]
 
 
 def _sdpa(*args: Any, **options: Any) -> Tensor:

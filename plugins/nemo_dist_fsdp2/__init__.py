@@ -42,7 +42,8 @@ class FSDP2Config:
     ``mp_policy``: torch's ``MixedPrecisionPolicy``, or its fields as a dict of dtype names; None computes in bfloat16
     and reduces gradients in float32. ``offload_policy``: torch's ``CPUOffloadPolicy`` or ``OffloadPolicy``; None keeps
     the shards on the device. ``reshard_after_forward``: free the gathered parameters of a block after its forward; an
-    int reshards to that many ranks; None is True for blocks and False for what the end of the forward needs.
+    int reshards to that many ranks; None is True for blocks and False for what the end of the forward needs, and for
+    the stages of a pipeline.
     ``defer_fsdp_grad_sync``: reduce gradients once per ``forward_backward``, not once per batch of a list (faster, but
     holds whole gradients). ``forward_prefetch_depth``, ``backward_prefetch_depth``: how many blocks ahead are gathered.
     ``enable_compile``: run ``torch.compile`` on every block. ``activation_checkpointing`` is the same as on
@@ -76,7 +77,7 @@ class FSDP2:
     stage: ClassVar[int] = Stage.DATA
     axes: ClassVar[frozenset[str]] = frozenset({"dp_shard", "dp_replicate"})
     composes_with: ClassVar[frozenset[str]] = frozenset(
-        {"activation_checkpointing", "activation_checkpointing:selective", "cp", "ep", "tp"}
+        {"activation_checkpointing", "activation_checkpointing:selective", "cp", "ep", "pp", "tp"}
     )
     delegates: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "tp": ("tp_plan", "sequence_parallel", "enable_async_tensor_parallel")

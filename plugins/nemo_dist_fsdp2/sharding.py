@@ -32,15 +32,17 @@ def shard(model: nn.Module, mesh: MeshContext, config: FSDP2Config) -> None:
         "mp_policy": mixed_precision(config.mp_policy),
         "offload_policy": config.offload_policy or OffloadPolicy(),
     }
-    _shard_placed(model, options, config)
-    blocks = _blocks(model)
     reshard = config.reshard_after_forward
+    # A stage of a pipeline runs many microbatches forward before the first goes back: gather its blocks once for all.
+    block_reshard = mesh.size("pp") == 1 if reshard is None else reshard
+    _shard_placed(model, options, bool(block_reshard))
+    blocks = _blocks(model)
     for block in blocks:
         if config.enable_compile:
             block.compile()
-        fully_shard(block, reshard_after_forward=True if reshard is None else reshard, **options)
+        fully_shard(block, reshard_after_forward=block_reshard, **options)
     for embedding in _untied(model, _embeddings(model)):
-        fully_shard(embedding, reshard_after_forward=True if reshard is None else reshard, **options)
+        fully_shard(embedding, reshard_after_forward=block_reshard, **options)
     # The backward starts with what the forward ended with, so freeing it in between would only gather it twice.
     tail = _untied(model, _tail(model))
     if tail:
@@ -49,19 +51,17 @@ def shard(model: nn.Module, mesh: MeshContext, config: FSDP2Config) -> None:
     _prefetch([block for block in blocks if isinstance(block, FSDPModule)], config)
 
 
-def _shard_placed(model: nn.Module, options: dict[str, Any], config: FSDP2Config) -> None:
+def _shard_placed(model: nn.Module, options: dict[str, Any], reshard: bool) -> None:
     """Shard the modules that another plugin wants elsewhere, before the blocks that hold them."""
     for module, placement in placements(model).items():
-        reshard = placement.reshard_after_forward
-        if reshard is None:
-            reshard = config.reshard_after_forward is not False
-        policy = mixed_precision(config.mp_policy if placement.mp_policy is None else placement.mp_policy)
-        placed = fully_shard(
-            module,
-            reshard_after_forward=reshard,
-            shard_placement_fn=_along(placement, module),
-            **{**options, "mesh": placement.mesh or options["mesh"], "mp_policy": policy},
-        )
+        own: dict[str, Any] = {"reshard_after_forward": reshard, "shard_placement_fn": _along(placement, module)}
+        if placement.reshard_after_forward is not None:
+            own["reshard_after_forward"] = placement.reshard_after_forward
+        if placement.mp_policy is not None:
+            own["mp_policy"] = mixed_precision(placement.mp_policy)
+        if placement.mesh is not None:
+            own["mesh"] = placement.mesh
+        placed = fully_shard(module, **{**options, **own})
         if placement.mesh is None:
             continue
         placed.set_gradient_divide_factor(float(placement.grad_divisor))

@@ -55,7 +55,7 @@ class MoE:
     stage: ClassVar[int] = Stage.EXPERT
     axes: ClassVar[frozenset[str]] = frozenset({"ep"})
     # The other axes and roles that this is proven with, against one process.
-    composes_with: ClassVar[frozenset[str]] = frozenset({"dp_shard", "dp_replicate"})
+    composes_with: ClassVar[frozenset[str]] = frozenset({"cp", "dp_replicate", "dp_shard", "pp", "tp"})
 
     config: MoEParallelizerConfig = attrs.field(factory=MoEParallelizerConfig)
 

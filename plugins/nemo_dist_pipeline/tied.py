@@ -1,0 +1,87 @@
+"""Keep the two replicas of a tied weight, on the first and on the last stage, one weight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import attrs
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class TiedWeight:
+    """This rank's replicas of the tied weight, the first stage's before the last's, and who holds the other one.
+
+    ``peer`` is the global rank of it, None when both are here (V schedules). ``counted``: whether the first of them
+    here is the first stage's, the one that counts in a global norm.
+    """
+
+    replicas: tuple[nn.Parameter, ...]
+    counted: bool
+    peer: int | None
+    group: dist.ProcessGroup | None
+
+    @property
+    def counted_elsewhere(self) -> tuple[nn.Parameter, ...]:
+        """The replicas that a global norm must not count: all but the first stage's."""
+        return self.replicas[1 if self.counted else 0 :]
+
+    def sum_gradients(self) -> None:
+        """Give both replicas the sum of their gradients, in the same order of adding, so that they stay bit-equal."""
+        grads = [_local(replica.grad) for replica in self.replicas]
+        if self.peer is None:
+            total = sum((grad for grad in grads if grad is not None), torch.zeros(()))
+            parts = [total] * len(grads)
+        else:
+            mine = grads[0] if grads[0] is not None else torch.zeros_like(_local(self.replicas[0]))
+            parts = [mine + self._exchanged(mine)]
+        for replica, part in zip(self.replicas, parts, strict=True):
+            _set_gradient(replica, part)
+
+    def _exchanged(self, mine: Tensor) -> Tensor:
+        """Return the other replica's gradient; the ranks of the first and the last stage swap theirs, pair by pair."""
+        other = torch.empty_like(mine, memory_format=torch.contiguous_format)
+        swap = [
+            dist.P2POp(dist.isend, mine.contiguous(), self.peer, self.group),
+            dist.P2POp(dist.irecv, other, self.peer, self.group),
+        ]
+        for work in dist.batch_isend_irecv(swap):
+            work.wait()
+        return other
+
+
+@contextmanager
+def set_aside(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Within the context the gradients of *parameters* start from none; afterwards what they were is added."""
+    before = [parameter.grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    yield
+    for parameter, old in zip(parameters, before, strict=True):
+        if old is not None:
+            parameter.grad = old if parameter.grad is None else parameter.grad + old
+
+
+def _local(tensor: Any) -> Any:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _set_gradient(replica: nn.Parameter, value: Tensor) -> None:
+    if replica.grad is not None:
+        _local(replica.grad).copy_(value)
+    elif isinstance(replica, DTensor):
+        replica.grad = DTensor.from_local(
+            value,
+            replica.device_mesh,
+            replica.placements,
+            run_check=False,
+            shape=replica.shape,
+            stride=replica.stride(),
+        )
+    else:
+        replica.grad = value.clone()

@@ -1,0 +1,68 @@
+"""Every factorisation of the world into dp_replicate x dp_shard x cp x tp computes what one process computes.
+
+With sequence parallelism on and off and the three modes of activation checkpointing. A sample runs by default, ``make matrix``
+runs all of it.
+"""
+
+import random
+from itertools import product
+
+import pytest
+
+from nemo_dist import FSDP2Config, ParallelismSizes
+from nemo_dist.testing.equivalence import Task, assert_equivalent
+
+FP32 = {"param_dtype": "float32", "reduce_dtype": "float32"}
+SPECIMENS = ("llama", "llama-tied", "qwen3")
+MODES = (False, "full", "selective")
+
+
+def factorisations(world):
+    """Yield (dp_replicate, dp_shard, cp, tp) that multiply to *world*; replicas without shards are ddp's business."""
+    sizes = [size for size in (1, 2, 4, 8) if size <= world]
+    for replicate, shard, cp, tp in product(sizes, repeat=4):
+        if replicate * shard * cp * tp == world and not (replicate > 1 and shard == 1) and tp <= 4:
+            yield replicate, shard, cp, tp
+
+
+MATRIX = [
+    (world, sizes, sequence_parallel, mode, specimen)
+    for world in (2, 4, 8)
+    for sizes in factorisations(world)
+    for sequence_parallel in ((False, True) if sizes[3] > 1 else (False,))
+    for mode in MODES
+    for specimen in SPECIMENS
+]
+# One of each world and factorisation, with the rest drawn, so that a run meets every pair of axes.
+SAMPLE = [
+    random.Random(f"{world}{sizes}").choice([cell for cell in MATRIX if cell[:2] == (world, sizes)])
+    for world in (2, 4, 8)
+    for sizes in factorisations(world)
+]
+
+
+def prove(ranks, world, sizes, sequence_parallel, mode, specimen):
+    replicate, _, cp, tp = sizes
+    assert_equivalent(
+        ranks(world),
+        Task(specimen=specimen, length=13),  # a length that neither cp nor tp divides
+        strategy=FSDP2Config(mp_policy=FP32, sequence_parallel=sequence_parallel),
+        parallelism_sizes=ParallelismSizes(dp_replicate_size=replicate, cp_size=cp, tp_size=tp),
+        activation_checkpointing=mode,
+    )
+
+
+def name_of(cell):
+    world, sizes, sequence_parallel, mode, specimen = cell
+    return f"{world}-{'x'.join(map(str, sizes))}-{'sp-' if sequence_parallel else ''}{mode or 'none'}-{specimen}"
+
+
+@pytest.mark.parametrize("cell", SAMPLE, ids=name_of)
+def test_a_sampled_composition_computes_what_one_process_computes(ranks, cell):
+    prove(ranks, *cell)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cell", [cell for cell in MATRIX if cell not in SAMPLE], ids=name_of)
+def test_every_composition_computes_what_one_process_computes(ranks, cell):
+    prove(ranks, *cell)
