@@ -28,11 +28,13 @@ if TYPE_CHECKING:
     )
     from nemo_dist.mesh import Axis, MeshPlan, View
     from nemo_dist.registry import Plugin, Registry, Stage
+    from nemo_dist.run_folder import RunFolder
     from nemo_dist.runtime import Runtime
     from nemo_dist.sizes import ParallelismSizes
     from nemo_dist_context import ContextConfig
     from nemo_dist_ddp import DDPConfig
     from nemo_dist_fsdp2 import FSDP2Config
+    from nemo_dist_megatron_fsdp import MegatronFSDPConfig
     from nemo_dist_moe import MoEParallelizerConfig
     from nemo_dist_pipeline import AutoPipeline, PipelineConfig
 
@@ -57,11 +59,13 @@ _HOMES = {
     ),
     "nemo_dist.mesh": ("Axis", "MeshPlan", "View"),
     "nemo_dist.registry": ("Plugin", "Registry", "Stage"),
+    "nemo_dist.run_folder": ("RunFolder",),
     "nemo_dist.runtime": ("Runtime",),
     "nemo_dist.sizes": ("ParallelismSizes",),
     "nemo_dist_context": ("ContextConfig",),
     "nemo_dist_ddp": ("DDPConfig",),
     "nemo_dist_fsdp2": ("FSDP2Config",),
+    "nemo_dist_megatron_fsdp": ("MegatronFSDPConfig",),
     "nemo_dist_moe": ("MoEParallelizerConfig",),
     "nemo_dist_pipeline": ("AutoPipeline", "PipelineConfig"),
 }
@@ -76,6 +80,7 @@ __all__ = [
     "DistEnv",
     "DistributedSetup",
     "FSDP2Config",
+    "MegatronFSDPConfig",
     "MeshContext",
     "MeshPlan",
     "MoEParallelizerConfig",
@@ -90,6 +95,7 @@ __all__ = [
     "PluginError",
     "RankError",
     "Registry",
+    "RunFolder",
     "Runtime",
     "RuntimePart",
     "Stage",

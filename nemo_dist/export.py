@@ -6,7 +6,6 @@ import fnmatch
 import json
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,40 +13,21 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 import torch
-import torch.distributed as dist
-from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
 from torch import Tensor
-from transformers.dynamic_module_utils import custom_object_save
 
 from nemo_dist.canonical import model_state
+from nemo_dist.companions import write_companions
 from nemo_dist.pieces import bring, describe, survey
 from nemo_dist.safetensors_file import DTYPES, SafetensorsFile
-from nemo_dist.saved_names import Group, Layout, groups, nbytes, plain_config, refuse_unplain, skeleton
-from nemo_dist.staging import agreed, rank, written_beside
+from nemo_dist.saved_names import Group, Layout, groups, nbytes, refuse_unplain, skeleton
+from nemo_dist.staging import written_beside
+from nemo_dist.team import Team
 
 if TYPE_CHECKING:
     from nemo_dist.runtime import Runtime
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin*")
-_COMPANIONS = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "chat_template.jinja",
-    "chat_template.json",
-    "processor_config.json",
-    "preprocessor_config.json",
-    "video_preprocessor_config.json",
-)
 
 
 @attrs.define
@@ -65,14 +45,15 @@ def export(
     max_shard_size: int | str = "5GB",
 ) -> None:
     """Write the model of *runtime* to the folder *path*; see :meth:`nemo_dist.Runtime.export`."""
-    with agreed("collecting what to export"):
+    team = Team.of(runtime.mesh)
+    with team.agreed("collecting what to export"):
         target, limit = _dtype(dtype), _bytes(max_shard_size)
         model = runtime.parts[0]
         refuse_unplain(model)
         state = model_state(runtime)
         described = describe(state)
-    entries = survey(described, runtime.mesh.device)
-    with agreed("planning the export"):
+    entries = survey(team.gather(described))
+    with team.agreed("planning the export"):
         bare = skeleton(model)
         skipped = bare._keys_to_ignore_on_save or ()
         dtypes = {
@@ -81,13 +62,13 @@ def export(
             if name not in skipped
         }
         bundles = pack(groups(bare, {name: (entries[name].shape, kind) for name, kind in dtypes.items()}), limit)
-    with written_beside(path, "the export", stale=_is_weights) as folder:
+    with written_beside(team, path, "the export", stale=_is_weights) as folder:
         names = file_names(bundles)
-        if rank() == 0:
+        if team.first:
             _write_index(folder, bundles, names)
-            _write_companions(folder, model, target)
-        with _Writer(folder, bare, names) as writer:
-            writer.write(bundles, lambda wanted: bring(wanted, state, entries, dtypes, runtime.mesh.device))
+            write_companions(folder, model, target)
+        with _Writer(team, folder, bare, names) as writer:
+            writer.write(bundles, lambda wanted: bring(team, wanted, state, entries, dtypes))
 
 
 def pack(found: Sequence[Group], limit: int) -> list[Bundle]:
@@ -133,8 +114,8 @@ def file_names(bundles: Sequence[Bundle]) -> list[list[str]]:
 class _Writer:
     """The files of this rank: every bundle is written by one rank, in turn, one group of parameters at a time."""
 
-    def __init__(self, folder: Path, bare: Any, names: list[list[str]]) -> None:
-        self._folder, self._bare, self._names = folder, bare, names
+    def __init__(self, team: Team, folder: Path, bare: Any, names: list[list[str]]) -> None:
+        self._team, self._folder, self._bare, self._names = team, folder, bare, names
         self._open: dict[str, SafetensorsFile] = {}  # the file of each name in the bundle under way
         self._stack = ExitStack()
         self._failure: Exception | None = None
@@ -147,12 +128,12 @@ class _Writer:
 
     def write(self, bundles: list[Bundle], bring: Callable[[Sequence[Sequence[str]]], dict[str, Tensor]]) -> None:
         """Write this rank's bundles; every rank takes part in every exchange, also when its own disk has failed."""
-        world = dist.get_world_size() if dist.is_initialized() else 1
+        world = self._team.size
         steps = [_steps(range(owner, len(bundles), world), bundles) for owner in range(world)]
         for turn in range(max(map(len, steps))):
             wanted = [mine[turn][1].sources if turn < len(mine) else () for mine in steps]
             whole = bring(wanted)
-            mine = steps[rank()]
+            mine = steps[self._team.rank]
             if turn < len(mine) and self._failure is None:
                 self._try(bundles, *mine[turn], whole)
         if self._failure is not None:
@@ -198,34 +179,6 @@ def _write_index(folder: Path, bundles: list[Bundle], names: list[list[str]]) ->
         "weight_map": dict(sorted((saved, name) for name, file in files for saved in file)),
     }
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _write_companions(folder: Path, model: Any, dtype: torch.dtype | None) -> None:
-    """Write the config and generation config, and copy tokenizer and processor from where the model came from."""
-    plain_config(model, dtype).save_pretrained(folder)
-    if model.can_generate():
-        model.generation_config.save_pretrained(folder)
-    if model.is_remote_code():
-        custom_object_save(model, folder, config=model.config)
-    for name in _COMPANIONS:
-        origin = _companion(model.config, name)
-        if origin is not None:
-            shutil.copyfile(origin, folder / name)
-
-
-def _companion(config: Any, name: str) -> Path | None:
-    """Return the file *name* beside the model's origin, a folder or a hub name whose files are cached; None without."""
-    origin = config.name_or_path or ""
-    local = Path(origin) / name
-    if origin and local.is_file():
-        return local
-    if not origin or Path(origin).exists():
-        return None
-    try:
-        cached = try_to_load_from_cache(origin, name, revision=getattr(config, "_commit_hash", None))
-    except HFValidationError:  # a path that is gone is no hub name either
-        return None
-    return Path(cached) if isinstance(cached, str) else None
 
 
 def _is_weights(name: str) -> bool:

@@ -27,16 +27,18 @@ def meet(
     judge: Callable[[list[Any]], Any],
     ranks: Sequence[int] | None = None,
     patience: timedelta = _PATIENCE,
+    store: dist.Store | None = None,
 ) -> Any:
     """Return, on every rank, what *judge* makes of what the ranks brought: JSON values, in the order of *ranks*.
 
-    Only the first of *ranks* (None: all) judges. ``patience`` is for the slowest rank. Raises RankError on every rank
-    when one does not come; it names the missing ones.
+    Only the first of *ranks* (None: all) judges. ``patience`` is for the slowest rank. A background thread passes a
+    ``store`` of its own (a clone): a connection that waits is of no use to other threads meanwhile. Raises RankError on
+    every rank when one does not come; it names the missing ones.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return judge([brought])
     members = list(range(dist.get_world_size()) if ranks is None else ranks)
-    store = dist.distributed_c10d._get_default_store()
+    store = store or default_store()
     name = occasion if ranks is None else f"{occasion} of {members}"
     _held[name] += 1
     prefix = f"nemo_dist/{name}/{_held[name]}"
@@ -56,6 +58,11 @@ def meet(
             f"ranks {verdict['missing']} did not come to {occasion!r} within {patience}; look at their logs first"
         )
     return verdict["verdict"]
+
+
+def default_store() -> dist.Store:
+    """Return the store of the process group; torch has no public name for it."""
+    return dist.distributed_c10d._get_default_store()
 
 
 def _preside(
@@ -94,11 +101,19 @@ def _differences(answers: Sequence[Mapping[str, str]]) -> list[str]:
     return lines
 
 
-def report(occasion: str, failure: BaseException | None, ranks: Sequence[int] | None = None) -> None:
+def report(
+    occasion: str,
+    failure: BaseException | None,
+    ranks: Sequence[int] | None = None,
+    patience: timedelta = _PATIENCE,
+    store: dist.Store | None = None,
+) -> None:
     """Raise on every one of *ranks* when one brought a *failure*: its own there, RankError that quotes it elsewhere."""
     mine = dist.get_rank() if dist.is_initialized() else 0
     brought = [mine, "" if failure is None else f"{type(failure).__name__}: {failure}"]
-    failed = meet(occasion, brought, lambda answers: [answer for answer in answers if answer[1]], ranks)
+    failed = meet(
+        occasion, brought, lambda answers: [answer for answer in answers if answer[1]], ranks, patience, store
+    )
     if failure is not None:
         raise failure
     if failed:

@@ -7,7 +7,6 @@ what is written under one layout is read under any other.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise, product
@@ -15,11 +14,11 @@ from typing import Any
 
 import attrs
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
 from nemo_dist.errors import PluginError
+from nemo_dist.team import Team
 
 
 @attrs.frozen
@@ -55,6 +54,8 @@ class Box:
 
 def pieces(tensor: Tensor) -> Iterator[tuple[Box, Tensor]]:
     """Yield the boxes that this rank holds of *tensor*, each with a view of its values; no communication."""
+    if tensor.numel() == 0:
+        return
     if not isinstance(tensor, DTensor):
         yield Box((0,) * tensor.dim(), tuple(tensor.shape)), tensor.detach()
         return
@@ -115,14 +116,13 @@ def describe(state: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def survey(described: Mapping[str, Any], device: torch.device) -> dict[str, Entry]:
-    """Return what all ranks together hold, the same on every rank; collective over all ranks.
+def survey(described: Sequence[Mapping[str, Any]]) -> dict[str, Entry]:
+    """Return what all ranks together hold, from what ``describe`` said on each.
 
-    *described* is what ``describe`` said on this rank. Raises PluginError, on every rank, when the boxes of a tensor
-    leave holes or overlap, or ranks disagree about its shape or dtype.
+    Raises PluginError when the boxes of a tensor leave holes or overlap, or ranks disagree about its shape or dtype.
     """
     found: dict[str, tuple[Any, str, dict[Box, list[int]]]] = {}
-    for rank, theirs in enumerate(gather_json(dict(described), device)):
+    for rank, theirs in enumerate(described):
         for name, (shape, dtype, boxes) in theirs.items():
             known = found.setdefault(name, (shape, dtype, {}))
             if known[:2] != (shape, dtype):
@@ -152,48 +152,32 @@ def _check_cover(entries: Mapping[str, Entry]) -> None:
             )
 
 
-def gather_json(value: Any, device: torch.device) -> list[Any]:
-    """Return what every rank passed, in rank order: JSON values; collective over all ranks of the process group."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return [json.loads(json.dumps(value))]
-    text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
-    lengths = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size())]
-    dist.all_gather(lengths, torch.tensor([len(text)], device=device))
-    longest = max(int(length) for length in lengths)
-    padded = torch.zeros(longest, dtype=torch.uint8, device=device)
-    padded[: len(text)] = text
-    gathered = [torch.empty_like(padded) for _ in lengths]
-    dist.all_gather(gathered, padded)
-    return [json.loads(bytes(one[: int(length)].cpu().numpy())) for one, length in zip(gathered, lengths, strict=True)]
-
-
 def bring(
+    team: Team,
     wanted: Sequence[Iterable[str]],
     state: Mapping[str, Tensor],
     entries: Mapping[str, Entry],
     dtypes: Mapping[str, torch.dtype],
-    device: torch.device,
 ) -> dict[str, Tensor]:
-    """Return the whole tensors ``wanted[rank]`` of this rank on the CPU, in *dtypes*; collective over all ranks.
+    """Return the whole tensors ``wanted[team.rank]`` on the CPU, in *dtypes*; collective.
 
     All ranks exchange the pieces of what all of them want in one all-to-all, so each sends at most what it holds of
     them, and receives nothing but its own.
     """
-    world, rank = len(wanted), (dist.get_rank() if dist.is_initialized() else 0)
-    outgoing: list[list[Tensor]] = [[] for _ in range(world)]
-    incoming: list[list[tuple[str, Box]]] = [[] for _ in range(world)]
+    outgoing: list[list[Tensor]] = [[] for _ in wanted]
+    incoming: list[list[tuple[str, Box]]] = [[] for _ in wanted]
     held = {name: dict(pieces(state[name])) for names in wanted for name in names if name in state}
     for owner, names in enumerate(wanted):
         for name in names:
             for box, holders in entries[name].holders.items():
                 sender = owner if owner in holders else holders[owner % len(holders)]
-                if sender == rank:
+                if sender == team.rank:
                     outgoing[owner].append(as_bytes(held[name][box].to(dtypes[name])))
-                if owner == rank:
+                if owner == team.rank:
                     incoming[sender].append((name, box))
     sizes = [sum(box.numel * dtypes[name].itemsize for name, box in boxes) for boxes in incoming]
-    received = _exchange(outgoing, sizes, device)
-    whole = {name: torch.empty(entries[name].shape, dtype=dtypes[name]) for name in wanted[rank]}
+    received = team.exchange(outgoing, sizes)
+    whole = {name: torch.empty(entries[name].shape, dtype=dtypes[name]) for name in wanted[team.rank]}
     for buffer, boxes in zip(received.split(sizes), incoming, strict=True):
         start = 0
         for name, box in boxes:
@@ -201,18 +185,6 @@ def bring(
             box.of(whole[name]).copy_(buffer[start:stop].clone().view(dtypes[name]).view(box.sizes))
             start = stop
     return whole
-
-
-def _exchange(outgoing: list[list[Tensor]], sizes: list[int], device: torch.device) -> Tensor:
-    """Send each rank its bytes and return what all sent to this one, in rank order, on the CPU."""
-    parts = [part for parts in outgoing for part in parts]
-    sent = torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8, device=device)
-    if len(outgoing) == 1:
-        return sent.cpu()
-    received = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
-    lengths = [sum(len(part) for part in parts) for parts in outgoing]
-    dist.all_to_all_single(received, sent.to(device), sizes, lengths)
-    return received.cpu()
 
 
 def as_bytes(tensor: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from nemo_dist.labels import count_labels
 from nemo_dist.routing import SWITCH, RouterLoss
 
 if TYPE_CHECKING:
+    from nemo_dist.background import Save
     from nemo_dist.compose import DistributedSetup
 
 
@@ -233,6 +234,52 @@ class Runtime:
             if group is not None:
                 dist.all_reduce(total, op=dist.ReduceOp.MAX if infinite else dist.ReduceOp.SUM, group=group)
         return total if infinite else total ** (1.0 / norm_type)
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        optimizer: Optimizer | None = None,
+        *,
+        extra: Any = None,
+        schedulers: Sequence[Any] = (),
+        data: Any = None,
+        asynchronous: bool = False,
+    ) -> Save:
+        """Save the run to the folder *path*, so that any strategy and topology can go on; collective over all ranks.
+
+        Saved are the weights, the optimizer by parameter name, the learning-rate ``schedulers``, the generators of
+        every rank, ``extra`` and, for every data-parallel rank, ``data.state_dict()``. ``extra`` and the state dicts
+        hold plain values, tensors, and containers of them; nothing is pickled. The folder appears when all of it is
+        durable; until then what was at *path* stays. With ``asynchronous`` the call returns when the state is copied to
+        host memory; an error then is raised by ``wait()`` of the returned handle, by the next save or load, or at exit.
+
+        Raises CheckpointError where the disk fails, RankError on the other ranks, TypeError for what JSON and
+        safetensors cannot hold.
+        """
+        from nemo_dist.saving import save
+
+        return save(self, path, optimizer, extra=extra, schedulers=schedulers, data=data, asynchronous=asynchronous)
+
+    def load(
+        self,
+        path: str | os.PathLike[str],
+        optimizer: Optimizer | None = None,
+        *,
+        schedulers: Sequence[Any] = (),
+        data: Any = None,
+    ) -> Any:
+        """Load what ``save`` wrote under any topology, and return its ``extra``; collective over all ranks.
+
+        Weights and moments are those saved, bit for bit; every rank reads only what it holds. Generators are restored
+        where the topology is the same, and by data-parallel rank where it is not. All files are checked before anything
+        is changed, and no code in them is run.
+
+        Raises CheckpointError that says what is damaged, missing or does not fit, RankError that quotes it on the other
+        ranks.
+        """
+        from nemo_dist.restoring import load
+
+        return load(self, path, optimizer, schedulers=schedulers, data=data)
 
     def export(
         self, path: str | os.PathLike[str], dtype: torch.dtype | str | None = None, max_shard_size: int | str = "5GB"

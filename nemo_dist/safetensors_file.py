@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -78,6 +79,7 @@ class SafetensorsFile:
         self._file = path.open("wb")
         self._file.write(self.header)
         self._left = set(self.slots)
+        self._sum, self._summed = zlib.crc32(self.header), 0
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Put *tensor*, of the shape and dtype announced, into its place."""
@@ -86,10 +88,24 @@ class SafetensorsFile:
             raise ValueError(
                 f"{name} was announced as {slot.dtype} {slot.shape}, but is {tensor.dtype} {tuple(tensor.shape)}"
             )
-        self._file.seek(len(self.header) + slot.start)
         values: Any = as_bytes(tensor.cpu()).numpy()
+        self._file.seek(len(self.header) + slot.start)
         self._file.write(memoryview(values))
+        if slot.start == self._summed:
+            self._sum, self._summed = zlib.crc32(values, self._sum), slot.stop
         self._left.discard(name)
+
+    @property
+    def nbytes(self) -> int:
+        """The size of the whole file."""
+        return len(self.header) + max((slot.stop for slot in self.slots.values()), default=0)
+
+    @property
+    def checksum(self) -> int:
+        """The CRC-32 of the file, known when its tensors were written in the order of ``slots``."""
+        if len(self.header) + self._summed != self.nbytes:
+            raise ValueError("the checksum is known only when the tensors were written in the order of their slots")
+        return self._sum
 
     def __enter__(self) -> SafetensorsFile:
         return self

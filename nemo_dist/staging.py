@@ -9,15 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import attrs
-import torch.distributed as dist
 
 from nemo_dist.errors import CheckpointError
-from nemo_dist.meeting import report
-
-
-def rank() -> int:
-    """Return this rank, 0 without a process group."""
-    return dist.get_rank() if dist.is_initialized() else 0
+from nemo_dist.team import Team
 
 
 @attrs.frozen
@@ -37,32 +31,59 @@ class Staging:
         """Make the folder anew; what an interrupted run left in it is gone. On one rank."""
         if self.final.exists() and not self.final.is_dir():
             raise CheckpointError(f"{self.final} is a file; name a folder")
-        shutil.rmtree(self.partial, ignore_errors=True)
+        self.recover()
+        for left in (self.partial, self._old):
+            shutil.rmtree(left, ignore_errors=True)
         self.partial.mkdir(parents=True)
+
+    def recover(self) -> None:
+        """Finish a commit that was cut short between taking the old folder away and putting the new one in place."""
+        if not self.final.exists() and self._old.is_dir() and self.partial.is_dir():
+            self._place()
 
     def commit(self, stale: Callable[[str], bool]) -> None:
         """Put the complete folder in its place, on one rank; entries there that are not *stale* are kept.
 
         Files of the folder before stay readable where they are mapped, as their content is not touched.
         """
-        sync_folder(self.partial)
-        if not self.final.exists():
-            self.partial.rename(self.final)
+        sync_tree(self.partial)
+        if self.final.exists():
+            shutil.rmtree(self._old, ignore_errors=True)
+            _keep(self.final, self.partial, stale)
+            self.final.rename(self._old)
+        self._place()
+        shutil.rmtree(self._old, ignore_errors=True)
+
+    def _place(self) -> None:
+        self.partial.rename(self.final)
+        sync(self.final.parent)
+
+    @property
+    def _old(self) -> Path:
+        return self.final.with_name(f".{self.final.name}.old")
+
+
+def _keep(old: Path, new: Path, stale: Callable[[str], bool]) -> None:
+    """Bring what is not *stale* along: files by a second name for the same content, folders as copies."""
+    for entry in old.iterdir():
+        if stale(entry.name) or (new / entry.name).exists():
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.copytree(entry, new / entry.name, symlinks=True, copy_function=os.link)
         else:
-            old = self.final.with_name(f".{self.final.name}.old")
-            shutil.rmtree(old, ignore_errors=True)
-            self.final.rename(old)
-            self.partial.rename(self.final)
-            for entry in old.iterdir():
-                if not stale(entry.name) and not (self.final / entry.name).exists():
-                    entry.rename(self.final / entry.name)
-            shutil.rmtree(old, ignore_errors=True)
-        sync_folder(self.final.parent)
+            os.link(entry, new / entry.name, follow_symlinks=False)
 
 
-def sync_folder(folder: Path) -> None:
-    """Make the entries of *folder* durable."""
-    handle = os.open(folder, os.O_RDONLY)
+def sync_tree(folder: Path) -> None:
+    """Make *folder* durable with everything in it."""
+    for path in (*folder.rglob("*"), folder):
+        if not path.is_symlink():
+            sync(path)
+
+
+def sync(path: Path) -> None:
+    """Make the content of a file, or the entries of a folder, durable."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -70,34 +91,20 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def agreed(occasion: str) -> Iterator[None]:
-    """Run the context on every rank; what it raises on one is raised on all, after all came to its end."""
-    failure: BaseException | None = None
-    try:
-        yield
-    except Exception as error:
-        failure = error
-        if isinstance(error, OSError):
-            failure = CheckpointError(f"{occasion} failed: {error}")
-            failure.__cause__ = error
-    report(occasion, failure)
-
-
-@contextmanager
-def written_beside(path: str | os.PathLike[str], what: str, stale: Callable[[str], bool]) -> Iterator[Path]:
-    """Give all ranks the folder to write *what* into; at the end it is put at *path*. Collective over all ranks.
+def written_beside(team: Team, path: str | os.PathLike[str], what: str, stale: Callable[[str], bool]) -> Iterator[Path]:
+    """Give all ranks the folder to write *what* into; at the end it is put at *path*. Collective over *team*.
 
     *stale* says which entries of a folder that is there already go with it. Raises CheckpointError where the disk
     fails, and RankError on the other ranks; what was at *path* is then still there.
     """
     staging = Staging.beside(path)
-    with agreed(f"preparing {what} at {staging.final}"):
-        if rank() == 0:
+    with team.agreed(f"preparing {what} at {staging.final}"):
+        if team.first:
             staging.begin()
-    with agreed(f"writing {what} to {staging.final}"):
+    with team.agreed(f"writing {what} to {staging.final}"):
         if not staging.partial.is_dir():
-            raise CheckpointError(f"rank {rank()} does not see {staging.partial}; all ranks must share the file system")
+            raise CheckpointError(f"this rank does not see {staging.partial}; all ranks must share the file system")
         yield staging.partial
-    with agreed(f"putting {what} in place at {staging.final}"):
-        if rank() == 0:
+    with team.agreed(f"putting {what} in place at {staging.final}"):
+        if team.first:
             staging.commit(stale)

@@ -1,7 +1,7 @@
 """Every factorisation of the world into dp_replicate x dp_shard x cp x tp computes what one process computes.
 
-With sequence parallelism on and off and the three modes of activation checkpointing. A sample runs by default, ``make matrix``
-runs all of it.
+With sequence parallelism on and off and the three modes of activation checkpointing. A sample runs by default,
+``make matrix`` runs all of it.
 """
 
 import random

@@ -19,18 +19,22 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from nemo_dist.compose import DistributedSetup
+from nemo_dist.runtime import Runtime
 from nemo_dist.testing.zoo import SPECIMENS
 
 # A denominator well above rounding noise: where a gradient is zero in exact arithmetic (the bias of a key), plain AdamW
 # would turn the noise into full steps, on one process as on many.
-OPTIMIZER: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1, "eps": 1e-5}
+EPS = 1e-5
 MAX_NORM = 0.5
 TOLERANCE = 1e-5
 
 
 @attrs.frozen(kw_only=True)
 class Task:
-    """What to train: a specimen of the zoo on global batches of ``rows`` x ``length`` tokens, ``accumulate`` a step."""
+    """What to train: a specimen of the zoo on global batches of ``rows`` x ``length`` tokens, ``accumulate`` a step.
+
+    ``lr`` and ``weight_decay`` are AdamW's.
+    """
 
     specimen: str = "llama"
     rows: int = 8
@@ -38,6 +42,13 @@ class Task:
     steps: int = 3
     accumulate: int = 1
     seed: int = 0
+    lr: float = 1e-2
+    weight_decay: float = 0.1
+
+    @property
+    def optimizer(self) -> dict[str, Any]:
+        """The options of AdamW."""
+        return {"lr": self.lr, "weight_decay": self.weight_decay, "eps": EPS}
 
     def batches(self, step: int) -> list[dict[str, Tensor]]:
         """Return the global batches of *step*: ``accumulate`` dicts of tensors with ``rows`` rows."""
@@ -68,7 +79,7 @@ def checkpoint(specimen: str, seed: int = 0) -> Path:
 def reference(task: Task) -> Outcome:
     """Return what one process gets on the whole batch with plain transformers and torch, in float32."""
     model = SPECIMENS[task.specimen].load.from_pretrained(checkpoint(task.specimen, task.seed), dtype=torch.float32)
-    optimizer = torch.optim.AdamW(model.parameters(), **OPTIMIZER)
+    optimizer = torch.optim.AdamW(model.parameters(), **task.optimizer)
     losses, norms, gradients = [], [], {}
     for step in range(task.steps):
         batches = task.batches(step)
@@ -90,17 +101,17 @@ def train_on_rank(task: Task, folder: Path, options: Mapping[str, Any]) -> Outco
     setup = DistributedSetup.build(**options)
     model = SPECIMENS[task.specimen].load.from_pretrained(folder, distributed_setup=setup, dtype=torch.float32)
     runtime = setup.runtime(model)
-    optimizer = runtime.optimizer(torch.optim.AdamW, **OPTIMIZER)
+    optimizer = runtime.optimizer(torch.optim.AdamW, **task.optimizer)
     losses, norms, gradients = [], [], {}
     for step in range(task.steps):
         batches = [_rows(batch, runtime.dp_rank, runtime.dp_size) for batch in task.batches(step)]
         losses.append(runtime.forward_backward(batches if task.accumulate > 1 else batches[0]).item())
         if step == 0:
-            gradients = {n: _whole(p.grad) for n, p in runtime.named_parameters() if p.grad is not None}
+            gradients = _whole(runtime, {n: p.grad for n, p in runtime.named_parameters() if p.grad is not None})
         norms.append(runtime.clip_grad_norm_(MAX_NORM).item())
         optimizer.step()
         optimizer.zero_grad()
-    parameters = {name: _whole(parameter) for name, parameter in runtime.named_parameters()}
+    parameters = _whole(runtime, dict(runtime.named_parameters()))
     return Outcome(losses=losses, norms=norms, gradients=gradients, parameters=parameters)
 
 
@@ -167,7 +178,8 @@ def _rows(batch: Mapping[str, Tensor], index: int, count: int) -> dict[str, Tens
     return {name: value.chunk(count)[index] for name, value in batch.items()}
 
 
-def _whole(tensor: Tensor | None) -> Tensor:
-    assert tensor is not None
-    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return whole.detach().clone().cpu()
+def _whole(runtime: Runtime, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the whole tensors of *state*, by way of the canonical state: a strategy may cut them in its own way."""
+    runtime.setup.calls.export_state(state=state, parts=list(runtime.parts), mesh=runtime.mesh)
+    whole = {name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for name, tensor in state.items()}
+    return {name: tensor.detach().clone().cpu() for name, tensor in whole.items()}

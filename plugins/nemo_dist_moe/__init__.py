@@ -53,7 +53,7 @@ class MoE:
     name: ClassVar[str] = "moe"
     config_type: ClassVar[type] = MoEParallelizerConfig
     stage: ClassVar[int] = Stage.EXPERT
-    axes: ClassVar[frozenset[str]] = frozenset({"ep"})
+    axes: ClassVar[frozenset[str]] = frozenset({"ep", "ep_shard", _BETWEEN, _WITHIN})
     # The other axes and roles that this is proven with, against one process.
     composes_with: ClassVar[frozenset[str]] = frozenset({"cp", "dp_replicate", "dp_shard", "pp", "tp"})
 

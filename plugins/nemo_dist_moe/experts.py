@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.distributed.expert_parallel import apply_expert_parallelism
 
@@ -36,6 +38,7 @@ def shard_experts(
         apply_expert_parallelism(part, mesh["ep"], mesh["tp"], plan, config.dispatcher)
         over = _copies(mesh)
         for name, module in experts.items():
+            module.forward = partial(_not_a_view, module.forward)
             dims = {key: _dim(f"{name}.{key}", p, part, over.size(-1)) for key, p in module.named_parameters()}
             place(
                 module,
@@ -96,6 +99,12 @@ def _refuse_misfits(part: nn.Module, experts: dict[str, nn.Module], ep: int) -> 
         raise TopologyError(
             [f"ep_size={ep} must divide the experts of a layer of {type(part).__name__} ({numbers}); use a divisor"]
         )
+
+
+def _not_a_view(forward: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    """Run *forward* and copy what is a view: FSDP2 hooks the output, and an in-place sum on a view would lose that."""
+    output = forward(*args, **kwargs)
+    return output.clone() if output._is_view() else output
 
 
 def _copies(mesh: MeshContext) -> DeviceMesh:

@@ -1,0 +1,129 @@
+"""The optimizer in the canonical state: its moments by parameter name, its options by parameter."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from nemo_dist.errors import CheckpointError
+from nemo_dist.trees import from_json, to_json
+
+# How an optimizer computes on this machine; what it computes is the same.
+_OWN = ("foreach", "fused", "capturable", "differentiable")
+_LISTS = ("base_lrs", "_last_lr")
+
+
+def named(optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """Return the parameters that *optimizer* steps, by name; raise CheckpointError for one without a name."""
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    found = {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if id(parameter) not in names:
+                raise CheckpointError(
+                    f"the optimizer steps a parameter of shape {tuple(parameter.shape)} that the model does not have; "
+                    "make it with runtime.optimizer(...)"
+                )
+            found[names[id(parameter)]] = parameter
+    return found
+
+
+def moments(optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> dict[str, dict[str, Tensor]]:
+    """Return the tensors that are laid out as their parameter: for each kind (``exp_avg``), by parameter name."""
+    kinds: dict[str, dict[str, Tensor]] = {}
+    for name, parameter in parameters.items():
+        for kind, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                kinds.setdefault(kind, {})[name] = value
+            elif isinstance(value, DTensor):
+                raise CheckpointError(
+                    f"{type(optimizer).__name__} keeps {kind!r} of {name} as shards of shape {tuple(value.shape)}, not "
+                    f"that of the parameter, {tuple(parameter.shape)}; this cannot be saved yet"
+                )
+    return kinds
+
+
+def counts(optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> dict[str, dict[str, Any]]:
+    """Return the rest of the state (``step``) as JSON: by parameter name, by kind."""
+    return {
+        name: {
+            kind: to_json(value, f"{kind!r} of {name}")
+            for kind, value in optimizer.state[parameter].items()
+            if not (isinstance(value, Tensor) and value.shape == parameter.shape)
+        }
+        for name, parameter in parameters.items()
+        if optimizer.state.get(parameter)
+    }
+
+
+def options(optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> list[Any]:
+    """Return the options of every group, as JSON, with the names of its parameters."""
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    return [
+        [
+            {key: to_json(value, f"option {key!r}") for key, value in group.items() if key not in ("params", *_OWN)},
+            [names[id(parameter)] for parameter in group["params"]],
+        ]
+        for group in optimizer.param_groups
+    ]
+
+
+def by_value(answers: Sequence[Mapping[str, Any] | Sequence[Any]]) -> list[Any]:
+    """Join what ranks said of each name: pairs of a value and all names that have it."""
+    names: dict[str, dict[str, None]] = {}
+    for answer in answers:
+        for value, named in answer.items() if isinstance(answer, Mapping) else answer:
+            text = json.dumps(value, sort_keys=True)
+            names.setdefault(text, {}).update(dict.fromkeys(named))
+    return [[json.loads(text), sorted(members)] for text, members in names.items()]
+
+
+def restore_options(optimizer: Any, parameters: Mapping[str, nn.Parameter], saved: Sequence[Any]) -> None:
+    """Give every group of *optimizer* the options that its parameters were saved with."""
+    value_of = {name: json.dumps(value, sort_keys=True) for value, names in saved for name in names}
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    chosen = []
+    for index, group in enumerate(optimizer.param_groups):
+        found = {value_of.get(names[id(parameter)]) for parameter in group["params"]} - {None}
+        if len(found) > 1:
+            raise CheckpointError(
+                f"group {index} of the optimizer has parameters that were saved with different options: "
+                f"{' and '.join(sorted(map(str, found)))}; group them as they were"
+            )
+        chosen.append(from_json(json.loads(found.pop())) if found and found != {None} else {})  # type: ignore[arg-type]
+    for group, values in zip(optimizer.param_groups, chosen, strict=True):
+        group.update(values)
+
+
+def count_of(saved: Sequence[Any], name: str) -> Any:
+    """Return what was saved of *name*; where a topology names parameters otherwise, what is the same for all."""
+    for value, names in saved:
+        if name in names:
+            return from_json(value)
+    return from_json(saved[0][0]) if len(saved) == 1 else None
+
+
+def place(value: Any, parameter: nn.Parameter, group: Mapping[str, Any]) -> Any:
+    """Return *value* on the device where the optimizer expects it."""
+    if isinstance(value, Tensor) and (group.get("capturable") or group.get("fused")):
+        return value.to(parameter.device)
+    return value
+
+
+def restore_scheduler(scheduler: Any, state: Mapping[str, Any], optimizer: Any) -> None:
+    """Load *state* into *scheduler*; what it lists per group follows the groups of *optimizer*, if they are others."""
+    scheduler.load_state_dict(dict(state))
+    for one in (scheduler, *getattr(scheduler, "_schedulers", ())):
+        for attribute, key in zip(_LISTS, ("initial_lr", "lr"), strict=True):
+            listed = getattr(one, attribute, None)
+            if isinstance(listed, list) and optimizer is not None and len(listed) != len(optimizer.param_groups):
+                setattr(one, attribute, [_number(group[key]) for group in optimizer.param_groups])
+
+
+def _number(value: Any) -> Any:
+    return value.clone() if isinstance(value, torch.Tensor) else value

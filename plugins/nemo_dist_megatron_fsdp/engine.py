@@ -1,0 +1,134 @@
+"""What a training step needs of Megatron-FSDP, around the model that it acts on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import attrs
+import torch
+import torch.distributed as dist
+from megatron_fsdp import fully_shard_optimizer
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
+
+from nemo_dist_megatron_fsdp.layout import Layout
+
+_HOME = "_nemo_dist_megatron_fsdp"  # in the model's __dict__, so that it is no submodule
+
+
+@attrs.define(kw_only=True, eq=False)
+class Engine:
+    """The package's wrapper of one model, and the state of its current gradients.
+
+    The wrapper's own forward only swaps the shards, which the optimizer and the user see, for the parameters that the
+    model computes with. Hooks on the model do the same, so the model needs no wrapping.
+    """
+
+    wrapper: Any
+    layout: Layout
+    shards: dict[str, Any]
+    used: set[str] = attrs.field(factory=set)
+    reduced: bool = False
+
+    @classmethod
+    def start(cls, model: nn.Module, wrapper: Any, layout: Layout) -> None:
+        """Attach an engine to *model*."""
+        engine = cls(wrapper=wrapper, layout=layout, shards=dict(model.named_parameters()))
+        model.__dict__[_HOME] = engine
+        model.register_forward_pre_hook(engine._before_forward, prepend=True)
+        model.register_forward_hook(engine._after_forward)
+        for name, raw in wrapper.raw_param.items():
+            if raw.requires_grad:
+                raw.register_post_accumulate_grad_hook(lambda _, name=name: engine.used.add(name))
+
+    @staticmethod
+    def of(model: nn.Module) -> Engine:
+        """Return the engine of *model*."""
+        engine: Engine = model.__dict__[_HOME]
+        return engine
+
+    def _before_forward(self, model: nn.Module, args: Any) -> None:
+        if torch.is_grad_enabled() and self.reduced:
+            self._continue_accumulating()
+        self.wrapper._replace_param_with_raw_if_needed()
+
+    def _continue_accumulating(self) -> None:
+        """Start a backward after a synchronised one: go on from its gradients, unless they have been dropped."""
+        if all(shard.grad is None for shard in self.shards.values()):
+            self.wrapper.zero_grad_buffer()
+            self.used.clear()
+        elif self.wrapper.data_parallel_sharding_strategy == "optim":
+            raise RuntimeError(
+                "ZeRO 1 has reduced the gradients of the last backward, and would reduce them again; call "
+                "optimizer.zero_grad() first, or run all but the last backward under runtime.no_sync()"
+            )
+        self.reduced = False
+
+    def _after_forward(self, model: nn.Module, args: Any, output: Any) -> None:
+        if not torch.is_grad_enabled():
+            self.wrapper.synchronize_param_gather()  # shows the shards again; no backward will
+            return
+        tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        # The package hooks onto a root that returns tensors; a transformers model returns a ModelOutput.
+        torch.autograd.graph.register_multi_grad_hook(tensors, self._before_backward, mode="any")
+
+    def _before_backward(self, gradients: Any) -> None:
+        if self.wrapper._root_pre_backward_hook_issued:
+            return
+        self.wrapper.pre_backward()
+        engine: Any = torch.autograd.Variable._execution_engine
+        engine.queue_callback(self._after_backward)
+
+    def _after_backward(self) -> None:
+        self.wrapper.post_backward()
+        if self.wrapper.model_auto_sync:
+            self._settle_gradients()
+            self.reduced = True
+
+    def _settle_gradients(self) -> None:
+        """Give a shard without rows its empty gradient, and a parameter that took no part none, as on one process.
+
+        The package has it the other way round. All data-parallel ranks take part: whether a parameter was used on any
+        of them decides.
+        """
+        names = [name for name, shard in self.shards.items() if shard.requires_grad]
+        used = torch.tensor([name in self.used for name in names], dtype=torch.uint8, device=self.wrapper.device)
+        if self.layout.group is not None:
+            dist.all_reduce(used, op=dist.ReduceOp.MAX, group=self.layout.group)
+        for name, took_part in zip(names, used.tolist(), strict=True):
+            shard = self.shards[name]
+            if not took_part:
+                shard.grad = None
+            elif shard.grad is None:
+                shard.grad = torch.zeros_like(shard)
+
+    @contextmanager
+    def _unsynchronised(self) -> Iterator[None]:
+        self.wrapper.model_auto_sync = False
+        self.wrapper.is_last_microbatch = False
+        try:
+            yield
+        finally:
+            self.wrapper.is_last_microbatch = True
+            self.wrapper.model_auto_sync = True
+
+    @staticmethod
+    @contextmanager
+    def unsynchronised(engines: Sequence[Engine]) -> Iterator[None]:
+        """Within the context, a backward leaves gradients unsynchronised; ZeRO 2 and 3 reduce, but do not show them."""
+        with ExitStack() as stack:
+            for engine in engines:
+                stack.enter_context(engine._unsynchronised())
+            yield
+
+    def adopt(self, optimizer: Optimizer) -> Optimizer:
+        """Let *optimizer* step the shards; its state and the weights stay as they are.
+
+        ``fully_shard_optimizer`` takes a real step to allocate the state, which moves every weight by the weight decay
+        and counts as the first step. It gets a step that does nothing, and replaces it by its own.
+        """
+        optimizer.step = lambda *args, **kwargs: None  # type: ignore[assignment]
+        return fully_shard_optimizer(optimizer, preproc_state_dict_for_dcp_ckpt=False)  # type: ignore[no-any-return]

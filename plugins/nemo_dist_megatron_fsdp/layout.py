@@ -1,0 +1,130 @@
+"""Two ways to cut the rows of a parameter into shards, and how to go from one to the other.
+
+Megatron-FSDP cuts the flat bucket that a parameter lies in, so a shard has any number of rows, none included. DTensor,
+and with it the canonical state and the weight loader, cuts every parameter into even chunks. Both cut along dim 0 of
+what a tensor-parallel rank holds, and give the rows to the data-parallel ranks in order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import attrs
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.placement_types import Placement, _StridedShard
+
+_DATA = 0  # the first dim of the mesh that parameters are sharded over; the second one is tensor parallelism
+
+
+def even_rows(rows: int, ranks: int) -> list[int]:
+    """Return how many of *rows* each of *ranks* holds in DTensor's cut: equal chunks, the last ones short or empty."""
+    chunk = -(-rows // ranks)
+    return [max(0, min(chunk, rows - rank * chunk)) for rank in range(ranks)]
+
+
+def even(tensor: Tensor, local: Tensor, mesh: DeviceMesh) -> DTensor:
+    """Return the DTensor over *mesh* (data, tensor) of which *local* are this rank's rows.
+
+    *tensor* has the global shape: a plain tensor, or a DTensor over the tensor-parallel ranks.
+    """
+    data: Placement = Shard(0)
+    shape, stride = tensor.shape, tensor.stride()
+    if not isinstance(tensor, DTensor):
+        return DTensor.from_local(local, mesh[_names(mesh)[_DATA]], [data], run_check=False, shape=shape, stride=stride)
+    (across,) = tensor.placements
+    if across.is_shard(0) or (isinstance(across, _StridedShard) and across.dim == 0):
+        data = _StridedShard(0, split_factor=mesh.size(1))  # the tensor-parallel ranks cut first
+    return DTensor.from_local(local, mesh, [data, across], run_check=False, shape=shape, stride=stride)
+
+
+def gather_rows(local: Tensor, rows: Sequence[int], group: dist.ProcessGroup | None) -> Tensor:
+    """Return the rows of all ranks of *group*, in order; *rows* says how many each has. Collective over *group*."""
+    if group is None:
+        return local
+    longest = torch.zeros(max(rows), *local.shape[1:], dtype=local.dtype, device=local.device)
+    longest[: len(local)] = local
+    gathered = [torch.empty_like(longest) for _ in rows]
+    # Every data-parallel rank takes part, also one that holds no row: it needs its rows of the other cut.
+    dist.all_gather(gathered, longest, group=group)
+    return torch.cat([part[:count] for part, count in zip(gathered, rows, strict=True)])
+
+
+def _names(mesh: DeviceMesh) -> tuple[str, ...]:
+    return mesh.mesh_dim_names or ()
+
+
+@attrs.frozen(kw_only=True)
+class Cut:
+    """How one parameter is cut: ``rows`` per data-parallel rank, and its raw parameter as a template of the whole."""
+
+    rows: Sequence[int]
+    raw: nn.Parameter
+    own: DTensor
+
+
+@attrs.frozen(kw_only=True)
+class Layout:
+    """The cuts of all parameters by name, a tied one under each of its names."""
+
+    cuts: Mapping[str, Cut]
+    mesh: DeviceMesh
+    group: dist.ProcessGroup | None
+    rank: int
+
+    @classmethod
+    def of(cls, parameters: Mapping[str, DTensor], raw: Mapping[str, nn.Parameter], mesh: DeviceMesh) -> Layout:
+        """Ask every data-parallel rank how many rows it holds of each parameter; collective over them."""
+        data = mesh[_names(mesh)[_DATA]]
+        group = data.get_group() if data.size() > 1 else None
+        counts = torch.tensor([len(p.to_local()) for p in parameters.values()], device=mesh.device_type)
+        table = [counts]
+        if group is not None:
+            table = [torch.empty_like(counts) for _ in range(data.size())]
+            dist.all_gather(table, counts, group=group)
+        cuts = {
+            name: Cut(rows=rows, raw=raw[name], own=parameters[name])
+            for name, rows in zip(parameters, torch.stack(table, dim=1).tolist(), strict=True)
+        }
+        return cls(cuts=cuts, mesh=mesh, group=group, rank=data.get_local_rank())
+
+    def own_part(self, name: str, source: DTensor) -> Tensor:
+        """Return this rank's rows, as Megatron-FSDP cuts them, of the evenly cut *source*."""
+        rows = self.cuts[name].rows
+        whole = gather_rows(source.to_local(), even_rows(sum(rows), len(rows)), self.group)
+        part: Tensor = whole.split(list(rows))[self.rank]
+        return part
+
+    def even_part(self, name: str, own: DTensor) -> DTensor:
+        """Return the evenly cut DTensor of what this rank holds as *own*."""
+        cut = self.cuts[name]
+        whole = gather_rows(own.to_local(), cut.rows, self.group)
+        local = whole.split(even_rows(len(whole), len(cut.rows)))[self.rank].clone()  # or the whole would stay alive
+        return even(cut.raw, local, self.mesh)
+
+    def to_even(self, state: dict[str, Tensor]) -> None:
+        """Replace the tensors of *state* that are cut like parameters by evenly cut ones; collective, in its order."""
+        for name, tensor in self._cut_like_parameters(state):
+            state[name] = self.even_part(name, tensor)
+
+    def from_even(self, state: dict[str, Tensor]) -> None:
+        """Replace evenly cut tensors of *state* by ones that are cut like the parameters; collective, in its order."""
+        for name, tensor in self._cut_like_parameters(state):
+            own = self.cuts[name].own
+            state[name] = DTensor.from_local(
+                self.own_part(name, tensor).clone(),
+                own.device_mesh,
+                own.placements,
+                run_check=False,
+                shape=own.shape,
+                stride=own.stride(),
+            )
+
+    def _cut_like_parameters(self, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Any]]:
+        for name, tensor in list(state.items()):
+            if name in self.cuts and isinstance(tensor, DTensor) and tensor.shape == self.cuts[name].own.shape:
+                yield name, tensor

@@ -1,0 +1,158 @@
+"""Load into the shards of Megatron-FSDP: cut evenly while the weights are read, then hand over bucket by bucket."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from megatron_fsdp import MixedPrecisionPolicy, fully_shard_model
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from nemo_dist_megatron_fsdp.engine import Engine
+from nemo_dist_megatron_fsdp.layout import Layout, even, even_rows
+
+if TYPE_CHECKING:
+    from nemo_dist.context import MeshContext
+    from nemo_dist_megatron_fsdp import MegatronFSDPConfig
+
+_WHOLE = "_nemo_dist_megatron_fsdp_whole"  # the parameters on meta before they are cut, until the weights are loaded
+
+
+def refuse_device(mesh: MeshContext) -> None:
+    """Raise RuntimeError where Megatron-FSDP cannot run: it calls torch.cuda by name."""
+    try:
+        torch.cuda.current_device()
+    except (AssertionError, RuntimeError) as error:
+        raise RuntimeError(
+            f"strategy 'megatron_fsdp' needs CUDA, and this process has none ({error}); use 'fsdp2' here"
+        ) from error
+    if torch.cuda.is_available() and mesh.device.type != "cuda":
+        raise RuntimeError(
+            f"strategy 'megatron_fsdp' needs a mesh of CUDA devices (got {mesh.device.type!r}); initialise the process "
+            "group with 'nccl', or use 'fsdp2'"
+        )
+
+
+def spread(model: nn.Module, mesh: MeshContext) -> None:
+    """Cut every parameter of *model*, on meta, evenly over the data-parallel ranks, so that only shards are read."""
+    own_mesh = mesh["dp_shard_cp", "tp"]
+    model.__dict__[_WHOLE] = dict(model.named_parameters())
+    ranks, rank = own_mesh.size(0), own_mesh.get_local_rank(0)
+    cut: dict[int, nn.Parameter] = {}
+    for module, name, parameter in _slots(model):
+        if parameter.ndim == 0:
+            raise ValueError(
+                f"strategy 'megatron_fsdp' cannot shard {type(module).__name__}.{name}, a single number; use 'fsdp2' "
+                "with it frozen, or 'ddp'"
+            )
+        if id(parameter) not in cut:
+            local = _local(parameter)
+            rows = even_rows(len(local), ranks)
+            shard = even(parameter, local.split(rows)[rank], own_mesh)
+            cut[id(parameter)] = nn.Parameter(shard, requires_grad=parameter.requires_grad)
+        setattr(module, name, cut[id(parameter)])
+
+
+def take_over(model: nn.Module, mesh: MeshContext, config: MegatronFSDPConfig) -> None:
+    """Hand the loaded *model* to Megatron-FSDP, in place: it stays the transformers model that it was.
+
+    The package copies whole parameters into its buckets, one bucket after the other. It is given parameters without
+    memory, and the weights go into its shards afterwards, one tensor in flight.
+    """
+    own_mesh = mesh["dp_shard_cp", "tp"]
+    sources: dict[str, Any] = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    data, tensor = own_mesh.mesh_dim_names or ()
+    units = unit_classes(model, config)
+    _hollow(model, sources, model.__dict__.pop(_WHOLE))
+    wrapper: Any = fully_shard_model(
+        model,
+        device_mesh=own_mesh,
+        dp_shard_dim=data,
+        tp_dim=tensor,
+        device=mesh.device,
+        fsdp_unit_modules=units,
+        zero_dp_strategy=config.zero_dp_strategy,
+        mixed_precision_policy=_precision(sources, config),
+        disable_bucketing=config.disable_bucketing,
+        fsdp_double_buffer=config.fsdp_double_buffer,
+        report_nan_in_param_grad=config.report_nan_in_param_grad,
+    )
+    # Given to the package, it would ask for expert groups, which only Megatron-LM has.
+    wrapper.ddp_config.average_in_collective = config.average_in_collective
+    if dist.get_backend(own_mesh.get_group(0)) != "nccl":
+        wrapper.ddp_config.gradient_reduce_div_fusion = False  # a sum with a factor is a reduction of NCCL's only
+    own: dict[str, Any] = dict(model.named_parameters())
+    layout = Layout.of(own, wrapper.raw_param, own_mesh)
+    with torch.no_grad():
+        for name in list(own):
+            own[name].to_local().copy_(layout.own_part(name, sources.pop(name)))
+    wrapper.install_optimized_model_weights()
+    Engine.start(model, wrapper, layout)
+
+
+def unit_classes(model: nn.Module, config: MegatronFSDPConfig) -> list[type[nn.Module]]:
+    """Return the classes of the units of *model*: those in *config*, or the blocks that the model declares."""
+    names = config.megatron_fsdp_unit_modules
+    declared = set(getattr(model, "_no_split_modules", None) or ())
+    present = {type(module) for module in model.modules()}
+    if names is None:
+        found = {cls for cls in present if cls.__name__ in declared}
+    else:
+        found = {cls for cls in present if {cls.__name__, f"{cls.__module__}.{cls.__qualname__}"} & set(names)}
+        known = {name for cls in found for name in (cls.__name__, f"{cls.__module__}.{cls.__qualname__}")}
+        missing = [name for name in names if name not in known]
+        if missing:
+            classes = ", ".join(sorted(cls.__name__ for cls in present))
+            raise ValueError(f"megatron_fsdp_unit_modules names {missing}, which the model has not (it has {classes})")
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} declares no blocks to gather; name their classes in megatron_fsdp_unit_modules"
+        )
+    return sorted(found, key=lambda cls: cls.__name__)
+
+
+def _slots(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            yield module, name, parameter
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _hollow(model: nn.Module, sources: Mapping[str, Tensor], whole: Mapping[str, nn.Parameter]) -> None:
+    """Replace the parameters by ones of full size over data parallelism that take no memory: one zero, repeated."""
+    made: dict[int, nn.Parameter] = {}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for module, slot, parameter in _slots(model):
+        if id(parameter) not in made:
+            name = names[id(parameter)]
+            hollow = _hollowed(whole[name], sources[name])
+            made[id(parameter)] = nn.Parameter(hollow, requires_grad=parameter.requires_grad)
+        setattr(module, slot, made[id(parameter)])
+
+
+def _hollowed(whole: Tensor, source: Tensor) -> Tensor:
+    zero = torch.zeros((), dtype=source.dtype, device=_local(source).device)
+    local = zero.expand(_local(whole).shape)
+    if not isinstance(whole, DTensor):
+        return local
+    return DTensor.from_local(
+        local, whole.device_mesh, whole.placements, run_check=False, shape=whole.shape, stride=whole.stride()
+    )
+
+
+def _precision(sources: Mapping[str, Tensor], config: MegatronFSDPConfig) -> Any:
+    """Return the package's policy; float32 parameters are their own main weights."""
+    wide = all(tensor.dtype == torch.float32 for tensor in sources.values())
+    reduced = torch.float32 if config.grad_reduce_in_fp32 else None
+    return MixedPrecisionPolicy(
+        main_params_dtype=torch.float32 if config.preserve_fp32_weights and not wide else None,
+        # An optimizer needs gradients of its weights' dtype, so only float32 weights can have float32 gradients.
+        main_grads_dtype=reduced if config.preserve_fp32_weights or wide else None,
+        grad_comm_dtype=reduced,
+    )

@@ -1,0 +1,385 @@
+"""Training with Megatron-FSDP, the real package, is training on one process."""
+
+import importlib.metadata
+
+import pytest
+import torch
+from megatron_fsdp import fully_shard_model, fully_shard_optimizer
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+
+from nemo_dist import (
+    DistributedSetup,
+    MegatronFSDPConfig,
+    NeMoAutoModelForCausalLM,
+    ParallelismSizes,
+    TopologyError,
+)
+from nemo_dist.testing.cuda_calls import WithCudaCalls
+from nemo_dist.testing.equivalence import Task, assert_equivalent, checkpoint, reference
+from nemo_dist.testing.reading import BytesRead
+from nemo_dist.testing.zoo import SPECIMENS
+
+ZERO = [1, 2, 3]
+SAMPLE = [(2, 1, "llava"), (2, 2, "bert-tokens"), (2, 3, "llama-tied"), (4, 1, "llama"), (4, 3, "bert-sequences")]
+REST = [
+    (world, zero, specimen)
+    for world in (2, 4)
+    for zero in ZERO
+    for specimen in ("llama", "llama-tied", "qwen3", "bert-sequences", "bert-tokens", "llava")
+    if (world, zero, specimen) not in SAMPLE
+]
+
+
+@pytest.fixture
+def ranks(ranks):
+    """The pools of ranks, with a stand-in for the calls of torch.cuda that the package makes."""
+    return lambda world_size: WithCudaCalls(ranks(world_size))
+
+
+# ---- numbers ----
+
+
+@pytest.mark.parametrize(
+    ("world", "zero", "specimen"), [*SAMPLE, *(pytest.param(*one, marks=pytest.mark.slow) for one in REST)]
+)
+def test_it_computes_what_one_process_computes(ranks, world, zero, specimen):
+    assert_equivalent(ranks(world), Task(specimen=specimen), strategy=MegatronFSDPConfig(zero_dp_strategy=zero))
+
+
+@pytest.mark.parametrize("zero", ZERO)
+def test_it_accumulates_what_one_process_computes(ranks, zero):
+    assert_equivalent(ranks(2), Task(accumulate=3), strategy=MegatronFSDPConfig(zero_dp_strategy=zero))
+
+
+@pytest.mark.parametrize("zero", ZERO)
+def test_a_large_step_with_weight_decay_is_that_of_one_process(ranks, zero):
+    task = Task(lr=0.1, weight_decay=0.5)
+    assert_equivalent(ranks(2), task, strategy=MegatronFSDPConfig(zero_dp_strategy=zero))
+
+
+@pytest.mark.parametrize(
+    ("zero", "options"),
+    [
+        (1, {"average_in_collective": True}),
+        (3, {"average_in_collective": True}),
+        (1, {"disable_bucketing": True}),
+        (2, {"grad_reduce_in_fp32": False, "preserve_fp32_weights": False}),
+        (3, {"fsdp_double_buffer": True}),
+        (3, {"megatron_fsdp_unit_modules": ["LlamaMLP", "transformers.models.llama.modeling_llama.LlamaAttention"]}),
+        (3, {"report_nan_in_param_grad": True}),
+    ],
+    ids=str,
+)
+def test_an_option_changes_no_number(ranks, zero, options):
+    assert_equivalent(ranks(2), Task(), strategy=MegatronFSDPConfig(zero_dp_strategy=zero, **options))
+
+
+@pytest.mark.parametrize("zero", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3])
+def test_recomputing_activations_changes_no_number(ranks, zero):
+    strategy = MegatronFSDPConfig(zero_dp_strategy=zero)
+    assert_equivalent(ranks(2), Task(), strategy=strategy, activation_checkpointing=True)
+
+
+# ---- loading ----
+
+
+def start(zero=3, folder=None, dtype=torch.float32, **options):
+    """Return a loaded model and its runtime, on one of the ranks."""
+    setup = DistributedSetup.build(strategy=MegatronFSDPConfig(zero_dp_strategy=zero, **options))
+    model = NeMoAutoModelForCausalLM.from_pretrained(folder, distributed_setup=setup, dtype=dtype)
+    return model, setup.runtime(model)
+
+
+def canonical(runtime, state):
+    """Return the whole tensors of *state*."""
+    runtime.setup.calls.export_state(state=state, parts=list(runtime.parts), mesh=runtime.mesh)
+    return {name: tensor.full_tensor().clone() for name, tensor in state.items()}
+
+
+def read_on_rank(folder):
+    with BytesRead() as read:
+        model, runtime = start(3, folder)
+    held = sum(p.to_local().numel() * 4 for p in model.parameters())
+    return read.bytes, held, canonical(runtime, dict(model.named_parameters()))
+
+
+def test_every_rank_reads_and_holds_its_shards_and_nothing_else(ranks):
+    expected = dict(SPECIMENS["llama"].make().named_parameters())
+    total = sum(p.numel() * 4 for p in expected.values())
+    answers = ranks(4).run(read_on_rank, checkpoint("llama"))
+
+    assert sum(read for read, _, _ in answers) == sum(held for _, held, _ in answers) == total
+    assert max(read for read, _, _ in answers) < 0.3 * total
+    for _, _, weights in answers:
+        assert weights.keys() == expected.keys()
+        assert all(torch.equal(weights[name], expected[name]) for name in weights)
+
+
+def from_config_on_rank():
+    torch.manual_seed(0)
+    setup = DistributedSetup.build(strategy="megatron-fsdp")
+    config = SPECIMENS["llama-tied"].config()
+    model = NeMoAutoModelForCausalLM.from_config(config, distributed_setup=setup, dtype=torch.float32)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    return canonical(setup.runtime(model), dict(model.named_parameters()))
+
+
+def test_new_weights_are_those_of_one_process(ranks):
+    torch.manual_seed(0)
+    config = SPECIMENS["llama-tied"].config()
+    alone = dict(NeMoAutoModelForCausalLM.from_config(config, dtype=torch.float32).named_parameters())
+    for weights in ranks(2).run(from_config_on_rank):
+        assert weights.keys() == alone.keys()
+        assert all(torch.equal(weights[name], alone[name]) for name in weights)
+
+
+def generate_on_rank(folder):
+    model, _ = start(3, folder)
+    prompt = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        logits = model(prompt).logits
+    tokens = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False)
+    return type(model).__name__, logits, tokens, all(isinstance(p, DTensor) for p in model.parameters())
+
+
+def test_it_stays_a_transformers_model_that_shows_its_shards_between_steps(ranks):
+    alone = SPECIMENS["llama"].make().eval()
+    prompt = torch.tensor([[5, 6, 7]])
+    expected = alone.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False)
+    for name, logits, tokens, sharded in ranks(2).run(generate_on_rank, checkpoint("llama")):
+        assert (name, sharded) == ("LlamaForCausalLM", True)
+        torch.testing.assert_close(logits, alone(prompt).logits, rtol=1e-5, atol=1e-6)
+        assert torch.equal(tokens, expected)
+
+
+def narrow_on_rank(folder, preserve, wide):
+    options = {"preserve_fp32_weights": preserve, "grad_reduce_in_fp32": wide}
+    model, runtime = start(3, folder, torch.bfloat16, **options)
+    dtype = model.model.norm.weight.dtype
+    before = canonical(runtime, dict(model.named_parameters()))
+    optimizer = runtime.optimizer(torch.optim.SGD, lr=1e-4)
+    batch = Task(rows=4).batches(0)[0]
+    loss = runtime.forward_backward({n: v.chunk(2)[runtime.dp_rank] for n, v in batch.items()})
+    grads = {p.grad.dtype for p in model.parameters() if p.grad is not None}
+    optimizer.step()
+    after = canonical(runtime, dict(model.named_parameters()))
+    moved = sum(not torch.equal(before[name], after[name]) for name in before)
+    return dtype, grads, loss.item(), moved / len(before)
+
+
+@pytest.mark.parametrize("preserve", [True, False])
+@pytest.mark.parametrize("wide", [True, False])
+def test_small_steps_of_narrow_parameters_are_kept_in_float32_unless_told_otherwise(ranks, preserve, wide):
+    dtype = torch.float32 if preserve else torch.bfloat16
+    expected = reference(Task(rows=4, steps=1)).losses[0]
+    for kept, grads, loss, moved in ranks(2).run(narrow_on_rank, checkpoint("llama"), preserve, wide):
+        assert (kept, grads) == (dtype, {dtype})
+        assert loss == pytest.approx(expected, rel=2e-2)
+        assert moved == 1.0 if preserve else moved < 1.0
+
+
+# ---- the optimizer ----
+
+
+class Tiny(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.block = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+
+    def forward(self, x):
+        return self.block(x)
+
+
+def bare_package_on_rank():
+    torch.manual_seed(0)
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("dp", "tp"))
+    model = fully_shard_model(
+        Tiny(),
+        device_mesh=mesh,
+        dp_shard_dim="dp",
+        tp_dim="tp",
+        fsdp_unit_modules=[nn.Sequential],
+        device=torch.device("cpu"),
+    )
+    before = [p.to_local().clone() for p in model.parameters()]
+    optimizer = fully_shard_optimizer(torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5))
+    moved = [not torch.equal(a, p.to_local()) for a, p in zip(before, model.parameters(), strict=True) if a.numel()]
+    return all(moved), {int(state["step"]) for state in optimizer.state.values()}
+
+
+def test_the_trap_is_real_the_bare_package_takes_a_step_when_it_is_given_the_optimizer(ranks):
+    assert ranks(2).run(bare_package_on_rank) == [(True, {1})] * 2
+
+
+def adopt_on_rank(folder, kind, options):
+    model, runtime = start(3, folder)
+    optimizer = runtime.optimizer(getattr(torch.optim, kind), **options)
+    weights = canonical(runtime, dict(model.named_parameters()))
+    with torch.no_grad():
+        logits = model(torch.tensor([[5, 6, 7]])).logits
+    return weights, [int(state.get("step", 0)) for state in optimizer.state.values()], logits
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("AdamW", {"lr": 0.1, "weight_decay": 0.5}),
+        ("SGD", {"lr": 0.1, "weight_decay": 0.5, "momentum": 0.9}),
+        ("Adagrad", {"lr": 0.1, "weight_decay": 0.5}),
+        ("RAdam", {"lr": 1.0, "weight_decay": 0.5, "decoupled_weight_decay": True}),
+    ],
+)
+def test_a_new_optimizer_has_taken_no_step(ranks, kind, options):
+    alone = SPECIMENS["llama"].make().eval()
+    for weights, steps, logits in ranks(2).run(adopt_on_rank, checkpoint("llama"), kind, options):
+        assert all(torch.equal(weights[name], parameter) for name, parameter in alone.named_parameters())
+        assert not any(steps)
+        torch.testing.assert_close(logits, alone(torch.tensor([[5, 6, 7]])).logits, rtol=1e-5, atol=1e-6)
+
+
+def schedule_on_rank(folder):
+    _, runtime = start(3, folder)
+    optimizer = runtime.optimizer(torch.optim.SGD, lr=1.0)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.5)
+    batch = {name: value.chunk(2)[runtime.dp_rank] for name, value in Task().batches(0)[0].items()}
+    runtime.forward_backward(batch)
+    optimizer.step()
+    scheduler.step()
+    return optimizer.param_groups[0]["lr"]
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_scheduler_follows_the_optimizer(ranks):
+    assert ranks(2).run(schedule_on_rank, checkpoint("llama")) == [0.5, 0.5]
+
+
+# ---- gradients in a loop of one's own ----
+
+
+def twice_on_rank(folder, zero, between):
+    _, runtime = start(zero, folder)
+    optimizer = runtime.optimizer(torch.optim.SGD, lr=0.1)
+    first, second = Task(accumulate=2).batches(0)
+    for step, batch in enumerate((first, second)):
+        runtime.forward_backward({n: v.chunk(2)[runtime.dp_rank] for n, v in batch.items()})
+        if step == 0 and between == "optimizer.zero_grad":
+            optimizer.zero_grad()
+        if step == 0 and between == "grad = None":
+            for _, parameter in runtime.named_parameters():
+                parameter.grad = None
+    return canonical(runtime, {name: p.grad for name, p in runtime.named_parameters() if p.grad is not None})
+
+
+def gradients_alone(batches):
+    """Return the gradient of the sum of the batches' mean losses, on one process."""
+    model = SPECIMENS["llama"].make().eval()
+    for batch in batches:
+        model(**batch).loss.backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("zero", ZERO)
+@pytest.mark.parametrize("between", ["optimizer.zero_grad", "grad = None"])
+def test_dropped_gradients_are_gone(ranks, zero, between):
+    expected = gradients_alone(Task(accumulate=2).batches(0)[1:])
+    for found in ranks(2).run(twice_on_rank, checkpoint("llama"), zero, between):
+        for name, gradient in expected.items():
+            torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("zero", [2, 3])
+def test_a_second_backward_adds_to_the_gradients(ranks, zero):
+    expected = gradients_alone(Task(accumulate=2).batches(0))
+    for found in ranks(2).run(twice_on_rank, checkpoint("llama"), zero, "nothing"):
+        for name, gradient in expected.items():
+            torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_a_second_backward_that_zero_1_would_get_wrong_is_refused(ranks):
+    with pytest.raises(Exception, match=r"ZeRO 1 has reduced the gradients.*optimizer.zero_grad\(\).*no_sync"):
+        ranks(2).run(twice_on_rank, checkpoint("llama"), 1, "nothing")
+
+
+# ---- refusals ----
+
+
+def refused(**options):
+    """Return the message of the error that ``build`` raises."""
+    with pytest.raises(TopologyError) as caught:
+        DistributedSetup.build(**{"strategy": "megatron_fsdp", "world_size": 8, **options})
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["megatron_fsdp", "megatron-fsdp", "Megatron_FSDP", "mfsdp"])
+def test_its_names(name):
+    assert DistributedSetup.build(strategy=name, world_size=2).strategy_config == MegatronFSDPConfig()
+
+
+@pytest.mark.parametrize("axis", ["pp", "ep"])
+def test_an_axis_that_it_does_not_compose_with(axis):
+    message = refused(parallelism_sizes=ParallelismSizes(**{f"{axis}_size": 2}))
+    assert f"axis {axis!r} has size 2" in message and "megatron_fsdp" in message
+
+
+def test_replicas_of_shards():
+    message = refused(parallelism_sizes=ParallelismSizes(dp_replicate_size=2))
+    assert "axis 'dp_replicate' has size 2" in message and "fsdp2" in message
+
+
+def test_selective_recompute():
+    message = refused(activation_checkpointing="selective")
+    assert "'selective' was asked for" in message and "'megatron_fsdp' does not compose" in message
+    assert "'ddp' or 'fsdp2'" in message
+
+
+def test_a_missing_package_says_how_to_install_it(monkeypatch):
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr("nemo_dist_megatron_fsdp.package.version", missing)
+    message = refused()
+    assert "needs the package megatron-fsdp 0.6.*" in message and "pip install 'nemo-dist[megatron-fsdp]'" in message
+
+
+@pytest.mark.parametrize("version", ["0.5.2", "0.7.0", "1.6"])
+def test_a_version_that_is_not_tested_is_named(monkeypatch, version):
+    monkeypatch.setattr("nemo_dist_megatron_fsdp.package.version", lambda name: version)
+    assert f"megatron-fsdp 0.6.* (got {version})" in refused()
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"zero_dp_strategy": 0}, ValueError),
+        ({"zero_dp_strategy": "optim"}, ValueError),
+        ({"megatron_fsdp_unit_modules": "LlamaDecoderLayer"}, TypeError),
+        ({"megatron_fsdp_unit_modules": [3]}, TypeError),
+        ({"megatron_fsdp_unit_modules": []}, ValueError),
+        ({"fsdp_double_buffer": 1}, TypeError),
+        ({"nccl_ub": True}, TypeError),
+    ],
+)
+def test_an_option_that_is_wrong_names_itself(options, error):
+    with pytest.raises(error, match=next(iter(options))):
+        MegatronFSDPConfig(**options)
+
+
+def load_without_cuda(folder):
+    setup = DistributedSetup.build(strategy="megatron_fsdp")
+    NeMoAutoModelForCausalLM.from_pretrained(folder, distributed_setup=setup)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here")
+def test_without_cuda_it_says_what_it_needs(rank_pools):
+    with pytest.raises(Exception, match=r"strategy 'megatron_fsdp' needs CUDA, and this process has none.*use 'fsdp2'"):
+        rank_pools(2).run(load_without_cuda, checkpoint("llama"))
+
+
+def test_a_unit_that_the_model_has_not_is_named_with_those_it_has(ranks):
+    units = {"megatron_fsdp_unit_modules": ["LlamaLayer"]}
+    with pytest.raises(
+        Exception, match=r"names \['LlamaLayer'\], which the model has not \(it has .*LlamaDecoderLayer"
+    ):
+        ranks(2).run(start, folder=checkpoint("llama"), **units)
