@@ -30,8 +30,20 @@ def load(specimen, folder, **more):
 # ---- numbers ----
 
 
-@pytest.mark.parametrize("specimen", ["qwen3-moe", "mixtral", "qwen2-moe", "deepseek-v3"])
-@pytest.mark.parametrize(("world", "ep"), [(2, 2), (4, 2), (4, 4)])
+@pytest.mark.parametrize(
+    ("specimen", "world", "ep"),
+    [
+        ("qwen3-moe", 2, 2),
+        ("mixtral", 4, 2),
+        ("qwen2-moe", 4, 4),
+        ("deepseek-v3", 4, 2),
+        *(
+            pytest.param(specimen, world, ep, marks=pytest.mark.slow)
+            for specimen in ("qwen3-moe", "mixtral", "qwen2-moe", "deepseek-v3")
+            for world, ep in ((2, 2), (4, 2), (4, 4))
+        ),
+    ],
+)
 def test_experts_over_ranks_compute_what_one_process_computes(ranks, specimen, world, ep):
     assert_equivalent(ranks(world), Task(specimen=specimen), **options(ep_size=ep))
 
@@ -78,12 +90,12 @@ def test_experts_that_are_not_resharded_compute_what_one_process_computes(ranks)
     ("specimen", "sizes", "moe"),
     [
         ("qwen3-moe", {"tp_size": 2, "ep_size": 2}, None),
-        ("qwen3-moe", {"tp_size": 2, "ep_size": 4}, None),
+        pytest.param("qwen3-moe", {"tp_size": 2, "ep_size": 4}, None, marks=pytest.mark.slow),
         ("qwen3-moe", {"tp_size": 2, "ep_size": 2}, {"dispatcher": "all_reduce"}),
-        ("qwen3-moe", {"tp_size": 4, "ep_size": 2}, None),
+        pytest.param("qwen3-moe", {"tp_size": 4, "ep_size": 2}, None, marks=pytest.mark.slow),
         ("qwen2-moe", {"tp_size": 2, "ep_size": 2}, None),
-        ("deepseek-v3", {"tp_size": 2, "ep_size": 2}, None),
-        ("mixtral", {"tp_size": 2, "ep_size": 4}, None),
+        pytest.param("deepseek-v3", {"tp_size": 2, "ep_size": 2}, None, marks=pytest.mark.slow),
+        pytest.param("mixtral", {"tp_size": 2, "ep_size": 4}, None, marks=pytest.mark.slow),
     ],
 )
 def test_experts_beside_tensor_parallelism_compute_what_one_process_computes(ranks, specimen, sizes, moe):
@@ -94,7 +106,7 @@ def test_experts_beside_tensor_parallelism_compute_what_one_process_computes(ran
 @pytest.mark.parametrize(
     ("specimen", "length", "sizes"),
     [
-        ("qwen3-moe", 12, {"cp_size": 2, "ep_size": 2}),
+        pytest.param("qwen3-moe", 12, {"cp_size": 2, "ep_size": 2}, marks=pytest.mark.slow),
         ("qwen3-moe-padded", 10, {"cp_size": 2, "ep_size": 4}),  # two tokens are appended, which no router may count
         ("qwen3-moe", 10, {"cp_size": 2}),
         ("qwen3-moe", 12, {"cp_size": 2, "tp_size": 2, "ep_size": 4}),
@@ -104,18 +116,48 @@ def test_experts_beside_context_parallelism_compute_what_one_process_computes(ra
     assert_equivalent(ranks(4), Task(specimen=specimen, length=length), **options(**sizes))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("specimen", "sizes", "recompute"),
+    [
+        ("qwen2-moe", {"dp_replicate_size": 2, "tp_size": 2, "ep_size": 4}, False),
+        ("qwen3-moe-padded", {"dp_replicate_size": 2, "cp_size": 2, "ep_size": 2}, "selective"),
+        ("deepseek-v3", {"cp_size": 2, "tp_size": 2, "ep_size": 8}, "full"),
+        ("mixtral", {"dp_replicate_size": 2, "tp_size": 2, "ep_size": 2}, "full"),
+    ],
+)
+def test_experts_beside_everything_else_compute_what_one_process_computes(ranks, specimen, sizes, recompute):
+    assert_equivalent(ranks(8), Task(specimen=specimen), **options(recompute=recompute, **sizes))
+
+
 @pytest.mark.parametrize(
     ("specimen", "sizes", "pipeline", "recompute"),
     [
-        ("qwen3-moe", {"pp_size": 2, "ep_size": 2}, {"pp_schedule": "1f1b"}, False),
+        pytest.param("qwen3-moe", {"pp_size": 2, "ep_size": 2}, {"pp_schedule": "1f1b"}, False, marks=pytest.mark.slow),
         ("qwen3-moe-padded", {"pp_size": 2, "ep_size": 2}, {"pp_schedule": "gpipe"}, "full"),
         ("deepseek-v3", {"pp_size": 2, "ep_size": 2}, None, False),
         ("qwen3-moe-deep", {"pp_size": 4}, {"pp_batch_size": 12}, False),  # four rows are appended, which do not count
-        ("qwen3-moe-deep", {"pp_size": 2, "ep_size": 2}, {"pp_schedule": "interleaved_1f1b"}, False),
+        pytest.param(
+            "qwen3-moe-deep",
+            {"pp_size": 2, "ep_size": 2},
+            {"pp_schedule": "interleaved_1f1b"},
+            False,
+            marks=pytest.mark.slow,
+        ),
         ("qwen3-moe-deep", {"pp_size": 2, "ep_size": 2}, {"pp_schedule": "zbv"}, False),
-        ("qwen3-moe-deep", {"pp_size": 2, "ep_size": 2}, {"pp_schedule": "zero_bubble"}, False),
-        ("qwen3-moe-deep", {"pp_size": 2, "ep_size": 2}, {"pp_schedule": "dualpipev"}, False),
-        ("qwen3-moe-deep", {"pp_size": 2, "ep_size": 2}, {"pp_schedule": "looped_bfs"}, False),
+        pytest.param(
+            "qwen3-moe-deep",
+            {"pp_size": 2, "ep_size": 2},
+            {"pp_schedule": "zero_bubble"},
+            False,
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "qwen3-moe-deep", {"pp_size": 2, "ep_size": 2}, {"pp_schedule": "dualpipev"}, False, marks=pytest.mark.slow
+        ),
+        pytest.param(
+            "qwen3-moe-deep", {"pp_size": 2, "ep_size": 2}, {"pp_schedule": "looped_bfs"}, False, marks=pytest.mark.slow
+        ),
     ],
 )
 def test_experts_in_a_pipeline_compute_what_one_process_computes(ranks, specimen, sizes, pipeline, recompute):
@@ -165,6 +207,51 @@ def test_a_new_model_has_the_experts_that_one_process_draws(ranks):
 
     for drawn in ranks(4).run(whole_from_config, "qwen3-moe"):
         assert [name for name, p in single.named_parameters() if not torch.equal(p, drawn[name])] == []
+
+
+def save_after_a_step(folder, path):
+    model, setup = load("qwen3-moe", folder, ep_size=2)
+    runtime, optimizer = one_step(setup.runtime(model))
+    runtime.save(path, optimizer)
+    return whole_state(runtime, optimizer)
+
+
+def load_elsewhere(folder, path, sizes):
+    model, setup = load("qwen3-moe", folder, **sizes)
+    runtime, optimizer = one_step(setup.runtime(model))
+    runtime.load(path, optimizer)
+    return whole_state(runtime, optimizer)
+
+
+def one_step(runtime):
+    optimizer = runtime.optimizer(torch.optim.AdamW, lr=1e-2)
+    batch = Task(specimen="qwen3-moe").batches(0)[0]
+    runtime.forward_backward({name: value.chunk(runtime.dp_size)[runtime.dp_rank] for name, value in batch.items()})
+    optimizer.step()
+    optimizer.zero_grad()
+    return runtime, optimizer
+
+
+def whole_state(runtime, optimizer):
+    found = {}
+    for name, parameter in runtime.named_parameters():
+        state = {kind: value for kind, value in optimizer.state[parameter].items() if value.ndim}
+        for kind, tensor in {"parameter": parameter, **state}.items():
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            found[f"{name} {kind}"] = whole.detach().clone()
+    return found
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"ep_size": 4}, {}, {"ep_size": 2, "dp_replicate_size": 2}, {"ep_size": 4, "tp_size": 2}]
+)
+def test_a_checkpoint_of_experts_loads_into_another_topology_bit_for_bit(ranks, sizes, tmp_path):
+    folder = checkpoint("qwen3-moe")
+    saved = ranks(4).run(save_after_a_step, folder, tmp_path / "saved")[0]
+
+    for found in ranks(4).run(load_elsewhere, folder, tmp_path / "saved", sizes):
+        assert found.keys() == saved.keys()
+        assert [name for name in saved if not torch.equal(saved[name], found[name])] == []
 
 
 # ---- options ----
@@ -240,6 +327,11 @@ def test_experts_over_a_number_of_ranks_that_does_not_divide_them_are_refused():
 
 def test_adding_up_needs_ranks_with_the_same_tokens():
     assert "needs ranks that hold the same tokens" in refused(ep_size=4, moe={"dispatcher": "all_reduce"})
+
+
+def test_tokens_that_tensor_parallel_ranks_share_out_are_refused():
+    strategy = FSDP2Config(sequence_parallel=True)
+    assert "sequence_parallel=True is not proven with ep_size=2" in refused(ep_size=2, tp_size=2, strategy=strategy)
 
 
 def test_an_unknown_dispatcher_is_refused():

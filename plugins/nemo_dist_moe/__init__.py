@@ -94,6 +94,11 @@ class MoE:
                 f"dispatcher='all_reduce' needs ranks that hold the same tokens, ep_size = tp_size (got "
                 f"{sizes.ep_size} and {sizes.tp_size}); use 'all_to_all' or 'auto'"
             )
+        if any(getattr(plugin.config, "sequence_parallel", False) for plugin in plugins):
+            problems.append(
+                f"sequence_parallel=True is not proven with ep_size={sizes.ep_size}, whose dispatch takes the tokens "
+                "of tensor-parallel ranks as equal; leave it out, or set ep_size to 1"
+            )
         for plugin in plugins:
             for axis in sorted(plugin.axes - self.composes_with - self.axes):
                 if axis in plan.dense and plan.size(axis) > 1:
