@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nemo_dist.checkpoint_export import export_checkpoint
     from nemo_dist.compose import DistributedSetup
     from nemo_dist.context import DistEnv, MeshContext, initialize_distributed
     from nemo_dist.errors import (
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
 # The only place in the core that names plugins: their config classes are public names, and live with the plugin.
 _HOMES = {
+    "nemo_dist.checkpoint_export": ("export_checkpoint",),
     "nemo_dist.compose": ("DistributedSetup",),
     "nemo_dist.context": ("DistEnv", "MeshContext", "initialize_distributed"),
     "nemo_dist.errors": (
@@ -102,6 +104,7 @@ __all__ = [
     "TopologyError",
     "UnknownNameError",
     "View",
+    "export_checkpoint",
     "hookimpl",
     "initialize_distributed",
 ]

@@ -44,6 +44,9 @@ Cp = Annotated[int, typer.Option("--cp", help="Context-parallel size.")]
 Ep = Annotated[int, typer.Option("--ep", help="Expert-parallel size.")]
 Dp = Annotated[int | None, typer.Option("--dp", help="Data-parallel size; what is left when omitted.")]
 Replicate = Annotated[int | None, typer.Option("--dp-replicate", help="Replicas of each shard (HSDP).")]
+Config = Annotated[
+    Path | None, typer.Option("--config", help="Take everything from the `distributed:` section of this YAML file.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
 
@@ -67,6 +70,7 @@ def _options(
         "plan --world-size 8",
         "plan --world-size 16384 --dp-replicate 64",
         "plan --world-size 8 --strategy ddp --rank 5",
+        "plan --world-size 8 --config recipe.yaml",
         "plan --world-size 8 --json",
     )
 )
@@ -80,6 +84,7 @@ def plan(
     dp: Dp = None,
     dp_replicate: Replicate = None,
     rank: Annotated[int | None, typer.Option(help="Also say where this rank stands.")] = None,
+    config: Config = None,
     as_json: Json = False,
 ) -> None:
     """Show the mesh of a setup: its axes, and which ranks form the groups along each.
@@ -87,7 +92,7 @@ def plan(
     Needs no GPU, no other machine and no torch: plan for 16384 ranks on a laptop.
     """
     with _refusals():
-        setup = _build(world_size, strategy, _sizes(tp, pp, cp, ep, dp, dp_replicate))
+        setup = _build(world_size, strategy, _sizes(tp, pp, cp, ep, dp, dp_replicate), config)
         if rank is not None:
             setup.plan.coordinates(rank)  # refuses a rank that the plan does not have
         if as_json:
@@ -98,7 +103,10 @@ def plan(
 
 @app.command(
     epilog=_examples(
-        "explain --world-size 8", "explain --world-size 16 --dp-replicate 2", "explain --world-size 4 --strategy ddp"
+        "explain --world-size 8",
+        "explain --world-size 16 --dp-replicate 2",
+        "explain --world-size 4 --strategy ddp",
+        "explain --world-size 8 --config recipe.yaml",
     )
 )
 def explain(
@@ -110,10 +118,11 @@ def explain(
     ep: Ep = 1,
     dp: Dp = None,
     dp_replicate: Replicate = None,
+    config: Config = None,
 ) -> None:
     """Say who claims each axis and what every plugin will do, in order."""
     with _refusals():
-        setup = _build(world_size, strategy, _sizes(tp, pp, cp, ep, dp, dp_replicate))
+        setup = _build(world_size, strategy, _sizes(tp, pp, cp, ep, dp, dp_replicate), config)
         typer.echo(setup.explain())
 
 
@@ -159,7 +168,9 @@ def demo(
         sizes = _given(tp, pp, cp, ep, dp, dp_replicate)
         options = DemoOptions(nproc=nproc, strategy=strategy, sizes=sizes, steps=steps, out=out, seed=seed, moe=moe)
         options.claim_folder()
-        typer.echo(options.setup().explain())
+        from nemo_dist.demo import device_type
+
+        typer.echo(options.setup(device_type=device_type(options)).explain())
     typer.echo(f"starting {nproc} ranks")
     sys.stdout.flush()
     from nemo_dist.launch import launch
@@ -173,6 +184,30 @@ def demo(
     _report(verify(options), options)
 
 
+@app.command(
+    epilog=_examples(
+        "export runs/llama exported",
+        "export runs/llama/step-00001000 exported --dtype bfloat16",
+        "export checkpoint exported --max-shard-size 2GB",
+    )
+)
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or the folder of a run.", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="The folder to write.", show_default=False)],
+    dtype: Annotated[str | None, typer.Option(help="Cast the weights, to bfloat16, say.")] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest file.")] = "5GB",
+) -> None:
+    """Make a plain Hugging Face folder of a checkpoint, in this process, whatever topology wrote it.
+
+    Of the folder of a run, the newest checkpoint that is whole is taken. All checksums are verified first.
+    """
+    with _refusals():
+        from nemo_dist.checkpoint_export import export_checkpoint
+
+        taken = export_checkpoint(checkpoint, out, dtype, max_shard_size)
+    typer.echo(f"exported {taken} to {out}")
+
+
 def _given(tp: int, pp: int, cp: int, ep: int, dp: int | None, dp_replicate: int | None) -> dict[str, int]:
     """Return the sizes that were given, by their names in ParallelismSizes."""
     always = {"tp_size": tp, "pp_size": pp, "cp_size": cp, "ep_size": ep}
@@ -184,7 +219,11 @@ def _sizes(tp: int, pp: int, cp: int, ep: int, dp: int | None, dp_replicate: int
     return ParallelismSizes(**_given(tp, pp, cp, ep, dp, dp_replicate))
 
 
-def _build(world_size: int, strategy: str, sizes: ParallelismSizes) -> DistributedSetup:
+def _build(world_size: int, strategy: str, sizes: ParallelismSizes, config: Path | None) -> DistributedSetup:
+    if config is not None:
+        if strategy != "fsdp2" or sizes != ParallelismSizes():
+            raise ValueError("--config gives the strategy and every size; leave the other options out, or --config")
+        return DistributedSetup.from_yaml(config, world_size)
     return DistributedSetup.build(strategy=strategy, parallelism_sizes=sizes, world_size=world_size)
 
 
@@ -207,7 +246,7 @@ def _refusals() -> Iterator[None]:
     """Turn what the user asked for wrongly into one block on stderr and exit code 2."""
     try:
         yield
-    except (NemoDistError, ValueError, TypeError) as error:
+    except (NemoDistError, ValueError, TypeError, OSError) as error:
         count = len(error.problems) if isinstance(error, TopologyError) else 1
         lines = str(error) if count == 1 else f"{count} problems\n{error}"
         typer.echo(f"error: {lines.removeprefix('- ')}", err=True)

@@ -102,7 +102,7 @@ class DistributedSetup:
         selection.judge_composition(chosen, sizes, total)
         _judge_runtime_options(device_type, timeout_minutes, selection.problems)
         return cls(
-            plan=_plan(sizes, total, selection),
+            plan=_plan(sizes, total, selection, device_type),
             plugins=selection.plugins,
             parallelism_sizes=sizes,
             activation_checkpointing=mode or False,
@@ -117,8 +117,10 @@ class DistributedSetup:
 
         The axes may be ``pp``, ``dp_replicate``, ``dp_shard`` (or ``dp``), ``cp`` and ``tp``, in any order.
         """
-        from nemo_dist.context import MeshContext
+        from nemo_dist.context import MeshContext, in_order
 
+        MeshContext.from_meshes(device_mesh)  # judges it
+        device_mesh = in_order(device_mesh)
         context = MeshContext.from_meshes(device_mesh)
         sizes = ParallelismSizes(
             tp_size=context.tp_size,
@@ -134,8 +136,40 @@ class DistributedSetup:
             selection.judge_composition(strategy, sizes, device_mesh.size())
         else:
             selection.axes(sizes, device_mesh.size())
-        plan = _plan(sizes, device_mesh.size(), selection)
+        plan = _plan(sizes, device_mesh.size(), selection, device_mesh.device_type)
         return cls(plan=plan, plugins=selection.plugins, parallelism_sizes=sizes, live_mesh=device_mesh)
+
+    @classmethod
+    def from_dict(cls, section: Mapping[str, Any], world_size: int | None = None) -> DistributedSetup:
+        """Build from the ``distributed:`` section of a configuration: a flat mapping of plain values.
+
+        Keys: ``strategy``, the sizes of ParallelismSizes, the options of the strategy (dtypes by name),
+        ``activation_checkpointing``, ``pipeline``, ``moe``, ``plugins`` (a mapping from names to options),
+        ``device_type``, ``timeout_minutes`` and ``ranks``. Raises UnknownNameError (a ValueError) that names every
+        unknown key, and what ``build`` raises.
+        """
+        from nemo_dist.section import build_keywords
+
+        return cls.build(**build_keywords(section, Registry()), world_size=world_size)
+
+    @classmethod
+    def from_yaml(cls, path: str | os.PathLike[str], world_size: int | None = None) -> DistributedSetup:
+        """Build from the ``distributed:`` section of the YAML file at *path*; see ``from_dict``.
+
+        Raises ValueError for a key that stands twice, and OSError for a file that cannot be read.
+        """
+        from nemo_dist.section import read_yaml
+
+        return cls.from_dict(read_yaml(path), world_size)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the section that ``from_dict`` builds this setup from: plain values without defaults.
+
+        Raises ValueError for a setup with a plugin that is not installed, or an option that has no plain form.
+        """
+        from nemo_dist.section import section_of
+
+        return section_of(self, Registry())
 
     @cached_property
     def calls(self) -> PluginCalls:
@@ -153,6 +187,11 @@ class DistributedSetup:
         if self._live_mesh is not None:
             return MeshContext.from_meshes(self._live_mesh)
         return MeshContext.realise(self)
+
+    @property
+    def own_mesh(self) -> DeviceMesh | None:
+        """The mesh that the user passed to a loader, its axes in order; None for one that is laid by the plan."""
+        return self._live_mesh
 
     @property
     def strategy(self) -> Plugin | None:
@@ -202,11 +241,16 @@ class DistributedSetup:
         )
         return answers
 
-    def explain(self) -> str:
-        """Say which axes there are, who claims each, what every plugin will do in order, and where this rank stands."""
+    def explain(self, model: Any = None, rows: int = 1, length: int | None = None) -> str:
+        """Say which axes there are, who claims each, what every plugin and every step will do, and this rank's place.
+
+        ``model``: a transformers model, on the meta device for one; with it, the collectives of a step come with the
+        bytes that one rank sends. ``rows`` and ``length``: the batch of one data-parallel rank, by default one sequence
+        of the greatest length that the model takes.
+        """
         from nemo_dist.explain import explanation
 
-        return explanation(self)
+        return explanation(self, model, rows, length)
 
     def describe(self) -> Mapping[str, str]:
         """Return the fields that must be the same on every rank, each as text."""
@@ -222,7 +266,7 @@ class DistributedSetup:
         return fields | {f"{plugin.name} config": repr(plugin.config) for plugin in self.plugins}
 
 
-def _plan(sizes: ParallelismSizes, world_size: int, selection: Selection) -> MeshPlan:
+def _plan(sizes: ParallelismSizes, world_size: int, selection: Selection, device_type: str | None) -> MeshPlan:
     """Return the plan, or raise every problem of the selection, the arithmetic and the plugins at once."""
     plugins = _in_stage_order(selection.plugins)
     calls = PluginCalls(plugins)
@@ -235,7 +279,7 @@ def _plan(sizes: ParallelismSizes, world_size: int, selection: Selection) -> Mes
             plan = MeshPlan.resolve(sizes, world_size, tuple(views))
         except TopologyError as error:
             problems += error.problems
-    for found in calls.validate(plan=plan, sizes=sizes, plugins=plugins):
+    for found in calls.validate(plan=plan, sizes=sizes, plugins=plugins, device_type=device_type):
         problems += found
     if problems:
         raise TopologyError(problems)
@@ -265,6 +309,8 @@ def _mesh_ranks(
     repeated = sorted({rank for rank in chosen if chosen.count(rank) > 1})
     if repeated:
         problems.append(f"ranks names {repeated} more than once; a rank has one place in the mesh")
+    if list(chosen) != sorted(chosen):
+        problems.append(f"ranks must ascend (got {list(chosen)}), as they do in torch's process groups; sort them")
     outside = sorted({rank for rank in chosen if not 0 <= rank < world_size})
     if outside:
         problems.append(f"ranks names {outside}, but the world has ranks 0 to {world_size - 1}")

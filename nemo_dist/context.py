@@ -133,6 +133,7 @@ class MeshContext:
                 raise ValueError(
                     f"{what} has the axes {names}; 'dp' stands for dp_replicate x dp_shard, so name it or them"
                 )
+            _refuse_disorder(what, mesh)
         return cls(device_mesh, {} if moe_mesh is None else {"moe": moe_mesh})
 
     @property
@@ -211,6 +212,34 @@ class MeshContext:
             flatten(mesh, present, name)
             return name
         return present[0]
+
+
+def _refuse_disorder(what: str, mesh: DeviceMesh) -> None:
+    """Refuse a mesh whose ranks do not ascend: torch orders a process group by rank, but a mesh as it was given."""
+    for dim, name in enumerate(mesh.mesh_dim_names or ()):
+        if (mesh.mesh.diff(dim=dim) < 0).any():
+            raise ValueError(
+                f"{what} {mesh.mesh.tolist()} has ranks in descending order along {name!r}, but torch's process groups "
+                "are in ascending order; lay the ranks out so that they ascend along every axis"
+            )
+
+
+def in_order(mesh: DeviceMesh) -> DeviceMesh:
+    """Return the user's *mesh* with its axes in the order of a plan: a new mesh where they were not, so collective.
+
+    torch composes shardings only on meshes in which the data axes lie outside of the tensor-parallel one.
+    """
+    names = mesh.mesh_dim_names or ()
+    order = sorted(names, key=lambda name: AXES.index("dp_shard" if name == "dp" else name))
+    if tuple(order) == names:
+        return mesh
+    if mesh.mesh.numel() != dist.get_world_size():
+        raise ValueError(
+            f"device_mesh has the axes {names} over {mesh.mesh.numel()} of the {dist.get_world_size()} ranks; a mesh "
+            f"over some ranks must have its axes in the order {tuple(order)}"
+        )
+    ranks = mesh.mesh.permute([names.index(name) for name in order])
+    return DeviceMesh(mesh.device_type, ranks, mesh_dim_names=tuple(order))
 
 
 def default_device_type() -> str:

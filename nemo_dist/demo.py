@@ -30,9 +30,8 @@ Report = Callable[[int, float], None]  # is told the step, from 1, and its loss
 def main() -> None:
     """Run the demo as one rank; the only argument is its options as JSON."""
     options = DemoOptions.from_json(sys.argv[1])
-    cards = torch.cuda.device_count()
-    env = initialize_distributed("gloo" if cards < options.nproc else None)
-    setup = options.setup(world_size=env.world_size)
+    env = initialize_distributed("gloo" if device_type(options) == "cpu" else None)
+    setup = options.setup(world_size=env.world_size, device_type=device_type(options))
     torch.manual_seed(options.seed)
     model: Any = NeMoAutoModelForCausalLM.from_config(config(options.moe), distributed_setup=setup)
     runtime = setup.runtime(model)
@@ -43,6 +42,11 @@ def main() -> None:
     if env.is_main:
         (options.out / REPORT).write_text(json.dumps({"losses": losses, "held_out_loss": loss}, indent=1) + "\n")
     torch.distributed.destroy_process_group()
+
+
+def device_type(options: DemoOptions) -> str:
+    """Return "cuda" where every rank gets a card of its own, else "cpu"."""
+    return "cuda" if torch.cuda.device_count() >= options.nproc else "cpu"
 
 
 def config(moe: bool) -> PretrainedConfig:

@@ -64,7 +64,7 @@ class DemoOptions:
         dp = self.parallelism_sizes.dp(self.nproc)
         return -(-_BATCH // dp) * dp
 
-    def setup(self, world_size: int | None = None) -> DistributedSetup:
+    def setup(self, world_size: int | None = None, device_type: str | None = None) -> DistributedSetup:
         """Build the setup; every number is float32, so that the export can be compared with what was trained."""
         config_type: Any = Registry().load(self.strategy).config_type
         known = attrs.fields_dict(config_type) if attrs.has(config_type) else {}
@@ -72,6 +72,7 @@ class DemoOptions:
             strategy=config_type(mp_policy=_EXACT) if "mp_policy" in known else self.strategy,
             parallelism_sizes=self.parallelism_sizes,
             world_size=self.nproc if world_size is None else world_size,
+            device_type=device_type,
         )
 
     def claim_folder(self) -> None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from nemo_dist.mesh import MeshPlan, View
     from nemo_dist.registry import Plugin
     from nemo_dist.sizes import ParallelismSizes
+    from nemo_dist.traffic import ModelFacts, Traffic
 
 hookspec = HookspecMarker("nemo_dist")
 hookimpl = HookimplMarker("nemo_dist")
@@ -74,17 +75,26 @@ class Hooks:
         """
 
     @hookspec
-    def validate(self, plan: MeshPlan, sizes: ParallelismSizes, plugins: tuple[Plugin, ...]) -> list[str] | None:
+    def validate(
+        self, plan: MeshPlan, sizes: ParallelismSizes, plugins: tuple[Plugin, ...], device_type: str | None
+    ) -> list[str] | None:
         """Say what is wrong, one sentence each; the sentences of all plugins are raised together.
 
         Called on every rank before a process group exists, so read nothing but the arguments and your own config.
         *plan* fits *sizes* or, when they do not multiply out, is the nearest plan that does. *plugins* is the whole
-        composition, in stage order.
+        composition, in stage order. *device_type* is that of the mesh; None is what each rank's process group can use.
         """
 
     @hookspec
     def explain(self, plan: MeshPlan) -> str | None:
         """Say in one line what you will do with *plan*."""
+
+    @hookspec
+    def traffic(self, plan: MeshPlan, facts: ModelFacts | None) -> list[Traffic] | None:
+        """Say which collectives a step will run, one entry for each kind; with bytes where *facts* are known.
+
+        Called by ``setup.explain()``; *facts* are None where it was given no model.
+        """
 
     # ---- loading: once, on every rank, after the mesh is live ----
 

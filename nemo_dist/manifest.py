@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import attrs
+from safetensors import SafetensorError, safe_open
 
 from nemo_dist.errors import CheckpointError
 from nemo_dist.pieces import Box
@@ -99,7 +100,7 @@ class Manifest:
                 raise ValueError(f"the pieces of {name} do not make the whole tensor")
 
     def verify(self, index: int) -> None:
-        """Read the file *index* and compare its checksum; raise CheckpointError when a byte has changed."""
+        """Read the file *index*; raise CheckpointError when a byte has changed, or it is not what the manifest says."""
         file = self.files[index]
         path, found = self.folder / file["name"], 0
         with path.open("rb", buffering=0) as stream:
@@ -108,6 +109,20 @@ class Manifest:
                 found = zlib.crc32(buffer[:count], found)
         if found != file["crc32"]:
             raise CheckpointError(f"{path} is damaged: its checksum is {found}, not {file['crc32']}")
+        try:
+            with safe_open(path, framework="pt") as stored:
+                self._compare(path, index, stored)
+        except SafetensorError as error:
+            raise CheckpointError(f"{path} is no safetensors file, or lacks a tensor: {error}") from error
+
+    def _compare(self, path: Path, index: int, stored: Any) -> None:
+        """Sums can be forged too: what is read later must have the shapes and dtypes that were agreed on."""
+        for name, tensor in self.tensors.items():
+            for piece in tensor.pieces:
+                if piece.file == index:
+                    found = stored.get_slice(key(name, piece.box))
+                    if (tuple(found.get_shape()), found.get_dtype()) != (piece.box.sizes, DTYPES[tensor.dtype]):
+                        raise CheckpointError(f"{path} has {name} as {found.get_dtype()} {found.get_shape()}")
 
 
 def _parse(where: Path) -> dict[str, Any]:

@@ -29,8 +29,10 @@ def options(plugin: str) -> Callable[[type[T]], type[T]]:
             if args:
                 raise TypeError(f"{cls.__name__} takes keywords only (got {args!r}); {_valid(made)}")
             for name in kwargs:
-                if name not in _names(made):
-                    raise TypeError(f"{cls.__name__} has no option {name!r}{near(name, _names(made))}; {_valid(made)}")
+                if name not in option_names(made):
+                    raise TypeError(
+                        f"{cls.__name__} has no option {name!r}{near(name, option_names(made))}; {_valid(made)}"
+                    )
             init(self, *args, **kwargs)
 
         made.__init__ = checked  # type: ignore[method-assign]
@@ -42,17 +44,20 @@ def options(plugin: str) -> Callable[[type[T]], type[T]]:
 def from_mapping(cls: type[T], values: Mapping[str, Any], what: str) -> T:
     """Return ``cls(**values)``; an unknown key raises UnknownNameError (a ValueError) that says it was in *what*."""
     for key in values:
-        if key not in _names(cls):
-            raise UnknownNameError(f"{what} has an unknown key {key!r}{near(str(key), _names(cls))}; {_valid(cls)}")
+        if key not in option_names(cls):
+            raise UnknownNameError(
+                f"{what} has an unknown key {key!r}{near(str(key), option_names(cls))}; {_valid(cls)}"
+            )
     return cls(**values)
 
 
-def _names(cls: type) -> list[str]:
+def option_names(cls: type) -> list[str]:
+    """Return the keywords that the options class *cls* takes."""
     return [field.alias or field.name for field in attrs.fields(cls) if field.init]
 
 
 def _valid(cls: type) -> str:
-    return f"valid names: {', '.join(_names(cls)) or 'none'}"
+    return f"valid names: {', '.join(option_names(cls)) or 'none'}"
 
 
 def boolean(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:

@@ -29,6 +29,7 @@ def mixed_precision_fields(value: Any) -> Any:
         return value
     if not isinstance(value, Mapping):
         raise TypeError(f"mp_policy must be a MixedPrecisionPolicy or a dict of its fields (got {value!r})")
+    value = without_target(value, "MixedPrecisionPolicy")
     for field, content in value.items():
         if field not in _FIELDS:
             raise UnknownNameError(
@@ -51,6 +52,15 @@ def _dtype_name(value: Any) -> Any:
     short = {"bf16": "bfloat16", "fp32": "float32", "fp16": "float16"}
     name = str(value).removeprefix("torch.")
     return None if value is None else short.get(name, name)
+
+
+def without_target(value: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Drop the ``_target_`` by which other configurations name torch's class *name*; no other code is named here."""
+    fields = dict(value)
+    target = fields.get("_target_")
+    if target in (name, f"torch.distributed.fsdp.{name}"):
+        del fields["_target_"]
+    return fields
 
 
 def mixed_precision(value: Any) -> MixedPrecisionPolicy:

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
+from nemo_dist.agreement import BatchCheck
 from nemo_dist.context import MeshContext
 from nemo_dist.hooks import Batch, RuntimePart
 from nemo_dist.labels import count_labels
@@ -40,6 +41,7 @@ class Runtime:
     parts: Sequence[nn.Module]
     plugins: Sequence[RuntimePart]
     router_loss: RouterLoss | None = None
+    _agreement: BatchCheck = attrs.field(factory=BatchCheck, init=False)
 
     @classmethod
     def assemble(cls, setup: DistributedSetup, model: Any) -> Runtime:
@@ -112,11 +114,13 @@ class Runtime:
         routers (``output_router_logits``), it is that of all tokens of the step. A list of batches then costs one more
         forward each, because what the experts got in total must be known before the first backward.
 
-        Raises ValueError for a batch without labels or an empty list.
+        Raises ValueError for a batch without labels or an empty list, and on the first step RankError when ranks that
+        work on one batch together were given different ones.
         """
         given = [batches] if isinstance(batches, Mapping) else list(batches)
         if not given:
             raise ValueError("forward_backward got an empty list; pass at least one batch")
+        self._agreement.once(given, self.mesh)
         local: list[Batch] = [self.batch(batch) for batch in given]
         counts = torch.stack([count_labels(self.parts[-1], batch) for batch in local])
         total = self._sum_over_batches(counts.sum())

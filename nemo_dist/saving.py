@@ -47,9 +47,12 @@ def save(
     """Save the run; see :meth:`nemo_dist.Runtime.save`. *committed* runs on one rank when the checkpoint is there."""
     background.finish()
     team = Team.of(runtime.mesh)
-    with team.agreed("collecting what to save"):
-        state, mine = _collect(runtime, optimizer, data)
+    with team.agreed("collecting the state of the run"):
+        found = _Found.on_this_rank(runtime, optimizer, data)
         about = _about(runtime, optimizer, extra, schedulers) | {"step": _step(extra) if step is None else step}
+    kinds = sorted({kind for kinds in team.tell("the moments of the optimizer", list(found.moments)) for kind in kinds})
+    with team.agreed("collecting what to save"):
+        state, mine = found.canonical(runtime, kinds), found.described
     answers = team.gather({**mine, "tensors": describe(state)})
     with team.agreed("planning the save"):
         entries = survey([answer.pop("tensors") for answer in answers])
@@ -63,22 +66,36 @@ def save(
     return under_way
 
 
-def _collect(runtime: Runtime, optimizer: Any, data: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return this rank's tensors in the canonical state, and the rest of its state as JSON."""
-    refuse_unplain(runtime.parts[0])
-    own = own_state(runtime)
-    state = {MODEL + name: tensor for name, tensor in exported(runtime, own).items()}
-    mine: dict[str, Any] = {
-        "dp_rank": runtime.dp_rank,
-        "generators": to_json(generators.capture(), "the generators"),
-        "data": None if data is None else to_json(data.state_dict(), "the state of data"),
-    }
-    if optimizer is not None:
+@attrs.frozen(kw_only=True)
+class _Found:
+    """What this rank has: tensors laid out like parameters, by name; the rest ``described`` as JSON."""
+
+    own: Mapping[str, Tensor]
+    moments: Mapping[str, Mapping[str, Tensor]]
+    described: Mapping[str, Any]
+
+    @classmethod
+    def on_this_rank(cls, runtime: Runtime, optimizer: Any, data: Any) -> _Found:
+        refuse_unplain(runtime.parts[0])
+        own = own_state(runtime)
+        described: dict[str, Any] = {
+            "dp_rank": runtime.dp_rank,
+            "generators": to_json(generators.capture(), "the generators"),
+            "data": None if data is None else to_json(data.state_dict(), "the state of data"),
+        }
+        if optimizer is None:
+            return cls(own=own, moments={}, described=described)
         parameters = named(optimizer, {name: p for name, p in own.items() if isinstance(p, torch.nn.Parameter)})
-        for kind, tensors in sorted(moments(optimizer, parameters).items()):
-            state |= {f"{OPTIMIZER}{kind}/{name}": tensor for name, tensor in exported(runtime, tensors).items()}
-        mine |= {"counts": counts(optimizer, parameters), "options": options(optimizer, parameters)}
-    return state, mine
+        described |= {"counts": counts(optimizer, parameters), "options": options(optimizer, parameters)}
+        return cls(own=own, moments=moments(optimizer, parameters), described=described)
+
+    def canonical(self, runtime: Runtime, kinds: Sequence[str]) -> dict[str, Tensor]:
+        """Return the canonical state; every rank goes through all *kinds*, as a plugin may communicate for each."""
+        state = {MODEL + name: tensor for name, tensor in exported(runtime, self.own).items()}
+        for kind in kinds:
+            tensors = exported(runtime, self.moments.get(kind, {}))
+            state |= {f"{OPTIMIZER}{kind}/{name}": tensor for name, tensor in tensors.items()}
+        return state
 
 
 def _joined(answers: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -35,6 +35,10 @@ class Selection:
         self.plugins.append(plugin)
         return plugin
 
+    def strategy_type(self, name: str) -> type[Plugin]:
+        """Return the plugin class of the strategy called *name*; raise UnknownNameError with the near match."""
+        return self._load(name, "strategy")
+
     def extras(self, choices: Iterable[Choice]) -> None:
         """Select what the user passed as ``plugins=``."""
         if isinstance(choices, str):

@@ -1,18 +1,31 @@
 """What the checkpoint tests run on ranks: train, save, load, and report whole tensors."""
 
+import json
+import zlib
+
 import torch
 from torch.distributed.tensor import DTensor
 
-from nemo_dist import DDPConfig, DistributedSetup, FSDP2Config, ParallelismSizes
+from nemo_dist import DDPConfig, DistributedSetup, FSDP2Config, MegatronFSDPConfig, ParallelismSizes
 from nemo_dist.canonical import exported, own_state
-from nemo_dist.testing.equivalence import OPTIMIZER, Task, checkpoint
+from nemo_dist.testing.equivalence import Task, checkpoint
 from nemo_dist.testing.zoo import SPECIMENS
 
 FP32 = {"param_dtype": "float32", "reduce_dtype": "float32", "output_dtype": "float32"}
+OPTIMIZER = {"lr": 1e-2, "weight_decay": 0.1, "eps": 1e-5}
+FSDP2 = FSDP2Config(mp_policy=FP32)
+INTERLEAVED = {"pp_schedule": "Interleaved1F1B"}
 SETUPS = {
-    "fsdp2": {"strategy": FSDP2Config(mp_policy=FP32)},
-    "hsdp": {"strategy": FSDP2Config(mp_policy=FP32), "parallelism_sizes": ParallelismSizes(dp_replicate_size=2)},
+    "fsdp2": {"strategy": FSDP2},
+    "hsdp": {"strategy": FSDP2, "parallelism_sizes": ParallelismSizes(dp_replicate_size=2)},
     "ddp": {"strategy": DDPConfig()},
+    "tp": {"strategy": FSDP2, "parallelism_sizes": ParallelismSizes(tp_size=2)},
+    "cp": {"strategy": FSDP2, "parallelism_sizes": ParallelismSizes(cp_size=2)},
+    "pp": {"strategy": FSDP2, "parallelism_sizes": ParallelismSizes(pp_size=2), "pipeline_config": INTERLEAVED},
+    "hsdp-tp": {"strategy": FSDP2, "parallelism_sizes": ParallelismSizes(dp_replicate_size=2, tp_size=2)},
+    "megatron": {"strategy": MegatronFSDPConfig()},
+    "megatron-zero1": {"strategy": MegatronFSDPConfig(zero_dp_strategy=1)},
+    "megatron-tp": {"strategy": MegatronFSDPConfig(), "parallelism_sizes": ParallelismSizes(tp_size=2)},
 }
 
 
@@ -99,3 +112,13 @@ def losses(name, folders, task, count):
     FOLDERS.update(folders)
     runtime, optimizer = start(name, task.specimen)
     return steps(runtime, optimizer, task, range(count))
+
+
+def rewrite(path, **changes):
+    """Change the manifest as somebody would who also makes its checksum right."""
+    content = json.loads((path / "manifest.json").read_text())
+    content.pop("checksum")
+    for name, change in changes.items():
+        content[name] = change(content[name])
+    text = json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
+    (path / "manifest.json").write_text(json.dumps({**content, "checksum": zlib.crc32(text)}))

@@ -1,6 +1,8 @@
 """Training with Megatron-FSDP, the real package, is training on one process."""
 
 import importlib.metadata
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -80,6 +82,43 @@ def test_an_option_changes_no_number(ranks, zero, options):
 def test_recomputing_activations_changes_no_number(ranks, zero):
     strategy = MegatronFSDPConfig(zero_dp_strategy=zero)
     assert_equivalent(ranks(2), Task(), strategy=strategy, activation_checkpointing=True)
+
+
+# World, then cp and tp, sequence parallelism, ZeRO, specimen; what is left of the world is data parallelism.
+COMPOSED = [
+    (world, cp, tp, sequence, zero, specimen)
+    for world in (2, 4, 8)
+    for cp in (1, 2, 4)
+    for tp in (1, 2, 4)
+    for sequence in ((False, True) if tp > 1 else (False,))
+    for zero in ZERO
+    for specimen in ("llama", "llama-tied", "qwen3")
+    if 1 < cp * tp <= world
+]
+COMPOSED_SAMPLE = [
+    (2, 2, 1, False, 3, "llama"),
+    (2, 1, 2, False, 3, "qwen3"),
+    (4, 1, 2, True, 1, "llama-tied"),
+    (4, 1, 2, False, 2, "llama"),
+    (4, 2, 1, False, 1, "qwen3"),
+    (4, 2, 2, True, 3, "llama"),
+]
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [*COMPOSED_SAMPLE, *(pytest.param(one, marks=pytest.mark.slow) for one in COMPOSED if one not in COMPOSED_SAMPLE)],
+    ids=lambda cell: "-".join(map(str, cell)),
+)
+def test_with_tensor_and_context_parallelism_it_computes_what_one_process_computes(ranks, cell):
+    world, cp, tp, sequence, zero, specimen = cell
+    assert_equivalent(
+        ranks(world),
+        Task(specimen=specimen, length=13),  # a length that neither cp nor tp divides
+        strategy=MegatronFSDPConfig(zero_dp_strategy=zero, sequence_parallel=sequence),
+        parallelism_sizes=ParallelismSizes(cp_size=cp, tp_size=tp),
+        activation_checkpointing=zero == 3,
+    )
 
 
 # ---- loading ----
@@ -178,6 +217,44 @@ def test_small_steps_of_narrow_parameters_are_kept_in_float32_unless_told_otherw
         assert (kept, grads) == (dtype, {dtype})
         assert loss == pytest.approx(expected, rel=2e-2)
         assert moved == 1.0 if preserve else moved < 1.0
+
+
+def narrow_run_on_rank(folder, other, path):
+    """Return what a bfloat16 run computes when it is saved, and what a run that loads it computes."""
+    task, answers = Task(rows=4), []
+    for weights in (folder, other):
+        model, runtime = start(3, weights, torch.bfloat16)
+        optimizer = runtime.optimizer(torch.optim.AdamW, lr=1e-3)
+        if weights is other:
+            runtime.load(path, optimizer)
+        else:
+            runtime.forward_backward({n: v.chunk(2)[runtime.dp_rank] for n, v in task.batches(0)[0].items()})
+            optimizer.step()
+            optimizer.zero_grad()
+            runtime.save(path, optimizer).wait()
+        with torch.no_grad():
+            logits = model(torch.tensor([[5, 6, 7]])).logits
+        answers.append((logits, canonical(runtime, dict(model.named_parameters()))))
+    return answers
+
+
+def test_a_loaded_run_computes_with_what_it_loaded(ranks, tmp_path):
+    folders = checkpoint("llama"), checkpoint("llama", 1)
+    for (logits, weights), (loaded_logits, loaded) in ranks(2).run(narrow_run_on_rank, *folders, tmp_path / "run"):
+        assert torch.equal(loaded_logits, logits)
+        assert all(torch.equal(loaded[name], weights[name]) for name in weights)
+
+
+def export_on_rank(folder, path):
+    _, runtime = start(2, folder)
+    runtime.export(path)
+
+
+def test_the_exported_folder_is_what_was_loaded(ranks, tmp_path):
+    ranks(2).run(export_on_rank, checkpoint("llama"), tmp_path / "out")
+    exported = NeMoAutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    for name, parameter in SPECIMENS["llama"].make().named_parameters():
+        assert torch.equal(exported.get_parameter(name), parameter)
 
 
 # ---- the optimizer ----
@@ -364,6 +441,19 @@ def test_a_version_that_is_not_tested_is_named(monkeypatch, version):
 def test_an_option_that_is_wrong_names_itself(options, error):
     with pytest.raises(error, match=next(iter(options))):
         MegatronFSDPConfig(**options)
+
+
+def test_another_device_than_cuda():
+    assert "'megatron_fsdp' needs CUDA (got device_type 'cpu')" in refused(device_type="cpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here")
+def test_the_demo_says_in_one_line_what_it_needs(tmp_path):
+    command = [sys.executable, "-m", "nemo_dist.cli", "demo", "--strategy", "megatron_fsdp", "--nproc", "2"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 2
+    assert "'megatron_fsdp' needs CUDA" in result.stderr and "Traceback" not in result.stderr
+    assert "starting" not in result.stdout and not list(tmp_path.iterdir())
 
 
 def load_without_cuda(folder):

@@ -116,6 +116,25 @@ def test_experts_beside_context_parallelism_compute_what_one_process_computes(ra
     assert_equivalent(ranks(4), Task(specimen=specimen, length=length), **options(**sizes))
 
 
+@pytest.mark.parametrize(
+    ("world", "specimen", "sizes", "recompute"),
+    [
+        (4, "qwen2-moe", {"pp_size": 2, "tp_size": 2, "ep_size": 2}, False),
+        (4, "qwen3-moe", {"pp_size": 2, "cp_size": 2, "ep_size": 2}, False),
+        pytest.param(8, "qwen3-moe", {"pp_size": 2, "tp_size": 2, "ep_size": 4}, False, marks=pytest.mark.slow),
+        pytest.param(8, "deepseek-v3", {"pp_size": 2, "tp_size": 2, "ep_size": 2}, "full", marks=pytest.mark.slow),
+        pytest.param(
+            8, "qwen3-moe", {"pp_size": 2, "tp_size": 2, "cp_size": 2, "ep_size": 4}, False, marks=pytest.mark.slow
+        ),
+        pytest.param(
+            16, "qwen3-moe", {"pp_size": 2, "tp_size": 2, "cp_size": 2, "ep_size": 4}, False, marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_stages_tensors_sequences_experts_and_data_together(ranks, world, specimen, sizes, recompute):
+    assert_equivalent(ranks(world), Task(specimen=specimen), **options(recompute=recompute, **sizes))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("specimen", "sizes", "recompute"),

@@ -9,6 +9,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from nemo_dist.errors import PluginError
 from nemo_dist.pieces import bring, describe, pieces, survey
+from nemo_dist.team import Team
 
 LAYOUTS = {
     "replicated": (Replicate(), Replicate()),
@@ -40,9 +41,9 @@ def whole_on_every_rank(shape, placements):
     state = {"weight": placed(torch.Size(shape), placements, mesh)}
     for box, values in pieces(state["weight"]):
         assert torch.equal(values, box.of(torch.arange(torch.Size(shape).numel()).view(shape)))
-    entries = survey(describe(state), torch.device("cpu"))
+    entries = survey(Team().gather(describe(state)))
     wanted = [["weight"] if rank != 2 else [] for rank in range(4)]
-    return bring(wanted, state, entries, {"weight": torch.int64}, torch.device("cpu")).get("weight")
+    return bring(Team(), wanted, state, entries, {"weight": torch.int64}).get("weight")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -57,9 +58,9 @@ def test_the_pieces_of_any_layout_make_the_whole(ranks, layout, shape):
 
 def scalars_and_empties():
     state = {"scalar": torch.tensor(3.0), "empty": torch.empty(0, 4)}
-    entries = survey(describe(state), torch.device("cpu"))
+    entries = survey(Team().gather(describe(state)))
     dtypes = {name: tensor.dtype for name, tensor in state.items()}
-    return bring([["scalar", "empty"]] * 2, state, entries, dtypes, torch.device("cpu"))
+    return bring(Team(), [["scalar", "empty"]] * 2, state, entries, dtypes)
 
 
 def test_scalars_and_empty_tensors_are_brought_too(ranks):
@@ -70,7 +71,7 @@ def test_scalars_and_empty_tensors_are_brought_too(ranks):
 
 def survey_of(make):
     mesh = init_device_mesh("cpu", (2,))
-    return survey(describe({"weight": make(mesh)}), torch.device("cpu"))
+    return survey(Team().gather(describe({"weight": make(mesh)})))
 
 
 def partial(mesh):

@@ -24,7 +24,7 @@ from nemo_dist.testing.zoo import SPECIMENS
 
 # A denominator well above rounding noise: where a gradient is zero in exact arithmetic (the bias of a key), plain AdamW
 # would turn the noise into full steps, on one process as on many.
-EPS = 1e-5
+OPTIMIZER: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1, "eps": 1e-5}
 MAX_NORM = 0.5
 TOLERANCE = 1e-5
 
@@ -42,13 +42,13 @@ class Task:
     steps: int = 3
     accumulate: int = 1
     seed: int = 0
-    lr: float = 1e-2
-    weight_decay: float = 0.1
+    lr: float = OPTIMIZER["lr"]
+    weight_decay: float = OPTIMIZER["weight_decay"]
 
     @property
     def optimizer(self) -> dict[str, Any]:
         """The options of AdamW."""
-        return {"lr": self.lr, "weight_decay": self.weight_decay, "eps": EPS}
+        return {**OPTIMIZER, "lr": self.lr, "weight_decay": self.weight_decay}
 
     def batches(self, step: int) -> list[dict[str, Tensor]]:
         """Return the global batches of *step*: ``accumulate`` dicts of tensors with ``rows`` rows."""
@@ -100,6 +100,11 @@ def train_on_rank(task: Task, folder: Path, options: Mapping[str, Any]) -> Outco
     """Run on every rank: build the setup from *options*, load, train, and return this rank's view of all numbers."""
     setup = DistributedSetup.build(**options)
     model = SPECIMENS[task.specimen].load.from_pretrained(folder, distributed_setup=setup, dtype=torch.float32)
+    return train(task, setup, model)
+
+
+def train(task: Task, setup: DistributedSetup, model: Any) -> Outcome:
+    """Train *model*, loaded for *setup*, on this rank, and return this rank's view of all numbers."""
     runtime = setup.runtime(model)
     optimizer = runtime.optimizer(torch.optim.AdamW, **task.optimizer)
     losses, norms, gradients = [], [], {}

@@ -9,25 +9,24 @@ import attrs
 
 from nemo_dist import MeshPlan, RuntimePart, Stage, hookimpl
 from nemo_dist.options import boolean, integer, options
-from nemo_dist.precision import is_torch_policy, mixed_precision_fields
+from nemo_dist.precision import mixed_precision_fields
+from nemo_dist.traffic import Traffic, bytes_of, shared
 from nemo_dist.values import FrozenMapping
+from nemo_dist_fsdp2.policies import offload_fields
 
 if TYPE_CHECKING:
     from torch import nn
     from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
 
     from nemo_dist.context import MeshContext
+    from nemo_dist.traffic import ModelFacts
+
+_POLICY = ("param_dtype", "reduce_dtype")
 
 
 def _reshard(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
     if value is not None and not isinstance(value, bool):
         integer(at_least=2)(instance, attribute, value)
-
-
-def _offload(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
-    """Judge that *value* is torch's OffloadPolicy (CPUOffloadPolicy is one) or None."""
-    if value is not None and not is_torch_policy(value, "OffloadPolicy"):
-        raise TypeError(f"offload_policy must be torch's CPUOffloadPolicy() or OffloadPolicy() (got {value!r})")
 
 
 def _frozen(value: Any) -> Any:
@@ -40,12 +39,12 @@ class FSDP2Config:
     """Options of FSDP2.
 
     ``mp_policy``: torch's ``MixedPrecisionPolicy``, or its fields as a dict of dtype names; None computes in bfloat16
-    and reduces gradients in float32. ``offload_policy``: torch's ``CPUOffloadPolicy`` or ``OffloadPolicy``; None keeps
-    the shards on the device. ``reshard_after_forward``: free the gathered parameters of a block after its forward; an
-    int reshards to that many ranks; None is True for blocks and False for what the end of the forward needs, and for
-    the stages of a pipeline.
-    ``defer_fsdp_grad_sync``: reduce gradients once per ``forward_backward``, not once per batch of a list (faster, but
-    holds whole gradients). ``forward_prefetch_depth``, ``backward_prefetch_depth``: how many blocks ahead are gathered.
+    and reduces gradients in float32. ``offload_policy``: torch's ``CPUOffloadPolicy``, or "cpu", or its ``pin_memory``
+    in a dict; None keeps the shards on the device. ``reshard_after_forward``: free the gathered parameters of a block
+    after its forward; an int reshards to that many ranks; None is True for blocks and False for what the end of the
+    forward needs, and for the stages of a pipeline. ``defer_fsdp_grad_sync``: reduce gradients once per
+    ``forward_backward``, not once per batch of a list (faster, but holds whole gradients).
+    ``forward_prefetch_depth``, ``backward_prefetch_depth``: how many blocks ahead are gathered.
     ``enable_compile``: run ``torch.compile`` on every block. ``activation_checkpointing`` is the same as on
     ``DistributedSetup.build``; ``activation_checkpointing_scope`` restricts it to parts of a model of several towers:
     one or more of "language", "vision", "audio" and "multimodal"; None is all. ``sequence_parallel``, ``tp_plan`` and
@@ -55,7 +54,7 @@ class FSDP2Config:
     mp_policy: MixedPrecisionPolicy | dict[str, Any] | None = attrs.field(
         default=None, converter=mixed_precision_fields
     )
-    offload_policy: OffloadPolicy | None = attrs.field(default=None, validator=_offload)
+    offload_policy: OffloadPolicy | dict[str, Any] | str | None = attrs.field(default=None, converter=offload_fields)
     reshard_after_forward: bool | int | None = attrs.field(default=None, validator=_reshard)
     defer_fsdp_grad_sync: bool = attrs.field(default=True, validator=boolean)
     forward_prefetch_depth: int = attrs.field(default=1, validator=integer(at_least=1))
@@ -113,3 +112,53 @@ class FSDP2:
         replicas = plan.size("dp_replicate")
         line = f"fsdp2: parameters, gradients and optimizer state in {plan.size('dp_shard_cp')} shards"
         return f"{line}, each on {replicas} replicas" if replicas > 1 else line
+
+    @property
+    def compute_dtype(self) -> str | None:
+        """The name of the dtype of parameters in a forward; None is that in which they are stored."""
+        return self._dtypes[0]
+
+    @property
+    def _dtypes(self) -> tuple[str | None, str | None]:
+        """The names of the dtypes of compute and of reduction."""
+        if self.config.mp_policy is None:
+            return "bfloat16", "float32"
+        given: Any = self.config.mp_policy
+        names = [given.get(name) if isinstance(given, Mapping) else getattr(given, name) for name in _POLICY]
+        compute, reduction = (None if name is None else str(name).removeprefix("torch.") for name in names)
+        return compute, reduction or compute
+
+    @hookimpl
+    def traffic(self, plan: MeshPlan, facts: ModelFacts | None) -> list[Traffic]:
+        shards, replicas = plan.size("dp_shard_cp"), plan.size("dp_replicate")
+        if shards == 1:
+            return []
+        reshard = (
+            plan.size("pp") == 1 if self.config.reshard_after_forward is None else self.config.reshard_after_forward
+        )
+        again = ", and again in the backward those of blocks and embedding" if reshard else ""
+        gathered = reduced = averaged = None
+        if facts is not None:
+            part = plan.size("tp") * plan.size("pp")
+            twice = facts.block_parameters + facts.embedding_parameters if reshard else 0
+            gathered = shared(shards, (facts.parameters + twice) * facts.computed / part)
+            reduction = self._dtypes[1]
+            size = bytes_of(reduction) if reduction else facts.stored
+            reduced = shared(shards, facts.parameters * size / part)
+            averaged = 2 * shared(replicas, facts.parameters * size / part / shards)
+        found = [
+            Traffic(
+                axis="dp_shard_cp",
+                collective="all-gather",
+                of="parameters, by block",
+                often=f"once{again}",
+                sent=gathered,
+            ),
+            Traffic(
+                axis="dp_shard_cp", collective="reduce-scatter", of="gradients, by block", often="once", sent=reduced
+            ),
+        ]
+        copies = Traffic(
+            axis="dp_replicate", collective="all-reduce", of="gradient shards", often="once", sent=averaged
+        )
+        return [*found, copies] if replicas > 1 else found

@@ -8,11 +8,12 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import Shard
 
 from nemo_dist.placement import Placement, placements
 from nemo_dist.precision import mixed_precision
+from nemo_dist_fsdp2.policies import offload
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -30,7 +31,7 @@ def shard(model: nn.Module, mesh: MeshContext, config: FSDP2Config) -> None:
     options: dict[str, Any] = {
         "mesh": data_mesh(mesh),
         "mp_policy": mixed_precision(config.mp_policy),
-        "offload_policy": config.offload_policy or OffloadPolicy(),
+        "offload_policy": offload(config.offload_policy),
     }
     reshard = config.reshard_after_forward
     # A stage of a pipeline runs many microbatches forward before the first goes back: gather its blocks once for all.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import attrs
 
 from nemo_dist import MeshPlan, RuntimePart, Stage, hookimpl
 from nemo_dist.options import boolean, one_of, options
+from nemo_dist.values import FrozenMapping
 from nemo_dist_megatron_fsdp.package import problems
 
 if TYPE_CHECKING:
@@ -34,6 +35,10 @@ def _class_names(value: Any) -> tuple[str, ...] | None:
     return names
 
 
+def _frozen(value: Any) -> Any:
+    return FrozenMapping(value) if isinstance(value, Mapping) else value
+
+
 @options(plugin="megatron_fsdp")
 class MegatronFSDPConfig:
     """Options of Megatron-FSDP, under NeMo's names.
@@ -45,7 +50,8 @@ class MegatronFSDPConfig:
     float32, whatever the dtype of the parameters. ``average_in_collective``: divide in the collective, not before it.
     ``disable_bucketing``: one bucket for all parameters outside the units. ``fsdp_double_buffer``: gather into two
     buffers that are kept, for models whose units are alike. ``report_nan_in_param_grad``: raise on a gradient that is
-    not finite (slow). ``activation_checkpointing`` is the same as on ``DistributedSetup.build``.
+    not finite (slow). ``activation_checkpointing`` is the same as on ``DistributedSetup.build``. ``sequence_parallel``
+    and ``tp_plan`` go to the plugin of the ``tp`` axis, and are refused without one.
     """
 
     zero_dp_strategy: int = attrs.field(default=3, validator=one_of((1, 2, 3)))
@@ -57,6 +63,8 @@ class MegatronFSDPConfig:
     fsdp_double_buffer: bool = attrs.field(default=False, validator=boolean)
     report_nan_in_param_grad: bool = attrs.field(default=False, validator=boolean)
     activation_checkpointing: bool | str = False
+    sequence_parallel: bool = attrs.field(default=False, validator=boolean)
+    tp_plan: Mapping[str, str] | None = attrs.field(default=None, converter=_frozen)
 
 
 @attrs.frozen(eq=False)
@@ -67,13 +75,17 @@ class MegatronFSDP:
     config_type: ClassVar[type] = MegatronFSDPConfig
     stage: ClassVar[int] = Stage.DATA
     axes: ClassVar[frozenset[str]] = frozenset({"dp_shard"})
-    composes_with: ClassVar[frozenset[str]] = frozenset({"activation_checkpointing"})
+    composes_with: ClassVar[frozenset[str]] = frozenset({"activation_checkpointing", "cp", "tp"})
+    delegates: ClassVar[Mapping[str, tuple[str, ...]]] = {"tp": ("tp_plan", "sequence_parallel")}
 
     config: MegatronFSDPConfig = attrs.field(factory=MegatronFSDPConfig)
 
     @hookimpl
-    def validate(self) -> list[str]:
-        return problems()
+    def validate(self, device_type: str | None) -> list[str]:
+        found = problems()
+        if device_type not in (None, "cuda"):
+            found.append(f"strategy 'megatron_fsdp' needs CUDA (got device_type {device_type!r}); use 'fsdp2' there")
+        return found
 
     @hookimpl
     def shard(self, parts: list[nn.Module], mesh: MeshContext) -> None:

@@ -32,6 +32,7 @@ class Engine:
     shards: dict[str, Any]
     used: set[str] = attrs.field(factory=set)
     reduced: bool = False
+    installed: int = -1
 
     @classmethod
     def start(cls, model: nn.Module, wrapper: Any, layout: Layout) -> None:
@@ -53,7 +54,15 @@ class Engine:
     def _before_forward(self, model: nn.Module, args: Any) -> None:
         if torch.is_grad_enabled() and self.reduced:
             self._continue_accumulating()
+        self._install_changed_weights()
         self.wrapper._replace_param_with_raw_if_needed()
+
+    def _install_changed_weights(self) -> None:
+        """Compute with what the shards hold, also after a load or an edit in place; the package sees only its steps."""
+        changes = sum(shard.to_local()._version for shard in self.shards.values())
+        if changes != self.installed:
+            self.wrapper.install_optimized_model_weights()
+            self.installed = changes
 
     def _continue_accumulating(self) -> None:
         """Start a backward after a synchronised one: go on from its gradients, unless they have been dropped."""

@@ -42,6 +42,13 @@ def even(tensor: Tensor, local: Tensor, mesh: DeviceMesh) -> DTensor:
     return DTensor.from_local(local, mesh, [data, across], run_check=False, shape=shape, stride=stride)
 
 
+def tensor_dim(tensor: DTensor) -> int:
+    """Return the dim along which *tensor* is cut over the tensor-parallel ranks."""
+    (placement,) = tensor.placements
+    dim: int = placement.dim  # type: ignore[attr-defined]
+    return dim
+
+
 def gather_rows(local: Tensor, rows: Sequence[int], group: dist.ProcessGroup | None) -> Tensor:
     """Return the rows of all ranks of *group*, in order; *rows* says how many each has. Collective over *group*."""
     if group is None:
@@ -60,10 +67,13 @@ def _names(mesh: DeviceMesh) -> tuple[str, ...]:
 
 @attrs.frozen(kw_only=True)
 class Cut:
-    """How one parameter is cut: ``rows`` per data-parallel rank, and its raw parameter as a template of the whole."""
+    """How one parameter is cut: ``rows`` per data-parallel rank.
+
+    ``whole`` is the parameter on meta before data parallelism, ``own`` the one that Megatron-FSDP made of it.
+    """
 
     rows: Sequence[int]
-    raw: nn.Parameter
+    whole: Tensor
     own: DTensor
 
 
@@ -77,7 +87,7 @@ class Layout:
     rank: int
 
     @classmethod
-    def of(cls, parameters: Mapping[str, DTensor], raw: Mapping[str, nn.Parameter], mesh: DeviceMesh) -> Layout:
+    def of(cls, parameters: Mapping[str, DTensor], whole: Mapping[str, nn.Parameter], mesh: DeviceMesh) -> Layout:
         """Ask every data-parallel rank how many rows it holds of each parameter; collective over them."""
         data = mesh[_names(mesh)[_DATA]]
         group = data.get_group() if data.size() > 1 else None
@@ -87,7 +97,7 @@ class Layout:
             table = [torch.empty_like(counts) for _ in range(data.size())]
             dist.all_gather(table, counts, group=group)
         cuts = {
-            name: Cut(rows=rows, raw=raw[name], own=parameters[name])
+            name: Cut(rows=rows, whole=whole[name], own=parameters[name])
             for name, rows in zip(parameters, torch.stack(table, dim=1).tolist(), strict=True)
         }
         return cls(cuts=cuts, mesh=mesh, group=group, rank=data.get_local_rank())
@@ -95,16 +105,24 @@ class Layout:
     def own_part(self, name: str, source: DTensor) -> Tensor:
         """Return this rank's rows, as Megatron-FSDP cuts them, of the evenly cut *source*."""
         rows = self.cuts[name].rows
+        self._check(name, source)
         whole = gather_rows(source.to_local(), even_rows(sum(rows), len(rows)), self.group)
         part: Tensor = whole.split(list(rows))[self.rank]
         return part
+
+    def _check(self, name: str, source: DTensor) -> None:
+        """Raise when a rank holds other rows than the formula says: the gather would misplace them."""
+        rows = self.cuts[name].rows
+        wanted, found = even_rows(sum(rows), len(rows))[self.rank], len(source.to_local())
+        if found != wanted:
+            raise RuntimeError(f"{name} should have {wanted} rows on data-parallel rank {self.rank} (got {found})")
 
     def even_part(self, name: str, own: DTensor) -> DTensor:
         """Return the evenly cut DTensor of what this rank holds as *own*."""
         cut = self.cuts[name]
         whole = gather_rows(own.to_local(), cut.rows, self.group)
         local = whole.split(even_rows(len(whole), len(cut.rows)))[self.rank].clone()  # or the whole would stay alive
-        return even(cut.raw, local, self.mesh)
+        return even(cut.whole, local, self.mesh)
 
     def to_even(self, state: dict[str, Tensor]) -> None:
         """Replace the tensors of *state* that are cut like parameters by evenly cut ones; collective, in its order."""

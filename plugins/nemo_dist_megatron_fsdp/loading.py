@@ -11,8 +11,9 @@ from megatron_fsdp import MixedPrecisionPolicy, fully_shard_model
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from nemo_dist.errors import TopologyError
 from nemo_dist_megatron_fsdp.engine import Engine
-from nemo_dist_megatron_fsdp.layout import Layout, even, even_rows
+from nemo_dist_megatron_fsdp.layout import Layout, even, even_rows, tensor_dim
 
 if TYPE_CHECKING:
     from nemo_dist.context import MeshContext
@@ -37,23 +38,37 @@ def refuse_device(mesh: MeshContext) -> None:
 
 
 def spread(model: nn.Module, mesh: MeshContext) -> None:
-    """Cut every parameter of *model*, on meta, evenly over the data-parallel ranks, so that only shards are read."""
+    """Cut every parameter of *model*, on meta, evenly over the data-parallel ranks, so that only shards are read.
+
+    Raises TopologyError with every parameter that cannot be cut.
+    """
     own_mesh = mesh["dp_shard_cp", "tp"]
-    model.__dict__[_WHOLE] = dict(model.named_parameters())
+    whole = dict(model.named_parameters())
+    problems = [problem for name, parameter in whole.items() for problem in _problems(name, parameter)]
+    if problems:
+        raise TopologyError(problems)
+    model.__dict__[_WHOLE] = whole
     ranks, rank = own_mesh.size(0), own_mesh.get_local_rank(0)
     cut: dict[int, nn.Parameter] = {}
     for module, name, parameter in _slots(model):
-        if parameter.ndim == 0:
-            raise ValueError(
-                f"strategy 'megatron_fsdp' cannot shard {type(module).__name__}.{name}, a single number; use 'fsdp2' "
-                "with it frozen, or 'ddp'"
-            )
         if id(parameter) not in cut:
             local = _local(parameter)
-            rows = even_rows(len(local), ranks)
-            shard = even(parameter, local.split(rows)[rank], own_mesh)
+            shard = even(parameter, local.split(even_rows(len(local), ranks))[rank], own_mesh)
             cut[id(parameter)] = nn.Parameter(shard, requires_grad=parameter.requires_grad)
         setattr(module, name, cut[id(parameter)])
+
+
+def _problems(name: str, parameter: Tensor) -> list[str]:
+    if parameter.ndim == 0:
+        return [f"{name} is a single number, which megatron_fsdp cannot shard; use 'ddp' for this model"]
+    if isinstance(parameter, DTensor):
+        dim, ranks = tensor_dim(parameter), parameter.device_mesh.size()
+        if parameter.shape[dim] % ranks:
+            return [
+                f"dim {dim} of {name} has size {parameter.shape[dim]}, which megatron_fsdp needs as a multiple of the "
+                f"{ranks} tensor-parallel ranks; use another tp_size or 'fsdp2'"
+            ]
+    return []
 
 
 def take_over(model: nn.Module, mesh: MeshContext, config: MegatronFSDPConfig) -> None:
@@ -66,7 +81,8 @@ def take_over(model: nn.Module, mesh: MeshContext, config: MegatronFSDPConfig) -
     sources: dict[str, Any] = {name: parameter.detach() for name, parameter in model.named_parameters()}
     data, tensor = own_mesh.mesh_dim_names or ()
     units = unit_classes(model, config)
-    _hollow(model, sources, model.__dict__.pop(_WHOLE))
+    whole = model.__dict__.pop(_WHOLE)
+    _hollow(model, sources, whole)
     wrapper: Any = fully_shard_model(
         model,
         device_mesh=own_mesh,
@@ -85,11 +101,10 @@ def take_over(model: nn.Module, mesh: MeshContext, config: MegatronFSDPConfig) -
     if dist.get_backend(own_mesh.get_group(0)) != "nccl":
         wrapper.ddp_config.gradient_reduce_div_fusion = False  # a sum with a factor is a reduction of NCCL's only
     own: dict[str, Any] = dict(model.named_parameters())
-    layout = Layout.of(own, wrapper.raw_param, own_mesh)
+    layout = Layout.of(own, whole, own_mesh)
     with torch.no_grad():
         for name in list(own):
             own[name].to_local().copy_(layout.own_part(name, sources.pop(name)))
-    wrapper.install_optimized_model_weights()
     Engine.start(model, wrapper, layout)
 
 
@@ -131,19 +146,22 @@ def _hollow(model: nn.Module, sources: Mapping[str, Tensor], whole: Mapping[str,
     for module, slot, parameter in _slots(model):
         if id(parameter) not in made:
             name = names[id(parameter)]
-            hollow = _hollowed(whole[name], sources[name])
-            made[id(parameter)] = nn.Parameter(hollow, requires_grad=parameter.requires_grad)
+            zero = torch.zeros((), dtype=sources[name].dtype, device=_local(sources[name]).device)
+            hollow = nn.Parameter(zero.expand(_local(whole[name]).shape), requires_grad=parameter.requires_grad)
+            _mark(hollow, whole[name])
+            made[id(parameter)] = hollow
         setattr(module, slot, made[id(parameter)])
 
 
-def _hollowed(whole: Tensor, source: Tensor) -> Tensor:
-    zero = torch.zeros((), dtype=source.dtype, device=_local(source).device)
-    local = zero.expand(_local(whole).shape)
-    if not isinstance(whole, DTensor):
-        return local
-    return DTensor.from_local(
-        local, whole.device_mesh, whole.placements, run_check=False, shape=whole.shape, stride=whole.stride()
-    )
+def _mark(parameter: nn.Parameter, whole: Tensor) -> None:
+    """Say as Megatron-LM does how *parameter* is cut along tp.
+
+    A DTensor would say it too, but the package gives its rows the length that they have in the global tensor, so one
+    that is cut along another dim than 0 comes out wrong.
+    """
+    if isinstance(whole, DTensor):
+        marks: Any = parameter
+        marks.tensor_model_parallel, marks.partition_dim = True, tensor_dim(whole)
 
 
 def _precision(sources: Mapping[str, Tensor], config: MegatronFSDPConfig) -> Any:

@@ -27,13 +27,12 @@ _RANDOM = ("attention_dropout", "attn_dropout", "dropout", "hidden_dropout", "ji
 
 @attrs.frozen(eq=False)
 class Surgery:
-    """One model, the rules that it is cut by, and the ranks; ``data_shards`` also share every parameter."""
+    """One model, the rules that it is cut by, and the ranks."""
 
     model: Any
     rules: Rules
     peers: Peers
     sequence: bool
-    data_shards: int
 
     def run(self) -> None:
         """Change the model in place; raise TopologyError with every reason before anything is changed."""
@@ -93,14 +92,14 @@ class Surgery:
                 )
             elif isinstance(module, nn.Embedding) and (module.max_norm or module.scale_grad_by_freq or module.sparse):
                 found.append(f"{generic(name)} uses max_norm, scale_grad_by_freq or sparse, so it cannot be cut")
-            elif style in ("colwise", "packed_colwise"):
+            elif style == "colwise":
                 heads = Heads.of(self._module(name.rpartition(".")[0]), self.peers.size)
                 found += [f"{type(self.model).__name__}: {heads.problem}"] if heads and heads.problem else []
         return found
 
     def _packed(self, placements: Mapping[str, Placement | None]) -> list[str]:
         problems = [
-            placing.packed_problem(name, self.model.get_parameter(name), cut, self.peers.size, self.data_shards)
+            placing.packed_problem(name, self.model.get_parameter(name), cut, self.peers.size)
             for name, cut in placements.items()
             if cut is not None
         ]

@@ -21,8 +21,6 @@ HALVES = 2  # gate and up projection in one matrix
 
 def of_module(style: str, parameter: str) -> Placement | None:
     """Return how a module's *style* cuts its own *parameter*; None leaves it whole."""
-    if style == "packed_colwise":
-        return _StridedShard(0, split_factor=HALVES)
     if style in COLUMN or style == "embedding_rowwise":
         return Shard(0)
     if style in ROW:
@@ -44,21 +42,20 @@ def of_parameter(style: str, tensor: Tensor) -> Placement | None:
     return placements.get(style)
 
 
-def packed_problem(name: str, tensor: Tensor, placement: Placement, ranks: int, data_shards: int) -> str:
+def packed_problem(name: str, tensor: Tensor, placement: Placement, ranks: int) -> str:
     """Say why a packed parameter cannot be cut, or nothing."""
     if not isinstance(placement, _StridedShard):
         return ""
     size = tensor.shape[placement.dim]
+    if placement.dim == 0:  # fully_shard cuts dim 0 too, and places a packed cut below its own one wrongly
+        return (
+            f"{generic(name)} has {tensor.ndim} dims, but a packed style fits experts' parameters of 3 dims; use "
+            "'colwise_gather_output' for it and 'rowwise_split_input' for what reads its halves"
+        )
     if size % (HALVES * ranks):
         return (
             f"{generic(name)} packs two projections of {size // HALVES} features, which do not divide over {ranks} "
-            "tensor-parallel ranks; use a tp_size that divides them, or the styles 'colwise_gather_output' and "
-            "'rowwise_split_input'"
-        )
-    if placement.dim == 0 and data_shards > 1:
-        return (
-            f"{generic(name)} is 'packed_colwise', whose rows cannot also be sharded over {data_shards} data-parallel "
-            "ranks; use the styles 'colwise_gather_output' and 'rowwise_split_input', or one data-parallel shard"
+            "tensor-parallel ranks; use a tp_size that divides them"
         )
     return ""
 

@@ -5,7 +5,6 @@ style                                 what is cut, and what crosses the ranks
 ====================================  ================================================================================
 ``colwise``                           output features of a linear layer; the output stays cut
 ``colwise_gather_output`` (``_rep``)  the same; the output is gathered
-``packed_colwise``                    the same for two projections in one matrix: each half is cut
 ``rowwise``                           input features of a linear layer, whose input is cut; the output is summed
 ``rowwise_split_input`` (``_rep``)    the same for an input that is whole
 ``embedding_rowwise``                 the vocabulary of an embedding; the output is summed
@@ -13,6 +12,7 @@ style                                 what is cut, and what crosses the ranks
 ``replicated_with_grad_allreduce``    nothing; what the ranks do with it differs, so its gradients are summed
 ``moe_tp_experts``                    the experts' parameters, by rules of their own; the output is summed
 ``mla_kv_a_proj``                     nothing; the gradients of its last ``qk_rope_head_dim`` outputs are summed
+``packed_colwise`` (``_rowwise``)     of experts' parameters that hold two projections: each half
 ``local_params``                      the module's own parameters, by rules of their own
 ``replicate``                         nothing
 ====================================  ================================================================================
@@ -20,7 +20,7 @@ style                                 what is cut, and what crosses the ranks
 
 from __future__ import annotations
 
-COLUMN = frozenset({"colwise", "colwise_gather_output", "colwise_rep", "packed_colwise"})
+COLUMN = frozenset({"colwise", "colwise_gather_output", "colwise_rep"})
 ROW = frozenset({"rowwise", "rowwise_split_input", "rowwise_rep"})
 GATHERED = frozenset({"colwise_gather_output", "colwise_rep"})  # their output is whole
 WHOLE_INPUT = frozenset({"rowwise_split_input", "rowwise_rep"})

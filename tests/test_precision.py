@@ -1,0 +1,100 @@
+"""FSDP2's policies do what they say: dtypes of compute and reduction, shards on the CPU, blocks compiled."""
+
+import pytest
+import torch
+from torch.distributed.fsdp import CPUOffloadPolicy
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nemo_dist import DistributedSetup, FSDP2Config, ParallelismSizes, initialize_distributed
+from nemo_dist.testing.equivalence import Task, assert_equivalent, checkpoint, differences, reference, trained
+from nemo_dist.testing.zoo import SPECIMENS
+
+FP32 = {"param_dtype": "float32", "reduce_dtype": "float32", "output_dtype": "float32"}
+HALVES = {"param_dtype": "bfloat16", "reduce_dtype": "bfloat16"}
+
+
+class Reductions(TorchDispatchMode):
+    """Note the dtype of every tensor that is reduced over ranks."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if "reduce_scatter" in str(function):
+            self.dtypes.add(str(args[1].dtype))
+        return function(*args, **(kwargs or {}))
+
+
+def dtypes(folder, policy):
+    """Return the dtypes of: stored parameters, matmul inputs and weights, reductions, gradients, logits."""
+    initialize_distributed("gloo")
+    setup = DistributedSetup.build(strategy=FSDP2Config(mp_policy=policy))
+    model = SPECIMENS["llama"].load.from_pretrained(folder, distributed_setup=setup, dtype=torch.float32)
+    seen, logits = set(), set()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(lambda m, args: seen.update({str(args[0].dtype), str(m.weight.dtype)}))
+    model.register_forward_hook(lambda m, args, output: logits.add(str(output.logits.dtype)))
+    with Reductions() as reductions:
+        batch = SPECIMENS["llama"].batch(4, 8, torch.Generator().manual_seed(0))
+        loss = setup.runtime(model).forward_backward(batch)
+    assert torch.isfinite(loss)
+    stored = {str(parameter.dtype) for parameter in model.parameters()}
+    gradients = {str(parameter.grad.dtype) for parameter in model.parameters()}
+    return stored, seen, reductions.dtypes, gradients, logits
+
+
+@pytest.mark.parametrize(
+    ("policy", "compute", "reduction", "output"),
+    [
+        (None, "torch.bfloat16", "torch.float32", "torch.bfloat16"),
+        (HALVES, "torch.bfloat16", "torch.bfloat16", "torch.bfloat16"),
+        ({"output_dtype": "float32", "param_dtype": "bfloat16"}, "torch.bfloat16", "torch.bfloat16", "torch.float32"),
+        (FP32, "torch.float32", "torch.float32", "torch.float32"),
+    ],
+    ids=["default", "halves", "outputs", "full"],
+)
+def test_a_policy_sets_the_dtypes_of_compute_and_reduction(on_ranks, policy, compute, reduction, output):
+    for stored, seen, reduced, gradients, logits in on_ranks(2, dtypes, checkpoint("llama"), policy):
+        assert stored == gradients == {"torch.float32"}
+        assert seen == {compute}
+        assert reduced == {reduction}
+        assert logits == {output}
+
+
+def test_the_default_trains_like_one_process_up_to_bfloat16(ranks):
+    found = differences(trained(ranks(2), Task()), reference(Task()), tolerance=0.1)
+    assert not [line for line in found if not line.startswith("gradients")], found
+    assert differences(trained(ranks(2), Task()), reference(Task())), "bfloat16 cannot agree to 1e-5"
+
+
+@pytest.mark.parametrize("policy", ["cpu", {"pin_memory": False}, CPUOffloadPolicy(pin_memory=False)], ids=repr)
+def test_shards_on_the_cpu_train_like_one_process(ranks, policy):
+    strategy = FSDP2Config(mp_policy=FP32, offload_policy=policy)
+    assert_equivalent(ranks(2), Task(specimen="llama-tied"), strategy=strategy)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, id="plain"),
+        pytest.param({"activation_checkpointing": "full"}, id="recompute", marks=pytest.mark.slow),
+        pytest.param({"parallelism_sizes": ParallelismSizes(cp_size=2)}, id="context", marks=pytest.mark.slow),
+    ],
+)
+def test_compiled_blocks_train_like_one_process(ranks, options):
+    assert_equivalent(ranks(2), Task(length=16), strategy=FSDP2Config(mp_policy=FP32, enable_compile=True), **options)
+
+
+def compiled_blocks(folder):
+    initialize_distributed("gloo")
+    setup = DistributedSetup.build(strategy=FSDP2Config(mp_policy=FP32, enable_compile=True))
+    model = SPECIMENS["llama"].load.from_pretrained(folder, distributed_setup=setup, dtype=torch.float32)
+    torch._dynamo.utils.counters.clear()
+    setup.runtime(model).forward_backward(SPECIMENS["llama"].batch(2, 16, torch.Generator().manual_seed(0)))
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def test_enable_compile_does_compile(on_ranks):
+    assert on_ranks(1, compiled_blocks, checkpoint("llama"))[0] > 0

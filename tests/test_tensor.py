@@ -1,0 +1,260 @@
+"""Tensor and sequence parallelism compute what one process computes, and hold no more than they should."""
+
+from collections import Counter
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor, Shard
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nemo_dist import DistributedSetup, FSDP2Config, ParallelismSizes
+from nemo_dist.testing.equivalence import Task, assert_equivalent, checkpoint
+from nemo_dist.testing.reading import BytesRead
+from nemo_dist.testing.zoo import SPECIMENS
+
+FP32 = {"param_dtype": "float32", "reduce_dtype": "float32", "output_dtype": "float32"}
+UNEVEN = 13  # tokens: no number of ranks here divides it
+
+
+def options(sequence=False, mode=False, plan=None, **sizes):
+    return {
+        "strategy": FSDP2Config(mp_policy=FP32, sequence_parallel=sequence, tp_plan=plan),
+        "parallelism_sizes": ParallelismSizes(**sizes),
+        "activation_checkpointing": mode,
+    }
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+@pytest.mark.parametrize(
+    ("specimen", "world", "sizes"),
+    [
+        ("llama", 2, {"tp_size": 2}),
+        ("llama", 4, {"tp_size": 4}),  # 2 key heads on 4 ranks
+        ("llama", 8, {"tp_size": 2, "dp_replicate_size": 2}),
+        ("llama-tied", 4, {"tp_size": 2}),
+        ("qwen3", 4, {"tp_size": 4}),
+        ("phi3", 2, {"tp_size": 2}),
+        ("llama-odd", 4, {"tp_size": 2}),
+        ("llama-odd", 3, {"tp_size": 3}),
+        ("mixtral", 4, {"tp_size": 2}),
+        ("llava", 2, {"tp_size": 2}),
+    ],
+)
+def test_tensor_parallelism_computes_what_one_process_computes(ranks, specimen, world, sizes, sequence):
+    assert_equivalent(ranks(world), Task(specimen=specimen, length=UNEVEN), **options(sequence, **sizes))
+
+
+@pytest.mark.parametrize("specimen", ["gemma2", "gemma3", "olmo2", "neox", "qwen3-moe", "deepseek"])
+def test_the_plan_of_every_kind_of_model_is_carried_out(ranks, specimen):
+    assert_equivalent(ranks(2), Task(specimen=specimen, length=UNEVEN), **options(True, tp_size=2))
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+def test_accumulated_batches_weigh_by_their_labels(ranks, sequence):
+    assert_equivalent(ranks(4), Task(specimen="llama-tied", accumulate=3), **options(sequence, tp_size=2))
+
+
+@pytest.mark.parametrize("mode", ["full", "selective"])
+@pytest.mark.parametrize("sequence", [False, True])
+def test_recomputed_activations_are_cut_as_the_first_ones_were(ranks, mode, sequence):
+    assert_equivalent(ranks(4), Task(specimen="qwen3", length=UNEVEN), **options(sequence, mode, tp_size=2))
+
+
+def test_more_ranks_than_tokens(ranks):
+    assert_equivalent(ranks(4), Task(specimen="llama", length=3), **options(True, tp_size=4))
+
+
+def test_a_rule_of_the_user_takes_the_place_of_the_model_s(ranks):
+    whole = {"layers.*.mlp.gate_proj": "replicate", "model.layers.*.mlp.up_proj": "replicate"}
+    plan = {
+        **whole,
+        "layers.*.mlp.down_proj": "replicate",
+        "layers.1.self_attn.o_proj": "rowwise",
+        "lm_head": "replicate",
+    }
+    assert_equivalent(ranks(2), Task(specimen="llama"), **options(True, plan=plan, tp_size=2))
+    assert_equivalent(
+        ranks(2), Task(specimen="llama"), **options(plan={"embed_tokens": "embedding_colwise"}, tp_size=2)
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", [False, "full", "selective"])
+@pytest.mark.parametrize("sequence", [False, True])
+@pytest.mark.parametrize("specimen", ["llama", "llama-tied", "qwen3"])
+@pytest.mark.parametrize("world", [2, 4, 8])
+def test_every_factorisation_into_replicas_shards_and_tensor_ranks(ranks, world, specimen, sequence, mode):
+    task = Task(specimen=specimen, length=UNEVEN)
+    for tp in (2, 4):  # 4 attention heads
+        for replicate in (n for n in (1, 2, 4) if world % (tp * n) == 0 and (n == 1 or n < world // tp)):
+            sizes = {"tp_size": tp, "dp_replicate_size": replicate if replicate > 1 else None}
+            if world % tp == 0:
+                assert_equivalent(ranks(world), task, **options(sequence, mode, **sizes))
+
+
+class Seen(TorchDispatchMode):
+    """Record the shapes of all plain tensors that operations make, and count the collectives among them."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes, self.collectives = set(), Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, torch.Tensor) and not isinstance(tensor, DTensor) and not tensor.is_meta:
+                self.shapes.add(tuple(tensor.shape))
+        name = function._schema.name.removeprefix("_c10d_functional::")
+        if name in ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor"):
+            self.collectives[name] += 1
+        return result
+
+
+def load(folder, choice):
+    setup = DistributedSetup.build(**choice)
+    model = SPECIMENS["llama-odd"].load.from_pretrained(folder, distributed_setup=setup, dtype=torch.float32)
+    return setup.runtime(model)
+
+
+def shapes_of_a_step(folder, choice, batch):
+    runtime = load(folder, choice)
+    with Seen() as seen:
+        runtime.forward_backward(batch)
+    with Seen() as without_labels, torch.no_grad():
+        runtime.model(input_ids=batch["input_ids"])
+    return seen.shapes, without_labels.shapes
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+def test_no_rank_ever_holds_whole_logits_when_labels_are_given(ranks, sequence):
+    words = 101  # of "llama-odd": no other dim has this size
+    (batch,) = Task(specimen="llama-odd", rows=2, length=UNEVEN).batches(0)
+
+    for shapes, without_labels in ranks(2).run(
+        shapes_of_a_step, checkpoint("llama-odd"), options(sequence, tp_size=2), batch
+    ):
+        assert [shape for shape in shapes if words in shape and shape != (words, 36)] == []
+        assert (2, UNEVEN, words) in without_labels
+
+
+def logits_of(folder, choice, batch):
+    runtime = load(folder, choice)
+    cut = runtime.model(**batch)
+    whole = runtime.model(input_ids=batch["input_ids"])
+    assert isinstance(cut.logits, DTensor) and cut.logits.placements == (Shard(2),)
+    return cut.logits.full_tensor().detach(), whole.logits.detach(), cut.loss.detach()
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+def test_logits_with_labels_are_a_tensor_that_knows_it_is_cut(ranks, sequence):
+    (batch,) = Task(specimen="llama-odd", rows=2, length=UNEVEN).batches(0)
+    single = SPECIMENS["llama-odd"].load.from_pretrained(checkpoint("llama-odd"), dtype=torch.float32)(**batch)
+
+    for joined, whole, loss in ranks(2).run(logits_of, checkpoint("llama-odd"), options(sequence, tp_size=2), batch):
+        torch.testing.assert_close(joined, single.logits, rtol=1e-5, atol=1e-5)
+        assert torch.equal(joined, whole)
+        torch.testing.assert_close(loss, single.loss, rtol=1e-5, atol=0)
+
+
+def collectives_of_a_step(folder, choice, batch):
+    runtime = load(folder, choice)
+    with Seen() as seen:
+        loss = runtime.model(**batch).loss
+    forward = Counter(seen.collectives)
+    with Seen() as seen:
+        loss.backward()
+    return forward, Counter(seen.collectives)
+
+
+def test_a_step_runs_the_collectives_that_explain_names(ranks):
+    """3 blocks; besides them the embedding and the loss sum, and the backward of the head does."""
+    (batch,) = Task(specimen="llama-odd", rows=2, length=UNEVEN).batches(0)
+    folder, blocks = checkpoint("llama-odd"), 3
+
+    for forward, backward in ranks(2).run(collectives_of_a_step, folder, options(tp_size=2), batch):
+        assert forward == {"all_reduce": 2 * blocks + 1 + 2}
+        # Of the 3 key heads no 2 ranks hold equally many, so those projections are whole: their gradients are summed.
+        assert backward == {"all_reduce": 2 * blocks + 1 + 4 * blocks}
+    for forward, _ in ranks(2).run(collectives_of_a_step, folder, options(True, tp_size=2), batch):
+        # The last block's tokens are joined once more.
+        assert forward == {
+            "all_reduce": 3,
+            "all_gather_into_tensor": 2 * blocks + 1,
+            "reduce_scatter_tensor": 2 * blocks,
+        }
+
+
+def saved_bytes(folder, choice, batch):
+    runtime = load(folder, choice)
+    saved = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = runtime.model(**batch).loss
+    loss.backward()
+    return sum(saved.values())
+
+
+def test_sequence_parallelism_keeps_fewer_activations(ranks):
+    (batch,) = Task(specimen="llama-odd", rows=4, length=64).batches(0)
+
+    plain = ranks(2).run(saved_bytes, checkpoint("llama-odd"), options(tp_size=2), batch)
+    cut = ranks(2).run(saved_bytes, checkpoint("llama-odd"), options(True, tp_size=2), batch)
+
+    print(f"bytes saved for the backward per rank: {plain} without, {cut} with sequence parallelism")
+    assert all(b < a for a, b in zip(plain, cut, strict=True))
+
+
+def bytes_read(folder, specimen, choice):
+    with BytesRead() as reading:
+        model = SPECIMENS[specimen].load.from_pretrained(folder, distributed_setup=DistributedSetup.build(**choice))
+    own = {p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()}
+    whole = sum(p.numel() * p.element_size() for p in model.parameters())
+    return reading.bytes, sum(p.numel() * p.element_size() for p in own), whole
+
+
+@pytest.mark.parametrize("specimen", ["llama-tied", "llama-odd", "phi3", "mixtral"])
+@pytest.mark.parametrize(("world", "sizes"), [(2, {"tp_size": 2}), (4, {"tp_size": 2})])
+def test_a_rank_reads_exactly_the_bytes_of_its_shard(ranks, specimen, world, sizes):
+    answers = ranks(world).run(bytes_read, checkpoint(specimen), specimen, options(**sizes))
+
+    print(f"{specimen} on {world} ranks: bytes read {[read for read, _, _ in answers]} of {answers[0][2]}")
+    assert all(read == held for read, held, _ in answers)
+    assert sum(read for read, _, _ in answers) < 1.2 * answers[0][2]  # norms, and keys that do not divide, are shared
+
+
+def drawn(specimen, choice):
+    torch.manual_seed(7)
+    config = SPECIMENS[specimen].config()
+    setup = DistributedSetup.build(**choice)
+    model = SPECIMENS[specimen].load.from_config(config, distributed_setup=setup, dtype=torch.float32)
+    return {n: (p.full_tensor() if isinstance(p, DTensor) else p).detach() for n, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("specimen", ["llama-tied", "llama-odd", "mixtral"])
+@pytest.mark.parametrize("world", [2, 4])
+def test_from_config_draws_what_one_process_draws(ranks, specimen, world):
+    torch.manual_seed(7)
+    config = SPECIMENS[specimen].config()
+    single = dict(SPECIMENS[specimen].load.from_config(config, dtype=torch.float32).named_parameters())
+
+    for tensors in ranks(world).run(drawn, specimen, options(tp_size=2)):
+        assert [name for name in single if not torch.equal(single[name], tensors[name])] == []
+
+
+def generated(folder, choice, prompt):
+    return load(folder, choice).model.generate(prompt, max_new_tokens=5, do_sample=False)
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+def test_generation_with_a_cache_gives_the_tokens_of_one_process(ranks, sequence):
+    prompt = torch.arange(1, 8).unsqueeze(0)
+    single = SPECIMENS["llama-odd"].load.from_pretrained(checkpoint("llama-odd"), dtype=torch.float32)
+    expected = single.generate(prompt, max_new_tokens=5, do_sample=False)
+
+    for tokens in ranks(2).run(generated, checkpoint("llama-odd"), options(sequence, tp_size=2), prompt):
+        assert torch.equal(tokens, expected)

@@ -1,0 +1,242 @@
+"""What tensor parallelism must refuse: at build what needs no model, at load the rest, with all reasons at once."""
+
+import pytest
+import torch
+import transformers
+
+from nemo_dist import (
+    DDPConfig,
+    DistributedSetup,
+    FSDP2Config,
+    NeMoAutoModelForCausalLM,
+    ParallelismSizes,
+    TopologyError,
+)
+from nemo_dist.testing.equivalence import Task, checkpoint
+from nemo_dist.testing.zoo import SPECIMENS
+from nemo_dist_tensor import TensorConfig
+
+
+def refused(error=TopologyError, tp_size=2, **options):
+    with pytest.raises(error) as caught:
+        DistributedSetup.build(world_size=4, parallelism_sizes=ParallelismSizes(tp_size=tp_size), **options)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("sequence_parallel", True), ("enable_async_tensor_parallel", True), ("tp_plan", {"lm_head": "replicate"})],
+)
+def test_an_option_of_tensor_parallelism_without_tensor_parallel_ranks(option, value):
+    message = refused(tp_size=1, strategy=FSDP2Config(**{option: value}))
+    assert (
+        message == f"- {option}={value!r} was given on the strategy, but tp_size is 1; set tp_size > 1 or leave it out"
+    )
+
+
+def test_async_tensor_parallelism_needs_sequence_parallelism_and_compile():
+    message = refused(strategy=FSDP2Config(enable_async_tensor_parallel=True))
+    assert "set sequence_parallel=True too" in message and "set enable_compile=True too" in message
+
+
+def test_an_unknown_style_suggests_the_near_one():
+    message = refused(strategy=FSDP2Config(tp_plan={"lm_head": "colwize"}))
+    assert "tp_plan gives 'lm_head' the style 'colwize'" in message and "did you mean 'colwise'?" in message
+
+
+@pytest.mark.parametrize("plan", ["auto", {"lm_head": 1}, ["lm_head"]])
+def test_a_plan_of_the_wrong_type(plan):
+    assert "tp_plan must be a dict from module names to styles" in refused(
+        TypeError, strategy=FSDP2Config(tp_plan=plan)
+    )
+
+
+@pytest.mark.parametrize("option", ["sequence_parallel", "tp_plan", "enable_async_tensor_parallel"])
+def test_another_strategy_has_none_of_the_options(option):
+    with pytest.raises(TypeError, match=f"DDPConfig has no option '{option}'"):
+        DDPConfig(**{option: True})
+
+
+def test_ddp_does_not_compose_with_tensor_parallelism():
+    message = refused(strategy="ddp")
+    assert "axis 'tp' has size 2, but strategy 'ddp' does not compose with it" in message and "'fsdp2'" in message
+
+
+def test_an_option_on_the_strategy_and_a_plugin_of_one_s_own():
+    message = refused(strategy=FSDP2Config(sequence_parallel=True), plugins=(TensorConfig(),))
+    assert "sequence_parallel=True was given on the strategy, but plugin 'tensor' was given for axis 'tp'" in message
+
+
+def test_the_options_arrive_where_they_are_carried_out():
+    setup = DistributedSetup.build(
+        FSDP2Config(sequence_parallel=True, tp_plan={"lm_head": "replicate"}), ParallelismSizes(tp_size=2), world_size=4
+    )
+    (tensor,) = [plugin for plugin in setup.plugins if "tp" in plugin.axes]
+    assert tensor.config == TensorConfig(sequence_parallel=True, tp_plan={"lm_head": "replicate"})
+    assert "2 all-gathers and 2 reduce-scatters" in setup.explain() and "1 rules of tp_plan" in setup.explain()
+
+
+def failure(config, tp_size, options):
+    """Return what loading raises on this rank."""
+    setup = DistributedSetup.build(FSDP2Config(**options), ParallelismSizes(tp_size=tp_size))
+    loader = NeMoAutoModelForCausalLM if config.architectures is None else SPECIMENS[config.architectures[0]].load
+    try:
+        loader.from_config(config, distributed_setup=setup)
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
+def config_of(specimen, **changes):
+    config = SPECIMENS[specimen].config()
+    config.architectures = [specimen]
+    for name, value in changes.items():
+        setattr(config, name, value)
+    return config
+
+
+MLP = "layers.*.mlp."
+REFUSED_AT_LOAD = {
+    "heads": (config_of("llama-odd"), 4, {}, ["6 attention heads do not divide over 4", "tp_size of 2, 3, 6"]),
+    "a rule for nothing": (
+        config_of("llama"),
+        2,
+        {"tp_plan": {MLP + "up_prj": "colwise"}},
+        [f"tp_plan has a rule for '{MLP}up_prj', which names no module", f"did you mean '{MLP}up_proj'?"],
+    ),
+    "no plan": (
+        config_of("bert-tokens"),
+        2,
+        {},
+        ["BertForTokenClassification has no tensor-parallel plan", "tp_plan="],
+    ),
+    "a style that does not fit": (
+        config_of("llama"),
+        2,
+        {"tp_plan": {"norm": "colwise"}},
+        ["model.norm is a LlamaRMSNorm, which the style 'colwise' does not fit"],
+    ),
+    "a packed projection": (
+        config_of("phi3"),
+        2,
+        {"tp_plan": {MLP + "gate_up_proj": "packed_colwise"}},
+        ["fits experts' parameters only", "'colwise_gather_output'"],
+    ),
+    "packed experts": (
+        config_of("mixtral", intermediate_size=57),
+        2,
+        {},
+        ["two projections of 57 features", "2 tensor"],
+    ),
+    "tied weights": (
+        config_of("llama-tied"),
+        2,
+        {"tp_plan": {"embed_tokens": "embedding_colwise"}},
+        ["model.embed_tokens.weight and lm_head.weight are one tied parameter"],
+    ),
+    "untied by one rule": (config_of("llama-tied"), 2, {"tp_plan": {"lm_head": "replicate"}}, ["one tied parameter"]),
+    "dropout": (config_of("llama", attention_dropout=0.1), 2, {}, ["attention_dropout is the probability of a random"]),
+    "two reasons": (
+        config_of("llama-odd", attention_dropout=0.1),
+        4,
+        {},
+        ["6 attention heads", "attention_dropout is the probability"],
+    ),
+    "async on a CPU": (
+        config_of("llama"),
+        2,
+        {"enable_async_tensor_parallel": True, "sequence_parallel": True, "enable_compile": True},
+        ["enable_async_tensor_parallel needs CUDA", "device 'cpu'"],
+    ),
+    "attention outside of the plan": (
+        transformers.DeepseekV3Config(
+            **{**SPECIMENS["deepseek"].config().to_dict(), "model_type": "deepseek_v3", "n_group": 1, "topk_group": 1}
+        ),
+        2,
+        {"sequence_parallel": True},
+        ["model.layers.*.self_attn.o_proj (Linear) is neither in the plan nor a norm", "sequence_parallel=False"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_AT_LOAD)
+def test_what_needs_the_model_is_refused_at_load_on_every_rank(ranks, case):
+    config, tp_size, options, expected = REFUSED_AT_LOAD[case]
+
+    for message in ranks(tp_size).run(failure, config, tp_size, options):
+        assert [part for part in expected if part not in message] == [], message
+
+
+def asked_for(folder, options):
+    setup = DistributedSetup.build("fsdp2", ParallelismSizes(tp_size=2))
+    model = NeMoAutoModelForCausalLM.from_pretrained(folder, distributed_setup=setup)
+    try:
+        model(input_ids=torch.ones(1, 4, dtype=torch.long), **options)
+    except (ValueError, IndexError) as error:
+        return str(error)
+    return "nothing"
+
+
+@pytest.mark.parametrize("option", ["output_hidden_states", "output_attentions"])
+def test_what_would_come_out_in_pieces_is_refused(ranks, option):
+    for message in ranks(2).run(asked_for, checkpoint("llama"), {option: True}):
+        assert f"{option} is not available with tp_size=2" in message
+
+
+def test_a_label_that_is_no_word_is_refused_like_on_one_process(ranks):
+    for message in ranks(2).run(asked_for, checkpoint("llama"), {"labels": torch.full((1, 4), 96)}):
+        assert "label 96 is no token of a vocabulary of 96" in message
+
+
+def step(folder, batches):
+    setup = DistributedSetup.build("fsdp2", ParallelismSizes(tp_size=2))
+    model = NeMoAutoModelForCausalLM.from_pretrained(folder, distributed_setup=setup)
+    runtime = setup.runtime(model)
+    try:
+        runtime.forward_backward(batches[torch.distributed.get_rank()])
+    except RuntimeError as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def test_ranks_that_share_a_batch_must_be_given_the_same(ranks):
+    one, other = (Task(rows=2).batches(step)[0] for step in (0, 1))
+
+    messages = ranks(4).run(step, checkpoint("llama"), [one, one, other, one])
+    for message in messages:
+        assert message.startswith("RankError") and "num_replicas=runtime.dp_size" in message
+        assert "data-parallel rank 1: the batch of rank 3 is not that of rank 2" in message
+        assert "data-parallel rank 0" not in message
+    assert ranks(4).run(step, checkpoint("llama"), [one, one, other, other]) == ["nothing"] * 4
+
+
+def test_a_batch_of_another_shape_or_one_more_is_noticed_too(ranks):
+    (one,) = Task(rows=2).batches(0)
+    short = {name: value[:, :5] for name, value in one.items()}
+    for batches in ([one, short], [[one], [one, one]], [one, {**one, "position_ids": torch.arange(12).unsqueeze(0)}]):
+        assert all(
+            "the batch of rank 1 is not that of rank 0" in text
+            for text in ranks(2).run(step, checkpoint("llama"), batches)
+        )
+
+
+def test_the_first_batch_is_checked_and_no_later_one(ranks):
+    assert ranks(2).run(steps_of_one_rank) == [1, 1]
+
+
+def steps_of_one_rank():
+    from nemo_dist.agreement import BatchCheck
+    from nemo_dist.context import MeshContext
+
+    gathered = []
+    original = torch.distributed.all_gather
+    torch.distributed.all_gather = lambda *args, **kwargs: gathered.append(1) or original(*args, **kwargs)
+    try:
+        setup = DistributedSetup.build("fsdp2", ParallelismSizes(tp_size=2))
+        check, batch = BatchCheck(), {"labels": torch.ones(2, 3)}
+        for _ in range(3):
+            check.once([batch], setup.mesh_context)
+        BatchCheck().once([batch], MeshContext())
+    finally:
+        torch.distributed.all_gather = original
+    return len(gathered)
