@@ -20,7 +20,10 @@ _EXACT = {"param_dtype": "float32", "reduce_dtype": "float32", "output_dtype": "
 
 @attrs.frozen(kw_only=True)
 class DemoOptions:
-    """The demo's settings: ranks, strategy, sizes by the names of :class:`ParallelismSizes`, steps, folder and seed."""
+    """The demo's settings: ranks, strategy, sizes by the names of :class:`ParallelismSizes`, steps, folder and seed.
+
+    ``moe`` is for a mixture of experts.
+    """
 
     nproc: int = 4
     strategy: str = "fsdp2"
@@ -28,6 +31,7 @@ class DemoOptions:
     steps: int = 160
     out: Path = attrs.field(default=Path("nemo_dist_demo"), converter=Path)
     seed: int = 0
+    moe: bool = False
     window: int = 128  # bytes
     lr: float = 2e-3
 
@@ -35,6 +39,10 @@ class DemoOptions:
         integer("nproc", self.nproc)
         integer("steps", self.steps)
         integer("seed", self.seed, low=0)
+        if self.sizes.get("ep_size", 1) > 1 and not self.moe:
+            raise ValueError(
+                f"--ep {self.sizes['ep_size']} shares experts, which the Llama of the demo lacks; add --moe"
+            )
 
     @classmethod
     def from_json(cls, text: str) -> DemoOptions:
@@ -56,7 +64,7 @@ class DemoOptions:
         dp = self.parallelism_sizes.dp(self.nproc)
         return -(-_BATCH // dp) * dp
 
-    def setup(self, world_size: int | None = None) -> DistributedSetup:
+    def setup(self, world_size: int | None = None, device_type: str | None = None) -> DistributedSetup:
         """Build the setup; every number is float32, so that the export can be compared with what was trained."""
         config_type: Any = Registry().load(self.strategy).config_type
         known = attrs.fields_dict(config_type) if attrs.has(config_type) else {}
@@ -64,6 +72,7 @@ class DemoOptions:
             strategy=config_type(mp_policy=_EXACT) if "mp_policy" in known else self.strategy,
             parallelism_sizes=self.parallelism_sizes,
             world_size=self.nproc if world_size is None else world_size,
+            device_type=device_type,
         )
 
     def claim_folder(self) -> None:

@@ -1,6 +1,8 @@
 """Training with Megatron-FSDP, the real package, is training on one process."""
 
 import importlib.metadata
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -439,6 +441,19 @@ def test_a_version_that_is_not_tested_is_named(monkeypatch, version):
 def test_an_option_that_is_wrong_names_itself(options, error):
     with pytest.raises(error, match=next(iter(options))):
         MegatronFSDPConfig(**options)
+
+
+def test_another_device_than_cuda():
+    assert "'megatron_fsdp' needs CUDA (got device_type 'cpu')" in refused(device_type="cpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here")
+def test_the_demo_says_in_one_line_what_it_needs(tmp_path):
+    command = [sys.executable, "-m", "nemo_dist.cli", "demo", "--strategy", "megatron_fsdp", "--nproc", "2"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 2
+    assert "'megatron_fsdp' needs CUDA" in result.stderr and "Traceback" not in result.stderr
+    assert "starting" not in result.stdout and not list(tmp_path.iterdir())
 
 
 def load_without_cuda(folder):

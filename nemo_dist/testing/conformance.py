@@ -98,8 +98,9 @@ class PluginConformance:
         def judged_alike_each_time(topology: tuple[ParallelismSizes, int]) -> None:
             sizes, world_size = topology
             plan = MeshPlan.nearest(sizes, world_size)
-            first = calls.validate(plan=plan, sizes=sizes, plugins=(plugin,))
-            assert first == calls.validate(plan=plan, sizes=sizes, plugins=(plugin,))
+            given: dict[str, Any] = {"plan": plan, "sizes": sizes, "plugins": (plugin,), "device_type": None}
+            first = calls.validate(**given)
+            assert first == calls.validate(**given)
             assert all(isinstance(sentence, str) and sentence for found in first for sentence in found)
 
         judged_alike_each_time()

@@ -81,8 +81,11 @@ class MegatronFSDP:
     config: MegatronFSDPConfig = attrs.field(factory=MegatronFSDPConfig)
 
     @hookimpl
-    def validate(self) -> list[str]:
-        return problems()
+    def validate(self, device_type: str | None) -> list[str]:
+        found = problems()
+        if device_type not in (None, "cuda"):
+            found.append(f"strategy 'megatron_fsdp' needs CUDA (got device_type {device_type!r}); use 'fsdp2' there")
+        return found
 
     @hookimpl
     def shard(self, parts: list[nn.Module], mesh: MeshContext) -> None:
