@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nemo_dist.checkpoint_export import export_checkpoint
     from nemo_dist.compose import DistributedSetup
     from nemo_dist.context import DistEnv, MeshContext, initialize_distributed
     from nemo_dist.errors import (
@@ -35,10 +36,12 @@ if TYPE_CHECKING:
     from nemo_dist_ddp import DDPConfig
     from nemo_dist_fsdp2 import FSDP2Config
     from nemo_dist_megatron_fsdp import MegatronFSDPConfig
+    from nemo_dist_moe import MoEParallelizerConfig
     from nemo_dist_pipeline import AutoPipeline, PipelineConfig
 
 # The only place in the core that names plugins: their config classes are public names, and live with the plugin.
 _HOMES = {
+    "nemo_dist.checkpoint_export": ("export_checkpoint",),
     "nemo_dist.compose": ("DistributedSetup",),
     "nemo_dist.context": ("DistEnv", "MeshContext", "initialize_distributed"),
     "nemo_dist.errors": (
@@ -65,6 +68,7 @@ _HOMES = {
     "nemo_dist_ddp": ("DDPConfig",),
     "nemo_dist_fsdp2": ("FSDP2Config",),
     "nemo_dist_megatron_fsdp": ("MegatronFSDPConfig",),
+    "nemo_dist_moe": ("MoEParallelizerConfig",),
     "nemo_dist_pipeline": ("AutoPipeline", "PipelineConfig"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -81,6 +85,7 @@ __all__ = [
     "MegatronFSDPConfig",
     "MeshContext",
     "MeshPlan",
+    "MoEParallelizerConfig",
     "NeMoAutoModelForCausalLM",
     "NeMoAutoModelForImageTextToText",
     "NeMoAutoModelForSequenceClassification",
@@ -99,6 +104,7 @@ __all__ = [
     "TopologyError",
     "UnknownNameError",
     "View",
+    "export_checkpoint",
     "hookimpl",
     "initialize_distributed",
 ]

@@ -138,7 +138,12 @@ def plugins(as_json: Json = False) -> None:
 
 
 @app.command(
-    epilog=_examples("demo", "demo --strategy ddp --nproc 2", "demo --dp-replicate 2 --steps 300 --out my_model")
+    epilog=_examples(
+        "demo",
+        "demo --strategy ddp --nproc 2",
+        "demo --dp-replicate 2 --steps 300 --out my_model",
+        "demo --moe --ep 2 --tp 2",
+    )
 )
 def demo(
     nproc: Annotated[int, typer.Option("--nproc", "-n", help="How many ranks to start on this machine.")] = 4,
@@ -152,6 +157,7 @@ def demo(
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 160,
     out: Annotated[Path, typer.Option(help="Where to export the model.")] = Path("nemo_dist_demo"),
     seed: Annotated[int, typer.Option(help="Seed of the weights and of the text windows.")] = 0,
+    moe: Annotated[bool, typer.Option("--moe", help="Train a small mixture of experts instead.")] = False,
 ) -> None:
     """Train a small Llama on real text on several ranks of this machine, export it, and check the export.
 
@@ -160,7 +166,7 @@ def demo(
     """
     with _refusals():
         sizes = _given(tp, pp, cp, ep, dp, dp_replicate)
-        options = DemoOptions(nproc=nproc, strategy=strategy, sizes=sizes, steps=steps, out=out, seed=seed)
+        options = DemoOptions(nproc=nproc, strategy=strategy, sizes=sizes, steps=steps, out=out, seed=seed, moe=moe)
         options.claim_folder()
         from nemo_dist.demo import device_type
 
@@ -176,6 +182,30 @@ def demo(
     from nemo_dist.demo import verify
 
     _report(verify(options), options)
+
+
+@app.command(
+    epilog=_examples(
+        "export runs/llama exported",
+        "export runs/llama/step-00001000 exported --dtype bfloat16",
+        "export checkpoint exported --max-shard-size 2GB",
+    )
+)
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or the folder of a run.", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="The folder to write.", show_default=False)],
+    dtype: Annotated[str | None, typer.Option(help="Cast the weights, to bfloat16, say.")] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest file.")] = "5GB",
+) -> None:
+    """Make a plain Hugging Face folder of a checkpoint, in this process, whatever topology wrote it.
+
+    Of the folder of a run, the newest checkpoint that is whole is taken. All checksums are verified first.
+    """
+    with _refusals():
+        from nemo_dist.checkpoint_export import export_checkpoint
+
+        taken = export_checkpoint(checkpoint, out, dtype, max_shard_size)
+    typer.echo(f"exported {taken} to {out}")
 
 
 def _given(tp: int, pp: int, cp: int, ep: int, dp: int | None, dp_replicate: int | None) -> dict[str, int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from nemo_dist.hooks import RuntimePart
 from nemo_dist.manager import PluginCalls
 from nemo_dist.mesh import MeshPlan, View
 from nemo_dist.registry import Plugin, Registry, Stage
+from nemo_dist.request import judge_runtime_options, launched_ranks, mesh_ranks, select_recompute
 from nemo_dist.select import Choice, Selection
 from nemo_dist.sizes import ParallelismSizes
 
@@ -24,9 +24,6 @@ if TYPE_CHECKING:
 
     from nemo_dist.context import MeshContext
     from nemo_dist.runtime import Runtime
-
-RECOMPUTE = "activation_checkpointing"
-_MODES: dict[Any, str] = {True: "full", "full": "full", "selective": "selective"}
 
 
 def _in_stage_order(plugins: Iterable[Plugin]) -> tuple[Plugin, ...]:
@@ -82,9 +79,9 @@ class DistributedSetup:
             raise TypeError(
                 f"parallelism_sizes must be a ParallelismSizes (got {sizes!r}); write ParallelismSizes(tp_size=2)"
             )
-        total = _world_size() if world_size is None else world_size
+        total = launched_ranks() if world_size is None else world_size
         selection = Selection(registry or Registry())
-        mesh_ranks, total = _mesh_ranks(ranks, total, selection.problems)
+        members, total = mesh_ranks(ranks, total, selection.problems)
         chosen = selection.strategy(strategy)
         selection.extras(plugins)
         for role, keyword, value, size in (
@@ -98,9 +95,9 @@ class DistributedSetup:
             elif value is not None:
                 selection.option(role, keyword, value)
         selection.axes(sizes, total)
-        mode = _select_recompute(activation_checkpointing, chosen, selection)
+        mode = select_recompute(activation_checkpointing, chosen, selection)
         selection.judge_composition(chosen, sizes, total)
-        _judge_runtime_options(device_type, timeout_minutes, selection.problems)
+        judge_runtime_options(device_type, timeout_minutes, selection.problems)
         return cls(
             plan=_plan(sizes, total, selection, device_type),
             plugins=selection.plugins,
@@ -108,7 +105,7 @@ class DistributedSetup:
             activation_checkpointing=mode or False,
             device_type=device_type,
             timeout_minutes=timeout_minutes,
-            ranks=mesh_ranks,
+            ranks=members,
         )
 
     @classmethod
@@ -117,8 +114,10 @@ class DistributedSetup:
 
         The axes may be ``pp``, ``dp_replicate``, ``dp_shard`` (or ``dp``), ``cp`` and ``tp``, in any order.
         """
-        from nemo_dist.context import MeshContext
+        from nemo_dist.context import MeshContext, in_order
 
+        MeshContext.from_meshes(device_mesh)  # judges it
+        device_mesh = in_order(device_mesh)
         context = MeshContext.from_meshes(device_mesh)
         sizes = ParallelismSizes(
             tp_size=context.tp_size,
@@ -187,6 +186,11 @@ class DistributedSetup:
         return MeshContext.realise(self)
 
     @property
+    def own_mesh(self) -> DeviceMesh | None:
+        """The mesh that the user passed to a loader, its axes in order; None for one that is laid by the plan."""
+        return self._live_mesh
+
+    @property
     def strategy(self) -> Plugin | None:
         """The selected strategy; None only for a topology wrapped from a mesh without a data axis."""
         return next((plugin for plugin in self.plugins if plugin.stage == Stage.DATA), None)
@@ -234,11 +238,16 @@ class DistributedSetup:
         )
         return answers
 
-    def explain(self) -> str:
-        """Say which axes there are, who claims each, what every plugin will do in order, and where this rank stands."""
+    def explain(self, model: Any = None, rows: int = 1, length: int | None = None) -> str:
+        """Say which axes there are, who claims each, what every plugin and every step will do, and this rank's place.
+
+        ``model``: a transformers model, on the meta device for one; with it, the collectives of a step come with the
+        bytes that one rank sends. ``rows`` and ``length``: the batch of one data-parallel rank, by default one sequence
+        of the greatest length that the model takes.
+        """
         from nemo_dist.explain import explanation
 
-        return explanation(self)
+        return explanation(self, model, rows, length)
 
     def describe(self) -> Mapping[str, str]:
         """Return the fields that must be the same on every rank, each as text."""
@@ -272,90 +281,3 @@ def _plan(sizes: ParallelismSizes, world_size: int, selection: Selection, device
     if problems:
         raise TopologyError(problems)
     return plan
-
-
-def _world_size() -> int:
-    """Return the size of the process group if there is one, else what the launcher says, else 1."""
-    if "torch.distributed" in sys.modules:
-        import torch.distributed as dist
-
-        if dist.is_available() and dist.is_initialized():
-            return dist.get_world_size()
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def _mesh_ranks(
-    ranks: Sequence[int] | None, world_size: int, problems: list[str]
-) -> tuple[tuple[int, ...] | None, int]:
-    """Return the ranks that the mesh is laid over (None: all) and how many they are."""
-    if ranks is None:
-        return None, world_size
-    chosen = tuple(ranks)
-    for rank in chosen:
-        if isinstance(rank, bool) or not isinstance(rank, int):
-            raise TypeError(f"ranks must be ints (got {rank!r})")
-    repeated = sorted({rank for rank in chosen if chosen.count(rank) > 1})
-    if repeated:
-        problems.append(f"ranks names {repeated} more than once; a rank has one place in the mesh")
-    outside = sorted({rank for rank in chosen if not 0 <= rank < world_size})
-    if outside:
-        problems.append(f"ranks names {outside}, but the world has ranks 0 to {world_size - 1}")
-    if not chosen:
-        problems.append("ranks is empty; name at least one rank, or leave it out for all")
-    return chosen, max(1, len(chosen))
-
-
-def _select_recompute(asked: Any, strategy: Plugin, selection: Selection) -> str | None:
-    """Select the plugin that recomputes activations, if that was asked for anywhere, and return the mode."""
-    config = strategy.config
-    given = selection.filling(RECOMPUTE)
-    mode = given.config.mode if given else _recompute_mode(asked, config, selection.problems)
-    scope = getattr(config, f"{RECOMPUTE}_scope", None)
-    if given and (asked or getattr(config, RECOMPUTE, None) or scope is not None):
-        selection.problems.append(f"{RECOMPUTE} is set both here and in plugins=({given.config!r},); set it once")
-    elif mode and not given:
-        settings = {"mode": mode} if scope is None else {"mode": mode, "scope": scope}
-        selection.role(RECOMPUTE, f"{RECOMPUTE}={mode!r} was asked for", **settings)
-    elif scope is not None:
-        selection.problems.append(
-            f"{type(config).__name__}.{RECOMPUTE}_scope={scope!r} was given, but nothing is recomputed; "
-            f"set {RECOMPUTE}=True, or leave the scope out"
-        )
-    if mode:
-        feature = RECOMPUTE if mode == "full" else f"{RECOMPUTE}:{mode}"
-        selection.judge_feature(strategy, feature, f"{RECOMPUTE}={mode!r} was asked for")
-    return mode
-
-
-def _recompute_mode(asked: Any, config: Any, problems: list[str]) -> str | None:
-    """Return the mode of activation checkpointing from the setup or from the strategy config; they may not conflict."""
-    modes: list[str | None] = []
-    for where, value in (
-        (RECOMPUTE, asked),
-        (f"{type(config).__name__}.{RECOMPUTE}", getattr(config, RECOMPUTE, None)),
-    ):
-        if isinstance(value, bool | str) and value in _MODES:
-            modes.append(_MODES[value])
-        elif value is None or value is False:
-            modes.append(None)
-        else:
-            modes.append(None)
-            problems.append(f"{where} must be False, True, 'full' or 'selective' (got {value!r})")
-    on_setup, on_config = modes
-    if on_setup and on_config and on_setup != on_config:
-        problems.append(
-            f"{RECOMPUTE} is {on_setup!r} on the setup but {on_config!r} on {type(config).__name__}; "
-            "set it in one place"
-        )
-    return on_setup or on_config
-
-
-def _judge_runtime_options(device_type: Any, timeout_minutes: Any, problems: list[str]) -> None:
-    if device_type is not None and not isinstance(device_type, str):
-        raise TypeError(f"device_type must be 'cpu', 'cuda' or None (got {device_type!r})")
-    if timeout_minutes is None:
-        return
-    if isinstance(timeout_minutes, bool) or not isinstance(timeout_minutes, int | float):
-        raise TypeError(f"timeout_minutes must be a number of minutes (got {timeout_minutes!r})")
-    if not timeout_minutes > 0:
-        problems.append(f"timeout_minutes must be positive (got {timeout_minutes})")

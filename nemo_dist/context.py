@@ -81,12 +81,13 @@ class MeshContext:
     """The live meshes of a setup.
 
     ``device_mesh`` has the axes ``pp, dp_replicate, dp_shard, cp, tp`` (or the user's own), and the flattened names
-    ``dp``, ``dp_shard_cp`` and ``dp_cp``. ``views`` are the meshes that plugins added, by name. Sizes are read from the
-    live mesh, 1 where an axis is absent.
+    ``dp``, ``dp_shard_cp`` and ``dp_cp``. ``views`` are the meshes that plugins added, by name, and ``flattened`` says
+    which axes a flattened name of any of them stands for. Sizes are read from the live mesh, 1 where an axis is absent.
     """
 
     device_mesh: DeviceMesh | None = None
     views: Mapping[str, DeviceMesh] = attrs.field(factory=dict)
+    flattened: Mapping[str, tuple[str, ...]] = attrs.field(default=FLATTENED)
 
     @classmethod
     def realise(cls, setup: DistributedSetup) -> MeshContext:
@@ -107,7 +108,8 @@ class MeshContext:
         device_type = setup.device_type or default_device_type()
         dense = _live(plan.dense, ranks, device_type)
         views = {view.name: _live(view, ranks, device_type) for view in plan.views}
-        context = cls(dense, views)
+        flattened = {name: axes for view in (plan.dense, *plan.views) for name, axes in view.flattened.items()}
+        context = cls(dense, views, flattened)
         if setup.timeout_minutes is not None:
             _limit(context, timedelta(minutes=setup.timeout_minutes))
         return context
@@ -131,13 +133,14 @@ class MeshContext:
                 raise ValueError(
                     f"{what} has the axes {names}; 'dp' stands for dp_replicate x dp_shard, so name it or them"
                 )
+            _refuse_disorder(what, mesh)
         return cls(device_mesh, {} if moe_mesh is None else {"moe": moe_mesh})
 
     @property
     def moe_mesh(self) -> DeviceMesh | None:
         """The mesh of the experts, with the axes ``ep_shard, ep``; None when ep is 1."""
         moe = self.views.get("moe")
-        return None if moe is None else moe["ep_shard", "ep"]
+        return None if moe is None else _sliced(moe, ["ep_shard", "ep"])
 
     def __getitem__(self, names: str | tuple[str, ...]) -> DeviceMesh:
         """Return the submesh of an axis or flattened name, or the mesh over several of them, one dim each."""
@@ -199,7 +202,7 @@ class MeshContext:
         """
         own = mesh.mesh_dim_names or ()
         alias = {"dp_shard": "dp"} if "dp" in own else {}
-        parts = [alias.get(part, part) for part in FLATTENED.get(name, (name,))]
+        parts = [alias.get(part, part) for part in self.flattened.get(name, (name,))]
         present = tuple(dict.fromkeys(part for part in parts if part in own))
         return tuple(axis for axis in present if mesh.size(own.index(axis)) > 1) or present[:1]
 
@@ -209,6 +212,34 @@ class MeshContext:
             flatten(mesh, present, name)
             return name
         return present[0]
+
+
+def _refuse_disorder(what: str, mesh: DeviceMesh) -> None:
+    """Refuse a mesh whose ranks do not ascend: torch orders a process group by rank, but a mesh as it was given."""
+    for dim, name in enumerate(mesh.mesh_dim_names or ()):
+        if (mesh.mesh.diff(dim=dim) < 0).any():
+            raise ValueError(
+                f"{what} {mesh.mesh.tolist()} has ranks in descending order along {name!r}, but torch's process groups "
+                "are in ascending order; lay the ranks out so that they ascend along every axis"
+            )
+
+
+def in_order(mesh: DeviceMesh) -> DeviceMesh:
+    """Return the user's *mesh* with its axes in the order of a plan: a new mesh where they were not, so collective.
+
+    torch composes shardings only on meshes in which the data axes lie outside of the tensor-parallel one.
+    """
+    names = mesh.mesh_dim_names or ()
+    order = sorted(names, key=lambda name: AXES.index("dp_shard" if name == "dp" else name))
+    if tuple(order) == names:
+        return mesh
+    if mesh.mesh.numel() != dist.get_world_size():
+        raise ValueError(
+            f"device_mesh has the axes {names} over {mesh.mesh.numel()} of the {dist.get_world_size()} ranks; a mesh "
+            f"over some ranks must have its axes in the order {tuple(order)}"
+        )
+    ranks = mesh.mesh.permute([names.index(name) for name in order])
+    return DeviceMesh(mesh.device_type, ranks, mesh_dim_names=tuple(order))
 
 
 def default_device_type() -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nemo_dist.canonical import model_state
 from nemo_dist.companions import write_companions
-from nemo_dist.pieces import bring, describe, survey
+from nemo_dist.pieces import Entry, bring, describe, survey
 from nemo_dist.safetensors_file import DTYPES, SafetensorsFile
 from nemo_dist.saved_names import Group, Layout, groups, nbytes, refuse_unplain, skeleton
 from nemo_dist.staging import written_beside
@@ -25,6 +25,8 @@ from nemo_dist.team import Team
 
 if TYPE_CHECKING:
     from nemo_dist.runtime import Runtime
+
+Bring = Callable[[Sequence[Sequence[str]]], dict[str, Tensor]]  # from what each rank wants, to what this one wanted
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin*")
@@ -47,28 +49,46 @@ def export(
     """Write the model of *runtime* to the folder *path*; see :meth:`nemo_dist.Runtime.export`."""
     team = Team.of(runtime.mesh)
     with team.agreed("collecting what to export"):
-        target, limit = _dtype(dtype), _bytes(max_shard_size)
+        target, limit = dtype_of(dtype), bytes_of(max_shard_size)
         model = runtime.parts[0]
         refuse_unplain(model)
         state = model_state(runtime)
         described = describe(state)
     entries = survey(team.gather(described))
     with team.agreed("planning the export"):
-        bare = skeleton(model)
+        plan = Plan.of(skeleton(model), entries, target, limit)
+    plan.write(team, path, model, lambda wanted: bring(team, wanted, state, entries, plan.dtypes))
+
+
+@attrs.frozen(kw_only=True)
+class Plan:
+    """What is written: bundles of the parameters of ``bare``, the model on meta, and the dtype of each in the files."""
+
+    bare: Any
+    bundles: list[Bundle]
+    dtypes: Mapping[str, torch.dtype]
+
+    @classmethod
+    def of(cls, bare: Any, entries: Mapping[str, Entry], target: torch.dtype | None, limit: int) -> Plan:
+        """Return the plan for *entries*; the same on every rank."""
         skipped = bare._keys_to_ignore_on_save or ()
         dtypes = {
             name: target if target and entry.dtype.is_floating_point else entry.dtype
             for name, entry in sorted(entries.items())
             if name not in skipped
         }
-        bundles = pack(groups(bare, {name: (entries[name].shape, kind) for name, kind in dtypes.items()}), limit)
-    with written_beside(team, path, "the export", stale=_is_weights) as folder:
-        names = file_names(bundles)
-        if team.first:
-            _write_index(folder, bundles, names)
-            write_companions(folder, model, target)
-        with _Writer(team, folder, bare, names) as writer:
-            writer.write(bundles, lambda wanted: bring(team, wanted, state, entries, dtypes))
+        found = groups(bare, {name: (entries[name].shape, kind) for name, kind in dtypes.items()})
+        return cls(bare=bare, bundles=pack(found, limit), dtypes=dtypes)
+
+    def write(self, team: Team, path: str | os.PathLike[str], model: Any, bring: Bring) -> None:
+        """Write the folder at *path*; *bring* gives this rank the whole parameters that it asks for. Collective."""
+        names = file_names(self.bundles)
+        with written_beside(team, path, "the export", stale=_is_weights) as folder:
+            if team.first:
+                _write_index(folder, self.bundles, names)
+                write_companions(folder, model, next((d for d in self.dtypes.values() if d.is_floating_point), None))
+            with _Writer(team, folder, self.bare, names) as writer:
+                writer.write(self.bundles, bring)
 
 
 def pack(found: Sequence[Group], limit: int) -> list[Bundle]:
@@ -126,7 +146,7 @@ class _Writer:
     def __exit__(self, *exception: Any) -> None:
         self._stack.__exit__(*exception)
 
-    def write(self, bundles: list[Bundle], bring: Callable[[Sequence[Sequence[str]]], dict[str, Tensor]]) -> None:
+    def write(self, bundles: list[Bundle], bring: Bring) -> None:
         """Write this rank's bundles; every rank takes part in every exchange, also when its own disk has failed."""
         world = self._team.size
         steps = [_steps(range(owner, len(bundles), world), bundles) for owner in range(world)]
@@ -185,7 +205,8 @@ def _is_weights(name: str) -> bool:
     return any(fnmatch.fnmatch(name, pattern) for pattern in _WEIGHTS)
 
 
-def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+def dtype_of(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """Return the floating-point dtype of that name; raise ValueError for anything else."""
     given = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if given is None and dtype is None:
         return None
@@ -194,8 +215,8 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return given
 
 
-def _bytes(size: int | str) -> int:
-    """Return a number of bytes, of an int or of text like ``"5GB"``."""
+def bytes_of(size: int | str) -> int:
+    """Return a number of bytes, of an int or of text like ``"5GB"``; raise ValueError for anything else."""
     if isinstance(size, int) and not isinstance(size, bool) and size > 0:
         return size
     found = re.fullmatch(r"([0-9.]+) ?([KMG]I?B)", size.strip().upper()) if isinstance(size, str) else None

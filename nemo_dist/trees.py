@@ -83,7 +83,7 @@ def from_json(value: Any) -> Any:
     if kind in _SEQUENCES:
         return _SEQUENCES[kind](from_json(item) for item in content)
     if kind in _MAPPINGS:
-        return _MAPPINGS[kind](_pair(item) for item in content)
+        return _MAPPINGS[kind](dict(_pair(item) for item in content))  # of pairs, a Counter would count the pairs
     if not isinstance(content, str):
         raise ValueError(f"{kind!r} is no kind of saved value")
     return _raw(kind, base64.b64decode(content), value)

@@ -94,9 +94,9 @@ def test_a_run_killed_at_any_moment_of_a_save_goes_on_from_a_whole_checkpoint(tm
             pids.mkdir()
             kill_while_saving(pool, folders, path, pids, first, chance.uniform(0, 0.4), everybody=index % 2 == 0)
             steps = pool.run(resume, folders, path)
-            # A save that returned is durable; in the background, the one before it is.
-            assert steps[0] == steps[1] >= int((pids / "saved").read_text()) - 1
-            assert steps[0] >= first
+            # What a save in the foreground returned from is durable; of one in the background, the one before is.
+            returned = int((pids / "saved").read_text())
+            assert steps[0] == steps[1] >= (returned if returned % 2 else returned - 1)
             first = steps[0] + 2
     assert len(list(path.glob("step-*"))) <= 3
 

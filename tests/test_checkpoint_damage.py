@@ -1,6 +1,5 @@
 """What is not whole, not of this model, or not to be trusted is refused by name, before anything has changed."""
 
-import json
 import os
 import pickle
 import zlib
@@ -94,29 +93,19 @@ def flip_manifest(path):
     (path / "manifest.json").write_text(text.replace('"lr": 0.01', '"lr": 0.91', 1))
 
 
-def rewrite(path, **changes):
-    """Change the manifest as somebody would who also makes its checksum right."""
-    content = json.loads((path / "manifest.json").read_text())
-    content.pop("checksum")
-    for name, change in changes.items():
-        content[name] = change(content[name])
-    text = json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
-    (path / "manifest.json").write_text(json.dumps({**content, "checksum": zlib.crc32(text)}))
-
-
 def newer(path):
-    rewrite(path, format=lambda old: old + 1)
+    runs.rewrite(path, format=lambda old: old + 1)
 
 
 def climbing(path):
     def climb(files):
         return [{**files[0], "name": "../rank-00000.safetensors"}, *files[1:]]
 
-    rewrite(path, files=climb)
+    runs.rewrite(path, files=climb)
 
 
 def absolute(path):
-    rewrite(path, files=lambda files: [{**files[0], "name": "/etc/passwd"}, *files[1:]])
+    runs.rewrite(path, files=lambda files: [{**files[0], "name": "/etc/passwd"}, *files[1:]])
 
 
 class Payload:
@@ -133,7 +122,7 @@ def pickle_with_right_sums(path):
     content = pickle.dumps(Payload(path / "ran"))
     (path / "rank-00001.safetensors").write_bytes(content)
     entry = {"name": "rank-00001.safetensors", "bytes": len(content), "crc32": zlib.crc32(content)}
-    rewrite(path, files=lambda files: [files[0], entry])
+    runs.rewrite(path, files=lambda files: [files[0], entry])
 
 
 def pickle_alone(path):
@@ -144,14 +133,14 @@ def torch_file(path):
     torch.save({"weight": Payload(path / "ran")}, path / "rank-00001.safetensors")
     content = (path / "rank-00001.safetensors").read_bytes()
     entry = {"name": "rank-00001.safetensors", "bytes": len(content), "crc32": zlib.crc32(content)}
-    rewrite(path, files=lambda files: [files[0], entry])
+    runs.rewrite(path, files=lambda files: [files[0], entry])
 
 
 def other_shapes_than_announced(path):
     save_file({"x": torch.ones(2)}, path / "rank-00001.safetensors")
     content = (path / "rank-00001.safetensors").read_bytes()
     entry = {"name": "rank-00001.safetensors", "bytes": len(content), "crc32": zlib.crc32(content)}
-    rewrite(path, files=lambda files: [files[0], entry])
+    runs.rewrite(path, files=lambda files: [files[0], entry])
 
 
 def holes(path):
@@ -159,15 +148,17 @@ def holes(path):
         shape, dtype, listed = tensors["model/model.norm.weight"]
         return {**tensors, "model/model.norm.weight": [shape, dtype, listed[1:]]}
 
-    rewrite(path, tensors=without_a_piece)
+    runs.rewrite(path, tensors=without_a_piece)
 
 
 def outside(path):
-    rewrite(path, tensors=lambda tensors: tensors | {"model/model.norm.weight": [[32], "float32", [[0, [32], [32]]]]})
+    runs.rewrite(
+        path, tensors=lambda tensors: tensors | {"model/model.norm.weight": [[32], "float32", [[0, [32], [32]]]]}
+    )
 
 
 def nonsense(path):
-    rewrite(path, tensors=lambda tensors: ["a", "list"])
+    runs.rewrite(path, tensors=lambda tensors: ["a", "list"])
 
 
 def deep(path):
@@ -259,7 +250,7 @@ def test_a_path_without_a_checkpoint_is_refused(ranks, tmp_path):
 
 
 def test_a_symbolic_manifest_names_no_attribute_of_torch(copy):
-    rewrite(copy, tensors=lambda tensors: tensors | {"model/x": [[1], "load", [[0, [0], [1]]]]})
+    runs.rewrite(copy, tensors=lambda tensors: tensors | {"model/x": [[1], "load", [[0, [0], [1]]]]})
     with pytest.raises(CheckpointError, match="malformed"):
         Manifest.read(copy)
 

@@ -228,6 +228,11 @@ def test_an_unknown_method_is_refused_with_the_near_match():
         ContextConfig(method="ulyses")
 
 
+def test_ring_attention_is_refused_with_the_reason():
+    with pytest.raises(ValueError, match="'ring' is not supported: torch's ring attention needs CUDA kernels"):
+        ContextConfig(method="ring")
+
+
 CONFIGS = {
     "encoder-decoder": (
         lambda: transformers.BartConfig(

@@ -8,7 +8,8 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from nemo_dist import DDPConfig, DistributedSetup, FSDP2Config, ParallelismSizes
+from nemo_dist import DDPConfig, DistributedSetup, FSDP2Config, MegatronFSDPConfig, ParallelismSizes
+from nemo_dist.testing.cuda_calls import WithCudaCalls
 from nemo_dist.testing.equivalence import Task, checkpoint
 from nemo_dist.testing.zoo import SPECIMENS
 
@@ -70,6 +71,39 @@ def test_an_export_has_the_files_and_weights_that_one_process_saves(ranks, tmp_p
     assert type(exported) is type(plain)
     assert_same_weights(exported.state_dict(), plain.state_dict())
     assert files(tmp_path) == ["out", "plain"]
+
+
+OTHERS = {
+    "tp": ("llama", {"strategy": FSDP2Config(mp_policy=FP32), "parallelism_sizes": ParallelismSizes(tp_size=2)}),
+    "tp, packed": ("phi3", {"strategy": FSDP2Config(mp_policy=FP32), "parallelism_sizes": ParallelismSizes(tp_size=2)}),
+    "cp": ("llama-tied", {"strategy": FSDP2Config(mp_policy=FP32), "parallelism_sizes": ParallelismSizes(cp_size=2)}),
+    "pp": (
+        "llama-deep-tied",
+        {
+            "strategy": FSDP2Config(mp_policy=FP32),
+            "parallelism_sizes": ParallelismSizes(pp_size=2),
+            "pipeline_config": {"pp_schedule": "Interleaved1F1B"},
+        },
+    ),
+    "megatron": ("llava", {"strategy": MegatronFSDPConfig()}),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("world", [2, 4])
+def test_any_topology_exports_what_plain_transformers_and_any_other_topology_load(ranks, tmp_path, name, world):
+    specimen, options = OTHERS[name]
+    pool = WithCudaCalls(ranks(world)) if name == "megatron" else ranks(world)
+    pool.run(export_on_rank, specimen, checkpoint(specimen), tmp_path / "out", options, max_shard_size="30KB")
+    assert_same_weights(weights(tmp_path / "out"), weights(checkpoint(specimen)))
+    batch = Task(specimen=specimen).batches(0)[0]
+    exported, original = (
+        SPECIMENS[specimen].load.from_pretrained(folder, dtype=torch.float32).eval()(**batch).logits
+        for folder in (tmp_path / "out", checkpoint(specimen))
+    )
+    assert torch.equal(exported, original)
+    ranks(world).run(export_on_rank, specimen, tmp_path / "out", tmp_path / "again", SETUPS["fsdp2"])
+    assert_same_weights(weights(tmp_path / "again"), weights(checkpoint(specimen)))
 
 
 def test_an_export_after_an_evaluation_has_the_weights_of_the_shards(ranks, tmp_path):

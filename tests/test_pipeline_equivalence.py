@@ -12,10 +12,10 @@ V = ["ZBVZeroBubble", "DualPipeV"]
 SPECIMENS = ["llama-deep", "llama-deep-tied", "qwen3-deep", "llama-sequences", "llama-tokens"]
 
 
-def pipelined(pp=2, schedule="1F1B", dp_replicate=None, reshard=None, **options):
+def pipelined(pp=2, schedule="1F1B", dp_replicate=None, reshard=None, sizes=None, sequence=False, **options):
     return {
-        "strategy": FSDP2Config(mp_policy=FP32, reshard_after_forward=reshard),
-        "parallelism_sizes": ParallelismSizes(pp_size=pp, dp_replicate_size=dp_replicate),
+        "strategy": FSDP2Config(mp_policy=FP32, reshard_after_forward=reshard, sequence_parallel=sequence),
+        "parallelism_sizes": ParallelismSizes(pp_size=pp, dp_replicate_size=dp_replicate, **(sizes or {})),
         "pipeline_config": PipelineConfig(pp_schedule=schedule, **options),
     }
 
@@ -48,6 +48,41 @@ def test_four_stages_of_uneven_layers_are_exact(ranks, schedule):
 @pytest.mark.parametrize("schedule", ["1F1B", "Interleaved1F1B"])
 def test_parameters_freed_after_every_forward_change_the_cost_and_not_the_numbers(ranks, schedule):
     assert_equivalent(ranks(4), Task(specimen="llama-deep"), **pipelined(2, schedule, reshard=True))
+
+
+@pytest.mark.parametrize("mode", ["full", "selective"])
+@pytest.mark.parametrize("schedule", SINGLE + LOOPED + V)
+def test_recomputed_activations_change_the_cost_and_not_the_numbers(ranks, schedule, mode):
+    if mode == "selective" and schedule not in (*SINGLE, "LoopedBFS", "Interleaved1F1B"):
+        pytest.skip("refused at build")
+    options = pipelined(2, schedule) | {"activation_checkpointing": mode}
+    assert_equivalent(ranks(2), Task(specimen="llama-deep"), **options)
+
+
+@pytest.mark.parametrize(
+    ("specimen", "schedule", "options"),
+    [
+        ("llama-tied", "1F1B", {"sizes": {"tp_size": 2}}),
+        ("llama-deep", "ZBVZeroBubble", {"sizes": {"tp_size": 2}}),
+        ("llama-tied", "1F1B", {"sizes": {"tp_size": 2}, "sequence": True}),
+        ("llama-deep", "Interleaved1F1B", {"sizes": {"tp_size": 2}, "sequence": True}),
+        ("llama-tied", "1F1B", {"sizes": {"cp_size": 2}}),
+        ("llama-deep", "InterleavedZeroBubble", {"sizes": {"cp_size": 2}}),
+    ],
+    ids=str,
+)
+def test_stages_cut_along_other_axes_are_exact(ranks, specimen, schedule, options):
+    assert_equivalent(ranks(4), Task(specimen=specimen), **pipelined(2, schedule, **options))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", [False, "full"])
+@pytest.mark.parametrize("axis", ["tp_size", "cp_size"])
+@pytest.mark.parametrize("schedule", SINGLE + LOOPED + V)
+@pytest.mark.parametrize("world", [4, 8])
+def test_the_matrix_of_schedules_and_axes(ranks, world, schedule, axis, mode):
+    options = pipelined(2, schedule, sizes={axis: 2}) | {"activation_checkpointing": mode}
+    assert_equivalent(ranks(world), Task(specimen="llama-deep", rows=2 * world), **options)
 
 
 @pytest.mark.parametrize("schedule", ["GPipe", "1F1B", "Interleaved1F1B", "ZBVZeroBubble"])

@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import attrs
 
 from nemo_dist import MeshPlan, RuntimePart, Stage, hookimpl
 from nemo_dist.options import boolean, one_of, optional, options
+from nemo_dist.traffic import Traffic, shared
 
 if TYPE_CHECKING:
     from torch import nn
 
     from nemo_dist import MeshContext
+    from nemo_dist.traffic import ModelFacts
 
 _EXCHANGES = {
     "all_gather": "all-gather of keys and values",
     "ulysses": "all-to-all of heads",
 }
+
+
+def _method(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+    if value == "ring":
+        raise ValueError(
+            "ContextConfig.method 'ring' is not supported: torch's ring attention needs CUDA kernels, and nothing here "
+            "proves it equal to one process; use 'all_gather' or 'ulysses'"
+        )
+    one_of(tuple(_EXCHANGES))(instance, attribute, value)
 
 
 @options(plugin="context")
@@ -30,7 +41,7 @@ class ContextConfig:
     one of the tail of a sequence, so that causal attention is the same work for all; None is True for causal models.
     """
 
-    method: str = attrs.field(default="all_gather", validator=one_of(tuple(_EXCHANGES)))
+    method: str = attrs.field(default="all_gather", validator=_method)
     balance: bool | None = attrs.field(default=None, validator=optional(boolean))
 
 
@@ -66,3 +77,31 @@ class Context:
         if plan.size("cp") == 1:
             return "context: nothing to do, cp_size is 1"
         return f"context: sequences in {plan.size('cp')} parts; {_EXCHANGES[self.config.method]} in every attention"
+
+    @hookimpl
+    def traffic(self, plan: MeshPlan, facts: ModelFacts | None) -> list[Traffic]:
+        ranks = plan.size("cp")
+        if ranks == 1:
+            return []
+        forward = backward = None
+        if facts is not None:
+            forward = self._sent(ranks, plan.size("tp"), facts) // plan.size("pp")
+            backward = forward
+            forward *= 2 if facts.recomputes else 1
+        what, ways = "keys and values", ("all-gather", "reduce-scatter")
+        if self.config.method == "ulysses":
+            what, ways = "queries, keys, values and outputs", ("all-to-all", "all-to-all")
+        first = Traffic(axis="cp", collective=ways[0], of=what, often="in the forward of every block", sent=forward)
+        second = Traffic(
+            axis="cp", collective=ways[1], of=f"gradients of {what}", often="in its backward", sent=backward
+        )
+        return [first, second]
+
+    def _sent(self, ranks: int, tensor_ranks: int, facts: ModelFacts) -> int:
+        """Return the bytes that a rank sends in one forward of all blocks."""
+        heads, key_heads = facts.heads // tensor_ranks, max(1, facts.key_heads // tensor_ranks)
+        token = facts.head_width * facts.computed * facts.blocks
+        if self.config.method == "ulysses":
+            copied = key_heads if key_heads % ranks == 0 else ranks
+            return shared(ranks, facts.tokens / ranks * 2 * (heads + copied) * token)
+        return shared(ranks, facts.tokens * 2 * key_heads * token)

@@ -9,11 +9,13 @@ import attrs
 
 from nemo_dist import MeshPlan, RuntimePart, Stage, hookimpl
 from nemo_dist.options import boolean, integer, optional, options
+from nemo_dist.traffic import Traffic, shared
 
 if TYPE_CHECKING:
     from torch import nn
 
     from nemo_dist.context import MeshContext
+    from nemo_dist.traffic import ModelFacts
 
 
 @options(plugin="ddp")
@@ -70,6 +72,14 @@ class DDP:
     @hookimpl
     def explain(self, plan: MeshPlan) -> str:
         return f"ddp: {plan.size('dp')} replicas; gradients averaged in buckets of {self.config.bucket_cap_mb} MiB"
+
+    @hookimpl
+    def traffic(self, plan: MeshPlan, facts: ModelFacts | None) -> list[Traffic]:
+        replicas = plan.size("dp")
+        if replicas == 1:
+            return []
+        sent = None if facts is None else 2 * shared(replicas, facts.parameters * facts.stored)
+        return [Traffic(axis="dp", collective="all-reduce", of="gradients, by bucket", often="once", sent=sent)]
 
     def _torch_options(self) -> dict[str, Any]:
         names = (

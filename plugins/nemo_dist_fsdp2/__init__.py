@@ -9,14 +9,19 @@ import attrs
 
 from nemo_dist import MeshPlan, RuntimePart, Stage, hookimpl
 from nemo_dist.options import boolean, integer, options
+from nemo_dist.precision import mixed_precision_fields
+from nemo_dist.traffic import Traffic, bytes_of, shared
 from nemo_dist.values import FrozenMapping
-from nemo_dist_fsdp2.policies import mixed_precision_fields, offload_fields
+from nemo_dist_fsdp2.policies import offload_fields
 
 if TYPE_CHECKING:
     from torch import nn
     from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
 
     from nemo_dist.context import MeshContext
+    from nemo_dist.traffic import ModelFacts
+
+_POLICY = ("param_dtype", "reduce_dtype")
 
 
 def _reshard(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
@@ -71,7 +76,7 @@ class FSDP2:
     stage: ClassVar[int] = Stage.DATA
     axes: ClassVar[frozenset[str]] = frozenset({"dp_shard", "dp_replicate"})
     composes_with: ClassVar[frozenset[str]] = frozenset(
-        {"activation_checkpointing", "activation_checkpointing:selective", "cp", "pp", "tp"}
+        {"activation_checkpointing", "activation_checkpointing:selective", "cp", "ep", "pp", "tp"}
     )
     delegates: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "tp": ("tp_plan", "sequence_parallel", "enable_async_tensor_parallel")
@@ -107,3 +112,53 @@ class FSDP2:
         replicas = plan.size("dp_replicate")
         line = f"fsdp2: parameters, gradients and optimizer state in {plan.size('dp_shard_cp')} shards"
         return f"{line}, each on {replicas} replicas" if replicas > 1 else line
+
+    @property
+    def compute_dtype(self) -> str | None:
+        """The name of the dtype of parameters in a forward; None is that in which they are stored."""
+        return self._dtypes[0]
+
+    @property
+    def _dtypes(self) -> tuple[str | None, str | None]:
+        """The names of the dtypes of compute and of reduction."""
+        if self.config.mp_policy is None:
+            return "bfloat16", "float32"
+        given: Any = self.config.mp_policy
+        names = [given.get(name) if isinstance(given, Mapping) else getattr(given, name) for name in _POLICY]
+        compute, reduction = (None if name is None else str(name).removeprefix("torch.") for name in names)
+        return compute, reduction or compute
+
+    @hookimpl
+    def traffic(self, plan: MeshPlan, facts: ModelFacts | None) -> list[Traffic]:
+        shards, replicas = plan.size("dp_shard_cp"), plan.size("dp_replicate")
+        if shards == 1:
+            return []
+        reshard = (
+            plan.size("pp") == 1 if self.config.reshard_after_forward is None else self.config.reshard_after_forward
+        )
+        again = ", and again in the backward those of blocks and embedding" if reshard else ""
+        gathered = reduced = averaged = None
+        if facts is not None:
+            part = plan.size("tp") * plan.size("pp")
+            twice = facts.block_parameters + facts.embedding_parameters if reshard else 0
+            gathered = shared(shards, (facts.parameters + twice) * facts.computed / part)
+            reduction = self._dtypes[1]
+            size = bytes_of(reduction) if reduction else facts.stored
+            reduced = shared(shards, facts.parameters * size / part)
+            averaged = 2 * shared(replicas, facts.parameters * size / part / shards)
+        found = [
+            Traffic(
+                axis="dp_shard_cp",
+                collective="all-gather",
+                of="parameters, by block",
+                often=f"once{again}",
+                sent=gathered,
+            ),
+            Traffic(
+                axis="dp_shard_cp", collective="reduce-scatter", of="gradients, by block", often="once", sent=reduced
+            ),
+        ]
+        copies = Traffic(
+            axis="dp_replicate", collective="all-reduce", of="gradient shards", often="once", sent=averaged
+        )
+        return [*found, copies] if replicas > 1 else found

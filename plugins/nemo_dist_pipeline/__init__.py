@@ -29,7 +29,6 @@ __all__ = [
     "virtual_stages",
 ]
 
-_ODD = ("reshard_after_forward", "enable_compile", "offload_policy", "defer_fsdp_grad_sync")
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -224,6 +223,7 @@ class Pipeline:
     def runtime(self, model: Any) -> RuntimePart:
         return RuntimePart(
             engine=model.run,
+            survey=model.survey,
             norm_axes=("pp",),
             norm_skip=model.tied.counted_elsewhere if model.tied else (),
         )
@@ -231,24 +231,29 @@ class Pipeline:
 
 def _strategy_problems(placement: Placement, plugins: tuple[Plugin, ...]) -> list[str]:
     """Refuse options of other plugins, by their names in any config, that come out wrong or nobody has proven."""
-    asked = {
-        name: next((v for p in plugins if (v := getattr(p.config, name, None)) is not None), None) for name in _ODD
-    }
+
+    def given(option: str, which: Iterable[Plugin] = plugins) -> list[Any]:
+        return [value for plugin in which if (value := getattr(plugin.config, option, None)) is not None]
+
     problems = []
-    if asked["reshard_after_forward"] and placement.splits:
-        problems.append(
-            f"reshard_after_forward={asked['reshard_after_forward']} loses weight gradients under schedule "
-            f"{placement.name!r}, whose backward for the weights runs by itself; leave it out, or take '1F1B' or "
-            "'Interleaved1F1B'"
+    if placement.splits:
+        reason = (
+            f"under schedule {placement.name!r}, whose backward is in two parts; use '1F1B' or 'Interleaved1F1B', or"
         )
-    if asked["enable_compile"]:
+        if any(given("reshard_after_forward")):
+            problems.append(f"reshard_after_forward loses gradients {reason} leave it out")
+        if any(given("sequence_parallel")):
+            problems.append(f"sequence_parallel does not run {reason} leave it out")
+        if "selective" in given("mode", [plugin for plugin in plugins if plugin.stage == Stage.RECOMPUTE]):
+            problems.append(f"activation_checkpointing='selective' does not run {reason} take 'full'")
+    if any(given("enable_compile")):
         problems.append("enable_compile is not proven with a pipeline; leave it out, or set pp_size to 1")
-    if asked["offload_policy"] is not None:
+    if given("offload_policy"):
         problems.append("offload_policy is not proven with a pipeline; leave it out, or set pp_size to 1")
-    if asked["defer_fsdp_grad_sync"] is False:
+    if False in given("defer_fsdp_grad_sync"):
         problems.append(
-            "defer_fsdp_grad_sync=False asks to reduce gradients in every backward, but a pipeline reduces them "
-            "once, after its last microbatch; leave it out"
+            "defer_fsdp_grad_sync=False asks to reduce gradients in every backward, but a pipeline reduces them once, "
+            "after its last microbatch; leave it out"
         )
     return problems
 

@@ -114,6 +114,8 @@ class Anatomy:
             raise ValueError(f"{where} names {unknown}; {type(model).__name__} is cut into {', '.join(self.units)}")
         if missing:
             raise ValueError(f"{where} leaves out {', '.join(missing)}; every module belongs to one stage")
+        if twice := [name for name in self.units if flat.count(name) > 1]:
+            raise ValueError(f"{where} names {', '.join(twice)} more than once; a module belongs to one stage")
         if flat != list(self.units):
             wrong = next(name for name, unit in zip(flat, self.units, strict=True) if name != unit)
             raise ValueError(f"{where} has {wrong!r} out of order; the forward goes {', '.join(self.units)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Collection
 from functools import partial
 from typing import Any
@@ -75,7 +76,9 @@ def carve(model: Any, stage: StageInfo, anatomy: Anatomy) -> None:
     if not stage.is_first:
         model.base_model.register_forward_pre_hook(_take_embeddings, with_kwargs=True)
     if not stage.is_last:
-        model.forward = partial(_hidden_states, model)
+        forward: Any = partial(_hidden_states, model)
+        forward.__signature__ = inspect.signature(model.forward)  # others ask what the model takes
+        model.forward = forward
     model.pipeline_stage = stage
 
 

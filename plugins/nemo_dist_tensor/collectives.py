@@ -61,7 +61,8 @@ class Peers:
         most = -(-total // self.size)
         padded = _padded(piece, dim, most).movedim(dim, 0).contiguous()
         joined: Tensor = functional.wait_tensor(functional.all_gather_single(padded, 0, self.group))
-        return joined.narrow(0, 0, total).movedim(0, dim).contiguous()
+        # A copy even where a view would do: what a block returns, FSDP2 wants to own.
+        return joined.narrow(0, 0, total).movedim(0, dim).clone(memory_format=torch.contiguous_format)
 
     def reduce_scatter(self, value: Tensor, dim: int) -> Tensor:
         """Return this rank's piece, along *dim*, of the sum over the peers."""

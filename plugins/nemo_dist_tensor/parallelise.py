@@ -20,9 +20,10 @@ if TYPE_CHECKING:
 def parallelise(parts: list[nn.Module], mesh: MeshContext, config: TensorConfig) -> None:
     """Cut the *parts*, transformers models on meta, in place; raise TopologyError (a ValueError) with every reason."""
     peers = Peers.along(mesh["tp"])
-    matched = [match(part, config.tp_plan or {}, skip_experts=mesh.ep_size > 1) for part in parts]
+    stage, experts = mesh.pp_size > 1, mesh.ep_size > 1
+    matched = [match(part, config.tp_plan or {}, stage=stage, skip_experts=experts) for part in parts]
     found = _unused(matched, mesh)
-    if mesh.pp_size == 1:  # a stage of a pipeline may well have no block of a certain kind
+    if not stage:  # a stage of a pipeline need not have a block
         found += [problem for part, rules in zip(parts, matched, strict=True) for problem in problems(part, rules)]
     if found:
         raise TopologyError(found)

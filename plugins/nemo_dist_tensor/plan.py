@@ -29,11 +29,12 @@ def generic(name: str) -> str:
     return re.sub(r"\.\d+(?=\.|$)", ".*", name)
 
 
-def match(model: Any, override: Mapping[str, str], skip_experts: bool = False) -> Rules:
+def match(model: Any, override: Mapping[str, str], stage: bool = False, skip_experts: bool = False) -> Rules:
     """Match the plan of *model*, with the rules of *override* over it, to its modules and parameters.
 
     A rule names a module or parameter as ``model.layers.*.mlp.up_proj``, with or without the prefix of the base model,
-    or one layer with its number. ``skip_experts`` leaves out what belongs to experts, which another plugin shards.
+    or one layer with its number. ``stage``: *model* is a stage of a pipeline, in which modules without parameters stand
+    for those of other stages. ``skip_experts`` leaves out what belongs to experts, which another plugin shards.
     """
     modules = dict(model.named_modules())
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -50,12 +51,15 @@ def match(model: Any, override: Mapping[str, str], skip_experts: bool = False) -
     styles: dict[str, str] = {}
     for name in names:
         found = plan.get(name, plan.get(generic(name)))
-        if found is not None:
+        elsewhere = stage and name in modules and not any(True for _ in modules[name].parameters())
+        if found is not None and not elsewhere:
             styles[name] = found
     experts = [name + "." for name, style in styles.items() if style == "moe_tp_experts"] if skip_experts else []
     kept = {n: s for n, s in styles.items() if not any(f"{n}.".startswith(expert) for expert in experts)}
+    # A module without parameters stands for one that another stage of a pipeline has.
+    held = {name for name, module in modules.items() if next(module.parameters(), None) is not None}
     return Rules(
-        modules={name: style for name, style in kept.items() if name in modules},
+        modules={name: style for name, style in kept.items() if name in held},
         parameters={name: style for name, style in kept.items() if name in parameters},
         unused=unused,
     )

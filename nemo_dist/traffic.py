@@ -1,0 +1,108 @@
+"""What a training step sends: collectives along each axis, and bytes per rank where the model is known.
+
+Bytes are those that one rank sends in one optimizer step of one batch, as ring and pairwise algorithms send them: where
+``size`` ranks share N bytes, ``N * (size - 1) / size`` in an all-gather, a reduce-scatter or an all-to-all, and twice
+that in an all-reduce.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import attrs
+
+_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@attrs.frozen(kw_only=True)
+class ModelFacts:
+    """The numbers of a model and of a step that decide how much is sent.
+
+    ``parameters``: in the whole model; ``block_parameters``: in its repeated blocks; ``embedding_parameters``: in the
+    input embedding, 0 where it is tied to the head. ``stored``, ``computed``: bytes of a parameter at rest and of one
+    in a matmul. ``rows``, ``length``: the batch of one data-parallel rank. ``recomputes``: every block runs twice.
+    """
+
+    parameters: int
+    block_parameters: int
+    embedding_parameters: int
+    blocks: int
+    hidden: int
+    heads: int
+    key_heads: int
+    head_width: int
+    stored: int
+    computed: int
+    rows: int
+    length: int
+    recomputes: bool
+
+    @property
+    def tokens(self) -> int:
+        """The tokens of one data-parallel rank."""
+        return self.rows * self.length
+
+    @classmethod
+    def of(cls, model: Any, rows: int, length: int, compute_dtype: str | None, recomputes: bool) -> ModelFacts:
+        """Read the facts of *model*, a transformers model on any device; meta will do."""
+        config = model.config.get_text_config()
+        names = set(model._no_split_modules or ())
+        # A sharded block has another class, derived from its own.
+        blocks = [m for m in model.modules() if any(kind.__name__ in names for kind in type(m).__mro__)]
+        layers = [block for block in blocks if any(hasattr(module, "is_causal") for module in block.modules())]
+        own = {id(parameter): parameter.numel() for parameter in model.parameters()}
+        inside = {id(parameter): parameter.numel() for block in blocks for parameter in block.parameters()}
+        head = model.get_output_embeddings()
+        weight = model.get_input_embeddings().weight
+        tied = head is not None and head.weight is weight
+        stored = _BYTES[str(next(model.parameters()).dtype).removeprefix("torch.")]
+        heads = config.num_attention_heads
+        return cls(
+            parameters=sum(own.values()),
+            block_parameters=sum(inside.values()),
+            embedding_parameters=0 if tied else weight.numel(),
+            blocks=len(layers),
+            hidden=config.hidden_size,
+            heads=heads,
+            key_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_width=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            stored=stored,
+            computed=_BYTES[compute_dtype] if compute_dtype else stored,
+            rows=rows,
+            length=length,
+            recomputes=recomputes,
+        )
+
+
+@attrs.frozen(kw_only=True)
+class Traffic:
+    """One kind of collective in a step: along which axis, of what, how often; ``sent`` are a rank's bytes in all."""
+
+    axis: str
+    collective: str
+    of: str
+    often: str
+    sent: int | None = None
+
+    def __str__(self) -> str:
+        amount = "" if self.sent is None else f": {readable(self.sent)}"
+        return f"{self.axis:<12} {self.collective} of {self.of}, {self.often}{amount}"
+
+
+def shared(size: int, total: float) -> int:
+    """Return the bytes that a rank sends when *size* ranks gather, scatter or exchange *total* bytes."""
+    return round(total * (size - 1) / size)
+
+
+def bytes_of(dtype: str) -> int:
+    """Return the bytes of one element of the floating-point *dtype*, by its name."""
+    return _BYTES[dtype]
+
+
+def readable(count: int) -> str:
+    """Write a number of bytes with a binary unit."""
+    amount, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB"]
+    while amount >= 1024 and len(units) > 1:
+        amount /= 1024
+        units.pop(0)
+    return f"{amount:.4g} {units[0]}"

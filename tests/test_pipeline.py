@@ -1,0 +1,325 @@
+"""AutoPipeline: what a rank has and reads, evaluation, loops of one's own, export, and a rank that dies."""
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor
+
+from nemo_dist import AutoPipeline, DistributedSetup, FSDP2Config, ParallelismSizes, PipelineConfig, RankError
+from nemo_dist.testing.equivalence import checkpoint
+from nemo_dist.testing.pool import RankPool
+from nemo_dist.testing.reading import BytesRead
+from nemo_dist.testing.zoo import SPECIMENS
+
+FP32 = {"param_dtype": "float32", "reduce_dtype": "float32", "output_dtype": "float32"}
+
+
+def build(schedule, pp=2, **options):
+    return DistributedSetup.build(
+        FSDP2Config(mp_policy=FP32),
+        ParallelismSizes(pp_size=pp),
+        PipelineConfig(pp_schedule=schedule, **options),
+    )
+
+
+def load(specimen, schedule, pp=2, folder=None, **options):
+    setup = build(schedule, pp, **options)
+    kind = SPECIMENS[specimen].load
+    return setup, kind.from_pretrained(folder or checkpoint(specimen), distributed_setup=setup, dtype=torch.float32)
+
+
+def whole(tensor):
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def batch_of(specimen, rows=4, length=10, seed=3):
+    return SPECIMENS[specimen].batch(rows, length, torch.Generator().manual_seed(seed))
+
+
+# ---- what a rank has ----
+
+
+def look(folder, schedule):
+    _setup, pipeline = load("llama-deep", schedule, folder=folder)
+    info = pipeline.info
+    assert isinstance(pipeline, AutoPipeline) and list(info.model_parts) == pipeline.parts
+    assert all(type(part).__name__ == "FSDPLlamaForCausalLM" for part in pipeline.parts)
+    return {
+        "stages": [stage.index for stage in info.stages],
+        "ends": (info.has_first_stage, info.has_last_stage),
+        "modules": [stage.modules for stage in info.stages],
+        "names": {name for name, _ in pipeline.named_parameters()},
+        "summary": pipeline.debug_summary(),
+        "picture": pipeline.picture(2),
+    }
+
+
+def test_the_stages_of_all_ranks_are_the_model(ranks):
+    first, last = ranks(2).run(look, checkpoint("llama-deep"), "interleaved_1f1b")
+    names = {name for name, _ in SPECIMENS["llama-deep"].make().named_parameters()}
+
+    assert (first["stages"], last["stages"]) == ([0, 2], [1, 3])
+    assert (first["ends"], last["ends"]) == ((True, False), (False, True))
+    assert first["names"] | last["names"] == names and not first["names"] & last["names"]
+    assert first["modules"][0][0] == "model.embed_tokens" and last["modules"][1][-2:] == ("model.norm", "lm_head")
+
+
+def test_a_v_schedule_puts_both_ends_on_the_first_rank(ranks):
+    first, last = ranks(2).run(look, checkpoint("llama-deep"), "zbv")
+    assert (first["stages"], first["ends"]) == ([0, 3], (True, True))
+    assert (last["stages"], last["ends"]) == ([1, 2], (False, False))
+
+
+def test_a_summary_and_a_picture_show_the_pipeline(ranks):
+    first, _ = ranks(2).run(look, checkpoint("llama-deep"), "1f1b")
+
+    assert "model.embed_tokens, model.layers.0 ... model.layers.4" in first["summary"]
+    assert "schedule 1F1B: 11.1% bubble in theory with 8 microbatches" in first["summary"]
+    assert first["picture"].splitlines()[0] == "rank 0  F0 F1 .  .  B0 -- .  B1 --"
+
+
+# ---- loading ----
+
+
+def read_and_hold(folder, schedule):
+    setup = build(schedule)
+    with BytesRead() as reading:
+        pipeline = SPECIMENS["llama-deep"].load.from_pretrained(folder, distributed_setup=setup)
+    held = sum(whole_local(parameter).nbytes for parameter in pipeline.parameters())
+    return reading.bytes, held
+
+
+def whole_local(parameter):
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+@pytest.mark.parametrize(("schedule", "world"), [("1f1b", 2), ("interleaved_1f1b", 4)])
+def test_a_rank_reads_only_its_stages_and_of_those_its_shard(ranks, schedule, world):
+    answers = ranks(world).run(read_and_hold, checkpoint("llama-deep"), schedule)
+    full = sum(parameter.nbytes for parameter in SPECIMENS["llama-deep"].make().parameters())
+
+    assert [read for read, _ in answers] == [held for _, held in answers]
+    assert sum(read for read, _ in answers) == full
+
+
+def load_quietly(folder):
+    import transformers.utils.logging as logging
+
+    logging.set_verbosity_warning()
+    load("llama-deep", "interleaved_1f1b", folder=folder)
+
+
+def test_keys_of_other_stages_raise_no_warning_and_strange_ones_do(ranks, tmp_path, capsys):
+    ranks(2).run(load_quietly, checkpoint("llama-deep"))
+    assert "UNEXPECTED" not in capsys.readouterr().out
+    transformers.AutoModelForCausalLM.from_pretrained(checkpoint("llama-deep")).save_pretrained(tmp_path)
+    save_file(
+        load_file(tmp_path / "model.safetensors") | {"strange": torch.ones(1)},
+        tmp_path / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    ranks(2).run(load_quietly, tmp_path)
+    shown = capsys.readouterr().out
+    assert "strange" in shown and "lm_head" not in shown
+
+
+def from_config(specimen, schedule, pp):
+    torch.manual_seed(7)
+    pipeline = SPECIMENS[specimen].load.from_config(
+        SPECIMENS[specimen].config(), distributed_setup=build(schedule, pp), dtype=torch.float32
+    )
+    return {name: whole(parameter) for name, parameter in pipeline.named_parameters()}, torch.rand(1).item()
+
+
+@pytest.mark.parametrize(("specimen", "schedule", "pp"), [("llama-deep-tied", "zbv", 2), ("qwen3-deep", "1f1b", 4)])
+def test_a_new_model_starts_from_the_weights_of_one_process(ranks, specimen, schedule, pp):
+    torch.manual_seed(7)
+    single = SPECIMENS[specimen].load.from_config(SPECIMENS[specimen].config(), dtype=torch.float32)
+    then = torch.rand(1).item()
+    answers = ranks(4).run(from_config, specimen, schedule, pp)
+    found = {name: tensor for tensors, _ in answers for name, tensor in tensors.items()}
+
+    assert [drawn for _, drawn in answers] == [then] * 4
+    assert found.keys() == dict(single.named_parameters()).keys()
+    assert all(torch.equal(found[name], parameter) for name, parameter in single.named_parameters())
+
+
+def load_with_new_head(folder):
+    torch.manual_seed(5)
+    _setup, pipeline = load("llama-sequences", "zbv", folder=folder, pp=2)
+    return {name: whole(parameter) for name, parameter in pipeline.named_parameters()}
+
+
+def test_a_head_that_the_checkpoint_lacks_is_drawn_like_on_one_process(ranks, tmp_path):
+    single = transformers.AutoModelForSequenceClassification.from_pretrained(checkpoint("llama-sequences"))
+    single.model.save_pretrained(tmp_path)
+    torch.manual_seed(5)
+    expected = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=3)
+    config = SPECIMENS["llama-sequences"].config()
+    config.save_pretrained(tmp_path)
+    found = {name: tensor for tensors in ranks(2).run(load_with_new_head, tmp_path) for name, tensor in tensors.items()}
+
+    assert torch.equal(found["score.weight"], expected.score.weight)
+
+
+def test_a_tied_model_whose_checkpoint_is_not_is_refused(ranks, tmp_path):
+    model = SPECIMENS["llama-deep"].make()
+    model.config.tie_word_embeddings = True
+    model.config.save_pretrained(tmp_path)
+    save_file(dict(model.state_dict()), tmp_path / "model.safetensors", metadata={"format": "pt"})
+
+    for message in ranks(2).run(load_refused, tmp_path):
+        assert "the checkpoint holds different tensors for them" in message
+
+
+def load_refused(folder):
+    with pytest.raises((ValueError, RankError)) as caught:
+        load("llama-deep", "1f1b", folder=folder)
+    return str(caught.value)
+
+
+# ---- evaluation and loops of one's own ----
+
+
+def evaluate(folder, specimen, schedule, batch):
+    _setup, pipeline = load(specimen, schedule, folder=folder)
+    before = pipeline.eval(batch).item()
+    loss = pipeline.step(batch).item()
+    between = pipeline.eval(batch).item()  # and training goes on from there
+    again = pipeline.step(batch).item()
+    grads = {name: whole(parameter.grad) for name, parameter in pipeline.named_parameters()}
+    logits = pipeline.logits({name: value for name, value in batch.items() if name != "labels"})
+    return (before, loss, between, again), grads, logits
+
+
+@pytest.mark.parametrize(
+    ("specimen", "schedule"),
+    [("llama-deep-tied", "1f1b"), ("llama-deep-tied", "zbv"), ("llama-sequences", "looped_bfs")],
+)
+def test_evaluation_gives_loss_and_logits_and_leaves_gradients_alone(ranks, specimen, schedule):
+    batch = batch_of(specimen, rows=5)
+    model = SPECIMENS[specimen].load.from_pretrained(checkpoint(specimen), dtype=torch.float32)
+    output = model(**batch)
+    output.loss.backward()
+    answers = ranks(2).run(evaluate, checkpoint(specimen), specimen, schedule, batch)
+
+    for losses, grads, _ in answers:
+        assert losses == pytest.approx([output.loss.item()] * 4, rel=1e-5)
+        for name, grad in grads.items():  # two steps without zero_grad add up
+            expected = 2 * model.get_parameter(name).grad
+            assert (grad - expected).norm() <= 1e-5 * expected.norm() + 1e-7, name
+    (logits,) = [logits for _, _, logits in answers if logits is not None]
+    torch.testing.assert_close(logits, output.logits.detach(), rtol=1e-4, atol=1e-5)
+
+
+def own_loop(folder, batch):
+    from nemo_dist_pipeline.microbatches import Microbatches
+
+    _setup, pipeline = load("llama-deep", "interleaved_1f1b", folder=folder)
+    run = Microbatches.of(pipeline.parts[-1], batch, torch.ones(()), 1, 0)
+    losses = []
+    pipeline.schedule(run).step(target=run.weights, losses=losses, return_outputs=False, **run.inputs)
+    return sum(loss.item() for loss in losses)
+
+
+def test_torchs_schedule_is_there_for_a_loop_of_ones_own(ranks):
+    batch = batch_of("llama-deep")
+    model = SPECIMENS["llama-deep"].load.from_pretrained(checkpoint("llama-deep"), dtype=torch.float32)
+    on_first, on_last = ranks(2).run(own_loop, checkpoint("llama-deep"), batch)
+
+    assert on_first == 0 and on_last == pytest.approx(model(**batch).loss.item(), rel=1e-5)
+
+
+def train_in_bfloat16(folder, batch, dtype):
+    setup = DistributedSetup.build(
+        parallelism_sizes=ParallelismSizes(pp_size=2), pipeline_config=PipelineConfig(dtype=dtype)
+    )
+    kind = SPECIMENS["llama-deep"].load
+    pipeline = kind.from_pretrained(folder, distributed_setup=setup, dtype=torch.float32)
+    loss = setup.runtime(pipeline).forward_backward(batch).item()
+    (built,) = pipeline._built.values()
+    stage = built._stage
+    (meta,) = stage._stage_meta.outputs if stage.is_first else stage._stage_meta.inputs
+    return loss, str(meta.dtype), {str(parameter.grad.dtype) for parameter in pipeline.parameters()}
+
+
+@pytest.mark.parametrize(("asked", "travels"), [(None, "torch.bfloat16"), ("float32", "torch.float32")])
+def test_hidden_states_travel_in_the_dtype_of_the_compute_or_the_users(ranks, asked, travels):
+    batch = batch_of("llama-deep")
+    model = SPECIMENS["llama-deep"].load.from_pretrained(checkpoint("llama-deep"), dtype=torch.float32)
+    for loss, dtype, grads in ranks(2).run(train_in_bfloat16, checkpoint("llama-deep"), batch, asked):
+        assert dtype == travels and grads == {"torch.float32"}
+        assert loss == pytest.approx(model(**batch).loss.item(), rel=2e-2)
+
+
+def freeze_and_train(folder, batch):
+    setup, pipeline = load("llama-deep", "1f1b", folder=folder)
+    for name, parameter in pipeline.named_parameters():
+        parameter.requires_grad_("layers.8" in name)
+    runtime = setup.runtime(pipeline)
+    runtime.forward_backward(batch)
+    return {name: whole(p.grad) for name, p in pipeline.named_parameters() if p.grad is not None}
+
+
+def test_a_first_stage_without_anything_to_train_hands_through(ranks):
+    batch = batch_of("llama-deep")
+    model = SPECIMENS["llama-deep"].load.from_pretrained(checkpoint("llama-deep"), dtype=torch.float32)
+    model(**batch).loss.backward()
+    first, last = ranks(2).run(freeze_and_train, checkpoint("llama-deep"), batch)
+
+    assert first == {} and last and all("layers.8" in name for name in last)
+    for name, grad in last.items():
+        assert (grad - model.get_parameter(name).grad).norm() <= 1e-5 * grad.norm()
+
+
+def step_and_export(folder, schedule, path, batch):
+    setup, pipeline = load("llama-deep-tied", schedule, folder=folder)
+    setup.runtime(pipeline).export(path)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zbv"])
+def test_an_export_is_the_whole_model(ranks, schedule, tmp_path):
+    batch = batch_of("llama-deep-tied")
+    ranks(2).run(step_and_export, checkpoint("llama-deep-tied"), schedule, tmp_path / "out", batch)
+    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint("llama-deep-tied"))
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+    assert torch.equal(model(**batch).logits, again(**batch).logits)
+
+
+# ---- a rank that dies ----
+
+
+def die_in_the_middle(folder, batch, how):
+    setup, pipeline = load("llama-deep", "1f1b", folder=folder)
+    runtime = setup.runtime(pipeline)
+    runtime.forward_backward(batch)
+    if pipeline.info.has_last_stage:
+        calls = []
+
+        def fail(*_):
+            calls.append(1)
+            if len(calls) == 2:
+                if how == "raises":
+                    raise FloatingPointError("the second microbatch went wrong")
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        pipeline.parts[-1].register_forward_pre_hook(fail)
+    runtime.forward_backward(batch)
+
+
+@pytest.mark.parametrize(
+    ("how", "says"), [("raises", "the second microbatch went wrong"), ("killed", "was killed by SIGKILL")]
+)
+def test_a_rank_that_dies_in_a_schedule_ends_all_ranks_and_is_named(how, says):
+    started = time.monotonic()
+    with RankPool(2, collective_timeout=30) as pool, pytest.raises(RankError, match="rank 1 of 2 failed") as caught:
+        pool.run(die_in_the_middle, checkpoint("llama-deep"), batch_of("llama-deep"), how)
+
+    assert says in str(caught.value)
+    assert time.monotonic() - started < 60

@@ -1,0 +1,111 @@
+"""What ``explain`` says that a step sends is what a step sends."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nemo_dist import ContextConfig, DDPConfig, DistributedSetup, FSDP2Config, ParallelismSizes, initialize_distributed
+from nemo_dist.testing.zoo import SPECIMENS
+from nemo_dist.traffic import ModelFacts, readable
+
+ROWS, LENGTH = 2, 16
+FP32 = {"param_dtype": "float32", "reduce_dtype": "float32", "output_dtype": "float32"}
+
+
+class Sent(TorchDispatchMode):
+    """Add up the bytes that this rank sends in gathers, scatters and exchanges of more than a few numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.sent = {"all-gather": 0, "reduce-scatter": 0, "all-to-all": 0}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function)
+        if name.startswith("c10d._allgather_base_"):
+            self.sent["all-gather"] += args[0].nbytes - args[1].nbytes
+        elif name.startswith("c10d._reduce_scatter_base_"):
+            self.sent["reduce-scatter"] += args[1].nbytes - args[0].nbytes
+        elif name.startswith("_c10d_functional.all_gather_into_tensor"):
+            self.sent["all-gather"] += args[0].nbytes * (args[1] - 1)
+        elif name.startswith("_c10d_functional.reduce_scatter_tensor"):
+            self.sent["reduce-scatter"] += args[0].nbytes * (args[2] - 1) // args[2]
+        elif name.startswith("_c10d_functional.all_to_all_single"):
+            self.sent["all-to-all"] += args[0].nbytes * (len(args[1]) - 1) // len(args[1])
+        return function(*args, **(kwargs or {}))
+
+
+def measured(specimen, options):
+    """Return the bytes that a step sends by kind of collective, and those that the plugins say it will."""
+    initialize_distributed("gloo")
+    setup = DistributedSetup.build(**options)
+    config = SPECIMENS[specimen].config()
+    model = SPECIMENS[specimen].load.from_config(config, distributed_setup=setup, dtype=torch.float32)
+    runtime = setup.runtime(model)
+    batch = SPECIMENS[specimen].batch(ROWS, LENGTH, torch.Generator().manual_seed(0))
+    with Sent() as counter:
+        runtime.forward_backward(batch)
+    full = setup.activation_checkpointing == "full"
+    facts = ModelFacts.of(model, ROWS, LENGTH, setup.strategy.compute_dtype, full)
+    said = dict.fromkeys(counter.sent, 0)
+    for found in setup.calls.traffic(plan=setup.plan, facts=facts):
+        for entry in found:
+            if entry.collective in said:
+                said[entry.collective] += entry.sent
+    return counter.sent, said
+
+
+CASES = {
+    "fsdp2": (2, "llama", {}),
+    "bfloat16": (2, "llama", {"strategy": FSDP2Config()}),
+    "tied": (2, "llama-tied", {}),
+    "kept": (2, "llama", {"strategy": FSDP2Config(mp_policy=FP32, reshard_after_forward=False)}),
+    "cp": (2, "qwen3", {"parallelism_sizes": ParallelismSizes(cp_size=2)}),
+    "cp-recomputed": (2, "qwen3", {"parallelism_sizes": ParallelismSizes(cp_size=2), "activation_checkpointing": True}),
+    "ulysses": (
+        4,
+        "llama",
+        {"parallelism_sizes": ParallelismSizes(cp_size=4), "plugins": (ContextConfig(method="ulysses"),)},
+    ),
+    "dp-cp": (4, "llama", {"parallelism_sizes": ParallelismSizes(cp_size=2)}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_sends_what_explain_says(on_ranks, case):
+    world, specimen, options = CASES[case]
+    options = {"strategy": FSDP2Config(mp_policy=FP32), **options}
+    for sent, said in on_ranks(world, measured, specimen, options):
+        for kind, count in sent.items():
+            assert said[kind] == pytest.approx(count, rel=0.01), (kind, sent, said)  # FSDP2 pads to equal shards
+
+
+def test_explain_lists_the_collectives_of_every_axis_and_their_bytes():
+    sizes = ParallelismSizes(cp_size=2, dp_replicate_size=2)
+    setup = DistributedSetup.build(parallelism_sizes=sizes, world_size=8)
+    with torch.device("meta"):
+        model = SPECIMENS["llama"].load.from_config(SPECIMENS["llama"].config())
+    plain, known = setup.explain(), setup.explain(model, rows=4, length=4096)
+    for text in (plain, known):
+        for words in (
+            "dp_shard_cp  all-gather of parameters, by block, once, and again in the backward",
+            "dp_shard_cp  reduce-scatter of gradients, by block, once",
+            "dp_replicate all-reduce of gradient shards, once",
+            "cp           all-gather of keys and values, in the forward of every block",
+            "cp           reduce-scatter of gradients of keys and values, in its backward",
+        ):
+            assert words in text
+    assert "KiB" not in plain and "MiB" not in plain
+    # 3 blocks of 2 key heads of width 8 in bfloat16, for 4 x 4096 tokens, half of which the other rank has
+    assert f"in its backward: {readable(3 * 2 * 2 * 8 * 2 * 4 * 4096 // 2)}" in known
+
+
+def test_ddp_reduces_every_gradient_once():
+    setup = DistributedSetup.build(strategy=DDPConfig(), world_size=4)
+    with torch.device("meta"):
+        model = SPECIMENS["llama"].load.from_config(SPECIMENS["llama"].config(), dtype=torch.float32)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert f"all-reduce of gradients, by bucket, once: {readable(count * 4 * 2 * 3 // 4)}" in setup.explain(model)
+
+
+def test_one_rank_sends_nothing():
+    assert "collectives" not in DistributedSetup.build(world_size=1).explain()
