@@ -336,14 +336,16 @@ def test_a_scheduler_follows_the_optimizer(ranks):
 
 
 def twice_on_rank(folder, zero, between):
-    _, runtime = start(zero, folder)
+    model, runtime = start(zero, folder)
     optimizer = runtime.optimizer(torch.optim.SGD, lr=0.1)
     first, second = Task(accumulate=2).batches(0)
     for step, batch in enumerate((first, second)):
         runtime.forward_backward({n: v.chunk(2)[runtime.dp_rank] for n, v in batch.items()})
         if step == 0 and between == "optimizer.zero_grad":
             optimizer.zero_grad()
-        if step == 0 and between == "grad = None":
+        if step == 0 and between == "evaluate, grad = None":
+            model(first["input_ids"])
+        if step == 0 and "grad = None" in between:
             for _, parameter in runtime.named_parameters():
                 parameter.grad = None
     return canonical(runtime, {name: p.grad for name, p in runtime.named_parameters() if p.grad is not None})
@@ -358,7 +360,7 @@ def gradients_alone(batches):
 
 
 @pytest.mark.parametrize("zero", ZERO)
-@pytest.mark.parametrize("between", ["optimizer.zero_grad", "grad = None"])
+@pytest.mark.parametrize("between", ["optimizer.zero_grad", "grad = None", "evaluate, grad = None"])
 def test_dropped_gradients_are_gone(ranks, zero, between):
     expected = gradients_alone(Task(accumulate=2).batches(0)[1:])
     for found in ranks(2).run(twice_on_rank, checkpoint("llama"), zero, between):
@@ -377,6 +379,24 @@ def test_a_second_backward_adds_to_the_gradients(ranks, zero):
 def test_a_second_backward_that_zero_1_would_get_wrong_is_refused(ranks):
     with pytest.raises(Exception, match=r"ZeRO 1 has reduced the gradients.*optimizer.zero_grad\(\).*no_sync"):
         ranks(2).run(twice_on_rank, checkpoint("llama"), 1, "nothing")
+
+
+def from_logits_on_rank(folder, zero):
+    model, runtime = start(zero, folder)
+    tokens = Task().batches(0)[0]["input_ids"].chunk(2)[runtime.dp_rank]
+    for _ in range(2):
+        runtime.optimizer(torch.optim.SGD).zero_grad()
+        model(tokens).logits.square().mean().backward()
+    return canonical(runtime, {name: p.grad for name, p in runtime.named_parameters() if p.grad is not None})
+
+
+@pytest.mark.parametrize("zero", ZERO)
+def test_a_loss_of_ones_own_gets_the_mean_of_the_gradients(ranks, zero):
+    model = SPECIMENS["llama"].make().eval()
+    model(Task().batches(0)[0]["input_ids"]).logits.square().mean().backward()
+    for found in ranks(2).run(from_logits_on_rank, checkpoint("llama"), zero):
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-6)
 
 
 # ---- refusals ----

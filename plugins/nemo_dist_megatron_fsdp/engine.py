@@ -24,13 +24,15 @@ class Engine:
     """The package's wrapper of one model, and the state of its current gradients.
 
     The wrapper's own forward only swaps the shards, which the optimizer and the user see, for the parameters that the
-    model computes with. Hooks on the model do the same, so the model needs no wrapping.
+    model computes with. Hooks on the model do the same, so the model needs no wrapping. Outside of a forward and a
+    backward the model shows its shards, so that who asks for gradients there gets those.
     """
 
     wrapper: Any
     layout: Layout
     shards: dict[str, Any]
     used: set[str] = attrs.field(factory=set)
+    in_backward: bool = False
     reduced: bool = False
     installed: int = -1
 
@@ -52,8 +54,7 @@ class Engine:
         return engine
 
     def _before_forward(self, model: nn.Module, args: Any) -> None:
-        if torch.is_grad_enabled() and self.reduced:
-            self._continue_accumulating()
+        self.in_backward = False  # of a backward that failed half-way
         self._install_changed_weights()
         self.wrapper._replace_param_with_raw_if_needed()
 
@@ -80,19 +81,27 @@ class Engine:
         if not torch.is_grad_enabled():
             self.wrapper.synchronize_param_gather()  # shows the shards again; no backward will
             return
+        self.wrapper._replace_param_with_distributed_if_needed()
         tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
         # The package hooks onto a root that returns tensors; a transformers model returns a ModelOutput.
         torch.autograd.graph.register_multi_grad_hook(tensors, self._before_backward, mode="any")
 
     def _before_backward(self, gradients: Any) -> None:
-        if self.wrapper._root_pre_backward_hook_issued:
+        if self.in_backward:
             return
-        self.wrapper.pre_backward()
+        if self.reduced:
+            self._continue_accumulating()
+        self.in_backward = True
+        self.wrapper._replace_param_with_raw_if_needed()
         engine: Any = torch.autograd.Variable._execution_engine
+        if not self.wrapper._root_pre_backward_hook_issued:
+            self.wrapper.pre_backward()
+            engine.queue_callback(self.wrapper.post_backward)
         engine.queue_callback(self._after_backward)
 
     def _after_backward(self) -> None:
-        self.wrapper.post_backward()
+        self.in_backward = False
+        self.wrapper._replace_param_with_distributed_if_needed()
         if self.wrapper.model_auto_sync:
             self._settle_gradients()
             self.reduced = True
