@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from nemo_dist_ddp import DDPConfig
     from nemo_dist_fsdp2 import FSDP2Config
     from nemo_dist_megatron_fsdp import MegatronFSDPConfig
+    from nemo_dist_moe import MoEParallelizerConfig
     from nemo_dist_pipeline import AutoPipeline, PipelineConfig
 
 # The only place in the core that names plugins: their config classes are public names, and live with the plugin.
@@ -67,6 +68,7 @@ _HOMES = {
     "nemo_dist_ddp": ("DDPConfig",),
     "nemo_dist_fsdp2": ("FSDP2Config",),
     "nemo_dist_megatron_fsdp": ("MegatronFSDPConfig",),
+    "nemo_dist_moe": ("MoEParallelizerConfig",),
     "nemo_dist_pipeline": ("AutoPipeline", "PipelineConfig"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -83,6 +85,7 @@ __all__ = [
     "MegatronFSDPConfig",
     "MeshContext",
     "MeshPlan",
+    "MoEParallelizerConfig",
     "NeMoAutoModelForCausalLM",
     "NeMoAutoModelForImageTextToText",
     "NeMoAutoModelForSequenceClassification",

@@ -138,7 +138,12 @@ def plugins(as_json: Json = False) -> None:
 
 
 @app.command(
-    epilog=_examples("demo", "demo --strategy ddp --nproc 2", "demo --dp-replicate 2 --steps 300 --out my_model")
+    epilog=_examples(
+        "demo",
+        "demo --strategy ddp --nproc 2",
+        "demo --dp-replicate 2 --steps 300 --out my_model",
+        "demo --moe --ep 2 --tp 2",
+    )
 )
 def demo(
     nproc: Annotated[int, typer.Option("--nproc", "-n", help="How many ranks to start on this machine.")] = 4,
@@ -152,6 +157,7 @@ def demo(
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 160,
     out: Annotated[Path, typer.Option(help="Where to export the model.")] = Path("nemo_dist_demo"),
     seed: Annotated[int, typer.Option(help="Seed of the weights and of the text windows.")] = 0,
+    moe: Annotated[bool, typer.Option("--moe", help="Train a small mixture of experts instead.")] = False,
 ) -> None:
     """Train a small Llama on real text on several ranks of this machine, export it, and check the export.
 
@@ -160,7 +166,7 @@ def demo(
     """
     with _refusals():
         sizes = _given(tp, pp, cp, ep, dp, dp_replicate)
-        options = DemoOptions(nproc=nproc, strategy=strategy, sizes=sizes, steps=steps, out=out, seed=seed)
+        options = DemoOptions(nproc=nproc, strategy=strategy, sizes=sizes, steps=steps, out=out, seed=seed, moe=moe)
         options.claim_folder()
         from nemo_dist.demo import device_type
 

@@ -81,12 +81,13 @@ class MeshContext:
     """The live meshes of a setup.
 
     ``device_mesh`` has the axes ``pp, dp_replicate, dp_shard, cp, tp`` (or the user's own), and the flattened names
-    ``dp``, ``dp_shard_cp`` and ``dp_cp``. ``views`` are the meshes that plugins added, by name. Sizes are read from the
-    live mesh, 1 where an axis is absent.
+    ``dp``, ``dp_shard_cp`` and ``dp_cp``. ``views`` are the meshes that plugins added, by name, and ``flattened`` says
+    which axes a flattened name of any of them stands for. Sizes are read from the live mesh, 1 where an axis is absent.
     """
 
     device_mesh: DeviceMesh | None = None
     views: Mapping[str, DeviceMesh] = attrs.field(factory=dict)
+    flattened: Mapping[str, tuple[str, ...]] = attrs.field(default=FLATTENED)
 
     @classmethod
     def realise(cls, setup: DistributedSetup) -> MeshContext:
@@ -107,7 +108,8 @@ class MeshContext:
         device_type = setup.device_type or default_device_type()
         dense = _live(plan.dense, ranks, device_type)
         views = {view.name: _live(view, ranks, device_type) for view in plan.views}
-        context = cls(dense, views)
+        flattened = {name: axes for view in (plan.dense, *plan.views) for name, axes in view.flattened.items()}
+        context = cls(dense, views, flattened)
         if setup.timeout_minutes is not None:
             _limit(context, timedelta(minutes=setup.timeout_minutes))
         return context
@@ -138,7 +140,7 @@ class MeshContext:
     def moe_mesh(self) -> DeviceMesh | None:
         """The mesh of the experts, with the axes ``ep_shard, ep``; None when ep is 1."""
         moe = self.views.get("moe")
-        return None if moe is None else moe["ep_shard", "ep"]
+        return None if moe is None else _sliced(moe, ["ep_shard", "ep"])
 
     def __getitem__(self, names: str | tuple[str, ...]) -> DeviceMesh:
         """Return the submesh of an axis or flattened name, or the mesh over several of them, one dim each."""
@@ -200,7 +202,7 @@ class MeshContext:
         """
         own = mesh.mesh_dim_names or ()
         alias = {"dp_shard": "dp"} if "dp" in own else {}
-        parts = [alias.get(part, part) for part in FLATTENED.get(name, (name,))]
+        parts = [alias.get(part, part) for part in self.flattened.get(name, (name,))]
         present = tuple(dict.fromkeys(part for part in parts if part in own))
         return tuple(axis for axis in present if mesh.size(own.index(axis)) > 1) or present[:1]
 

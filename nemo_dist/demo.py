@@ -1,4 +1,4 @@
-"""The demo that every rank runs: train a small byte-level Llama on real text, export it, and check the export."""
+"""The demo that every rank runs: train a small byte-level model on real text, export it, and check the export."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import attrs
 import torch
 from torch.utils.data import DataLoader, DistributedSampler
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3MoeConfig
 from transformers.utils.logging import disable_progress_bar
 
 from nemo_dist.context import initialize_distributed
@@ -33,7 +33,7 @@ def main() -> None:
     env = initialize_distributed("gloo" if device_type(options) == "cpu" else None)
     setup = options.setup(world_size=env.world_size, device_type=device_type(options))
     torch.manual_seed(options.seed)
-    model: Any = NeMoAutoModelForCausalLM.from_config(config(), distributed_setup=setup)
+    model: Any = NeMoAutoModelForCausalLM.from_config(config(options.moe), distributed_setup=setup)
     runtime = setup.runtime(model)
     with _progress(options.steps, env.is_main) as report:
         losses = train(runtime, options, report)
@@ -49,20 +49,24 @@ def device_type(options: DemoOptions) -> str:
     return "cuda" if torch.cuda.device_count() >= options.nproc else "cpu"
 
 
-def config() -> LlamaConfig:
-    """Return the Llama of the demo: 1.25 M parameters, one token per byte."""
-    return LlamaConfig(
-        vocab_size=256,
-        hidden_size=160,
-        intermediate_size=448,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        max_position_embeddings=1024,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-    )
+def config(moe: bool) -> PretrainedConfig:
+    """Return the model of the demo, one token per byte: a Llama of 1.25 M parameters or, with *moe*, 2 M in experts."""
+    sizes: dict[str, Any] = {
+        "vocab_size": 256,
+        "hidden_size": 160,
+        "intermediate_size": 448,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 1024,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
+    if not moe:
+        return LlamaConfig(**sizes)
+    experts: dict[str, Any] = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 112, "head_dim": 20}
+    return Qwen3MoeConfig(**sizes, **experts, norm_topk_prob=True, output_router_logits=True)
 
 
 def train(runtime: Runtime, options: DemoOptions, report: Report) -> list[float]:

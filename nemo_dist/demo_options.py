@@ -20,7 +20,10 @@ _EXACT = {"param_dtype": "float32", "reduce_dtype": "float32", "output_dtype": "
 
 @attrs.frozen(kw_only=True)
 class DemoOptions:
-    """The demo's settings: ranks, strategy, sizes by the names of :class:`ParallelismSizes`, steps, folder and seed."""
+    """The demo's settings: ranks, strategy, sizes by the names of :class:`ParallelismSizes`, steps, folder and seed.
+
+    ``moe`` is for a mixture of experts.
+    """
 
     nproc: int = 4
     strategy: str = "fsdp2"
@@ -28,6 +31,7 @@ class DemoOptions:
     steps: int = 160
     out: Path = attrs.field(default=Path("nemo_dist_demo"), converter=Path)
     seed: int = 0
+    moe: bool = False
     window: int = 128  # bytes
     lr: float = 2e-3
 
@@ -35,6 +39,10 @@ class DemoOptions:
         integer("nproc", self.nproc)
         integer("steps", self.steps)
         integer("seed", self.seed, low=0)
+        if self.sizes.get("ep_size", 1) > 1 and not self.moe:
+            raise ValueError(
+                f"--ep {self.sizes['ep_size']} shares experts, which the Llama of the demo lacks; add --moe"
+            )
 
     @classmethod
     def from_json(cls, text: str) -> DemoOptions:

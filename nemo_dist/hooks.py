@@ -41,20 +41,25 @@ class RuntimePart:
 
     ``engine`` replaces the loop over the batches: it gets every batch, already rewritten, and one 0-dim float32 weight
     each. It runs forward and backward of ``sum(weight * loss)`` and returns that sum, detached, equal on every rank of
-    its own axes. At most one plugin gives an engine.
+    its own axes. At most one plugin gives an engine. ``survey`` runs only the forwards of the same batches, under
+    ``torch.no_grad``, for losses that need to know all of them before the first backward.
 
     ``optimizer`` takes the optimizer that was made over the local parameters and returns the one that the user steps.
 
     ``norm_axes`` are the mesh axes along which ranks hold *different* parameters that no DTensor mesh spans, so that
     a global norm must be summed over them (``pp``). ``norm_skip`` are parameters whose gradient another rank counts.
+
+    ``metrics`` returns figures by name about the steps since it was called last; every rank calls it at the same time.
     """
 
     batch: Callable[[Batch], Batch] | None = None
     no_sync: Callable[[], AbstractContextManager[None]] | None = None
     engine: Callable[[list[Batch], list[Tensor]], Tensor] | None = None
+    survey: Callable[[list[Batch]], None] | None = None
     optimizer: Callable[[Optimizer], Optimizer] | None = None
     norm_axes: tuple[str, ...] = ()
     norm_skip: Collection[nn.Parameter] = ()
+    metrics: Callable[[], Mapping[str, float]] | None = None
 
 
 class Hooks:

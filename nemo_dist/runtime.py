@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from nemo_dist.agreement import BatchCheck
 from nemo_dist.context import MeshContext
 from nemo_dist.hooks import Batch, RuntimePart
 from nemo_dist.labels import count_labels
+from nemo_dist.routing import SWITCH, RouterLoss
 
 if TYPE_CHECKING:
     from nemo_dist.background import Save
@@ -39,6 +40,7 @@ class Runtime:
     model: Any
     parts: Sequence[nn.Module]
     plugins: Sequence[RuntimePart]
+    router_loss: RouterLoss | None = None
     _agreement: BatchCheck = attrs.field(factory=BatchCheck, init=False)
 
     @classmethod
@@ -50,7 +52,13 @@ class Runtime:
             if owner is not setup:
                 made = "another setup" if owner is not None else "no setup"
                 raise ValueError(f"the model was loaded with {made}; load it with distributed_setup=<this setup> first")
-        return cls(setup=setup, model=model, parts=parts, plugins=setup.runtime_parts(parts, model))
+        return cls(
+            setup=setup,
+            model=model,
+            parts=parts,
+            plugins=setup.runtime_parts(parts, model),
+            router_loss=RouterLoss.of(parts, setup.mesh_context),
+        )
 
     @property
     def mesh(self) -> MeshContext:
@@ -102,7 +110,9 @@ class Runtime:
         ``batches``: this data-parallel rank's batch, a mapping of tensors with ``labels``; or a list of them, whose
         gradients are accumulated with one synchronisation. The loss is the sum of the token losses over all ranks and
         batches divided by the number of labels that are not -100, exactly what one process computes on all of it. No
-        unmasked label anywhere gives a loss of 0 and zero gradients.
+        unmasked label anywhere gives a loss of 0 and zero gradients. Where the model adds a load balancing loss of its
+        routers (``output_router_logits``), it is that of all tokens of the step. A list of batches then costs one more
+        forward each, because what the experts got in total must be known before the first backward.
 
         Raises ValueError for a batch without labels or an empty list, and on the first step RankError when ranks that
         work on one batch together were given different ones.
@@ -117,21 +127,61 @@ class Runtime:
         weights = counts / total.clamp(min=1)
         # The strategy will average gradients over these ranks, each of which contributes a sum.
         scale = 1 if self._token_group is None else self._token_group.size()
-        loss = self._engine(local, list(weights * scale))
-        return self._sum_over_batches(loss / scale)
+        routers = self.router_loss
+        if routers is None or not routers.wanted(local):
+            return self._sum_over_batches(self._engine(local, list(weights * scale)) / scale)
+        with routers.step():
+            loss, balance = self._balanced(routers, [routers.without(batch) for batch in local], weights, scale)
+            return self._sum_over_batches(loss / scale) + balance
 
-    def _engine(self, batches: list[Batch], weights: list[Tensor]) -> Tensor:
+    def _balanced(
+        self, routers: RouterLoss, batches: list[Batch], weights: Tensor, scale: int
+    ) -> tuple[Tensor, Tensor]:
+        """Run forward and backward with the router loss; return the weighted model losses and the router loss."""
+        settled: list[Tensor] = []
+
+        def settle() -> None:
+            if not settled:
+                settled.append(routers.settle(scale))
+
+        engine = next((part for part in self.plugins if part.engine is not None), None)
+        if engine is not None or len(batches) > 1:
+            self._survey(engine, routers, batches)
+            settle()
+        return self._engine(batches, list(weights * scale), before_backward=settle), settled[0]
+
+    def _survey(self, engine: RuntimePart | None, routers: RouterLoss, batches: list[Batch]) -> None:
+        """Run every forward once without gradients, for what the routers of all of them choose."""
+        if engine is not None and engine.survey is None:
+            raise ValueError(
+                f"the plugin that runs the batches cannot run them without a backward, which a router loss needs; "
+                f"turn the loss off with {SWITCH}=False"
+            )
+        with routers.survey():
+            if engine is not None and engine.survey is not None:
+                engine.survey(batches)
+            else:
+                for batch in batches:
+                    self.model(**batch)
+
+    def _engine(
+        self, batches: list[Batch], weights: list[Tensor], before_backward: Callable[[], None] | None = None
+    ) -> Tensor:
         for part in self.plugins:
             if part.engine is not None:
                 return part.engine(batches, weights)
-        return self._accumulate(batches, weights)
+        return self._accumulate(batches, weights, before_backward)
 
-    def _accumulate(self, batches: list[Batch], weights: list[Tensor]) -> Tensor:
+    def _accumulate(
+        self, batches: list[Batch], weights: list[Tensor], before_backward: Callable[[], None] | None
+    ) -> Tensor:
         total = torch.zeros((), device=self.mesh.device)
         for index, (batch, weight) in enumerate(zip(batches, weights, strict=True)):
             last = index == len(batches) - 1
             with nullcontext() if last else self.no_sync():
                 loss = self.model(**batch).loss * weight
+                if before_backward is not None:
+                    before_backward()
                 loss.backward()
             # Without an unmasked label the model's mean is 0/0; its gradient is zero all the same, and so is its share.
             total += torch.where(weight > 0, loss.detach().float(), total.new_zeros(()))
@@ -157,6 +207,10 @@ class Runtime:
                 if part.no_sync is not None:
                     stack.enter_context(part.no_sync())
             yield
+
+    def metrics(self) -> dict[str, float]:
+        """Return what the plugins measured since the last call, by name; collective, and the same on every rank."""
+        return {name: value for part in self.plugins if part.metrics for name, value in part.metrics().items()}
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
         """Scale all gradients to a global norm of at most *max_norm*; return the norm before, equal on every rank.

@@ -125,6 +125,7 @@ def test_the_demo_refuses_before_it_starts_a_rank(tmp_path: Path, capfd: pytest.
     assert "holds files that the demo did not write" in refused("demo", "--out", str(out))
     assert "steps must be an int from 1 up" in refused("demo", "--steps", "0", "--out", str(tmp_path / "new"))
     assert "dp_replicate_size 3" in refused("demo", "--dp-replicate", "3", "--out", str(tmp_path / "new"))
+    assert "add --moe" in refused("demo", "--ep", "2", "--out", str(tmp_path / "new"))
     assert not (tmp_path / "new").exists()
 
 
@@ -149,6 +150,15 @@ def test_the_demo_trains_exports_and_checks_the_export(tmp_path: Path, capfd: py
     weights["model.norm.weight"] = weights["model.norm.weight"] + 0.5
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     assert not verify(DemoOptions(nproc=2, out=out)).equal
+
+
+def test_the_demo_trains_a_mixture_of_experts(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "model"
+    arguments = ["demo", "--moe", "--ep", "2", "--tp", "2", "--nproc", "4", "--steps", "4", "--out", str(out)]
+    result = run.invoke(app, arguments)
+    assert result.exit_code == 0, result.output + capfd.readouterr().err
+    assert "moe: 1/2 of the experts on each rank of ep, in 2 shards" in result.stdout
+    assert verify(DemoOptions(nproc=4, moe=True, out=out)).difference < 1e-5
 
 
 def test_a_demo_whose_export_is_wrong_exits_with_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,6 +49,12 @@ class TestContext(PluginConformance):
     build = {"strategy": FSDP2Config(mp_policy=FP32), "parallelism_sizes": ParallelismSizes(cp_size=2)}
 
 
+class TestMoE(PluginConformance):
+    plugin = "moe"
+    build = {"strategy": FSDP2Config(mp_policy=FP32), "parallelism_sizes": ParallelismSizes(ep_size=2)}
+    specimen = "qwen3-moe"
+
+
 def test_every_plugin_that_ships_is_tested_here():
     tested = {kit.plugin for kit in PluginConformance.__subclasses__()}
     ours = {entry.name for entry in Registry().entries if entry.dist and entry.dist.name == "nemo-dist"}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from nemo_dist import Registry, Stage
 from nemo_dist.testing.equivalence import checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -86,3 +87,32 @@ def test_every_link_to_a_file_leads_somewhere():
     for page in PAGES:
         for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+COLUMNS = {
+    "`dp_replicate`": "dp_replicate",
+    "`tp`": "tp",
+    "`cp`": "cp",
+    "`pp`": "pp",
+    "`ep`": "ep",
+    "recompute `full`": "activation_checkpointing",
+    "recompute `selective`": "activation_checkpointing:selective",
+}
+
+
+def test_the_table_of_what_composes_is_what_the_strategies_declare():
+    text = (ROOT / "README.md").read_text().split("## What composes")[1]
+    head, _, *rows = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
+    features = [COLUMNS[cell.strip()] for cell in head[1:]]
+    shown = {
+        row[0].strip().strip("`"): {feature for feature, cell in zip(features, row[1:], strict=True) if "yes" in cell}
+        for row in rows
+    }
+    registry = Registry()
+    strategies = {name: registry.load(name) for name in registry if registry.stage(name) == Stage.DATA}
+
+    assert shown == {
+        name: (plugin.composes_with | plugin.axes) & set(features)
+        for name, plugin in strategies.items()
+        if registry.entry(name).dist.name == "nemo-dist"
+    }

@@ -21,7 +21,7 @@ PUBLIC = {
         f"nemo_dist.{name}"
         for name in ("context", "errors", "hooks", "labels", "meeting", "mesh", "options", "registry", "runtime")
     ),
-    *(f"nemo_dist.{name}" for name in ("sizes", "testing", "traffic", "values")),
+    *(f"nemo_dist.{name}" for name in ("placement", "precision", "routing", "sizes", "testing", "traffic", "values")),
 }
 
 

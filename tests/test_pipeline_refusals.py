@@ -208,11 +208,6 @@ def test_a_model_that_nobody_said_how_to_cut_is_refused(ranks):
     assert "has no base_model_pp_plan" in message
 
 
-def test_router_losses_of_other_stages_are_not_left_out_silently(ranks):
-    config = tiny(transformers.MixtralConfig, output_router_logits=True, num_local_experts=4)
-    assert "a stage sees only its own routers" in loading(ranks, config)
-
-
 # ---- batches ----
 
 

@@ -60,6 +60,15 @@ def test_recomputed_activations_are_cut_as_the_first_ones_were(ranks, mode, sequ
     assert_equivalent(ranks(4), Task(specimen="qwen3", length=UNEVEN), **options(sequence, mode, tp_size=2))
 
 
+@pytest.mark.parametrize("sequence", [False, True])
+@pytest.mark.parametrize(("world", "sizes"), [(4, {"cp_size": 2}), (8, {"cp_size": 2}), (4, {"pp_size": 2})])
+def test_tensor_ranks_within_context_ranks_and_stages(ranks, world, sizes, sequence):
+    choice = options(sequence, tp_size=2, **sizes)
+    if "pp_size" in sizes:
+        choice["pipeline_config"] = {"pp_schedule": "1f1b"}
+    assert_equivalent(ranks(world), Task(specimen="llama", length=16), **choice)
+
+
 def test_more_ranks_than_tokens(ranks):
     assert_equivalent(ranks(4), Task(specimen="llama", length=3), **options(True, tp_size=4))
 

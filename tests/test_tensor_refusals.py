@@ -34,9 +34,16 @@ def test_an_option_of_tensor_parallelism_without_tensor_parallel_ranks(option, v
     )
 
 
-def test_async_tensor_parallelism_needs_sequence_parallelism_and_compile():
+def test_async_tensor_parallelism_is_refused_with_every_reason():
     message = refused(strategy=FSDP2Config(enable_async_tensor_parallel=True))
-    assert "set sequence_parallel=True too" in message and "set enable_compile=True too" in message
+    assert "overlaps the collectives of sequence parallelism, which is off" in message
+    assert "symmetric memory of GPUs, which a CPU does not have" in message
+    message = refused(strategy=FSDP2Config(enable_async_tensor_parallel=True, sequence_parallel=True))
+    assert "which is off" not in message and "symmetric memory" in message
+
+
+def test_compiled_blocks_are_refused():
+    assert "enable_compile is not proven with tensor parallelism" in refused(strategy=FSDP2Config(enable_compile=True))
 
 
 def test_an_unknown_style_suggests_the_near_one():
@@ -141,12 +148,6 @@ REFUSED_AT_LOAD = {
         4,
         {},
         ["6 attention heads", "attention_dropout is the probability"],
-    ),
-    "async on a CPU": (
-        config_of("llama"),
-        2,
-        {"enable_async_tensor_parallel": True, "sequence_parallel": True, "enable_compile": True},
-        ["enable_async_tensor_parallel needs CUDA", "device 'cpu'"],
     ),
     "attention outside of the plan": (
         transformers.DeepseekV3Config(

@@ -22,12 +22,14 @@ class Specimen:
     """A tiny model: how to make its config, the name of its loader, and how to make a batch for it.
 
     ``batch(rows, length, generator)`` returns tensors with *rows* rows; its labels are masked differently in every row.
+    ``edit`` changes the weights that were drawn.
     """
 
     name: str
     loader: str
     config: Callable[[], Any]
     batch: Callable[[int, int, torch.Generator], dict[str, Tensor]]
+    edit: Callable[[Any], None] = lambda model: None
 
     @property
     def load(self) -> Any:
@@ -42,6 +44,7 @@ class Specimen:
             for parameter in model.parameters():
                 if parameter.ndim == 1:
                     parameter.add_(torch.randn_like(parameter), alpha=0.1)
+            self.edit(model)
         return model
 
 
@@ -101,13 +104,37 @@ def _neox() -> Any:
     return transformers.GPTNeoXConfig(**text)
 
 
+def _moe(**more: Any) -> dict[str, Any]:
+    sizes = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8}
+    return _text(**{**sizes, "output_router_logits": True, "router_aux_loss_coef": 0.1, **more})
+
+
+def _qwen3_moe(**more: Any) -> Callable[[], Any]:
+    return lambda: transformers.Qwen3MoeConfig(**_moe(**more))
+
+
+def _tie_routers(model: Any) -> None:
+    """Let all experts be equally likely, so that all tokens go to the ones that break ties."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("mlp.gate.weight"):
+            parameter.copy_(parameter[:1].expand_as(parameter))
+
+
 def _mixtral() -> Any:
-    return transformers.MixtralConfig(**_text(num_local_experts=4, num_experts_per_tok=2))
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "output_router_logits": True}
+    return transformers.MixtralConfig(**_text(router_aux_loss_coef=0.1, sliding_window=None, **experts))
 
 
-def _qwen3_moe() -> Any:
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
-    return transformers.Qwen3MoeConfig(**_text(head_dim=8, **experts))
+def _qwen2_moe() -> Any:
+    return transformers.Qwen2MoeConfig(**_moe(shared_expert_intermediate_size=40))
+
+
+def _deepseek_v3() -> Any:
+    latent = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+    experts = {"n_routed_experts": 8, "num_experts_per_tok": 3, "n_group": 2, "topk_group": 1, "n_shared_experts": 1}
+    return transformers.DeepseekV3Config(
+        **_text(num_key_value_heads=4, moe_intermediate_size=24, first_k_dense_replace=1, **latent, **experts)
+    )
 
 
 def _deepseek() -> Any:
@@ -240,14 +267,20 @@ SPECIMENS: dict[str, Specimen] = {
         Specimen(name="gemma3", loader=_CAUSAL, config=_gemma3, batch=_causal),
         Specimen(name="olmo2", loader=_CAUSAL, config=_olmo2, batch=_causal),
         Specimen(name="neox", loader=_CAUSAL, config=_neox, batch=_causal),
-        Specimen(name="mixtral", loader=_CAUSAL, config=_mixtral, batch=_causal),
-        Specimen(name="qwen3-moe", loader=_CAUSAL, config=_qwen3_moe, batch=_causal),
         Specimen(name="deepseek", loader=_CAUSAL, config=_deepseek, batch=_causal),
         Specimen(
             name="bert-sequences", loader="NeMoAutoModelForSequenceClassification", config=_bert, batch=_sequences
         ),
         Specimen(name="bert-tokens", loader="NeMoAutoModelForTokenClassification", config=_bert, batch=_tagged),
         Specimen(name="bert-numbered", loader="NeMoAutoModelForTokenClassification", config=_bert, batch=_numbered),
+        Specimen(name="qwen3-moe", loader=_CAUSAL, config=_qwen3_moe(), batch=_causal),
+        Specimen(name="qwen3-moe-padded", loader=_CAUSAL, config=_qwen3_moe(), batch=_padded_causal),
+        Specimen(name="qwen3-moe-deep", loader=_CAUSAL, config=_qwen3_moe(num_hidden_layers=4), batch=_causal),
+        Specimen(name="qwen3-moe-six", loader=_CAUSAL, config=_qwen3_moe(num_experts=6), batch=_causal),
+        Specimen(name="qwen3-moe-tied", loader=_CAUSAL, config=_qwen3_moe(), batch=_causal, edit=_tie_routers),
+        Specimen(name="mixtral", loader=_CAUSAL, config=_mixtral, batch=_causal),
+        Specimen(name="qwen2-moe", loader=_CAUSAL, config=_qwen2_moe, batch=_causal),
+        Specimen(name="deepseek-v3", loader=_CAUSAL, config=_deepseek_v3, batch=_causal),
         Specimen(name="llava", loader="NeMoAutoModelForImageTextToText", config=_llava, batch=_images),
     )
 }

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from nemo_dist.routing import COUNTED
 from nemo_dist_context.layout import Layout
 
 SEQUENCES = "sequence_ids"  # the mark of a split batch, which the model's forward hook takes out again
@@ -44,7 +45,8 @@ class Splitter:
         """Return this rank's part of *batch*: tensors of (rows, length, ...) -> (rows, padded length / size, ...).
 
         ``sequence_ids`` (rows, padded length) says of every token, here and elsewhere, to which sequence of its row it
-        belongs: from 1 up, 0 for what ``attention_mask`` hides, -1 for what was appended. Raises ValueError for a
+        belongs: from 1 up, 0 for what ``attention_mask`` hides, -1 for what was appended; ``counted_tokens`` (rows,
+        padded length / size) says which of the tokens here are neither. Raises ValueError for a
         tensor that cannot be split.
         """
         rows, length = _shape(batch)
@@ -72,7 +74,8 @@ class Splitter:
         index = torch.tensor(self.layout.indices(whole), device=some.device)
         parts = {name: _padded(value, whole, _FILL[name]).index_select(1, index) for name, value in tensors.items()}
         others = {name: value for name, value in batch.items() if not isinstance(value, Tensor)}
-        return {**others, **parts, SEQUENCES: _padded(ids, whole, APPENDED)}
+        ids = _padded(ids, whole, APPENDED)
+        return {**others, **parts, SEQUENCES: ids, COUNTED: ids.index_select(1, index) > 0}
 
 
 def sequence_ids(mask: Tensor | None, positions: Tensor, causal: bool) -> Tensor:

@@ -88,8 +88,6 @@ def _loss(model: Any) -> Iterator[str]:
     if kind not in (*_NEXT_TOKEN, *_PER_TOKEN):
         known = ", ".join((*_NEXT_TOKEN, *_PER_TOKEN))
         yield f"its loss ({kind}) is not a mean over tokens, which all ranks could share; known: {known}"
-    if getattr(model.config, "output_router_logits", False):
-        yield "its loss has a part that balances experts over whole batches; set output_router_logits=False"
 
 
 def _heads(config: Any, ranks: int, tensor_ranks: int) -> Iterator[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from nemo_dist.routing import COUNTED
 from nemo_dist_context.attention import SharedAttention
 from nemo_dist_context.batch import SEQUENCES, Splitter
 from nemo_dist_context.fitness import counts_positions, is_causal, predicts_next_token, require_fit
@@ -51,6 +52,7 @@ def layout_of(part: nn.Module, mesh: MeshContext, config: ContextConfig) -> Layo
 def _begin(attention: SharedAttention, part: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
     """Take the mark of a split batch out of the arguments, and tell transformers how long the whole sequence is."""
     ids = kwargs.pop(SEQUENCES, None)
+    kwargs.pop(COUNTED, None)
     attention.sequences = ids
     attention.shifted = False
     if ids is not None:

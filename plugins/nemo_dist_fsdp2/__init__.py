@@ -9,9 +9,10 @@ import attrs
 
 from nemo_dist import MeshPlan, RuntimePart, Stage, hookimpl
 from nemo_dist.options import boolean, integer, options
+from nemo_dist.precision import mixed_precision_fields
 from nemo_dist.traffic import Traffic, bytes_of, shared
 from nemo_dist.values import FrozenMapping
-from nemo_dist_fsdp2.policies import mixed_precision_fields, offload_fields
+from nemo_dist_fsdp2.policies import offload_fields
 
 if TYPE_CHECKING:
     from torch import nn
@@ -75,7 +76,7 @@ class FSDP2:
     stage: ClassVar[int] = Stage.DATA
     axes: ClassVar[frozenset[str]] = frozenset({"dp_shard", "dp_replicate"})
     composes_with: ClassVar[frozenset[str]] = frozenset(
-        {"activation_checkpointing", "activation_checkpointing:selective", "cp", "pp", "tp"}
+        {"activation_checkpointing", "activation_checkpointing:selective", "cp", "ep", "pp", "tp"}
     )
     delegates: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "tp": ("tp_plan", "sequence_parallel", "enable_async_tensor_parallel")

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import Shard
 
-from nemo_dist_fsdp2.policies import mixed_precision, offload
+from nemo_dist.placement import Placement, placements
+from nemo_dist.precision import mixed_precision
+from nemo_dist_fsdp2.policies import offload
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -30,10 +33,11 @@ def shard(model: nn.Module, mesh: MeshContext, config: FSDP2Config) -> None:
         "mp_policy": mixed_precision(config.mp_policy),
         "offload_policy": offload(config.offload_policy),
     }
-    blocks = _blocks(model)
     reshard = config.reshard_after_forward
     # A stage of a pipeline runs many microbatches forward before the first goes back: gather its blocks once for all.
     block_reshard = mesh.size("pp") == 1 if reshard is None else reshard
+    _shard_placed(model, options, bool(block_reshard))
+    blocks = _blocks(model)
     for block in blocks:
         if config.enable_compile:
             block.compile()
@@ -46,6 +50,30 @@ def shard(model: nn.Module, mesh: MeshContext, config: FSDP2Config) -> None:
         fully_shard(tail, reshard_after_forward=bool(reshard), **options)
     fully_shard(model, reshard_after_forward=bool(reshard), **options)
     _prefetch([block for block in blocks if isinstance(block, FSDPModule)], config)
+
+
+def _shard_placed(model: nn.Module, options: dict[str, Any], reshard: bool) -> None:
+    """Shard the modules that another plugin wants elsewhere, before the blocks that hold them."""
+    for module, placement in placements(model).items():
+        own: dict[str, Any] = {"reshard_after_forward": reshard, "shard_placement_fn": _along(placement, module)}
+        if placement.reshard_after_forward is not None:
+            own["reshard_after_forward"] = placement.reshard_after_forward
+        if placement.mp_policy is not None:
+            own["mp_policy"] = mixed_precision(placement.mp_policy)
+        if placement.mesh is not None:
+            own["mesh"] = placement.mesh
+        placed = fully_shard(module, **{**options, **own})
+        if placement.mesh is None:
+            continue
+        placed.set_gradient_divide_factor(float(placement.grad_divisor))
+        # Other divisors than the size of the group take a premultiplied sum, which gloo lacks, so sum and divide here.
+        # A shard axis of one rank sums nothing: FSDP2 has divided already, and would divide twice.
+        placed.set_force_sum_reduction_for_comms(placement.mesh.size(-1) > 1)
+
+
+def _along(placement: Placement, module: nn.Module) -> Callable[[nn.Parameter], Shard]:
+    dims = {parameter: placement.dims.get(name, 0) for name, parameter in module.named_parameters()}
+    return lambda parameter: Shard(dims[parameter])
 
 
 def data_mesh(mesh: MeshContext) -> DeviceMesh:

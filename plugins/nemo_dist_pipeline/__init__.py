@@ -223,6 +223,7 @@ class Pipeline:
     def runtime(self, model: Any) -> RuntimePart:
         return RuntimePart(
             engine=model.run,
+            survey=model.survey,
             norm_axes=("pp",),
             norm_skip=model.tied.counted_elsewhere if model.tied else (),
         )

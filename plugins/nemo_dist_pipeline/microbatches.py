@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from nemo_dist.hooks import Batch
 from nemo_dist.labels import IGNORED, count_labels
+from nemo_dist.routing import COUNTED
 
 _LABELS = ("labels", "shift_labels")
 
@@ -107,5 +108,9 @@ def _filled(inputs: dict[str, Any], rows: int, wanted: int) -> dict[str, Any]:
                 "labels have none of; pass batches that divide into microbatches (drop_last=True in the DataLoader)"
             )
         more = value[:1].expand(missing, *value.shape[1:])
-        filled[name] = torch.cat([value, torch.full_like(more, IGNORED) if name in _LABELS else more])
+        if name in _LABELS:
+            more = torch.full_like(more, IGNORED)
+        elif name == COUNTED:
+            more = torch.zeros_like(more)
+        filled[name] = torch.cat([value, more])
     return filled

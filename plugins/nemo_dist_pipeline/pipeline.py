@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nemo_dist.hooks import Batch
+from nemo_dist.routing import COUNTED
 from nemo_dist_pipeline.actions import Order
 from nemo_dist_pipeline.carve import StageInfo
 from nemo_dist_pipeline.forward import forward_only
@@ -119,8 +120,7 @@ class AutoPipeline:
 
         The batches run through the schedule together where their shapes, and the schedule's memory, allow.
         """
-        least = self.placement.microbatches or (self.config.pp_batch_size or 0) // self.config.pp_microbatch_size
-        runs = [self._microbatches(batch, weight, least) for batch, weight in zip(batches, weights, strict=True)]
+        runs = [self._microbatches(batch, weight, self._least) for batch, weight in zip(batches, weights, strict=True)]
         total = torch.zeros((), device=self.device)
         with set_aside(self.tied.replicas) if self.tied else nullcontext():
             for run in self._joined(runs):
@@ -129,6 +129,16 @@ class AutoPipeline:
                 self.tied.sum_gradients()
         dist.all_reduce(total, group=self.group)  # every other stage adds 0, so all stages have the last one's loss
         return total
+
+    def survey(self, batches: Sequence[Batch]) -> None:
+        """Run the forwards that :meth:`run` would run, without gradients, in the mode that the stages are in."""
+        for batch in batches:
+            self._pass(self._microbatches(batch, torch.ones((), device=self.device), self._least))
+
+    @property
+    def _least(self) -> int:
+        """The microbatches that a batch is filled up to."""
+        return self.placement.microbatches or (self.config.pp_batch_size or 0) // self.config.pp_microbatch_size
 
     def _microbatches(self, batch: Batch, weight: Tensor, least: int) -> Microbatches:
         run = Microbatches.of(self.parts[-1], batch, weight, self.config.pp_microbatch_size, least)
@@ -217,7 +227,8 @@ class AutoPipeline:
     @torch.no_grad()
     def _first_hidden(self, run: Microbatches) -> Tensor:
         with torch.random.fork_rng(), _mode(self.parts, False):
-            hidden: Tensor = run_part(self.parts[0], self._stages[0], None, run[0], None)
+            inputs = {name: value for name, value in run[0].items() if name != COUNTED}  # this forward is no step's
+            hidden: Tensor = run_part(self.parts[0], self._stages[0], None, inputs, None)
         reshard(self.parts[:1])
         if hidden.shape != self._hidden_shape(run):
             raise ValueError(
@@ -253,12 +264,15 @@ class AutoPipeline:
     def _size(self) -> int:
         return self.config.pp_microbatch_size
 
-    @torch.no_grad()
     def _forward(self, run: Microbatches) -> list[Any]:
-        hidden = torch.empty(self._hidden_shape(run), dtype=self._boundary_dtype(run), device=self.device)
         with _mode(self.parts, False):
-            loss = self.config.loss_fn if "labels" in run.inputs else None
-            outputs = forward_only(self.parts, self._stages, run, hidden, self.placement, self.group, loss)
+            return self._pass(run)
+
+    @torch.no_grad()
+    def _pass(self, run: Microbatches) -> list[Any]:
+        hidden = torch.empty(self._hidden_shape(run), dtype=self._boundary_dtype(run), device=self.device)
+        loss = self.config.loss_fn if "labels" in run.inputs else None
+        outputs = forward_only(self.parts, self._stages, run, hidden, self.placement, self.group, loss)
         reshard(self.parts)
         return outputs
 

@@ -27,7 +27,6 @@ def split(parts: list[nn.Module], rank: int, placement: Placement, config: Pipel
     Raises ValueError for a model that cannot be cut, or not so.
     """
     model: Any = parts[0]
-    _judge_model(model)
     anatomy = Anatomy.of(model)
     judge_handing_through(model, anatomy)
     division = _division(model, anatomy, placement, config)
@@ -36,14 +35,6 @@ def split(parts: list[nn.Module], rank: int, placement: Placement, config: Pipel
     parts += [copy.deepcopy(model) for _ in mine[1:]]
     for part, stage in zip(parts, mine, strict=True):
         carve(part, stage, anatomy)
-
-
-def _judge_model(model: Any) -> None:
-    if getattr(model.config, "output_router_logits", False):
-        raise ValueError(
-            f"{type(model).__name__} has output_router_logits=True, but a stage sees only its own routers, so the "
-            "router loss would leave out those of other stages; set output_router_logits=False"
-        )
 
 
 def _division(

@@ -34,7 +34,7 @@ class TensorConfig:
     ``tp_plan``: rules over the model's own, each from a module name (``"layers.*.mlp.up_proj"``) to a style
     (``"colwise"``); see ``nemo_dist_tensor.styles``. ``sequence_parallel``: between attention and feed-forward every
     rank keeps its own tokens only. ``enable_async_tensor_parallel``: overlap its collectives with the matrix products
-    around them (CUDA only).
+    around them; refused, with the reason, where that is not proven.
     """
 
     tp_plan: Mapping[str, str] | None = attrs.field(default=None, converter=_rules)
@@ -65,25 +65,23 @@ class Tensor:
         if self.config.enable_async_tensor_parallel:
             if not self.config.sequence_parallel:
                 found.append(
-                    "enable_async_tensor_parallel overlaps the collectives of sequence parallelism; set "
-                    "sequence_parallel=True too, or leave it out"
+                    "enable_async_tensor_parallel overlaps the collectives of sequence parallelism, which is off; "
+                    "leave it out"
                 )
-            if not any(getattr(plugin.config, "enable_compile", False) for plugin in plugins):
-                found.append(
-                    "enable_async_tensor_parallel is torch.compile's work; set enable_compile=True too, or leave it out"
-                )
+            found.append(
+                "enable_async_tensor_parallel is the work of torch.compile on the symmetric memory of GPUs, which a "
+                "CPU does not have and which is not proven here; leave it out"
+            )
+        if any(getattr(plugin.config, "enable_compile", False) for plugin in plugins):
+            found.append("enable_compile is not proven with tensor parallelism; leave it out, or set tp_size to 1")
         return found
 
     @hookimpl
     def shard(self, parts: list[nn.Module], mesh: MeshContext) -> None:
-        from nemo_dist_tensor.overlap import enable
         from nemo_dist_tensor.parallelise import parallelise
 
-        if mesh.tp_size == 1:
-            return
-        if self.config.enable_async_tensor_parallel:
-            enable(mesh)
-        parallelise(parts, mesh, self.config)
+        if mesh.tp_size > 1:
+            parallelise(parts, mesh, self.config)
 
     @hookimpl
     def explain(self, plan: MeshPlan) -> str:

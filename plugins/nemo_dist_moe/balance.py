@@ -1,0 +1,58 @@
+"""Count the tokens that every expert gets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from nemo_dist.placement import placements
+
+if TYPE_CHECKING:
+    from nemo_dist.context import MeshContext
+
+
+@attrs.frozen(eq=False)
+class Balance:
+    """The tokens that each expert of each local layer got since the last report: [experts], one tensor per layer."""
+
+    mesh: MeshContext
+    counts: dict[nn.Module, Tensor] = attrs.field(factory=dict)
+
+    @classmethod
+    def watch(cls, parts: list[nn.Module], mesh: MeshContext) -> Balance:
+        """Count from now on, in the forward of every expert layer of *parts*."""
+        balance = cls(mesh)
+        for part in parts:
+            for module in placements(part):
+                experts = int(getattr(module, "num_experts", 0)) * mesh.size("ep")
+                if experts:
+                    balance.counts[module] = torch.zeros(experts, device=mesh.device)
+                    module.register_forward_pre_hook(balance._count, with_kwargs=True)
+        return balance
+
+    def metrics(self) -> Mapping[str, float]:
+        """Return ``expert_load_max_over_mean``, the worst over all layers, and start anew; 1 is perfect balance.
+
+        Collective: ranks of ``dp_cp`` routed different tokens, those of ``pp`` have other layers.
+        """
+        worst = torch.zeros((), device=self.mesh.device)
+        for counts in self.counts.values():
+            group = self.mesh.group("dp_cp")
+            if group is not None:
+                dist.all_reduce(counts, group=group)
+            worst = torch.maximum(worst, counts.max() / counts.mean().clamp(min=torch.finfo(counts.dtype).tiny))
+            counts.zero_()
+        stages = self.mesh.group("pp")
+        if stages is not None:
+            dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=stages)
+        return {"expert_load_max_over_mean": worst.item()}
+
+    def _count(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        chosen = (args[1] if len(args) > 1 else kwargs["top_k_index"]).reshape(-1)
+        ones = torch.ones_like(chosen, dtype=torch.float32)
+        self.counts[module].scatter_add_(0, chosen, ones)

@@ -1,0 +1,133 @@
+"""Shard the experts of transformers models; the one place that touches transformers' expert parallelism."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers.distributed.expert_parallel import apply_expert_parallelism
+
+from nemo_dist import TopologyError
+from nemo_dist.placement import Placement, place
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from nemo_dist.context import MeshContext
+    from nemo_dist_moe import MoEParallelizerConfig
+
+_DISPATCH, _BY_EXPERT = "ep_dispatch_experts", "grouped_gemm"
+
+
+def shard_experts(
+    parts: list[nn.Module], mesh: MeshContext, config: MoEParallelizerConfig, experts_everywhere: bool
+) -> None:
+    """Shard the experts of *parts* over ``ep``, install the dispatch of tokens, and say where to shard further.
+
+    ``experts_everywhere``: every part has experts, because the model was not split. Raises TopologyError for a model
+    without experts, or with experts that do not fit the mesh; no weight has been read then.
+    """
+    ep = mesh.size("ep")
+    for part in parts:
+        plan = _plan(part, ep, experts_everywhere)
+        experts = {name: part.get_submodule(name) for name, style in plan.items() if style == _DISPATCH}
+        _refuse_misfits(part, experts, ep)
+        apply_expert_parallelism(part, mesh["ep"], mesh["tp"], plan, config.dispatcher)
+        over = _copies(mesh)
+        for name, module in experts.items():
+            module.forward = partial(_not_a_view, module.forward)
+            dims = {key: _dim(f"{name}.{key}", p, part, over.size(-1)) for key, p in module.named_parameters()}
+            place(
+                module,
+                Placement(
+                    mesh=over,
+                    # Each copy of an expert adds up the tokens of all ranks of dp, cp and, each with its own part of
+                    # the tokens, tp: its gradient is the sum over the same batches that the dense mesh averages over.
+                    grad_divisor=mesh.size("dp_cp"),
+                    dims=dims,
+                    reshard_after_forward=config.reshard_after_forward,
+                    mp_policy=config.mp_policy,
+                ),
+            )
+
+
+def shard_head(parts: list[nn.Module], precision: str) -> None:
+    """Have the output head computed in *precision*; raise TopologyError when it is tied to the embedding."""
+    for part in parts:
+        model: Any = part
+        head = model.get_output_embeddings()
+        if not isinstance(head, nn.Module) or not any(True for _ in head.parameters()):
+            continue
+        embedding = model.get_input_embeddings()
+        if {id(p) for p in head.parameters()} & {id(p) for p in embedding.parameters()}:
+            raise TopologyError(
+                [
+                    f"lm_head_precision={precision!r} needs a head of its own, but that of {type(part).__name__} is "
+                    "tied to the embedding; leave lm_head_precision out"
+                ]
+            )
+        # The backward starts with the head, so freeing it after the forward would only gather it twice.
+        place(
+            head,
+            Placement(reshard_after_forward=False, mp_policy={"param_dtype": precision, "reduce_dtype": "float32"}),
+        )
+
+
+def _plan(part: Any, ep: int, experts_everywhere: bool) -> dict[str, str]:
+    """Return the style of every expert module and parameter of *part*, parameters before their module."""
+    rules = part.ep_plan or {}
+    plan: dict[str, str] = part._expand_parallel_plan(rules)
+    name = type(part).__name__
+    if not rules or (experts_everywhere and _DISPATCH not in plan.values()):
+        raise TopologyError(
+            [f"ep_size={ep}, but {name} has no experts that transformers can dispatch to; set ep_size=1"]
+        )
+    foreign = sorted(set(rules.values()) - {_DISPATCH, _BY_EXPERT})
+    if foreign:
+        raise TopologyError([f"ep_size={ep}, but the expert plan of {name} has the styles {foreign}; set ep_size=1"])
+    return plan
+
+
+def _refuse_misfits(part: nn.Module, experts: dict[str, nn.Module], ep: int) -> None:
+    counts = {int(getattr(module, "num_experts", 0)) for module in experts.values()}
+    wrong = sorted(count for count in counts if count % ep)
+    if wrong:
+        numbers = ", ".join(map(str, wrong))
+        raise TopologyError(
+            [f"ep_size={ep} must divide the experts of a layer of {type(part).__name__} ({numbers}); use a divisor"]
+        )
+
+
+def _not_a_view(forward: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    """Run *forward* and copy what is a view: FSDP2 hooks the output, and an in-place sum on a view would lose that."""
+    output = forward(*args, **kwargs)
+    return output.clone() if output._is_view() else output
+
+
+def _copies(mesh: MeshContext) -> DeviceMesh:
+    """Return the mesh of the ranks that hold the same experts; with replicas, they are its outer axis."""
+    if mesh.size("ep_between_replicas") > 1:
+        return mesh["ep_between_replicas", "ep_within_replica"]
+    return mesh["ep_shard"]
+
+
+def _dim(name: str, parameter: nn.Parameter, part: Any, shards: int) -> int:
+    """Return the dim along which to shard an expert parameter [experts, ...] over *shards* ranks.
+
+    Whole experts where they divide evenly. Else the hidden size: unlike the intermediate size it is never the
+    concatenation of gate and up, which checkpoints may hold apart.
+    """
+    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    hidden = part.config.get_text_config().hidden_size
+    even = [dim for dim, size in enumerate(local.shape) if size % shards == 0 and (dim == 0 or size == hidden)]
+    if not even:
+        raise TopologyError(
+            [
+                f"{shards} ranks share {name} of shape {tuple(local.shape)}, but neither its experts nor the hidden "
+                f"size {hidden} divide evenly; use a larger ep_size, which leaves fewer ranks to share them"
+            ]
+        )
+    return even[0]

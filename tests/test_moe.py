@@ -1,0 +1,386 @@
+"""Expert parallelism computes what one process computes, and reads only its experts."""
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor
+
+from nemo_dist import DistributedSetup, FSDP2Config, MoEParallelizerConfig, ParallelismSizes, TopologyError
+from nemo_dist.testing.equivalence import Task, assert_equivalent, checkpoint
+from nemo_dist.testing.reading import BytesRead
+from nemo_dist.testing.zoo import SPECIMENS
+
+FP32 = {"param_dtype": "float32", "reduce_dtype": "float32", "output_dtype": "float32"}
+
+
+def options(recompute=False, moe=None, pipeline=None, strategy=None, **sizes):
+    return {
+        "strategy": strategy or FSDP2Config(mp_policy=FP32),
+        "parallelism_sizes": ParallelismSizes(**sizes),
+        "activation_checkpointing": recompute,
+        "moe_parallel_config": moe,
+        "pipeline_config": pipeline,
+    }
+
+
+def load(specimen, folder, **more):
+    setup = DistributedSetup.build(**options(**more))
+    return SPECIMENS[specimen].load.from_pretrained(folder, distributed_setup=setup, dtype=torch.float32), setup
+
+
+# ---- numbers ----
+
+
+@pytest.mark.parametrize(
+    ("specimen", "world", "ep"),
+    [
+        ("qwen3-moe", 2, 2),
+        ("mixtral", 4, 2),
+        ("qwen2-moe", 4, 4),
+        ("deepseek-v3", 4, 2),
+        *(
+            pytest.param(specimen, world, ep, marks=pytest.mark.slow)
+            for specimen in ("qwen3-moe", "mixtral", "qwen2-moe", "deepseek-v3")
+            for world, ep in ((2, 2), (4, 2), (4, 4))
+        ),
+    ],
+)
+def test_experts_over_ranks_compute_what_one_process_computes(ranks, specimen, world, ep):
+    assert_equivalent(ranks(world), Task(specimen=specimen), **options(ep_size=ep))
+
+
+@pytest.mark.parametrize(("world", "ep"), [(4, 2), (4, 4), pytest.param(8, 2, marks=pytest.mark.slow)])
+def test_experts_with_replicas_compute_what_one_process_computes(ranks, world, ep):
+    """The parameters of all replicas are compared bit for bit, those of the experts included."""
+    assert_equivalent(ranks(world), Task(specimen="qwen2-moe"), **options(ep_size=ep, dp_replicate_size=2))
+
+
+@pytest.mark.parametrize("mode", ["full", "selective"])
+def test_recomputed_experts_compute_what_one_process_computes(ranks, mode):
+    assert_equivalent(ranks(4), Task(specimen="qwen3-moe"), **options(ep_size=2, recompute=mode))
+
+
+def test_accumulated_batches_have_one_router_loss(ranks):
+    task = Task(specimen="qwen3-moe-padded", accumulate=3, rows=4)
+    assert_equivalent(ranks(4), task, **options(ep_size=4, recompute="full"))
+
+
+@pytest.mark.parametrize("mode", [False, "full", "selective"])
+def test_all_tokens_may_go_to_the_experts_of_one_rank(ranks, mode):
+    """The routers are tied, so two experts of eight get every token, and three ranks of four get none.
+
+    One step: the second would find routers that are almost tied, which rounding decides.
+    """
+    assert_equivalent(ranks(4), Task(specimen="qwen3-moe-tied", steps=1), **options(ep_size=4, recompute=mode))
+
+
+def test_a_rank_may_have_no_label_to_learn_from(ranks):
+    assert_equivalent(ranks(4), Task(specimen="mixtral", rows=4), **options(ep_size=4))
+
+
+def test_copies_that_do_not_divide_the_experts_share_the_hidden_size(ranks):
+    """Three experts a rank on two ranks each."""
+    assert_equivalent(ranks(4), Task(specimen="qwen3-moe-six"), **options(ep_size=2))
+
+
+def test_experts_that_are_not_resharded_compute_what_one_process_computes(ranks):
+    assert_equivalent(ranks(4), Task(specimen="qwen3-moe"), **options(ep_size=2, moe={"reshard_after_forward": False}))
+
+
+@pytest.mark.parametrize(
+    ("specimen", "sizes", "moe"),
+    [
+        ("qwen3-moe", {"tp_size": 2, "ep_size": 2}, None),
+        pytest.param("qwen3-moe", {"tp_size": 2, "ep_size": 4}, None, marks=pytest.mark.slow),
+        ("qwen3-moe", {"tp_size": 2, "ep_size": 2}, {"dispatcher": "all_reduce"}),
+        pytest.param("qwen3-moe", {"tp_size": 4, "ep_size": 2}, None, marks=pytest.mark.slow),
+        ("qwen2-moe", {"tp_size": 2, "ep_size": 2}, None),
+        pytest.param("deepseek-v3", {"tp_size": 2, "ep_size": 2}, None, marks=pytest.mark.slow),
+        pytest.param("mixtral", {"tp_size": 2, "ep_size": 4}, None, marks=pytest.mark.slow),
+    ],
+)
+def test_experts_beside_tensor_parallelism_compute_what_one_process_computes(ranks, specimen, sizes, moe):
+    """A token is sent once, not once per tensor-parallel rank, or its experts' gradients would be twice as large."""
+    assert_equivalent(ranks(4), Task(specimen=specimen), **options(moe=moe, **sizes))
+
+
+@pytest.mark.parametrize(
+    ("specimen", "length", "sizes"),
+    [
+        pytest.param("qwen3-moe", 12, {"cp_size": 2, "ep_size": 2}, marks=pytest.mark.slow),
+        ("qwen3-moe-padded", 10, {"cp_size": 2, "ep_size": 4}),  # two tokens are appended, which no router may count
+        ("qwen3-moe", 10, {"cp_size": 2}),
+        ("qwen3-moe", 12, {"cp_size": 2, "tp_size": 2, "ep_size": 4}),
+    ],
+)
+def test_experts_beside_context_parallelism_compute_what_one_process_computes(ranks, specimen, length, sizes):
+    assert_equivalent(ranks(4), Task(specimen=specimen, length=length), **options(**sizes))
+
+
+@pytest.mark.parametrize(
+    ("world", "specimen", "sizes", "recompute"),
+    [
+        (4, "qwen2-moe", {"pp_size": 2, "tp_size": 2, "ep_size": 2}, False),
+        (4, "qwen3-moe", {"pp_size": 2, "cp_size": 2, "ep_size": 2}, False),
+        pytest.param(8, "qwen3-moe", {"pp_size": 2, "tp_size": 2, "ep_size": 4}, False, marks=pytest.mark.slow),
+        pytest.param(8, "deepseek-v3", {"pp_size": 2, "tp_size": 2, "ep_size": 2}, "full", marks=pytest.mark.slow),
+        pytest.param(
+            8, "qwen3-moe", {"pp_size": 2, "tp_size": 2, "cp_size": 2, "ep_size": 4}, False, marks=pytest.mark.slow
+        ),
+        pytest.param(
+            16, "qwen3-moe", {"pp_size": 2, "tp_size": 2, "cp_size": 2, "ep_size": 4}, False, marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_stages_tensors_sequences_experts_and_data_together(ranks, world, specimen, sizes, recompute):
+    assert_equivalent(ranks(world), Task(specimen=specimen), **options(recompute=recompute, **sizes))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("specimen", "sizes", "recompute"),
+    [
+        ("qwen2-moe", {"dp_replicate_size": 2, "tp_size": 2, "ep_size": 4}, False),
+        ("qwen3-moe-padded", {"dp_replicate_size": 2, "cp_size": 2, "ep_size": 2}, "selective"),
+        ("deepseek-v3", {"cp_size": 2, "tp_size": 2, "ep_size": 8}, "full"),
+        ("mixtral", {"dp_replicate_size": 2, "tp_size": 2, "ep_size": 2}, "full"),
+    ],
+)
+def test_experts_beside_everything_else_compute_what_one_process_computes(ranks, specimen, sizes, recompute):
+    assert_equivalent(ranks(8), Task(specimen=specimen), **options(recompute=recompute, **sizes))
+
+
+@pytest.mark.parametrize(
+    ("specimen", "sizes", "pipeline", "recompute"),
+    [
+        pytest.param("qwen3-moe", {"pp_size": 2, "ep_size": 2}, {"pp_schedule": "1f1b"}, False, marks=pytest.mark.slow),
+        ("qwen3-moe-padded", {"pp_size": 2, "ep_size": 2}, {"pp_schedule": "gpipe"}, "full"),
+        ("deepseek-v3", {"pp_size": 2, "ep_size": 2}, None, False),
+        ("qwen3-moe-deep", {"pp_size": 4}, {"pp_batch_size": 12}, False),  # four rows are appended, which do not count
+        pytest.param(
+            "qwen3-moe-deep",
+            {"pp_size": 2, "ep_size": 2},
+            {"pp_schedule": "interleaved_1f1b"},
+            False,
+            marks=pytest.mark.slow,
+        ),
+        ("qwen3-moe-deep", {"pp_size": 2, "ep_size": 2}, {"pp_schedule": "zbv"}, False),
+        pytest.param(
+            "qwen3-moe-deep",
+            {"pp_size": 2, "ep_size": 2},
+            {"pp_schedule": "zero_bubble"},
+            False,
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "qwen3-moe-deep", {"pp_size": 2, "ep_size": 2}, {"pp_schedule": "dualpipev"}, False, marks=pytest.mark.slow
+        ),
+        pytest.param(
+            "qwen3-moe-deep", {"pp_size": 2, "ep_size": 2}, {"pp_schedule": "looped_bfs"}, False, marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_experts_in_a_pipeline_compute_what_one_process_computes(ranks, specimen, sizes, pipeline, recompute):
+    task = Task(specimen=specimen, accumulate=1)
+    assert_equivalent(ranks(4), task, **options(pipeline=pipeline, recompute=recompute, **sizes))
+
+
+# ---- loading ----
+
+
+def read(specimen, folder, sizes):
+    with BytesRead() as reading:
+        model, _ = load(specimen, folder, **sizes)
+    local = {name: p.to_local() if isinstance(p, DTensor) else p for name, p in model.named_parameters()}
+    held = sum(p.numel() * p.element_size() for p in local.values())
+    return reading.bytes, held, {name: p.detach().clone() for name, p in local.items()}
+
+
+@pytest.mark.parametrize("specimen", ["qwen3-moe", "qwen3-moe-six"])
+@pytest.mark.parametrize("sizes", [{"ep_size": 2}, {"ep_size": 2, "dp_replicate_size": 2}])
+def test_experts_load_the_same_one_by_one_or_fused_and_each_rank_reads_its_own(ranks, specimen, sizes, tmp_path):
+    SPECIMENS[specimen].make().save_pretrained(tmp_path, save_original_format=False)
+    single = sum(p.numel() * p.element_size() for p in SPECIMENS[specimen].make().parameters())
+
+    one_by_one = ranks(4).run(read, specimen, checkpoint(specimen), sizes)
+    fused = ranks(4).run(read, specimen, tmp_path, sizes)
+
+    print(
+        f"bytes read on 4 ranks: {[a for a, *_ in one_by_one]} one by one, {[a for a, *_ in fused]} fused of {single}"
+    )
+    for (bytes_one_by_one, held, first), (bytes_fused, _, second) in zip(one_by_one, fused, strict=True):
+        assert bytes_one_by_one == bytes_fused == held
+        assert all(torch.equal(first[name], second[name]) for name in first)
+    assert sum(a for a, *_ in fused) == single * sizes.get("dp_replicate_size", 1)
+
+
+def whole_from_config(specimen):
+    torch.manual_seed(3)
+    setup = DistributedSetup.build(**options(ep_size=2))
+    model = SPECIMENS[specimen].load.from_config(SPECIMENS[specimen].config(), distributed_setup=setup)
+    return {n: p.full_tensor() if isinstance(p, DTensor) else p.detach() for n, p in model.named_parameters()}
+
+
+def test_a_new_model_has_the_experts_that_one_process_draws(ranks):
+    torch.manual_seed(3)
+    single = SPECIMENS["qwen3-moe"].load.from_config(SPECIMENS["qwen3-moe"].config())
+
+    for drawn in ranks(4).run(whole_from_config, "qwen3-moe"):
+        assert [name for name, p in single.named_parameters() if not torch.equal(p, drawn[name])] == []
+
+
+def save_after_a_step(folder, path):
+    model, setup = load("qwen3-moe", folder, ep_size=2)
+    runtime, optimizer = one_step(setup.runtime(model))
+    runtime.save(path, optimizer)
+    return whole_state(runtime, optimizer)
+
+
+def load_elsewhere(folder, path, sizes):
+    model, setup = load("qwen3-moe", folder, **sizes)
+    runtime, optimizer = one_step(setup.runtime(model))
+    runtime.load(path, optimizer)
+    return whole_state(runtime, optimizer)
+
+
+def one_step(runtime):
+    optimizer = runtime.optimizer(torch.optim.AdamW, lr=1e-2)
+    batch = Task(specimen="qwen3-moe").batches(0)[0]
+    runtime.forward_backward({name: value.chunk(runtime.dp_size)[runtime.dp_rank] for name, value in batch.items()})
+    optimizer.step()
+    optimizer.zero_grad()
+    return runtime, optimizer
+
+
+def whole_state(runtime, optimizer):
+    found = {}
+    for name, parameter in runtime.named_parameters():
+        state = {kind: value for kind, value in optimizer.state[parameter].items() if value.ndim}
+        for kind, tensor in {"parameter": parameter, **state}.items():
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            found[f"{name} {kind}"] = whole.detach().clone()
+    return found
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"ep_size": 4}, {}, {"ep_size": 2, "dp_replicate_size": 2}, {"ep_size": 4, "tp_size": 2}]
+)
+def test_a_checkpoint_of_experts_loads_into_another_topology_bit_for_bit(ranks, sizes, tmp_path):
+    folder = checkpoint("qwen3-moe")
+    saved = ranks(4).run(save_after_a_step, folder, tmp_path / "saved")[0]
+
+    for found in ranks(4).run(load_elsewhere, folder, tmp_path / "saved", sizes):
+        assert found.keys() == saved.keys()
+        assert [name for name in saved if not torch.equal(saved[name], found[name])] == []
+
+
+# ---- options ----
+
+
+def dtypes(folder, moe):
+    strategy = FSDP2Config(mp_policy={"param_dtype": "bfloat16"})
+    model, _ = load("qwen3-moe", folder, ep_size=2, strategy=strategy, moe=moe)
+    seen = set()
+    model.model.layers[0].mlp.experts.act_fn.register_forward_hook(lambda m, args, output: seen.add(output.dtype))
+    logits = model(torch.arange(1, 9).unsqueeze(0)).logits
+    return seen, logits.dtype
+
+
+def test_experts_and_head_may_compute_in_a_dtype_of_their_own(ranks):
+    folder = checkpoint("qwen3-moe")
+    exact = {"mp_policy": {"param_dtype": "float32"}, "lm_head_precision": "float32"}
+
+    assert ranks(2).run(dtypes, folder, None) == [({torch.bfloat16}, torch.bfloat16)] * 2
+    assert ranks(2).run(dtypes, folder, exact) == [({torch.float32}, torch.float32)] * 2
+
+
+def balance(folder):
+    model, setup = load("qwen3-moe", folder, ep_size=2)
+    runtime = setup.runtime(model)
+    whole = Task(specimen="qwen3-moe").batches(0)[0]
+    runtime.forward_backward({name: value.chunk(2)[runtime.dp_rank] for name, value in whole.items()})
+    return runtime.metrics()
+
+
+def test_the_runtime_reports_how_evenly_experts_are_used(ranks):
+    folder = checkpoint("qwen3-moe")
+    model = SPECIMENS["qwen3-moe"].load.from_pretrained(folder, dtype=torch.float32)
+    logits = model(Task(specimen="qwen3-moe").batches(0)[0]["input_ids"], output_router_logits=True).router_logits
+    counts = [torch.bincount(layer.topk(2).indices.flatten(), minlength=8).float() for layer in logits]
+    worst = max((count.max() / count.mean()).item() for count in counts)
+
+    assert ranks(2).run(balance, folder) == [{"expert_load_max_over_mean": pytest.approx(worst)}] * 2
+
+
+def test_explain_says_how_many_experts_a_rank_holds_and_what_is_sent():
+    text = DistributedSetup.build(world_size=8, **options(ep_size=4)).explain()
+
+    assert "moe: 1/4 of the experts on each rank of ep, in 2 shards; dispatcher auto" in text
+    assert "4 * tokens * experts per token * hidden size * 3/4 elements" in text
+
+
+def test_the_moe_mesh_has_the_axes_of_the_page(ranks):
+    for shape in ranks(4).run(moe_shapes):
+        assert shape == [(("ep_shard", "ep"), (2, 2)), (("ep_shard", "ep"), (2, 2)), None]
+
+
+def moe_shapes():
+    meshes = [
+        DistributedSetup.build(**options(**sizes)).mesh_context.moe_mesh
+        for sizes in ({"ep_size": 2}, {"ep_size": 2, "dp_replicate_size": 2}, {})
+    ]
+    return [mesh and (mesh.mesh_dim_names, tuple(mesh.shape)) for mesh in meshes]
+
+
+# ---- refusals ----
+
+
+def refused(error=TopologyError, world_size=8, **more):
+    with pytest.raises(error) as caught:
+        DistributedSetup.build(world_size=world_size, **options(**more))
+    return str(caught.value)
+
+
+def test_experts_over_a_number_of_ranks_that_does_not_divide_them_are_refused():
+    assert "ep_size=3 must divide the 8 ranks of dp*cp*tp = 8*1*1" in refused(ep_size=3)
+
+
+def test_adding_up_needs_ranks_with_the_same_tokens():
+    assert "needs ranks that hold the same tokens" in refused(ep_size=4, moe={"dispatcher": "all_reduce"})
+
+
+def test_tokens_that_tensor_parallel_ranks_share_out_are_refused():
+    strategy = FSDP2Config(sequence_parallel=True)
+    assert "sequence_parallel=True is not proven with ep_size=2" in refused(ep_size=2, tp_size=2, strategy=strategy)
+
+
+def test_an_unknown_dispatcher_is_refused():
+    with pytest.raises(ValueError, match="did you mean 'all_to_all'"):
+        MoEParallelizerConfig(dispatcher="alltoall")
+
+
+def test_ddp_has_no_place_for_experts():
+    assert "strategy 'ddp' does not compose with it; use 'fsdp2'" in refused(ep_size=2, strategy="ddp")
+
+
+def refused_at_load(specimen, folder, more):
+    with BytesRead() as reading, pytest.raises(TopologyError) as caught:
+        load(specimen, folder, **more)
+    return reading.bytes, str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("specimen", "sizes", "moe", "message"),
+    [
+        ("llama", {"ep_size": 2}, None, "LlamaForCausalLM has no experts that transformers can dispatch to"),
+        (
+            "qwen3-moe-six",
+            {"ep_size": 4},
+            None,
+            "ep_size=4 must divide the experts of a layer of Qwen3MoeForCausalLM (6)",
+        ),
+    ],
+)
+def test_a_model_whose_experts_do_not_fit_is_refused_before_a_weight_is_read(ranks, specimen, sizes, moe, message):
+    for read_bytes, text in ranks(4).run(refused_at_load, specimen, checkpoint(specimen), {**sizes, "moe": moe}):
+        assert read_bytes == 0
+        assert message in text

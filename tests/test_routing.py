@@ -1,0 +1,101 @@
+"""The router loss of a step is that of one process on all of its tokens, whatever the strategy."""
+
+import ast
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from nemo_dist import DDPConfig, DistributedSetup, FSDP2Config, MeshContext, ParallelismSizes
+from nemo_dist.routing import RouterLoss
+from nemo_dist.testing.equivalence import Task, assert_equivalent, checkpoint
+from nemo_dist.testing.zoo import SPECIMENS
+
+FP32 = {"param_dtype": "float32", "reduce_dtype": "float32", "output_dtype": "float32"}
+SETUPS = {
+    "fsdp2": {"strategy": FSDP2Config(mp_policy=FP32)},
+    "hsdp": {"strategy": FSDP2Config(mp_policy=FP32), "parallelism_sizes": ParallelismSizes(dp_replicate_size=2)},
+    "ddp": {"strategy": DDPConfig()},
+}
+
+
+@pytest.mark.parametrize("specimen", ["qwen3-moe", "qwen3-moe-padded"])
+@pytest.mark.parametrize("strategy", SETUPS)
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_a_strategy_computes_the_router_loss_of_all_tokens(ranks, specimen, strategy, accumulate):
+    assert_equivalent(ranks(4), Task(specimen=specimen, accumulate=accumulate), **SETUPS[strategy])
+
+
+def test_a_batch_may_turn_the_router_loss_off(ranks):
+    """Then the loss of a step is the mean over labels alone."""
+    losses = ranks(2).run(losses_with_the_switch, checkpoint("qwen3-moe"))
+
+    for on, off, default in losses:
+        assert on == default
+        assert off == pytest.approx(plain_loss(), rel=1e-6)
+        assert on > off
+
+
+def losses_with_the_switch(folder):
+    setup = DistributedSetup.build(**SETUPS["fsdp2"])
+    model = SPECIMENS["qwen3-moe"].load.from_pretrained(folder, distributed_setup=setup, dtype=torch.float32)
+    runtime = setup.runtime(model)
+    whole = Task(specimen="qwen3-moe").batches(0)[0]
+    batch = {name: value.chunk(runtime.dp_size)[runtime.dp_rank] for name, value in whole.items()}
+    switches = ({"output_router_logits": True}, {"output_router_logits": False}, {})
+    return [runtime.forward_backward({**batch, **switch}).item() for switch in switches]
+
+
+def plain_loss():
+    model = SPECIMENS["qwen3-moe"].load.from_pretrained(checkpoint("qwen3-moe"), dtype=torch.float32)
+    return model(**Task(specimen="qwen3-moe").batches(0)[0], output_router_logits=False).loss.item()
+
+
+def test_batches_of_one_step_must_agree_on_the_router_loss():
+    loss = RouterLoss.of([SPECIMENS["qwen3-moe"].make()], MeshContext())
+
+    with pytest.raises(ValueError, match="True in some batches of a step and False in others"):
+        loss.wanted([{"output_router_logits": True}, {"output_router_logits": False}])
+
+
+def test_a_router_loss_of_another_form_is_refused():
+    config = transformers.DogeConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        is_moe=True,
+        num_experts=16,
+        output_router_logits=True,
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config)
+
+    with pytest.raises(ValueError, match="DogeForCausalLM has a router loss whose form is not known"):
+        RouterLoss.of([model], MeshContext())
+
+
+def test_a_dense_model_has_no_router_loss():
+    assert RouterLoss.of([SPECIMENS["llama"].make()], MeshContext()) is None
+
+
+def test_every_load_balancing_loss_of_these_arguments_in_transformers_is_the_same_code():
+    """The contract with transformers: the one formula that is summed over ranks here is told by its arguments."""
+    bodies = {}
+    for path in sorted(Path(transformers.__file__).parent.glob("models/*/modeling_*.py")):
+        source = path.read_text()
+        for node in ast.parse(source).body if "def load_balancing_loss_func" in source else ():
+            if isinstance(node, ast.FunctionDef) and node.name == "load_balancing_loss_func":
+                arguments = tuple(argument.arg for argument in node.args.args)
+                code = ast.unparse([line for line in node.body if not is_docstring(line)])
+                bodies.setdefault(arguments, {}).setdefault(code, []).append(path.parent.name)
+
+    same = bodies["gate_logits", "num_experts", "top_k", "attention_mask"]
+    families = [found for found in same.values() if found != ["nllb_moe"]]  # an encoder and decoder: refused
+    assert len(families) == 1
+    assert {"mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss"} <= set(*families)
+
+
+def is_docstring(node):
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
