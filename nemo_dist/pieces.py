@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from itertools import pairwise, product
 from typing import Any
 
@@ -16,6 +17,7 @@ import attrs
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from nemo_dist.errors import PluginError
 from nemo_dist.team import Team
@@ -68,30 +70,36 @@ def pieces(tensor: Tensor) -> Iterator[tuple[Box, Tensor]]:
         yield box, Box(tuple(run[1] for run in chosen), box.sizes).of(local)
 
 
-def _runs(tensor: DTensor, local: Tensor, dim: int) -> list[tuple[int, int, int]]:
+def _runs(tensor: DTensor, local: Tensor, dim: int) -> tuple[tuple[int, int, int], ...]:
     """Return the stretches of *dim* that *local* holds: start in the global tensor, start in *local*, length."""
-    index = torch.arange(tensor.shape[dim])
     coordinates: Sequence[int] = tensor.device_mesh.get_coordinate() or ()
-    # Left to right, as DTensor does it; how a placement splits is private to torch, and exactly what is needed here.
+    splits = []
     for axis, (placement, coordinate) in enumerate(zip(tensor.placements, coordinates, strict=True)):
         if placement.is_partial():
             raise PluginError(f"a tensor of the state is {tensor.placements} on its mesh; reduce it before it is saved")
         if hasattr(placement, "dim") and placement.dim % tensor.dim() == dim:
-            factor = getattr(placement, "split_factor", None)
-            flat: Any = Shard(0) if factor is None else type(placement)(0, split_factor=factor)  # type: ignore[call-arg]
-            shards, _ = flat._split_tensor(index, tensor.device_mesh.size(axis), with_padding=False)
-            index = shards[coordinate]
-    if len(index) != local.shape[dim]:
+            splits.append((getattr(placement, "split_factor", None), tensor.device_mesh.size(axis), coordinate))
+    runs = _stretches(tensor.shape[dim], tuple(splits))
+    held = sum(run[2] for run in runs)
+    if held != local.shape[dim]:
         raise PluginError(
-            f"a tensor of shape {tuple(tensor.shape)} as {tensor.placements} should have {len(index)} of dim {dim} on "
+            f"a tensor of shape {tuple(tensor.shape)} as {tensor.placements} should have {held} of dim {dim} on "
             f"this rank, but has {local.shape[dim]}; export_state must bring it to the layout that it declares"
         )
-    return _stretches(index)
+    return runs
 
 
-def _stretches(index: Tensor) -> list[tuple[int, int, int]]:
+@lru_cache(maxsize=4096)
+def _stretches(size: int, splits: tuple[tuple[int | None, int, int], ...]) -> tuple[tuple[int, int, int], ...]:
+    """Return what is left of a dim of *size* after *splits*: split factor, number of ranks, which of them."""
+    index = torch.arange(size)
+    # Left to right, as DTensor does it; how a placement splits is private to torch, and exactly what is needed here.
+    for factor, ranks, coordinate in splits:
+        flat: Any = Shard(0) if factor is None else _StridedShard(0, split_factor=factor)
+        shards, _ = flat._split_tensor(index, ranks, with_padding=False)
+        index = shards[coordinate]
     breaks = [0, *(torch.nonzero(index.diff() != 1).flatten() + 1).tolist(), len(index)]
-    return [(int(index[a]), a, b - a) for a, b in pairwise(breaks)]
+    return tuple((int(index[a]), a, b - a) for a, b in pairwise(breaks) if b > a)
 
 
 @attrs.frozen(kw_only=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -125,7 +126,7 @@ def _about(runtime: Runtime, optimizer: Any, extra: Any, schedulers: Sequence[An
         "model": plain_class(runtime.parts[0]).__name__,
         "optimizer": None if optimizer is None else type(optimizer).__name__,
         "topology": topology(runtime),
-        "plugins": {plugin.name: _version(plugin) for plugin in setup.plugins},
+        "plugins": {plugin.name: _version(type(plugin).__module__.partition(".")[0]) for plugin in setup.plugins},
         "schedulers": [to_json(scheduler.state_dict(), "the state of a scheduler") for scheduler in schedulers],
         "extra": to_json(extra, "extra"),
     }
@@ -143,11 +144,11 @@ def topology(runtime: Runtime) -> dict[str, Any]:
     return {axis: runtime.mesh.size(axis) for axis in axes} | {"strategy": strategy.name if strategy else None}
 
 
-def _version(plugin: Any) -> str | None:
-    package = type(plugin).__module__.partition(".")[0]
-    for distribution in importlib.metadata.packages_distributions().get(package, []):
-        return importlib.metadata.version(distribution)
-    return None
+@lru_cache
+def _version(package: str) -> str | None:
+    """Return the version of the distribution that has *package*; asked once, as all that is installed is searched."""
+    owners = importlib.metadata.packages_distributions().get(package, [])
+    return importlib.metadata.version(owners[0]) if owners else None
 
 
 @attrs.frozen(kw_only=True)

@@ -23,6 +23,7 @@ SETUPS = {
     "cp": {"strategy": FSDP2, "parallelism_sizes": ParallelismSizes(cp_size=2)},
     "pp": {"strategy": FSDP2, "parallelism_sizes": ParallelismSizes(pp_size=2), "pipeline_config": INTERLEAVED},
     "hsdp-tp": {"strategy": FSDP2, "parallelism_sizes": ParallelismSizes(dp_replicate_size=2, tp_size=2)},
+    "ep": {"strategy": FSDP2, "parallelism_sizes": ParallelismSizes(ep_size=2)},
     "megatron": {"strategy": MegatronFSDPConfig()},
     "megatron-zero1": {"strategy": MegatronFSDPConfig(zero_dp_strategy=1)},
     "megatron-tp": {"strategy": MegatronFSDPConfig(), "parallelism_sizes": ParallelismSizes(tp_size=2)},

@@ -92,6 +92,19 @@ def test_packed_projections_are_put_together_right(on, tmp_path, source, target)
     assert all(torch.equal(loaded[name], tensor) for name, tensor in saved.items())
 
 
+@pytest.mark.parametrize(
+    ("source", "target"), [(("ep", 2), ("fsdp2", 2)), (("ep", 4), ("ep", 2)), (("fsdp2", 2), ("ep", 4))]
+)
+def test_experts_go_from_any_mesh_to_any_other(on, tmp_path, source, target):
+    folders = runs.folders("mixtral")
+    saved = runs.joined(on(source, runs.train_and_save, folders, tmp_path / "c", "mixtral"))
+    answers = on(target, runs.load_and_report, folders, tmp_path / "c", "mixtral")
+    loaded = runs.joined([found for _, found, _ in answers])
+    assert any("experts" in name for name in loaded)
+    assert loaded.keys() == saved.keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in saved.items())
+
+
 class Feed:
     """Shuffled batches whose position and order can be saved."""
 

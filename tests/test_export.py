@@ -85,6 +85,7 @@ OTHERS = {
             "pipeline_config": {"pp_schedule": "Interleaved1F1B"},
         },
     ),
+    "ep": ("mixtral", {"strategy": FSDP2Config(mp_policy=FP32), "parallelism_sizes": ParallelismSizes(ep_size=2)}),
     "megatron": ("llava", {"strategy": MegatronFSDPConfig()}),
 }
 
