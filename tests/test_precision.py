@@ -76,6 +76,30 @@ def test_shards_on_the_cpu_train_like_one_process(ranks, policy):
 
 
 @pytest.mark.parametrize(
+    ("specimen", "sizes"),
+    [
+        ("llama-tied", {"tp_size": 2}),
+        ("llama-tied", {"cp_size": 2}),
+        ("llama-tied", {"dp_replicate_size": 2}),
+        ("qwen3-moe", {"ep_size": 2}),
+    ],
+)
+def test_shards_on_the_cpu_compose_with_every_axis(ranks, specimen, sizes):
+    strategy = FSDP2Config(mp_policy=FP32, offload_policy="cpu")
+    assert_equivalent(ranks(4), Task(specimen=specimen), strategy=strategy, parallelism_sizes=ParallelismSizes(**sizes))
+
+
+@pytest.mark.parametrize("axis", ["tp", "pp", "ep"])
+def test_compiled_blocks_are_refused_beside_an_axis_that_they_are_not_proven_with(axis):
+    with pytest.raises(ValueError, match="enable_compile is not proven"):
+        DistributedSetup.build(
+            strategy=FSDP2Config(enable_compile=True),
+            parallelism_sizes=ParallelismSizes(**{f"{axis}_size": 2}),
+            world_size=4,
+        )
+
+
+@pytest.mark.parametrize(
     "options",
     [
         pytest.param({}, id="plain"),

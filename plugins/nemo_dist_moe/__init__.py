@@ -99,6 +99,8 @@ class MoE:
                 f"sequence_parallel=True is not proven with ep_size={sizes.ep_size}, whose dispatch takes the tokens "
                 "of tensor-parallel ranks as equal; leave it out, or set ep_size to 1"
             )
+        if any(getattr(plugin.config, "enable_compile", False) for plugin in plugins):
+            problems.append("enable_compile is not proven with expert parallelism; leave it out, or set ep_size to 1")
         for plugin in plugins:
             for axis in sorted(plugin.axes - self.composes_with - self.axes):
                 if axis in plan.dense and plan.size(axis) > 1:
