@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
+from nemo_dist.adapters import adapters
 from nemo_dist.agreement import BatchCheck
 from nemo_dist.context import MeshContext
 from nemo_dist.hooks import Batch, RuntimePart
@@ -56,7 +57,7 @@ class Runtime:
             setup=setup,
             model=model,
             parts=parts,
-            plugins=setup.runtime_parts(parts, model),
+            plugins=[*setup.runtime_parts(parts, model), *adapters(setup, parts)],
             router_loss=RouterLoss.of(parts, setup.mesh_context),
         )
 

@@ -76,7 +76,7 @@ class FSDP2:
     stage: ClassVar[int] = Stage.DATA
     axes: ClassVar[frozenset[str]] = frozenset({"dp_shard", "dp_replicate"})
     composes_with: ClassVar[frozenset[str]] = frozenset(
-        {"activation_checkpointing", "activation_checkpointing:selective", "cp", "ep", "pp", "tp"}
+        {"activation_checkpointing", "activation_checkpointing:selective", "adapters", "cp", "ep", "pp", "tp"}
     )
     delegates: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "tp": ("tp_plan", "sequence_parallel", "enable_async_tensor_parallel")
