@@ -16,7 +16,7 @@ from nemo_dist.adapters import mark_loaded
 from nemo_dist.compose import DistributedSetup
 from nemo_dist.context import MeshContext
 from nemo_dist.deferred import DeferredInit
-from nemo_dist.draws import draw_missing, shared_draws
+from nemo_dist.draws import Draws, shared_draws
 from nemo_dist.errors import RankError
 from nemo_dist.runtime import Runtime
 from nemo_dist.weights import read_through
@@ -142,7 +142,7 @@ class _Loader:
         _refuse_placement(kwargs)
         if kwargs.get("output_loading_info"):
             raise TypeError("output_loading_info is not supported with distributed_setup or device_mesh; leave it out")
-        with read_through(setup, pretrained_model_name_or_path, draw_missing) as reading:
+        with read_through(setup, pretrained_model_name_or_path, Draws(setup.ranks)) as reading:
             model = cls.auto.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         return _finish(setup, reading.parts(model))
 

@@ -246,7 +246,7 @@ SPECIMENS: dict[str, Specimen] = {
         Specimen(
             name="llama-sequences",
             loader="NeMoAutoModelForSequenceClassification",
-            config=_llama(num_hidden_layers=5, num_labels=3),
+            config=_llama(num_hidden_layers=9, num_labels=3),
             batch=_sequences,
         ),
         Specimen(
