@@ -234,6 +234,25 @@ SPECIMENS: dict[str, Specimen] = {
     for specimen in (
         Specimen(name="llama", loader=_CAUSAL, config=_llama(), batch=_causal),
         Specimen(name="llama-tied", loader=_CAUSAL, config=_llama(tie_word_embeddings=True), batch=_causal),
+        # Enough heads for 8 tensor-parallel ranks: with as many key heads, with fewer, and with q/k norms.
+        Specimen(
+            name="llama-heads",
+            loader=_CAUSAL,
+            config=_llama(hidden_size=64, num_attention_heads=16, num_key_value_heads=8),
+            batch=_causal,
+        ),
+        Specimen(
+            name="llama-heads-tied",
+            loader=_CAUSAL,
+            config=_llama(num_attention_heads=8, tie_word_embeddings=True),
+            batch=_causal,
+        ),
+        Specimen(
+            name="qwen3-heads",
+            loader=_CAUSAL,
+            config=_qwen3(num_attention_heads=8, num_key_value_heads=4),
+            batch=_causal,
+        ),
         # Enough layers for 4 pipeline ranks with 2 stages each, and a number that does not divide.
         Specimen(name="llama-deep", loader=_CAUSAL, config=_llama(num_hidden_layers=9), batch=_causal),
         Specimen(

@@ -51,6 +51,19 @@ def shard(model: nn.Module, mesh: MeshContext, config: FSDP2Config) -> None:
     _prefetch([block for block in blocks if isinstance(block, FSDPModule)], config)
 
 
+def described(model: nn.Module) -> str:
+    """Return the classes of the modules of *model* that are gathered on their own, and how many of each there are."""
+    sharded: list[nn.Module] = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    ends = [*_untied(model, _embeddings(model)), *_untied(model, _tail(model))]
+    names = Counter(_own_class(module) for module in sharded or [*_blocks(model), *ends, model])
+    return ", ".join(f"{count} {name}" for name, count in names.items())
+
+
+def _own_class(module: nn.Module) -> str:
+    """Return the name of the class that *module* had before it was sharded."""
+    return type(module).__mro__[2 if isinstance(module, FSDPModule) else 0].__name__
+
+
 def _shard_placed(model: nn.Module, options: dict[str, Any], reshard: bool) -> None:
     """Shard the modules that another plugin wants elsewhere, before the blocks that hold them."""
     for module, placement in placements(model).items():
