@@ -31,6 +31,21 @@ def mark_loaded(parts: Iterable[nn.Module]) -> None:
             setattr(parameter, _LOADED, True)
 
 
+def adapted(part: nn.Module) -> nn.Module:
+    """Return the transformers model in *part*, which is that, or PEFT's wrapper of it.
+
+    Raises ValueError for adapters that lengthen the sequence, because a loss is then a mean over more labels.
+    """
+    config: Any = getattr(part, "active_peft_config", None)
+    if getattr(config, "is_prompt_learning", False):
+        raise ValueError(
+            f"{type(config).__name__} adds tokens of its own to every sequence, so ranks and batches cannot be "
+            "weighted by their labels; use adapters within the model's layers, LoRA for one"
+        )
+    within: Any = getattr(part, "get_base_model", None)
+    return within() if callable(within) else part
+
+
 def adapters(setup: DistributedSetup, parts: Sequence[nn.Module]) -> list[RuntimePart]:
     """Make the trainable parameters added to *parts* equal on all ranks, and average their gradients from now on.
 

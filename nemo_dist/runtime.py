@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
-from nemo_dist.adapters import adapters
+from nemo_dist.adapters import adapted, adapters
 from nemo_dist.agreement import BatchCheck, require_one_form, tally
 from nemo_dist.context import MeshContext
 from nemo_dist.hooks import Batch, RuntimePart
@@ -53,8 +53,9 @@ class Runtime:
             if owner is not setup:
                 made = "another setup" if owner is not None else "no setup"
                 raise ValueError(f"the model was loaded with {made}; load it with distributed_setup=<this setup> first")
-        router_loss = RouterLoss.of(parts, setup.mesh_context)
-        judge_loss(parts[-1], routers_known=router_loss is not None)
+        within = [adapted(part) for part in parts]
+        router_loss = RouterLoss.of(within, setup.mesh_context)
+        judge_loss(within[-1], routers_known=router_loss is not None)
         plugins = [*setup.runtime_parts(parts, model), *adapters(setup, parts)]
         return cls(setup=setup, model=model, parts=parts, plugins=plugins, router_loss=router_loss)
 
@@ -121,7 +122,7 @@ class Runtime:
             raise ValueError("forward_backward got an empty list; pass at least one batch")
         self._agreement.once(given, self.mesh)
         local: list[Batch] = [self.batch(batch) for batch in given]
-        counts = torch.stack([count_labels(self.parts[-1], batch) for batch in local])
+        counts = torch.stack([count_labels(self._last, batch) for batch in local])
         total = self._total(counts.sum(), given)
         weights = counts / total.clamp(min=1)
         # The strategy will average gradients over these ranks, each of which contributes a sum.
@@ -190,6 +191,10 @@ class Runtime:
     def _token_group(self) -> dist.ProcessGroup | None:
         """The ranks that see different tokens, all data-parallel and context-parallel ones; None when there is one."""
         return self.mesh.group("dp_cp")
+
+    @cached_property
+    def _last(self) -> nn.Module:
+        return adapted(self.parts[-1])
 
     def _total(self, count: Tensor, given: Sequence[Batch]) -> Tensor:
         """Sum the label *count* over the ranks that see different tokens, and refuse batches that would not meet."""

@@ -24,10 +24,10 @@ def trainable(model):
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def adapted(folder, strategy, sizes=None):
+def adapted(folder, strategy, sizes=None, config=LORA):
     setup = DistributedSetup.build(strategy=strategy, parallelism_sizes=sizes)
     torch.manual_seed(dist.get_rank())  # adapters are drawn differently, until the runtime makes them equal
-    model = peft.get_peft_model(NeMoAutoModelForCausalLM.from_pretrained(folder, distributed_setup=setup), LORA)
+    model = peft.get_peft_model(NeMoAutoModelForCausalLM.from_pretrained(folder, distributed_setup=setup), config)
     return setup.runtime(model)
 
 
@@ -80,13 +80,19 @@ def test_adapters_train_like_on_one_process(ranks, strategy, tmp_path):
     torch.testing.assert_close(saved(input_ids=tokens).logits, model(input_ids=tokens).logits)
 
 
-def refusal(folder, strategy, sizes):
-    with pytest.raises(ValueError, match="trainable parameters were added after loading") as caught:
-        adapted(folder, strategy, sizes)
+def refusal(folder, sizes, config):
+    with pytest.raises(ValueError) as caught:
+        adapted(folder, FSDP2Config(), sizes, config)
     return str(caught.value)
 
 
 def test_adapters_are_refused_where_they_are_not_proven(ranks):
-    sizes = ParallelismSizes(tp_size=2)
-    for message in ranks(2).run(refusal, checkpoint("llama"), FSDP2Config(), sizes):
+    for message in ranks(2).run(refusal, checkpoint("llama"), ParallelismSizes(tp_size=2), LORA):
+        assert "trainable parameters were added after loading" in message
         assert "not proven with tp (got tp_size=2)" in message
+
+
+def test_adapters_that_lengthen_the_sequence_are_refused(ranks):
+    config = peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
+    for message in ranks(2).run(refusal, checkpoint("llama"), None, config):
+        assert "PromptTuningConfig adds tokens of its own to every sequence" in message

@@ -127,15 +127,18 @@ def _answer(call: Call) -> Reply:
 def _give_groups_back() -> None:
     """Destroy the process groups of earlier calls, now that every rank has answered those.
 
-    Each has a thread that wakes a hundred times a second, which adds up to more than the tests themselves.
+    Each has a thread that wakes a hundred times a second, which adds up to more than the tests themselves. DTensor
+    remembers the results of operators with their meshes, and takes a mesh for an equal one of an earlier call.
     """
     import torch.distributed as dist
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
     names = dist.distributed_c10d._world.pg_names
     for group, name in list(names.items()):
         # The whole world's stays. So do those with a hashed name: it would be given again, and the store remembers it.
         if group is not dist.group.WORLD and name.isdigit():
             dist.destroy_process_group(group)
+    _clear_sharding_prop_cache()
 
 
 def _seed() -> None:
