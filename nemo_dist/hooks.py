@@ -103,6 +103,13 @@ class Hooks:
         Called by ``setup.explain()``; *facts*, which are those of *model*, are None where it was given no model.
         """
 
+    @hookspec
+    def agree(self, plan: MeshPlan) -> Mapping[str, str] | None:
+        """Return, by name and as text, what must be the same on every rank besides configs: the content of files, say.
+
+        Called on every rank before the mesh is made; where ranks differ, all are told which and in what.
+        """
+
     # ---- loading: once, on every rank, after the mesh is live ----
 
     @hookspec

@@ -16,10 +16,11 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
+from nemo_dist.adapters import adapters
 from nemo_dist.agreement import BatchCheck, require_one_form, tally
 from nemo_dist.context import MeshContext
 from nemo_dist.hooks import Batch, RuntimePart
-from nemo_dist.labels import count_labels
+from nemo_dist.labels import count_labels, judge_loss
 from nemo_dist.routing import SWITCH, RouterLoss
 
 if TYPE_CHECKING:
@@ -52,13 +53,10 @@ class Runtime:
             if owner is not setup:
                 made = "another setup" if owner is not None else "no setup"
                 raise ValueError(f"the model was loaded with {made}; load it with distributed_setup=<this setup> first")
-        return cls(
-            setup=setup,
-            model=model,
-            parts=parts,
-            plugins=setup.runtime_parts(parts, model),
-            router_loss=RouterLoss.of(parts, setup.mesh_context),
-        )
+        router_loss = RouterLoss.of(parts, setup.mesh_context)
+        judge_loss(parts[-1], routers_known=router_loss is not None)
+        plugins = [*setup.runtime_parts(parts, model), *adapters(setup, parts)]
+        return cls(setup=setup, model=model, parts=parts, plugins=plugins, router_loss=router_loss)
 
     @property
     def mesh(self) -> MeshContext:

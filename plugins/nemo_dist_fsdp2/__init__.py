@@ -76,7 +76,7 @@ class FSDP2:
     stage: ClassVar[int] = Stage.DATA
     axes: ClassVar[frozenset[str]] = frozenset({"dp_shard", "dp_replicate"})
     composes_with: ClassVar[frozenset[str]] = frozenset(
-        {"activation_checkpointing", "activation_checkpointing:selective", "cp", "ep", "pp", "tp"}
+        {"activation_checkpointing", "activation_checkpointing:selective", "adapters", "cp", "ep", "pp", "tp"}
     )
     delegates: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "tp": ("tp_plan", "sequence_parallel", "enable_async_tensor_parallel")
@@ -148,12 +148,14 @@ class FSDP2:
         gathered = reduced = averaged = None
         if facts is not None:
             part = plan.size("tp") * plan.size("pp")
-            twice = facts.block_parameters + facts.embedding_parameters if reshard else 0
-            gathered = shared(shards, (facts.parameters + twice) * facts.computed / part)
+            elsewhere = facts.expert_parameters if any("ep" in view for view in plan.views) else 0  # counted there
+            here = facts.parameters - elsewhere
+            twice = facts.block_parameters - elsewhere + facts.embedding_parameters if reshard else 0
+            gathered = shared(shards, (here + twice) * facts.computed / part)
             reduction = self._dtypes[1]
             size = bytes_of(reduction) if reduction else facts.stored
-            reduced = shared(shards, facts.parameters * size / part)
-            averaged = 2 * shared(replicas, facts.parameters * size / part / shards)
+            reduced = shared(shards, here * size / part)
+            averaged = 2 * shared(replicas, here * size / part / shards)
         found = [
             Traffic(
                 axis="dp_shard_cp",
