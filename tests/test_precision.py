@@ -89,7 +89,7 @@ def test_shards_on_the_cpu_compose_with_every_axis(ranks, specimen, sizes):
     assert_equivalent(ranks(4), Task(specimen=specimen), strategy=strategy, parallelism_sizes=ParallelismSizes(**sizes))
 
 
-@pytest.mark.parametrize("axis", ["tp", "pp", "ep"])
+@pytest.mark.parametrize("axis", ["pp", "ep"])
 def test_compiled_blocks_are_refused_beside_an_axis_that_they_are_not_proven_with(axis):
     with pytest.raises(ValueError, match="enable_compile is not proven"):
         DistributedSetup.build(
@@ -105,10 +105,18 @@ def test_compiled_blocks_are_refused_beside_an_axis_that_they_are_not_proven_wit
         pytest.param({}, id="plain"),
         pytest.param({"activation_checkpointing": "full"}, id="recompute", marks=pytest.mark.slow),
         pytest.param({"parallelism_sizes": ParallelismSizes(cp_size=2)}, id="context", marks=pytest.mark.slow),
+        pytest.param({"parallelism_sizes": ParallelismSizes(tp_size=2)}, id="tensor", marks=pytest.mark.slow),
+        pytest.param(
+            {"parallelism_sizes": ParallelismSizes(tp_size=2), "sequence": True, "activation_checkpointing": "full"},
+            id="sequence",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_compiled_blocks_train_like_one_process(ranks, options):
-    assert_equivalent(ranks(2), Task(length=16), strategy=FSDP2Config(mp_policy=FP32, enable_compile=True), **options)
+    sequence, others = "sequence" in options, {name: value for name, value in options.items() if name != "sequence"}
+    strategy = FSDP2Config(mp_policy=FP32, enable_compile=True, sequence_parallel=sequence)
+    assert_equivalent(ranks(2), Task(length=16), strategy=strategy, **others)
 
 
 def compiled_blocks(folder):

@@ -95,7 +95,7 @@ def test_recomputation_computes_what_one_process_computes(ranks, strategy, mode)
         assert torch.equal(gradient, recomputed.gradients[name]), name
 
 
-@pytest.mark.parametrize("specimen", ["llama-tied", "qwen3", "bert-sequences", "bert-tokens", "llava"])
+@pytest.mark.parametrize("specimen", ["llama-tied", "qwen3", "bert-sequences", "bert-tokens", "llava", "mixtral"])
 def test_recomputation_fits_every_kind_of_model(ranks, specimen):
     assert_equivalent(
         ranks(2), Task(specimen=specimen), strategy=STRATEGIES["fsdp2"], activation_checkpointing="selective"

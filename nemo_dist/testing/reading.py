@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from threading import Lock
 from typing import Any
 
 import safetensors
@@ -17,6 +18,7 @@ class BytesRead:
 
     def __init__(self) -> None:
         self.bytes = 0
+        self._lock = Lock()  # transformers reads with several threads
 
     def __enter__(self) -> BytesRead:
         self._original: Any = safetensors.safe_open
@@ -55,7 +57,8 @@ class BytesRead:
                 module.safe_open = new  # type: ignore[attr-defined]
 
     def _count(self, tensor: torch.Tensor) -> torch.Tensor:
-        self.bytes += tensor.numel() * tensor.element_size()
+        with self._lock:
+            self.bytes += tensor.numel() * tensor.element_size()
         return tensor
 
 

@@ -35,7 +35,8 @@ def recompute(model: Any, config: RecomputeConfig) -> None:
             "leave activation_checkpointing out for this model"
         )
     chosen = _in_scope(model, layers, config.scope)
-    context = {"context_fn": selective_contexts} if config.mode == "selective" else {}
+    routed = any("expert" in name for name in model.config.get_text_config().to_dict())
+    context = {"context_fn": partial(selective_contexts, routed)} if config.mode == "selective" else {}
     model.activation_checkpointing_enable({"use_reentrant": False, **context})
     model.disable_input_require_grads()  # only reentrant checkpointing needs inputs that require gradients
     for layer in layers:

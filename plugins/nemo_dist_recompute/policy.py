@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 # Every second one is kept: the policy of torchtitan, which halves both their memory and their recomputation.
@@ -41,8 +44,26 @@ def _operators(names: tuple[str, ...]) -> frozenset[Any]:
     return frozenset(found)
 
 
-def selective_contexts() -> Any:
-    """Return the two contexts, for the forward and for the recomputation of one layer, that keep what is dear."""
+class _Copies(TorchDispatchMode):
+    """Hand out copies of a router's choice, because routers scale the weights that they chose in place."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = function(*args, **(kwargs or {}))
+        return tuple(part.clone() for part in found) if function is torch.ops.aten.topk.default else found
+
+
+@contextmanager
+def _copying(kept: AbstractContextManager[Any]) -> Iterator[None]:
+    mode: Any = _Copies  # torch leaves its constructor untyped
+    with kept, mode():
+        yield
+
+
+def selective_contexts(routed: bool = False) -> Any:
+    """Return the two contexts, for the forward and for the recomputation of one layer, that keep what is dear.
+
+    ``routed``: the layer may have experts, whose choice is kept.
+    """
     matmuls, always = _operators(_MATMULS), _operators(_ALWAYS)
     # The forward and the recomputation count apart, so that the same matmul is judged the same in both.
     seen: Counter[bool] = Counter()
@@ -55,4 +76,5 @@ def selective_contexts() -> Any:
             kept = operator in always
         return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
-    return create_selective_checkpoint_contexts(keep)
+    contexts: Any = create_selective_checkpoint_contexts(keep)
+    return tuple(map(_copying, contexts)) if routed else contexts

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import attrs
 
-from nemo_dist import MeshPlan, Plugin, Stage, hookimpl
+from nemo_dist import MeshPlan, Stage, hookimpl
 from nemo_dist.options import boolean, options
 from nemo_dist.traffic import Traffic
 from nemo_dist.values import FrozenMapping
@@ -58,7 +58,7 @@ class Tensor:
     config: TensorConfig = attrs.field(factory=TensorConfig)
 
     @hookimpl
-    def validate(self, plugins: tuple[Plugin, ...]) -> list[str]:
+    def validate(self) -> list[str]:
         plan, found = self.config.tp_plan or {}, []
         for rule, style in plan.items():
             if style not in STYLES:
@@ -75,8 +75,6 @@ class Tensor:
                 "enable_async_tensor_parallel is the work of torch.compile on the symmetric memory of GPUs, which a "
                 "CPU does not have and which is not proven here; leave it out"
             )
-        if any(getattr(plugin.config, "enable_compile", False) for plugin in plugins):
-            found.append("enable_compile is not proven with tensor parallelism; leave it out, or set tp_size to 1")
         return found
 
     @hookimpl

@@ -17,10 +17,11 @@ from nemo_dist.traffic import Traffic, shared
 from nemo_dist_tensor.blocks import Blocks
 from nemo_dist_tensor.heads import is_key_value
 from nemo_dist_tensor.plan import Rules
-from nemo_dist_tensor.styles import COLUMN, GATHERED, ROW
+from nemo_dist_tensor.styles import COLUMN, GATHERED, ROW, WHOLE_INPUT
 from nemo_dist_tensor.traffic import (
     GATHER_GRADIENTS,
     GATHER_INPUTS,
+    JOIN_GRADIENTS,
     JOIN_OUTPUTS,
     KINDS,
     LOSS,
@@ -122,6 +123,8 @@ class Step:
             yield (SCATTER_GRADIENTS, self._pieces) if self.sequence else (SUM_GRADIENTS, whole)
         for name, style in styles.items():
             module = self.model.get_submodule(name)
+            if style in WHOLE_INPUT and isinstance(module, nn.Linear):
+                yield JOIN_GRADIENTS, self._tokens * module.in_features * self.facts.computed
             if self.sequence and name == exit_rule:
                 yield from self._exit(module, self._again(blocks.ends_its_block(region)))
             else:

@@ -19,6 +19,7 @@ SUM_GRADIENTS = ("all-reduce", "gradients of what column-wise projections read",
 GATHER_GRADIENTS = ("all-gather", "gradients of those outputs", "in the backward")
 SCATTER_GRADIENTS = ("reduce-scatter", "gradients of those tokens", "in the backward")
 SUM_PARAMETERS = ("all-reduce", "gradients of parameters that every rank has whole", "in the backward")
+JOIN_GRADIENTS = ("all-gather", "gradients of whole inputs that row-wise projections cut", "in the backward")
 KINDS = (
     SUM_OUTPUTS,
     GATHER_INPUTS,
@@ -28,6 +29,7 @@ KINDS = (
     SUM_GRADIENTS,
     GATHER_GRADIENTS,
     SCATTER_GRADIENTS,
+    JOIN_GRADIENTS,
     SUM_PARAMETERS,
 )
 
