@@ -28,6 +28,7 @@ MESHES = {
     "pp4-fsdp2": (8, {"pp_size": 4}),
     "pp4-tp": (8, {"pp_size": 4, "tp_size": 2}),
     "pp4-cp": (8, {"pp_size": 4, "cp_size": 2}),
+    "sequence-tp": (4, {"tp_size": 2}),
 }
 SCHEDULES = (
     ("GPipe", 1),
@@ -76,7 +77,7 @@ def test_every_composition_of_a_pipeline_computes_what_one_process_computes(rank
     assert_equivalent(
         ranks(world),
         Task(specimen=specimen, rows=sizes.dp(world) * 2 * sizes.pp_size, length=13),
-        strategy=FSDP2Config(mp_policy=FP32),
+        strategy=FSDP2Config(mp_policy=FP32, sequence_parallel=mesh.startswith("sequence")),
         parallelism_sizes=sizes,
         pipeline_config=PipelineConfig(pp_schedule=schedule, **options),
         activation_checkpointing=mode,

@@ -74,11 +74,6 @@ def test_options_of_the_strategy_that_no_pipeline_keeps_are_refused():
     assert "reshard_after_forward loses gradients under schedule 'ZBVZeroBubble'" in split
     options = {"strategy": FSDP2Config(activation_checkpointing="selective"), "pp_schedule": "zero_bubble"}
     assert "activation_checkpointing='selective' does not run under schedule" in refused(**options)
-    sizes = ParallelismSizes(pp_size=2, tp_size=2)
-    with pytest.raises(TopologyError, match="sequence_parallel is proven with one stage on a rank only"):
-        DistributedSetup.build(
-            FSDP2Config(sequence_parallel=True), sizes, PipelineConfig(pp_schedule="looped_bfs"), world_size=4
-        )
     assert "enable_compile is not proven" in refused(strategy=FSDP2Config(enable_compile=True))
     assert "defer_fsdp_grad_sync=False asks" in refused(strategy=FSDP2Config(defer_fsdp_grad_sync=False))
     offload = FSDP2Config(offload_policy=torch.distributed.fsdp.CPUOffloadPolicy())

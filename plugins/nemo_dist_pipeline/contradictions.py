@@ -84,11 +84,6 @@ def _others(placement: Placement, plugins: tuple[Plugin, ...]) -> list[str]:
             problems.append(f"reshard_after_forward loses gradients {reason} leave it out")
         if "selective" in given("mode", [plugin for plugin in plugins if plugin.stage == Stage.RECOMPUTE]):
             problems.append(f"activation_checkpointing='selective' does not run {reason} take 'full'")
-    if any(given("sequence_parallel")) and placement.name not in ("GPipe", "1F1B"):
-        problems.append(
-            f"sequence_parallel is proven with one stage on a rank only, not under schedule {placement.name!r}; use "
-            "'1F1B' or 'GPipe', or leave it out"
-        )
     if any(given("enable_compile")):
         problems.append("enable_compile is not proven with a pipeline; leave it out, or set pp_size to 1")
     if given("offload_policy"):
