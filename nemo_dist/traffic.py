@@ -19,14 +19,16 @@ class ModelFacts:
     """The numbers of a model and of a step that decide how much is sent.
 
     ``parameters``: in the whole model; ``block_parameters``: in its repeated blocks; ``embedding_parameters``: in the
-    input embedding, 0 where it is tied to the head. ``stored``, ``computed``: bytes of a parameter at rest and of one
-    in a matmul. ``rows``, ``length``: the batch of one data-parallel rank. ``recomputes``: every block runs twice.
-    ``experts``: in each of the ``expert_layers``, of which a token goes to ``experts_per_token``.
+    input embedding, 0 where it is tied to the head, and then ``tied_parameters`` has them. ``stored``, ``computed``:
+    bytes of a parameter at rest and of one in a matmul. ``rows``, ``length``: the batch of one data-parallel rank.
+    ``recomputes``: every block runs twice. ``experts``: in each of the ``expert_layers``, of which a token goes to
+    ``experts_per_token``.
     """
 
     parameters: int
     block_parameters: int
     embedding_parameters: int
+    tied_parameters: int
     blocks: int
     hidden: int
     heads: int
@@ -67,6 +69,7 @@ class ModelFacts:
             parameters=sum(own.values()),
             block_parameters=sum(inside.values()),
             embedding_parameters=0 if tied else weight.numel(),
+            tied_parameters=weight.numel() if tied else 0,
             blocks=len(layers),
             hidden=config.hidden_size,
             heads=heads,

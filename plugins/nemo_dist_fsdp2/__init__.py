@@ -76,7 +76,7 @@ class FSDP2:
     stage: ClassVar[int] = Stage.DATA
     axes: ClassVar[frozenset[str]] = frozenset({"dp_shard", "dp_replicate"})
     composes_with: ClassVar[frozenset[str]] = frozenset(
-        {"activation_checkpointing", "activation_checkpointing:selective", "cp", "ep", "pp", "tp"}
+        {"activation_checkpointing", "activation_checkpointing:selective", "adapters", "cp", "ep", "pp", "tp"}
     )
     delegates: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "tp": ("tp_plan", "sequence_parallel", "enable_async_tensor_parallel")
@@ -102,16 +102,24 @@ class FSDP2:
             shard(part, mesh, self.config)
 
     @hookimpl
-    def runtime(self, parts: list[nn.Module]) -> RuntimePart:
+    def runtime(self, parts: list[nn.Module], mesh: MeshContext) -> RuntimePart:
         from nemo_dist_fsdp2.sharding import unsynchronised
 
-        return RuntimePart(no_sync=(lambda: unsynchronised(parts)) if self.config.defer_fsdp_grad_sync else None)
+        return RuntimePart(
+            no_sync=(lambda: unsynchronised(parts)) if self.config.defer_fsdp_grad_sync else None,
+            lockstep=mesh.size("dp_cp") > 1,
+        )
 
     @hookimpl
-    def explain(self, plan: MeshPlan) -> str:
+    def explain(self, plan: MeshPlan, model: nn.Module | None) -> str:
         replicas = plan.size("dp_replicate")
         line = f"fsdp2: parameters, gradients and optimizer state in {plan.size('dp_shard_cp')} shards"
-        return f"{line}, each on {replicas} replicas" if replicas > 1 else line
+        line += f", each on {replicas} replicas" if replicas > 1 else ""
+        if model is None:
+            return line
+        from nemo_dist_fsdp2.sharding import described
+
+        return f"{line}; gathered one by one: {described(model)}"
 
     @property
     def compute_dtype(self) -> str | None:
