@@ -52,7 +52,7 @@ def measured(specimen, sizes, recompute):
         runtime.forward_backward(batch)
     facts = ModelFacts.of(whole, ROWS, LENGTH, setup.strategy.compute_dtype, bool(recompute))
     said = dict.fromkeys(counter.sent, 0)
-    for found in setup.calls.traffic(plan=setup.plan, facts=facts):
+    for found in setup.calls.traffic(plan=setup.plan, facts=facts, model=whole):
         for entry in found:
             if entry.collective in said:
                 said[entry.collective] += entry.sent
@@ -76,10 +76,11 @@ def test_a_step_with_experts_sends_what_explain_says(on_ranks, case):
     """Ranks send as many tokens as they have, but get what routers choose: the sum over ranks is known, no rank's."""
     world, specimen, sizes, recompute = CASES[case]
     results = on_ranks(world, measured, specimen, sizes, recompute)
-    # Tensor parallelism gathers a little of its own.
-    for kind in ("reduce-scatter", "all-to-all", *(() if "tp_size" in sizes else ("all-gather",))):
+    for kind in ("all-gather", "reduce-scatter", "all-to-all"):
         sent, said = (sum(result[which][kind] for result in results) for which in (0, 1))
-        assert said == pytest.approx(sent, rel=0.01), (kind, results)  # FSDP2 pads to equal shards
+        # FSDP2 pads to equal shards, and counts norms and routers as if tensor parallelism divided them.
+        close = 0.1 if "tp_size" in sizes and kind != "all-to-all" else 0.01
+        assert said == pytest.approx(sent, rel=close), (kind, results)
 
 
 def test_explain_says_how_many_experts_a_rank_holds_and_what_a_layer_sends():

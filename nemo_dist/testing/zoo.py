@@ -129,11 +129,18 @@ def _qwen2_moe() -> Any:
     return transformers.Qwen2MoeConfig(**_moe(shared_expert_intermediate_size=40))
 
 
-def _deepseek_v3() -> Any:
+def _deepseek_v3(layers: int = 3) -> Any:
     latent = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
     experts = {"n_routed_experts": 8, "num_experts_per_tok": 3, "n_group": 2, "topk_group": 1, "n_shared_experts": 1}
     return transformers.DeepseekV3Config(
-        **_text(num_key_value_heads=4, moe_intermediate_size=24, first_k_dense_replace=1, **latent, **experts)
+        **_text(
+            num_hidden_layers=layers,
+            num_key_value_heads=4,
+            moe_intermediate_size=24,
+            first_k_dense_replace=1,
+            **latent,
+            **experts,
+        )
     )
 
 
@@ -306,6 +313,7 @@ SPECIMENS: dict[str, Specimen] = {
         Specimen(name="mixtral", loader=_CAUSAL, config=_mixtral, batch=_causal),
         Specimen(name="qwen2-moe", loader=_CAUSAL, config=_qwen2_moe, batch=_causal),
         Specimen(name="deepseek-v3", loader=_CAUSAL, config=_deepseek_v3, batch=_causal),
+        Specimen(name="deepseek-v3-deep", loader=_CAUSAL, config=lambda: _deepseek_v3(layers=4), batch=_causal),
         Specimen(name="llava", loader="NeMoAutoModelForImageTextToText", config=_llava, batch=_images),
     )
 }

@@ -97,8 +97,9 @@ class MoE:
             )
         if any(getattr(plugin.config, "sequence_parallel", False) for plugin in plugins):
             problems.append(
-                f"sequence_parallel=True is not proven with ep_size={sizes.ep_size}, whose dispatch takes the tokens "
-                "of tensor-parallel ranks as equal; leave it out, or set ep_size to 1"
+                f"sequence_parallel=True cuts the tokens between layers, which routers and experts take whole: no rule "
+                f"gathers them there, and their dispatch does the cutting; leave it out, or set ep_size={sizes.ep_size}"
+                " to 1"
             )
         if any(getattr(plugin.config, "enable_compile", False) for plugin in plugins):
             problems.append("enable_compile is not proven with expert parallelism; leave it out, or set ep_size to 1")

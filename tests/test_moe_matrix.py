@@ -1,0 +1,75 @@
+"""Every kind of model with experts beside every other axis: loss with router loss, gradients, norm and three steps."""
+
+import pytest
+
+from nemo_dist import FSDP2Config, ParallelismSizes
+from nemo_dist.testing.equivalence import Task, assert_equivalent, trained
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+FP32 = {"param_dtype": "float32", "reduce_dtype": "float32", "output_dtype": "float32"}
+# Plain, another family, with shared experts, and with latent attention, shared experts and a dense first layer. The
+# last has no router loss in transformers: it balances by a bias.
+MODELS = ("qwen3-moe", "mixtral", "qwen2-moe", "deepseek-v3")
+TOPOLOGIES = {
+    "ep": (2, {"ep_size": 2}, False),
+    "ep-fsdp": (4, {"ep_size": 2}, False),
+    "ep-all": (4, {"ep_size": 4}, False),
+    "ep-hsdp": (4, {"ep_size": 2, "dp_replicate_size": 2}, False),
+    "ep-across-replicas": (4, {"ep_size": 4, "dp_replicate_size": 2}, False),
+    "ep-fsdp-hsdp": (8, {"ep_size": 2, "dp_replicate_size": 2}, False),
+    "ep-tp": (4, {"ep_size": 2, "tp_size": 2}, False),
+    "ep-over-tp": (4, {"ep_size": 4, "tp_size": 2}, False),
+    "ep-tp-only": (4, {"ep_size": 2, "tp_size": 4}, False),
+    "ep-cp": (4, {"ep_size": 2, "cp_size": 2}, False),
+    "ep-over-cp": (4, {"ep_size": 4, "cp_size": 2}, False),
+    "ep-pp": (4, {"ep_size": 2, "pp_size": 2}, False),
+    "ep-full": (4, {"ep_size": 2}, "full"),
+    "ep-selective": (4, {"ep_size": 2}, "selective"),
+    "ep-hsdp-tp-full": (8, {"ep_size": 4, "dp_replicate_size": 2, "tp_size": 2}, "full"),
+    "ep-hsdp-cp-selective": (8, {"ep_size": 2, "dp_replicate_size": 2, "cp_size": 2}, "selective"),
+    "ep-tp-cp-full": (8, {"ep_size": 8, "cp_size": 2, "tp_size": 2}, "full"),
+    "ep-tp-pp-full": (8, {"ep_size": 2, "pp_size": 2, "tp_size": 2}, "full"),
+    "five-8": (8, {"ep_size": 4, "pp_size": 2, "tp_size": 2, "cp_size": 2}, False),
+    "five-16": (16, {"ep_size": 4, "pp_size": 2, "tp_size": 2, "cp_size": 2}, False),
+}
+
+
+def unfit(model, topology):
+    """Whether four experts are to be shared by more ranks."""
+    return model == "mixtral" and TOPOLOGIES[topology][1]["ep_size"] > 4
+
+
+@pytest.mark.parametrize(
+    ("model", "topology"), [(model, name) for name in TOPOLOGIES for model in MODELS if not unfit(model, name)]
+)
+def test_a_model_with_experts_computes_what_one_process_computes(ranks, model, topology):
+    world, sizes, recompute = TOPOLOGIES[topology]
+    train(ranks(world), model, sizes, recompute)
+
+
+@pytest.mark.parametrize("model", ["qwen3-moe-deep", "deepseek-v3-deep"])
+@pytest.mark.parametrize(
+    "schedule", ["gpipe", "1f1b", "looped_bfs", "interleaved_1f1b", "zero_bubble", "zbv", "dualpipev"]
+)
+def test_experts_under_every_schedule_compute_what_one_process_computes(ranks, model, schedule):
+    train(ranks(4), model, {"ep_size": 2, "pp_size": 2}, False, pipeline_config={"pp_schedule": schedule})
+
+
+@pytest.mark.parametrize("sizes", [{"ep_size": 2, "dp_replicate_size": 2, "tp_size": 2}, {"ep_size": 4, "tp_size": 2}])
+def test_replicas_of_experts_routers_and_norms_stay_equal_over_many_steps(ranks, sizes):
+    """What several ranks hold is compared bit for bit; against one process, rounding may send a token elsewhere."""
+    task = Task(specimen="qwen3-moe", steps=20)
+    strategy = FSDP2Config(mp_policy=FP32)
+    trained(ranks(8), task, strategy=strategy, parallelism_sizes=ParallelismSizes(**sizes))
+
+
+def train(pool, model, sizes, recompute, **more):
+    assert_equivalent(
+        pool,
+        Task(specimen=model),
+        strategy=FSDP2Config(mp_policy=FP32),
+        parallelism_sizes=ParallelismSizes(**sizes),
+        activation_checkpointing=recompute,
+        **more,
+    )
