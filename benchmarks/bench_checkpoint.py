@@ -34,6 +34,7 @@ TITLE = "A checkpoint of 25 M float32 parameters and AdamW's moments on 2 ranks"
 WORLD = 2
 _TURNS = 5
 _DCP, _HF = "torch.distributed.checkpoint", "transformers"
+_BLOCKED = "blocked by an asynchronous save"
 _LIMIT = 1.1
 _BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)  # else another topology's optimizer does not load
 
@@ -45,8 +46,8 @@ def measure() -> Iterator[Figure]:
     for what, peers in (
         ("save", (_DCP, _HF)),
         ("load", (_DCP, _HF)),
-        ("load under another topology", (_DCP,)),
-        ("blocked by an asynchronous save", (_DCP,)),
+        ("load under another topology", (_DCP, _HF)),
+        (_BLOCKED, (_DCP, _HF)),
         ("asynchronous save, until durable", (_DCP,)),
     ):
         ours, *others = (_slowest(taken, what, who) for who in ("nemo_dist", *peers))
@@ -88,21 +89,25 @@ def run(folder: Path) -> dict[tuple[str, str], list[float]]:
         save_optimizer_distributed(runtime.model, optimizer, str(folder / "hf-optimizer"))
 
     def load_hf() -> None:
-        _load_model_checkpoint_distributed(runtime.model, str(folder / "hf"))
-        load_optimizer_distributed(runtime.model, optimizer, str(folder / "hf-optimizer"))
+        _load_hf(runtime.model, optimizer, folder)
+
+    def reshard_hf() -> None:
+        _load_hf(other.model, other_optimizer, folder)
 
     contests: dict[str, dict[str, Callable[[], None]]] = {
         "save": {"nemo_dist": save_ours, _DCP: save_dcp, _HF: save_hf},
         "load": {"nemo_dist": load_ours, _DCP: load_dcp, _HF: load_hf},
-        "load under another topology": {"nemo_dist": reshard_ours, _DCP: reshard_dcp},
+        "load under another topology": {"nemo_dist": reshard_ours, _DCP: reshard_dcp, _HF: reshard_hf},
     }
     for turn in range(_TURNS + 1):
         for what, contest in contests.items():
             for who, operation in _rotated(contest, turn):
-                _record(taken, what, who, turn, _timed(operation))
+                _record(taken, what, who, turn, seconds := _timed(operation))
+                if (what, who) == ("save", _HF):  # it has no asynchronous save, and is blocked for all of it
+                    _record(taken, _BLOCKED, who, turn, seconds)
         for who, begin in _rotated({"nemo_dist": runtime.save, _DCP: _dcp_async(runtime, optimizer)}, turn):
             blocked, durable = _timed_asynchronous(begin, folder / f"asynchronous-{who}", optimizer, who)
-            _record(taken, "blocked by an asynchronous save", who, turn, blocked)
+            _record(taken, _BLOCKED, who, turn, blocked)
             _record(taken, "asynchronous save, until durable", who, turn, durable)
     return taken
 
@@ -151,6 +156,11 @@ def _load(model: Any, optimizer: Any, folder: Path) -> None:
     set_state_dict(
         model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=_BY_NAME
     )
+
+
+def _load_hf(model: Any, optimizer: Any, folder: Path) -> None:
+    _load_model_checkpoint_distributed(model, str(folder / "hf"))
+    load_optimizer_distributed(model, optimizer, str(folder / "hf-optimizer"))
 
 
 def _trained(**sizes: int) -> tuple[Any, Any]:

@@ -1,4 +1,8 @@
-"""Ranks that work on one batch together must have been given the same one: checked once, on the first step."""
+"""Ranks that work on one batch together must have been given the same one: checked once, on the first step.
+
+Ranks with batches of their own may only have to run the same modules: that is checked in the sum of the label counts,
+which every step needs anyway, so it costs no collective.
+"""
 
 from __future__ import annotations
 
@@ -41,6 +45,38 @@ class BatchCheck:
                 + "\nread with DistributedSampler(data, num_replicas=runtime.dp_size, rank=runtime.dp_rank), and seed "
                 "what is drawn by runtime.dp_rank"
             )
+
+
+# Floating-point inputs of a language model itself; any other is read by a tower that runs only when it is given.
+_OWN = frozenset({"attention_mask", "inputs_embeds", "labels", "shift_labels"})
+
+
+def form(batches: Sequence[Batch]) -> str:
+    """Describe which modules *batches* make a model run: how many there are, and which towers' inputs each has."""
+    media = [
+        sorted(n for n, v in batch.items() if n not in _OWN and isinstance(v, Tensor) and v.is_floating_point())
+        for batch in batches
+    ]
+    return ", then ".join(" and ".join(names) or "text only" for names in media)
+
+
+def tally(count: Tensor, batches: Sequence[Batch]) -> Tensor:
+    """Return integers whose sum over ranks holds the sum of *count* and whether the forms of *batches* are all one."""
+    code = int.from_bytes(hashlib.blake2b(form(batches).encode(), digest_size=2).digest(), "big")
+    numbers = torch.tensor([0, 1, code, code * code], device=count.device)
+    numbers[0] = count
+    return numbers
+
+
+def require_one_form(sums: Tensor, batches: Sequence[Batch]) -> None:
+    """Raise RankError when *sums*, of the tallies of all ranks, say that some would run other modules than this one."""
+    _, ranks, total, squares = sums.tolist()
+    if ranks * squares != total * total:  # the variance of the codes
+        raise RankError(
+            f"the batches of different data-parallel ranks make them run different modules, so they would wait for "
+            f"each other for ever; this rank was given: {form(batches)}. Give every rank equally many batches and, in "
+            f"each, the same kinds of input (a blank image where there is none, its labels -100), or use strategy 'ddp'"
+        )
 
 
 def digest(batches: Sequence[Batch]) -> int:

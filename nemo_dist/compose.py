@@ -260,7 +260,10 @@ class DistributedSetup:
             "timeout_minutes": repr(self.timeout_minutes),
             "ranks": repr(self.ranks),
         }
-        return fields | {f"{plugin.name} config": repr(plugin.config) for plugin in self.plugins}
+        fields |= {f"{plugin.name} config": repr(plugin.config) for plugin in self.plugins}
+        for found in self.calls.agree(plan=self.plan):
+            fields |= found
+        return fields
 
 
 def _plan(sizes: ParallelismSizes, world_size: int, selection: Selection, device_type: str | None) -> MeshPlan:

@@ -71,9 +71,17 @@ class DemoOptions:
         return DistributedSetup.build(
             strategy=config_type(mp_policy=_EXACT) if "mp_policy" in known else self.strategy,
             parallelism_sizes=self.parallelism_sizes,
+            pipeline_config=self._pipeline,
             world_size=self.nproc if world_size is None else world_size,
             device_type=device_type,
         )
+
+    @property
+    def _pipeline(self) -> dict[str, int] | None:
+        """Two microbatches per stage, as large as they can be: small ones spend their time in messages."""
+        stages = self.parallelism_sizes.pp_size
+        rows = self.batch // self.parallelism_sizes.dp(self.nproc)
+        return {"pp_microbatch_size": max(1, rows // (2 * stages))} if stages > 1 else None
 
     def claim_folder(self) -> None:
         """Raise ValueError when the output folder holds something that the demo did not write."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 
+import attrs
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -33,29 +35,68 @@ def shared_draws(ranks: Sequence[int] | None) -> Iterator[None]:
         torch.set_rng_state(mine)
 
 
-@torch.no_grad()
-def draw_missing(part: nn.Module, initialise: Callable[[], None], ranks: Sequence[int] | None) -> None:
-    """Run *initialise*, which draws the weights that *part* lacks, as one process would on every one of *ranks*."""
-    missing: dict[int, tuple[nn.Parameter, Tensor]] = {}
-    lacking = [slot for slot in slots(part) if _lacks_values(slot[2])]
-    with shared_draws(ranks), DeferredInit() as init:
+@attrs.define
+class Draws:
+    """Draw the weights that a checkpoint lacks, as one process would, on every one of *ranks*."""
+
+    ranks: Sequence[int] | None
+    _whole: Mapping[str, Callable[[], Tensor]] = attrs.field(factory=dict, init=False)
+
+    @torch.no_grad()
+    def foresee(self, model: nn.Module, names: Collection[str], initialise: Callable[[], None]) -> None:
+        """Draw what all parts of a divided model lack, *names*, in the order of the whole *model*, which is on meta.
+
+        A part by itself would not know what others draw before it. Collective over the ranks.
+        """
+        origins: dict[str, Tensor] = {}
+        with shared_draws(self.ranks), DeferredInit() as init:
+            for path, module, name, parameter in _named_slots(model):
+                if path in names:
+                    origins[path] = torch.empty(parameter.shape, dtype=parameter.dtype)
+                    setattr(module, name, nn.Parameter(origins[path], requires_grad=parameter.requires_grad))
+                else:
+                    _mark(parameter)
+            initialise()
+        self._whole = {path: partial(init.replay, origin) for path, origin in origins.items()}
+
+    @torch.no_grad()
+    def draw(self, part: nn.Module, initialise: Callable[[], None]) -> None:
+        """Give *part* the weights that it lacks; *initialise* draws them, and makes the buffers that no file has."""
+        if self._whole:
+            for path, module, name, parameter in _named_slots(part):
+                if path in self._whole and not _marked(parameter):
+                    setattr(module, name, _mark(filled(parameter, self._whole[path](), _local_device(parameter))))
+        missing: dict[int, tuple[nn.Parameter, Tensor]] = {}
+        lacking = [slot for slot in slots(part) if isinstance(slot[2], DTensor) and not _marked(slot[2])]
+        with shared_draws(self.ranks), DeferredInit() as init:
+            for module, name, parameter in lacking:
+                if id(parameter) not in missing:
+                    missing[id(parameter)] = (parameter, torch.empty(parameter.shape, dtype=parameter.dtype))
+                setattr(module, name, nn.Parameter(missing[id(parameter)][1], requires_grad=parameter.requires_grad))
+            initialise()
+        drawn = {
+            key: _mark(filled(parameter, init.replay(whole), _local_device(parameter)))
+            for key, (parameter, whole) in missing.items()
+        }
         for module, name, parameter in lacking:
-            if id(parameter) not in missing:
-                missing[id(parameter)] = (parameter, torch.empty(parameter.shape, dtype=parameter.dtype))
-            setattr(module, name, nn.Parameter(missing[id(parameter)][1], requires_grad=parameter.requires_grad))
-        initialise()
-    drawn = {
-        key: filled(parameter, init.replay(whole), _local_device(parameter))
-        for key, (parameter, whole) in missing.items()
-    }
-    for module, name, parameter in lacking:
-        setattr(drawn[id(parameter)], "_is_hf_initialized", True)  # noqa: B010  # transformers' mark: do not draw again
-        setattr(module, name, drawn[id(parameter)])
+            setattr(module, name, drawn[id(parameter)])
+
+
+def _named_slots(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
+    for prefix, module in model.named_modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            yield f"{prefix}.{name}" if prefix else name, module, name, parameter
 
 
 def _local_device(parameter: nn.Parameter) -> torch.device:
     return parameter.to_local().device if isinstance(parameter, DTensor) else parameter.device
 
 
-def _lacks_values(parameter: nn.Parameter) -> bool:
-    return isinstance(parameter, DTensor) and not getattr(parameter, "_is_hf_initialized", False)
+def _mark(parameter: nn.Parameter) -> nn.Parameter:
+    """Mark *parameter* as transformers does: do not draw it again."""
+    setattr(parameter, "_is_hf_initialized", True)  # noqa: B010
+    return parameter
+
+
+def _marked(parameter: nn.Parameter) -> bool:
+    return bool(getattr(parameter, "_is_hf_initialized", False))

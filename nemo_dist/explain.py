@@ -22,10 +22,9 @@ def explanation(setup: DistributedSetup, model: Any = None, rows: int = 1, lengt
         for axis in view.axes:
             lines.append(f"  {axis.name:<12} {axis.size:>6}  {_claimants(setup, axis.name) if axis.size > 1 else '-'}")
     lines.append("plugins, in the order they act on the model:")
-    lines += [f"  {line}" for line in setup.calls.explain(plan=plan)]
-    sent = [
-        line for found in setup.calls.traffic(plan=plan, facts=_facts(setup, model, rows, length)) for line in found
-    ]
+    lines += [f"  {line}" for line in setup.calls.explain(plan=plan, model=model)]
+    facts = _facts(setup, model, rows, length)
+    sent = [line for found in setup.calls.traffic(plan=plan, facts=facts, model=model) for line in found]
     if sent:
         lines.append("collectives of a step" + (", with the bytes that one rank sends:" if model is not None else ":"))
         lines += [f"  {line}" for line in sent]

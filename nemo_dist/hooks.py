@@ -44,6 +44,9 @@ class RuntimePart:
     its own axes. At most one plugin gives an engine. ``survey`` runs only the forwards of the same batches, under
     ``torch.no_grad``, for losses that need to know all of them before the first backward.
 
+    ``lockstep`` says that the forwards of ranks with different batches wait for each other, module by module, so that
+    all must run the same modules equally often.
+
     ``optimizer`` takes the optimizer that was made over the local parameters and returns the one that the user steps.
 
     ``norm_axes`` are the mesh axes along which ranks hold *different* parameters that no DTensor mesh spans, so that
@@ -56,6 +59,7 @@ class RuntimePart:
     no_sync: Callable[[], AbstractContextManager[None]] | None = None
     engine: Callable[[list[Batch], list[Tensor]], Tensor] | None = None
     survey: Callable[[list[Batch]], None] | None = None
+    lockstep: bool = False
     optimizer: Callable[[Optimizer], Optimizer] | None = None
     norm_axes: tuple[str, ...] = ()
     norm_skip: Collection[nn.Parameter] = ()
@@ -86,14 +90,24 @@ class Hooks:
         """
 
     @hookspec
-    def explain(self, plan: MeshPlan) -> str | None:
-        """Say in one line what you will do with *plan*."""
+    def explain(self, plan: MeshPlan, model: nn.Module | None) -> str | None:
+        """Say in one line what you will do with *plan*, and to which modules of *model*.
+
+        *model* is a transformers model on any device, or None where ``setup.explain()`` was given none.
+        """
 
     @hookspec
-    def traffic(self, plan: MeshPlan, facts: ModelFacts | None) -> list[Traffic] | None:
+    def traffic(self, plan: MeshPlan, facts: ModelFacts | None, model: nn.Module | None) -> list[Traffic] | None:
         """Say which collectives a step will run, one entry for each kind; with bytes where *facts* are known.
 
-        Called by ``setup.explain()``; *facts* are None where it was given no model.
+        Called by ``setup.explain()``; *facts*, which are those of *model*, are None where it was given no model.
+        """
+
+    @hookspec
+    def agree(self, plan: MeshPlan) -> Mapping[str, str] | None:
+        """Return, by name and as text, what must be the same on every rank besides configs: the content of files, say.
+
+        Called on every rank before the mesh is made; where ranks differ, all are told which and in what.
         """
 
     # ---- loading: once, on every rank, after the mesh is live ----

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import transformers
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from transformers import PreTrainedModel
 
+from nemo_dist.adapters import mark_loaded
 from nemo_dist.compose import DistributedSetup
 from nemo_dist.context import MeshContext
 from nemo_dist.deferred import DeferredInit
-from nemo_dist.draws import draw_missing, shared_draws
+from nemo_dist.draws import Draws, shared_draws
 from nemo_dist.errors import RankError
+from nemo_dist.runtime import Runtime
 from nemo_dist.weights import read_through
 
 if TYPE_CHECKING:
@@ -72,7 +78,35 @@ def _refuse_placement(kwargs: dict[str, Any]) -> None:
 def _finish(setup: DistributedSetup, parts: list[nn.Module]) -> object:
     for part in parts:
         part.distributed_setup = setup  # type: ignore[assignment]  # a plain attribute, so that runtime() can tell
-    return setup.wrap(parts)
+    model = setup.wrap(parts)
+    mark_loaded(parts)
+    if isinstance(model, PreTrainedModel):
+        own: Any = model
+        own.save_pretrained = partial(
+            _save_pretrained, Runtime(setup=setup, model=model, parts=parts, plugins=()), model.save_pretrained
+        )
+    return model
+
+
+def _save_pretrained(
+    runtime: Runtime,
+    original: Callable[..., None],
+    save_directory: str | os.PathLike[str],
+    is_main_process: bool = True,
+    *,
+    max_shard_size: int | str = "50GB",
+    **others: Any,
+) -> None:
+    """Save a sharded model as ``Runtime.export`` does, or its adapters as transformers does; all ranks call this."""
+    if getattr(runtime.model, "_hf_peft_config_loaded", False):
+        original(save_directory, is_main_process=is_main_process, max_shard_size=max_shard_size, **others)
+        return
+    if others:
+        raise TypeError(
+            f"save_pretrained of a sharded model takes a folder and max_shard_size (got {', '.join(others)}); "
+            "save it, then do the rest with the folder"
+        )
+    runtime.export(save_directory, max_shard_size=max_shard_size)
 
 
 class _Loader:
@@ -108,7 +142,7 @@ class _Loader:
         _refuse_placement(kwargs)
         if kwargs.get("output_loading_info"):
             raise TypeError("output_loading_info is not supported with distributed_setup or device_mesh; leave it out")
-        with read_through(setup, pretrained_model_name_or_path, draw_missing) as reading:
+        with read_through(setup, pretrained_model_name_or_path, Draws(setup.ranks)) as reading:
             model = cls.auto.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         return _finish(setup, reading.parts(model))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,10 @@ from nemo_dist.trees import from_json, to_json
 
 # How an optimizer computes on this machine; what it computes is the same.
 _OWN = ("foreach", "fused", "capturable", "differentiable")
-_LISTS = ("base_lrs", "_last_lr")
+# What schedulers list per group of the optimizer: rates that are the groups' own under another name, and others.
+_RATES = {"base_lrs": "initial_lr", "_last_lr": "lr"}
+_PER_GROUP = ("min_lrs", "max_lrs", "base_momentums", "max_momentums")
+_NESTED = "_schedulers"
 
 
 def named(optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
@@ -83,29 +86,31 @@ def by_value(answers: Sequence[Mapping[str, Any] | Sequence[Any]]) -> list[Any]:
     return [[json.loads(text), sorted(members)] for text, members in names.items()]
 
 
-def restore_options(optimizer: Any, parameters: Mapping[str, nn.Parameter], saved: Sequence[Any]) -> None:
-    """Give every group of *optimizer* the options that its parameters were saved with."""
+def options_of_groups(optimizer: Any, parameters: Mapping[str, nn.Parameter], saved: Sequence[Any]) -> list[Any]:
+    """Return, for every group of *optimizer*, the options that its parameters were saved with; changes nothing."""
     value_of = {name: json.dumps(value, sort_keys=True) for value, names in saved for name in names}
     names = {id(parameter): name for name, parameter in parameters.items()}
     chosen = []
     for index, group in enumerate(optimizer.param_groups):
-        found = {value_of.get(names[id(parameter)]) for parameter in group["params"]} - {None}
+        known = {value_of.get(names[id(parameter)]) for parameter in group["params"]}
+        found = sorted(value for value in known if value is not None)
         if len(found) > 1:
             raise CheckpointError(
                 f"group {index} of the optimizer has parameters that were saved with different options: "
-                f"{' and '.join(sorted(map(str, found)))}; group them as they were"
+                f"{' and '.join(found)}; group them as they were"
             )
-        chosen.append(from_json(json.loads(found.pop())) if found and found != {None} else {})  # type: ignore[arg-type]
-    for group, values in zip(optimizer.param_groups, chosen, strict=True):
-        group.update(values)
+        chosen.append(from_json(json.loads(found[0])) if found else {})
+    return chosen
 
 
-def count_of(saved: Sequence[Any], name: str) -> Any:
-    """Return what was saved of *name*; where a topology names parameters otherwise, what is the same for all."""
-    for value, names in saved:
-        if name in names:
-            return from_json(value)
-    return from_json(saved[0][0]) if len(saved) == 1 else None
+def count_of(saved: Sequence[Any]) -> Callable[[str, bool], Any]:
+    """Return what gives the counts saved of a name.
+
+    One that has moments, but no counts because a topology names it otherwise, gets those that are the same for all.
+    """
+    value_of = {name: value for value, names in saved for name in names}
+    common = saved[0][0] if len(saved) == 1 else {}
+    return lambda name, has_moments: from_json(value_of.get(name, common if has_moments else {}))
 
 
 def place(value: Any, parameter: nn.Parameter, group: Mapping[str, Any]) -> Any:
@@ -115,14 +120,59 @@ def place(value: Any, parameter: nn.Parameter, group: Mapping[str, Any]) -> Any:
     return value
 
 
-def restore_scheduler(scheduler: Any, state: Mapping[str, Any], optimizer: Any) -> None:
-    """Load *state* into *scheduler*; what it lists per group follows the groups of *optimizer*, if they are others."""
+def scheduler_state(scheduler: Any) -> dict[str, Any]:
+    """Return the state of *scheduler* without the rates that its optimizer's groups have too, as other groups come."""
+    return _without_rates(scheduler.state_dict(), _groups(scheduler))
+
+
+def _without_rates(state: Mapping[str, Any], groups: Sequence[Any]) -> dict[str, Any]:
+    kept = {
+        name: value
+        for name, value in state.items()
+        if name not in _RATES or value != [group.get(_RATES[name]) for group in groups]
+    }
+    if _NESTED in kept:
+        kept[_NESTED] = [_without_rates(one, groups) for one in kept[_NESTED]]
+    return kept
+
+
+def fitted(scheduler: Any, state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return *state* for the groups of *scheduler*: what is listed per group, with one value for each.
+
+    Raises CheckpointError where there are more or fewer groups than when it was saved, and the values differ.
+    """
+    fit, count = dict(state), len(_groups(scheduler))
+    for name in (*_RATES, *_PER_GROUP):
+        listed = fit.get(name)
+        if isinstance(listed, list) and len(listed) != count:
+            if any(value != listed[0] for value in listed):
+                raise CheckpointError(
+                    f"{type(scheduler).__name__} was saved with {name} {listed} for {len(listed)} groups of the "
+                    f"optimizer, and here are {count}; group the parameters as they were"
+                )
+            fit[name] = listed[:1] * count
+    if _NESTED in fit:
+        fit[_NESTED] = [fitted(one, its) for one, its in zip(scheduler._schedulers, fit[_NESTED], strict=True)]
+    return fit
+
+
+def restore_scheduler(scheduler: Any, state: Mapping[str, Any]) -> None:
+    """Load *state*, which is ``fitted``, into *scheduler*; the rates that it lacks are those of the groups."""
     scheduler.load_state_dict(dict(state))
-    for one in (scheduler, *getattr(scheduler, "_schedulers", ())):
-        for attribute, key in zip(_LISTS, ("initial_lr", "lr"), strict=True):
-            listed = getattr(one, attribute, None)
-            if isinstance(listed, list) and optimizer is not None and len(listed) != len(optimizer.param_groups):
-                setattr(one, attribute, [_number(group[key]) for group in optimizer.param_groups])
+    _take_rates(scheduler, state)
+
+
+def _take_rates(scheduler: Any, state: Mapping[str, Any]) -> None:
+    for name, key in _RATES.items():
+        if name not in state and hasattr(scheduler, name):
+            setattr(scheduler, name, [_number(group.get(key)) for group in _groups(scheduler)])
+    for one, its in zip(getattr(scheduler, _NESTED, ()), state.get(_NESTED, ()), strict=True):
+        _take_rates(one, its)
+
+
+def _groups(scheduler: Any) -> Sequence[Any]:
+    found: Sequence[Any] = getattr(getattr(scheduler, "optimizer", None), "param_groups", ())
+    return found
 
 
 def _number(value: Any) -> Any:

@@ -16,7 +16,7 @@ from nemo_dist import background, generators
 from nemo_dist.canonical import exported, imported, own_state
 from nemo_dist.errors import CheckpointError
 from nemo_dist.manifest import Manifest, Stored, key
-from nemo_dist.optimizer_state import count_of, named, place, restore_options, restore_scheduler
+from nemo_dist.optimizer_state import count_of, fitted, named, options_of_groups, place, restore_scheduler
 from nemo_dist.pieces import Box, pieces
 from nemo_dist.saved_names import plain_class
 from nemo_dist.saving import MODEL, OPTIMIZER, topology
@@ -67,7 +67,10 @@ def load_from(
         own = own_state(runtime)
         names = _check_model(runtime, manifest, own)
         parameters = _check_optimizer(manifest, optimizer, own)
+        options = options_of_groups(optimizer, parameters, manifest.about["options"]) if optimizer is not None else []
         _check_rest(manifest, schedulers, data)
+        states = [from_json(state) for state in manifest.about["schedulers"]]
+        fits = [fitted(scheduler, state) for scheduler, state in zip(schedulers, states, strict=True)]
         mine = _rank_state(runtime, manifest, team)
         data_state = _data_state(manifest, data, runtime.dp_rank, runtime.dp_size)
     _check_complete(team, manifest, names)
@@ -76,8 +79,10 @@ def load_from(
             reader.fill(MODEL, canonical)
         if optimizer is not None:
             _load_optimizer(runtime, manifest, reader, optimizer, parameters)
-        for scheduler, state in zip(schedulers, manifest.about["schedulers"], strict=True):
-            restore_scheduler(scheduler, from_json(state), optimizer)
+            for group, values in zip(optimizer.param_groups, options, strict=True):
+                group.update(values)
+        for scheduler, state in zip(schedulers, fits, strict=True):
+            restore_scheduler(scheduler, state)
         if data is not None:
             data.load_state_dict(data_state)
         if mine is not None:
@@ -204,7 +209,7 @@ def _data_state(manifest: Manifest, data: Any, dp_rank: int, dp_size: int) -> An
 def _load_optimizer(
     runtime: Runtime, manifest: Manifest, reader: Reader, optimizer: Any, parameters: Mapping[str, nn.Parameter]
 ) -> None:
-    """Give *optimizer* the moments, counts and options of the checkpoint; nothing of what it had is left."""
+    """Give *optimizer* the moments and counts of the checkpoint; nothing of what it had is left."""
     optimizer.state.clear()
     kinds = sorted(
         {name[len(OPTIMIZER) :].partition("/")[0] for name in manifest.tensors if name.startswith(OPTIMIZER)}
@@ -217,10 +222,10 @@ def _load_optimizer(
         for name, tensor in _read_moments(runtime, reader, prefix, stored, parameters).items():
             optimizer.state[parameters[name]][kind] = tensor
     group_of = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+    counts = count_of(manifest.about["counts"])
     for name, parameter in parameters.items():
-        for kind, value in (count_of(manifest.about["counts"], name) or {}).items():
+        for kind, value in counts(name, bool(optimizer.state.get(parameter))).items():
             optimizer.state[parameter][kind] = place(value, parameter, group_of[id(parameter)])
-    restore_options(optimizer, parameters, manifest.about["options"])
 
 
 def _read_moments(

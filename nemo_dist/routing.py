@@ -26,6 +26,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers.utils.output_capturing import OutputRecorder
 
+from nemo_dist.labels import class_name
+
 if TYPE_CHECKING:
     from nemo_dist.context import MeshContext
     from nemo_dist.hooks import Batch
@@ -35,6 +37,10 @@ SWITCH = "output_router_logits"  # the argument, and the config's field, that tu
 # appends tokens or rows of its own gives it; the model does not get it.
 COUNTED = "counted_tokens"
 _FORMULA = "load_balancing_loss_func"
+# The numbers that models hand to it, under the names that they have for them.
+_EXPERTS = ("num_experts", "num_local_experts", "moe_num_experts", "n_routed_experts")
+_TOP_K = ("num_experts_per_tok",)
+_COEFFICIENT = ("router_aux_loss_coef", "aux_loss_coef")
 _ARGUMENTS = ("gate_logits", "num_experts", "top_k", "attention_mask")
 
 
@@ -48,6 +54,7 @@ class RouterLoss:
     default: bool
     device: torch.device
     groups: Sequence[dist.ProcessGroup]
+    unknown: str = ""  # why the loss cannot be had, where it is off by default and its form is not known
     _active: bool = False
     _counting: bool = False
     _mask: Tensor | None = None
@@ -72,28 +79,29 @@ class RouterLoss:
             return None
         config = model.config.get_text_config()
         default = bool(getattr(config, SWITCH, False))
-        experts, top_k = getattr(config, "num_experts", None), getattr(config, "num_experts_per_tok", None)
-        coefficient = getattr(model, "router_aux_loss_coef", getattr(config, "router_aux_loss_coef", None))
+        experts, top_k, coefficient = (_number(model, config, names) for names in (_EXPERTS, _TOP_K, _COEFFICIENT))
         known = tuple(inspect.signature(formula).parameters) == _ARGUMENTS and not config.is_encoder_decoder
-        experts = experts or getattr(config, "num_local_experts", None) or getattr(config, "moe_num_experts", None)
-        if not known or experts is None or top_k is None or coefficient is None:
+        if not known or experts is None or top_k is None or coefficient is None or not _recorders_known(model):
+            unknown = (
+                f"{class_name(model)} has a router loss whose form is not known, so it cannot be summed over ranks; "
+                f"load it with {SWITCH}=False"
+            )
             if default:
-                raise ValueError(
-                    f"{_kind(model)} has a router loss whose form is not known, so it cannot be summed over ranks; "
-                    f"load it with {SWITCH}=False"
-                )
-            return None
+                raise ValueError(unknown)
+            return cls(0, 0, 0.0, default, mesh.device, (), unknown)
         groups = [group for axis in ("dp_cp", "pp") if (group := mesh.group(axis)) is not None]
-        loss = cls(experts, top_k, float(coefficient), default, mesh.device, groups)
+        loss = cls(int(experts), int(top_k), float(coefficient), default, mesh.device, groups)
         for part in parts:
             loss._hook(part)
         return loss
 
     def wanted(self, batches: Iterable[Batch]) -> bool:
-        """Whether *batches* ask for the loss; raise ValueError when only some of them do."""
+        """Whether *batches* ask for the loss; raise ValueError when only some of them do, or its form is not known."""
         asked = {bool(self.default if batch.get(SWITCH) is None else batch[SWITCH]) for batch in batches}
         if len(asked) > 1:
             raise ValueError(f"{SWITCH} is True in some batches of a step and False in others; give them one value")
+        if self.unknown and True in asked:
+            raise ValueError(self.unknown)
         return asked == {True}
 
     @staticmethod
@@ -159,20 +167,20 @@ class RouterLoss:
     def _route(self, index: int, module: nn.Module, args: Any, output: Any) -> Any:
         """Count what a router chose, and tie the loss to one of its other outputs; called after its forward."""
         mask = self._mask if self._active else None
-        if mask is None or not isinstance(output, tuple) or output[index] is None:
+        values = output if isinstance(output, tuple) else (output,)
+        index = index if isinstance(output, tuple) else 0  # as transformers reads what it records
+        if mask is None or values[index] is None:
             return None
-        logits: Tensor = output[index]
+        logits: Tensor = values[index]
         if self._counting:
             self._count(logits.detach(), mask)
         if not torch.is_grad_enabled() or not logits.requires_grad:
             return None
-        at = next(
-            i
-            for i, value in enumerate(output)
-            if i != index and isinstance(value, Tensor) and value.is_floating_point() and value.requires_grad
-        )
-        tied = _Tied.apply(output[at], logits, mask, self)  # type: ignore[no-untyped-call]
-        return (*output[:at], tied, *output[at + 1 :])
+        # The logits themselves may end here: what the model goes on with carries the gradient back, if there is more.
+        others = [i for i, value in enumerate(values) if i != index and _differentiable(value)]
+        at = others[0] if others else index
+        tied = _Tied.apply(values[at], logits, mask, self)  # type: ignore[no-untyped-call]
+        return (*values[:at], tied, *values[at + 1 :]) if isinstance(output, tuple) else tied
 
     def _count(self, logits: Tensor, mask: Tensor) -> None:
         if mask.numel() != logits.shape[0]:
@@ -185,6 +193,10 @@ class RouterLoss:
         self._sums[: self.experts].scatter_add_(0, choices.reshape(-1), mask.repeat_interleave(self.top_k))
         self._sums[self.experts : -1] += (probabilities.float() * mask.unsqueeze(-1)).sum(0)
         self._sums[-1] += mask.sum()
+
+
+def _differentiable(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.requires_grad
 
 
 class _Tied(torch.autograd.Function):
@@ -206,11 +218,6 @@ class _Tied(torch.autograd.Function):
         return grad, slope, None, None
 
 
-def _kind(model: nn.Module) -> str:
-    """Return the name of the model's class as transformers knows it, below what FSDP made of it."""
-    return next(base.__name__ for base in type(model).__mro__ if base.__module__.startswith("transformers."))
-
-
 def _formula(model: nn.Module) -> Any:
     """Return the function with which transformers computes the load balancing loss of *model*, or None."""
     if SWITCH not in inspect.signature(type(model).forward).parameters:
@@ -219,14 +226,28 @@ def _formula(model: nn.Module) -> Any:
     return next((found for module in modules if (found := getattr(module, _FORMULA, None))), None)
 
 
+def _number(model: nn.Module, config: Any, names: Sequence[str]) -> Any:
+    """Return the number that goes by one of *names*, of the model before its config; None where there is none."""
+    owners = [(owner, name) for owner in (model, config) for name in names]
+    return next((value for owner, name in owners if (value := getattr(owner, name, None)) is not None), None)
+
+
+def _recorders_known(model: nn.Module) -> bool:
+    """Whether every module that transformers records router logits of is found by ``_routers``."""
+    declared = [r for owner in model.modules() for r in _recorders(owner)]
+    return bool(declared) and all(isinstance(r, OutputRecorder) and r.target_class is not None for r in declared)
+
+
+def _recorders(owner: nn.Module) -> list[Any]:
+    found = (getattr(owner, "_can_record_outputs", None) or {}).get("router_logits", [])
+    return found if isinstance(found, list) else [found]
+
+
 def _routers(part: nn.Module) -> dict[nn.Module, int]:
     """Return the modules of *part* that transformers records router logits of, and where they are in the output."""
     found: dict[nn.Module, int] = {}
     for owner in part.modules():
-        recorders = (getattr(owner, "_can_record_outputs", None) or {}).get("router_logits", [])
-        for recorder in recorders if isinstance(recorders, list) else [recorders]:
-            if not isinstance(recorder, OutputRecorder) or recorder.target_class is None:
-                continue
+        for recorder in _recorders(owner):
             for name, module in owner.named_modules():
                 if isinstance(module, recorder.target_class) and (recorder.layer_name or "") in name:
                     found.setdefault(module, recorder.index)

@@ -16,10 +16,11 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
-from nemo_dist.agreement import BatchCheck
+from nemo_dist.adapters import adapters
+from nemo_dist.agreement import BatchCheck, require_one_form, tally
 from nemo_dist.context import MeshContext
 from nemo_dist.hooks import Batch, RuntimePart
-from nemo_dist.labels import count_labels
+from nemo_dist.labels import count_labels, judge_loss
 from nemo_dist.routing import SWITCH, RouterLoss
 
 if TYPE_CHECKING:
@@ -52,13 +53,10 @@ class Runtime:
             if owner is not setup:
                 made = "another setup" if owner is not None else "no setup"
                 raise ValueError(f"the model was loaded with {made}; load it with distributed_setup=<this setup> first")
-        return cls(
-            setup=setup,
-            model=model,
-            parts=parts,
-            plugins=setup.runtime_parts(parts, model),
-            router_loss=RouterLoss.of(parts, setup.mesh_context),
-        )
+        router_loss = RouterLoss.of(parts, setup.mesh_context)
+        judge_loss(parts[-1], routers_known=router_loss is not None)
+        plugins = [*setup.runtime_parts(parts, model), *adapters(setup, parts)]
+        return cls(setup=setup, model=model, parts=parts, plugins=plugins, router_loss=router_loss)
 
     @property
     def mesh(self) -> MeshContext:
@@ -114,8 +112,9 @@ class Runtime:
         routers (``output_router_logits``), it is that of all tokens of the step. A list of batches then costs one more
         forward each, because what the experts got in total must be known before the first backward.
 
-        Raises ValueError for a batch without labels or an empty list, and on the first step RankError when ranks that
-        work on one batch together were given different ones.
+        Raises ValueError for a batch without labels or an empty list, RankError on the first step when ranks that work
+        on one batch together were given different ones, and where the strategy shards the model, when ranks were given
+        different numbers of batches or only some of them images.
         """
         given = [batches] if isinstance(batches, Mapping) else list(batches)
         if not given:
@@ -123,7 +122,7 @@ class Runtime:
         self._agreement.once(given, self.mesh)
         local: list[Batch] = [self.batch(batch) for batch in given]
         counts = torch.stack([count_labels(self.parts[-1], batch) for batch in local])
-        total = self._sum_over_batches(counts.sum())
+        total = self._total(counts.sum(), given)
         weights = counts / total.clamp(min=1)
         # The strategy will average gradients over these ranks, each of which contributes a sum.
         scale = 1 if self._token_group is None else self._token_group.size()
@@ -191,6 +190,25 @@ class Runtime:
     def _token_group(self) -> dist.ProcessGroup | None:
         """The ranks that see different tokens, all data-parallel and context-parallel ones; None when there is one."""
         return self.mesh.group("dp_cp")
+
+    def _total(self, count: Tensor, given: Sequence[Batch]) -> Tensor:
+        """Sum the label *count* over the ranks that see different tokens, and refuse batches that would not meet."""
+        if self._token_group is None:
+            return count
+        sums = tally(count, given)
+        dist.all_reduce(sums, group=self._token_group)
+        # On a device reading the sums waits for it, so only where ranks may well differ.
+        if self._lockstep and (sums.device.type == "cpu" or len(given) > 1 or self._has_towers):
+            require_one_form(sums, given)
+        return sums[0].float()
+
+    @cached_property
+    def _lockstep(self) -> bool:
+        return any(part.lockstep for part in self.plugins)
+
+    @cached_property
+    def _has_towers(self) -> bool:
+        return any(len(getattr(part.config, "sub_configs", ())) > 1 for part in self.parts)
 
     def _sum_over_batches(self, value: Tensor) -> Tensor:
         """Sum over the ranks that see different tokens."""

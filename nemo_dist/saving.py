@@ -17,7 +17,7 @@ from nemo_dist import background, generators, manifest
 from nemo_dist.canonical import exported, own_state
 from nemo_dist.companions import write_companions
 from nemo_dist.manifest import Piece, Stored, key
-from nemo_dist.optimizer_state import by_value, counts, moments, named, options
+from nemo_dist.optimizer_state import by_value, counts, moments, named, options, scheduler_state
 from nemo_dist.pieces import Box, Entry, describe, pieces, survey
 from nemo_dist.safetensors_file import SafetensorsFile
 from nemo_dist.saved_names import plain_class, refuse_unplain
@@ -127,7 +127,7 @@ def _about(runtime: Runtime, optimizer: Any, extra: Any, schedulers: Sequence[An
         "optimizer": None if optimizer is None else type(optimizer).__name__,
         "topology": topology(runtime),
         "plugins": {plugin.name: _version(type(plugin).__module__.partition(".")[0]) for plugin in setup.plugins},
-        "schedulers": [to_json(scheduler.state_dict(), "the state of a scheduler") for scheduler in schedulers],
+        "schedulers": [to_json(scheduler_state(scheduler), "the state of a scheduler") for scheduler in schedulers],
         "extra": to_json(extra, "extra"),
     }
 

@@ -19,13 +19,16 @@ class ModelFacts:
     """The numbers of a model and of a step that decide how much is sent.
 
     ``parameters``: in the whole model; ``block_parameters``: in its repeated blocks; ``embedding_parameters``: in the
-    input embedding, 0 where it is tied to the head. ``stored``, ``computed``: bytes of a parameter at rest and of one
-    in a matmul. ``rows``, ``length``: the batch of one data-parallel rank. ``recomputes``: every block runs twice.
+    input embedding, 0 where it is tied to the head, and then ``tied_parameters`` has them. ``stored``, ``computed``:
+    bytes of a parameter at rest and of one in a matmul. ``rows``, ``length``: the batch of one data-parallel rank.
+    ``recomputes``: every block runs twice. ``experts``: in each of the ``expert_layers``, of which a token goes to
+    ``experts_per_token``.
     """
 
     parameters: int
     block_parameters: int
     embedding_parameters: int
+    tied_parameters: int
     blocks: int
     hidden: int
     heads: int
@@ -36,6 +39,10 @@ class ModelFacts:
     rows: int
     length: int
     recomputes: bool
+    experts: int = 0
+    expert_layers: int = 0
+    expert_parameters: int = 0
+    experts_per_token: int = 0
 
     @property
     def tokens(self) -> int:
@@ -57,10 +64,12 @@ class ModelFacts:
         tied = head is not None and head.weight is weight
         stored = _BYTES[str(next(model.parameters()).dtype).removeprefix("torch.")]
         heads = config.num_attention_heads
+        fused = {module: found for module in model.modules() if (found := _experts(module))}
         return cls(
             parameters=sum(own.values()),
             block_parameters=sum(inside.values()),
             embedding_parameters=0 if tied else weight.numel(),
+            tied_parameters=weight.numel() if tied else 0,
             blocks=len(layers),
             hidden=config.hidden_size,
             heads=heads,
@@ -71,7 +80,17 @@ class ModelFacts:
             rows=rows,
             length=length,
             recomputes=recomputes,
+            experts=max(fused.values(), default=0),
+            expert_layers=len(fused),
+            expert_parameters=sum(p.numel() for module in fused for p in module.parameters(recurse=False)),
+            experts_per_token=getattr(config, "num_experts_per_tok", None) or 0,
         )
+
+
+def _experts(module: Any) -> int:
+    """Return how many experts *module* holds, in stacks [experts, ...] as transformers has them; mostly 0."""
+    stacks = [len(p) for p in module.parameters(recurse=False) if p.ndim == 3] if hasattr(module, "num_experts") else []
+    return max(stacks, default=0)
 
 
 @attrs.frozen(kw_only=True)

@@ -8,9 +8,10 @@ the mapped file.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import copy
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import attrs
 import torch
@@ -26,7 +27,15 @@ from nemo_dist.meeting import meet, report
 if TYPE_CHECKING:
     from nemo_dist.compose import DistributedSetup
 
-Missing = Callable[[nn.Module, Callable[[], None], Sequence[int] | None], None]
+
+class Missing(Protocol):
+    """What draws the weights that a checkpoint lacks; see ``draws.py``."""
+
+    def foresee(self, model: nn.Module, names: Collection[str], initialise: Callable[[], None]) -> None:
+        """Draw those of a model that is divided into parts."""
+
+    def draw(self, part: nn.Module, initialise: Callable[[], None]) -> None:
+        """Give *part* its own."""
 
 
 def local_slice(full: Tensor, shard: DTensor) -> Tensor:
@@ -67,7 +76,7 @@ class Reading:
 
     setup: DistributedSetup
     source: Any
-    initialise: Missing
+    missing: Missing
     _parts: list[nn.Module] = attrs.field(factory=list)
     _reported: bool = False
 
@@ -77,6 +86,7 @@ class Reading:
         if device.type != "cpu":
             object.__setattr__(config, "device_map", {"": device})  # frozen, but transformers uses it again to finish
         whole = frozenset(model.state_dict())
+        undivided = copy.deepcopy(model) if self.setup.plan.size("pp") > 1 else None  # the axis that divides by names
         self._parts = self.setup.shard(model)
         if not any(part is model for part in self._parts):
             raise PluginError(
@@ -87,6 +97,8 @@ class Reading:
         for info, *_ in answers.values():
             info.unexpected_keys -= whole  # what this part does not have, another one does
         self._agree_on_shapes({id(part): answers[id(part)][0] for part in self._parts}, config)
+        if undivided is not None:
+            self._foresee(undivided, {id(part): answers[id(part)][0] for part in self._parts}, config)
         others: list[Any] = [part for part in self._parts if part is not model]
         for part in others:
             part._finalize_model_loading(part, config, answers[id(part)][0])
@@ -94,10 +106,24 @@ class Reading:
 
     def _read(self, original: Callable[..., Any], part: Any, *args: Any) -> Any:
         whole = part._initialize_missing_keys
-        part._initialize_missing_keys = lambda quantized: self.initialise(
-            part, lambda: whole(quantized), self.setup.ranks
-        )
+        part._initialize_missing_keys = lambda quantized: self.missing.draw(part, lambda: whole(quantized))
         return original(part, *args)
+
+    def _foresee(self, model: Any, infos: Mapping[int, Any], config: Any) -> None:
+        """Have the weights drawn that any part of the divided *model* lacks; *infos* as for the shapes."""
+        mine: set[str] = set()
+        for part in self._parts:
+            info: Any = infos[id(part)]
+            tied: Any = part.all_tied_weights_keys
+            mine |= (info.missing_keys - tied.keys()) | {name for name, *_ in info.mismatched_keys}
+        names = meet(
+            "the weights that the checkpoint lacks",
+            sorted(mine),
+            lambda lists: sorted({name for ours in lists for name in ours}),
+            self.setup.ranks,
+        )
+        if names:
+            self.missing.foresee(model, names, lambda: model._initialize_missing_keys(config.is_quantized))
 
     def _agree_on_shapes(self, infos: Mapping[int, Any], config: Any) -> None:
         """Tell all ranks of a shape that only some slices betray: of 10 and of 9 rows, most ranks have equal slices.
@@ -151,9 +177,9 @@ class Reading:
 
 
 @contextmanager
-def read_through(setup: DistributedSetup, source: Any, initialise: Missing) -> Iterator[Reading]:
+def read_through(setup: DistributedSetup, source: Any, missing: Missing) -> Iterator[Reading]:
     """Within the context, a model that transformers loads is sharded by *setup* before its weights are read."""
-    reading = Reading(setup, source, initialise)
+    reading = Reading(setup, source, missing)
     original = PreTrainedModel._load_pretrained_model
 
     def load(model: Any, state: Any, files: Any, config: Any, *rest: Any, **more: Any) -> Any:

@@ -1,5 +1,6 @@
 """What the checkpoint tests run on ranks: train, save, load, and report whole tensors."""
 
+import hashlib
 import json
 import zlib
 
@@ -8,6 +9,7 @@ from torch.distributed.tensor import DTensor
 
 from nemo_dist import DDPConfig, DistributedSetup, FSDP2Config, MegatronFSDPConfig, ParallelismSizes
 from nemo_dist.canonical import exported, own_state
+from nemo_dist.pieces import as_bytes
 from nemo_dist.testing.equivalence import Task, checkpoint
 from nemo_dist.testing.zoo import SPECIMENS
 
@@ -15,28 +17,41 @@ FP32 = {"param_dtype": "float32", "reduce_dtype": "float32", "output_dtype": "fl
 OPTIMIZER = {"lr": 1e-2, "weight_decay": 0.1, "eps": 1e-5}
 FSDP2 = FSDP2Config(mp_policy=FP32)
 INTERLEAVED = {"pp_schedule": "Interleaved1F1B"}
+
+
+def _sizes(**sizes):
+    pipeline = {"pipeline_config": INTERLEAVED} if "pp_size" in sizes else {}
+    return {"strategy": FSDP2, "parallelism_sizes": ParallelismSizes(**sizes), **pipeline}
+
+
 SETUPS = {
-    "fsdp2": {"strategy": FSDP2},
-    "hsdp": {"strategy": FSDP2, "parallelism_sizes": ParallelismSizes(dp_replicate_size=2)},
+    "fsdp2": _sizes(),
+    "hsdp": _sizes(dp_replicate_size=2),
     "ddp": {"strategy": DDPConfig()},
-    "tp": {"strategy": FSDP2, "parallelism_sizes": ParallelismSizes(tp_size=2)},
-    "cp": {"strategy": FSDP2, "parallelism_sizes": ParallelismSizes(cp_size=2)},
-    "pp": {"strategy": FSDP2, "parallelism_sizes": ParallelismSizes(pp_size=2), "pipeline_config": INTERLEAVED},
-    "hsdp-tp": {"strategy": FSDP2, "parallelism_sizes": ParallelismSizes(dp_replicate_size=2, tp_size=2)},
-    "ep": {"strategy": FSDP2, "parallelism_sizes": ParallelismSizes(ep_size=2)},
+    "tp": _sizes(tp_size=2),
+    "cp": _sizes(cp_size=2),
+    "pp": _sizes(pp_size=2),
+    "pp-tp": _sizes(pp_size=2, tp_size=2),
+    "pp-cp": _sizes(pp_size=2, cp_size=2),
+    "hsdp-tp": _sizes(dp_replicate_size=2, tp_size=2),
+    "ep": _sizes(ep_size=2),
+    "ep-tp": _sizes(ep_size=2, tp_size=2),
+    "five": _sizes(pp_size=2, ep_size=2, tp_size=2, cp_size=2),
     "megatron": {"strategy": MegatronFSDPConfig()},
     "megatron-zero1": {"strategy": MegatronFSDPConfig(zero_dp_strategy=1)},
     "megatron-tp": {"strategy": MegatronFSDPConfig(), "parallelism_sizes": ParallelismSizes(tp_size=2)},
 }
 
 
-def start(name, specimen="llama", seed=0, **options):
-    setup = DistributedSetup.build(**SETUPS[name])
-    model = SPECIMENS[specimen].load.from_pretrained(
-        checkpoint_of(specimen, seed), distributed_setup=setup, dtype=torch.float32
-    )
-    runtime = setup.runtime(model)
+def start(name, specimen="llama", seed=0):
+    runtime = started(name, specimen, checkpoint_of(specimen, seed))
     return runtime, runtime.optimizer(torch.optim.AdamW, **OPTIMIZER)
+
+
+def started(name, specimen, folder):
+    setup = DistributedSetup.build(**SETUPS[name])
+    model = SPECIMENS[specimen].load.from_pretrained(folder, distributed_setup=setup, dtype=torch.float32)
+    return setup.runtime(model)
 
 
 FOLDERS = {}
@@ -62,57 +77,77 @@ def whole(tensor):
     return tensor.detach().clone().cpu()
 
 
-def everything(runtime, optimizer):
+def everything(runtime, optimizer=None):
     """Return every parameter, and what the optimizer has of it, whole, by name."""
     own = own_state(runtime)
     found = {f"model/{name}": whole(tensor) for name, tensor in exported(runtime, own).items()}
-    kinds = sorted({kind for state in optimizer.state.values() for kind in state})
-    for kind in kinds:
-        tensors = {n: optimizer.state[p][kind] for n, p in own.items() if kind in optimizer.state.get(p, {})}
-        same = {n: t for n, t in tensors.items() if t.shape == own[n].shape}
+    state = {} if optimizer is None else optimizer.state
+    for kind in sorted({kind for held in state.values() for kind in held}):
+        tensors = {name: state[p][kind] for name, p in own.items() if kind in state.get(p, {})}
+        same = {name: tensor for name, tensor in tensors.items() if tensor.shape == own[name].shape}
         found |= {f"{kind}/{name}": whole(tensor) for name, tensor in exported(runtime, same).items()}
         found |= {f"{kind}/{name}": whole(tensor) for name, tensor in tensors.items() if name not in same}
     return found
 
 
-def train_and_save(name, folders, path, specimen="llama", upto=3, **options):
-    """Train from the start for *upto* steps, save, and report everything."""
+def train_and_save(name, folders, path):
+    """Train from the start for three steps, and save."""
+    FOLDERS.update(folders)
+    runtime, optimizer = start(name)
+    steps(runtime, optimizer, Task(), range(3))
+    runtime.save(path, optimizer, extra={"step": 3})
+
+
+def export_of(path):
+    return path.with_name(path.name + "-export")
+
+
+def digests(found):
+    """Return a digest of every tensor of *found*, with its dtype and shape: equal exactly where the bits are."""
+    return {
+        name: f"{tensor.dtype} {tuple(tensor.shape)} {hashlib.sha256(as_bytes(tensor).numpy().tobytes()).hexdigest()}"
+        for name, tensor in found.items()
+    }
+
+
+def go_through(name, folders, specimen, path):
+    """Train for three steps, save and export, train three more; return what was saved and the last losses."""
     FOLDERS.update(folders)
     runtime, optimizer = start(name, specimen)
     task = Task(specimen=specimen)
-    losses = steps(runtime, optimizer, task, range(upto))
-    runtime.save(path, optimizer, extra={"step": upto, "losses": losses}, **options).wait()
-    return everything(runtime, optimizer)
+    steps(runtime, optimizer, task, range(3))
+    runtime.save(path, optimizer, extra={"step": 3})
+    runtime.export(export_of(path))
+    found = digests(everything(runtime, optimizer))
+    return found, steps(runtime, optimizer, task, range(3, 6))
 
 
-def load_and_report(name, folders, path, specimen="llama", seed=1, train=0):
-    """Load into other weights, report everything, and train on from there."""
+def load_each(name, folders, specimen, paths, export):
+    """Go on from each of *paths*, one after the other, with what the one before left, and load *export*.
+
+    Report as ``go_through``, and the model of the export.
+    """
     FOLDERS.update(folders)
-    runtime, optimizer = start(name, specimen, seed)
-    extra = runtime.load(path, optimizer)
-    found = everything(runtime, optimizer)
-    losses = steps(runtime, optimizer, Task(specimen=specimen), range(extra["step"], extra["step"] + train))
-    return extra, found, losses
+    runtime, optimizer = start(name, specimen, seed=1)
+    reports = []
+    for path in paths:
+        first = runtime.load(path, optimizer)["step"]
+        found = digests(everything(runtime, optimizer))
+        reports.append((found, steps(runtime, optimizer, Task(specimen=specimen), range(first, first + 3))))
+    return reports, digests(everything(started(name, specimen, export)))
 
 
 def joined(outcomes):
     """Return what all ranks report together; what two of them hold must be equal."""
     result = {}
     for outcome in outcomes:
-        for name, tensor in outcome.items():
-            assert torch.equal(result.setdefault(name, tensor), tensor), name
+        for name, value in outcome.items():
+            assert result.setdefault(name, value) == value, f"{name} differs between ranks"
     return result
 
 
 def folders(*specimens):
     return {(specimen, seed): checkpoint(specimen, seed) for specimen in specimens for seed in (0, 1)}
-
-
-def losses(name, folders, task, count):
-    """Return the losses of *count* steps of a run that never stops."""
-    FOLDERS.update(folders)
-    runtime, optimizer = start(name, task.specimen)
-    return steps(runtime, optimizer, task, range(count))
 
 
 def rewrite(path, **changes):

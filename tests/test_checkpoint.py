@@ -1,108 +1,13 @@
 """A run saved under any topology goes on under any other, bit for bit; at the same one as if it had never stopped."""
 
 import random
-from functools import lru_cache
 
 import checkpoint_runs as runs
 import pytest
 import torch
-import transformers
 
 from nemo_dist import DistributedSetup, FSDP2Config, NeMoAutoModelForCausalLM
-from nemo_dist.testing.cuda_calls import WithCudaCalls
 from nemo_dist.testing.equivalence import Task
-
-# In the order of the world size, as a pool of ranks takes seconds to start.
-SAMPLED = [("ddp", 2), ("tp", 2), ("cp", 2), ("pp", 2), ("megatron", 2), ("fsdp2", 4), ("hsdp", 4)]
-TOPOLOGIES = [("fsdp2", 1), ("fsdp2", 2), *SAMPLED, ("tp", 4), ("pp", 4), ("ddp", 4), ("hsdp-tp", 8)]
-TOPOLOGIES += [("megatron-zero1", 2), ("megatron-tp", 4)]
-# A cycle through the sampled ones: each is saved once and loaded once.
-SAMPLE = set(zip(SAMPLED, SAMPLED[3:] + SAMPLED[:3], strict=True))
-PAIRS = [
-    pytest.param(source, target, marks=[] if (source, target) in SAMPLE else [pytest.mark.slow])
-    for target in sorted(TOPOLOGIES, key=lambda topology: topology[1])
-    for source in TOPOLOGIES
-]
-KINDS = ["exp_avg", "exp_avg_sq", "model", "step"]
-SPECIMEN = "llama-deep-tied"
-
-
-@pytest.fixture(scope="module")
-def on(rank_pools):
-    """Run a function on the ranks of a topology, with a stand-in for CUDA where its package calls it."""
-
-    def run(topology, function, *args, **kwargs):
-        name, world = topology
-        pool = WithCudaCalls(rank_pools(world)) if name.startswith("megatron") else rank_pools(world)
-        return pool.run(function, name, *args, **kwargs)
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def saved(on, tmp_path_factory):
-    """The same training saved under a topology: where, and everything in it."""
-    where = tmp_path_factory.mktemp("saved")
-
-    @lru_cache
-    def save(topology):
-        path = where / "-".join(map(str, topology))
-        return path, runs.joined(on(topology, runs.train_and_save, runs.folders(SPECIMEN), path, SPECIMEN))
-
-    return save
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(on):
-    """The losses of steps 3 to 5 of a run that never stopped."""
-
-    @lru_cache
-    def losses(topology):
-        return on(topology, runs.losses, runs.folders(SPECIMEN), Task(specimen=SPECIMEN), 6)[0][3:]
-
-    return losses
-
-
-@pytest.mark.parametrize(("source", "target"), PAIRS)
-def test_any_topology_goes_on_from_any_other(on, saved, uninterrupted, source, target):
-    path, expected = saved(source)
-    answers = on(target, runs.load_and_report, runs.folders(SPECIMEN), path, SPECIMEN, train=3)
-    loaded = runs.joined([found for _, found, _ in answers])
-    assert loaded.keys() == expected.keys()
-    assert sorted({key.partition("/")[0] for key in loaded}) == KINDS
-    assert "model/lm_head.weight" not in loaded
-    for key, tensor in expected.items():
-        assert torch.equal(loaded[key], tensor), key
-    for extra, _, losses in answers:
-        assert extra["step"] == 3
-        # What was loaded is the source's, whose sums were taken in another order.
-        assert losses == pytest.approx(uninterrupted(target), rel=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("source", "target"), [(("tp", 2), ("fsdp2", 4)), (("hsdp", 4), ("tp", 2)), (("tp", 4), ("tp", 2))]
-)
-def test_packed_projections_are_put_together_right(on, tmp_path, source, target):
-    """Tensor parallelism over packed queries, keys and values holds several stretches of a parameter's rows."""
-    folders = runs.folders("phi3")
-    saved = runs.joined(on(source, runs.train_and_save, folders, tmp_path / "c", "phi3"))
-    answers = on(target, runs.load_and_report, folders, tmp_path / "c", "phi3")
-    loaded = runs.joined([found for _, found, _ in answers])
-    assert any("qkv_proj" in name for name in loaded)
-    assert all(torch.equal(loaded[name], tensor) for name, tensor in saved.items())
-
-
-@pytest.mark.parametrize(
-    ("source", "target"), [(("ep", 2), ("fsdp2", 2)), (("ep", 4), ("ep", 2)), (("fsdp2", 2), ("ep", 4))]
-)
-def test_experts_go_from_any_mesh_to_any_other(on, tmp_path, source, target):
-    folders = runs.folders("mixtral")
-    saved = runs.joined(on(source, runs.train_and_save, folders, tmp_path / "c", "mixtral"))
-    answers = on(target, runs.load_and_report, folders, tmp_path / "c", "mixtral")
-    loaded = runs.joined([found for _, found, _ in answers])
-    assert any("experts" in name for name in loaded)
-    assert loaded.keys() == saved.keys()
-    assert all(torch.equal(loaded[name], tensor) for name, tensor in saved.items())
 
 
 class Feed:
@@ -125,23 +30,17 @@ class Feed:
         self.taken = state["taken"]
 
 
-def dropout_run(strategy, path, parts):
+def dropout_run(name, specimen, dropout, path, parts):
     """Train in *parts*, each in a new model that loads what the one before saved; dropout, order and schedule drawn."""
-    config = transformers.LlamaConfig(
-        vocab_size=96,
-        hidden_size=32,
-        intermediate_size=56,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        attention_dropout=0.3,
-    )
+    config = runs.SPECIMENS[specimen].config()
+    config.attention_dropout = dropout
     losses = []
     for index, count in enumerate(parts):
         torch.manual_seed(index)
-        setup = DistributedSetup.build(**runs.SETUPS[strategy])
+        setup = DistributedSetup.build(**runs.SETUPS[name])
         model = NeMoAutoModelForCausalLM.from_config(config, distributed_setup=setup, dtype=torch.float32)
-        runtime = setup.runtime(model.train())
+        model.train()
+        runtime = setup.runtime(model)
         optimizer = runtime.optimizer(torch.optim.AdamW, lr=1e-2)
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20)
         feed = Feed(runtime.dp_rank + 50 * index)
@@ -159,13 +58,32 @@ def dropout_run(strategy, path, parts):
     return losses, drawn, runs.everything(runtime, optimizer)
 
 
-@pytest.mark.parametrize("strategy", ["fsdp2", "ddp"])
-def test_a_run_that_stopped_is_bit_for_bit_one_that_never_did(ranks, tmp_path, strategy):
-    whole = ranks(2).run(dropout_run, strategy, tmp_path / "a", [6])
-    parted = ranks(2).run(dropout_run, strategy, tmp_path / "b", [2, 3, 1])
+@pytest.mark.parametrize(
+    ("name", "world", "specimen", "dropout"),
+    [
+        ("fsdp2", 2, "llama", 0.3),
+        ("ddp", 2, "llama", 0.3),
+        *(
+            pytest.param(*cell, marks=pytest.mark.slow)
+            for cell in (
+                ("fsdp2", 1, "llama", 0.3),
+                ("hsdp", 4, "llama", 0.3),
+                ("cp", 4, "llama", 0.3),
+                ("pp", 4, "phi3-deep-tied", 0.3),
+                ("ep", 4, "qwen3-moe-deep", 0.3),
+                ("tp", 4, "phi3-deep-tied", 0.0),  # tensor parallelism refuses dropout
+                ("five", 8, "qwen3-moe-deep", 0.0),
+            )
+        ),
+    ],
+)
+def test_a_run_that_stopped_is_bit_for_bit_one_that_never_did(ranks, tmp_path, name, world, specimen, dropout):
+    whole = ranks(world).run(dropout_run, name, specimen, dropout, tmp_path / "a", [6])
+    parted = ranks(world).run(dropout_run, name, specimen, dropout, tmp_path / "b", [2, 3, 1])
     for (losses, drawn, state), (other_losses, other_drawn, other_state) in zip(whole, parted, strict=True):
         assert losses == other_losses
         assert drawn == other_drawn
+        assert state.keys() == other_state.keys()
         assert all(torch.equal(other_state[name], tensor) for name, tensor in state.items())
 
 

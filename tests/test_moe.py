@@ -311,13 +311,6 @@ def test_the_runtime_reports_how_evenly_experts_are_used(ranks):
     assert ranks(2).run(balance, folder) == [{"expert_load_max_over_mean": pytest.approx(worst)}] * 2
 
 
-def test_explain_says_how_many_experts_a_rank_holds_and_what_is_sent():
-    text = DistributedSetup.build(world_size=8, **options(ep_size=4)).explain()
-
-    assert "moe: 1/4 of the experts on each rank of ep, in 2 shards; dispatcher auto" in text
-    assert "4 * tokens * experts per token * hidden size * 3/4 elements" in text
-
-
 def test_the_moe_mesh_has_the_axes_of_the_page(ranks):
     for shape in ranks(4).run(moe_shapes):
         assert shape == [(("ep_shard", "ep"), (2, 2)), (("ep_shard", "ep"), (2, 2)), None]

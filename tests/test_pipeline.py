@@ -167,6 +167,35 @@ def test_a_head_that_the_checkpoint_lacks_is_drawn_like_on_one_process(ranks, tm
     assert torch.equal(found["score.weight"], expected.score.weight)
 
 
+SCATTERED = ("layers.0.mlp.up_proj.weight", "layers.3.self_attn.q_proj.weight", "layers.8.input_layernorm.weight")
+
+
+def load_with_holes(folder, schedule, specimen):
+    torch.manual_seed(5)
+    _setup, pipeline = load(specimen, schedule, folder=folder)
+    return {name: whole(parameter) for name, parameter in pipeline.named_parameters()}, torch.rand(1).item()
+
+
+@pytest.mark.parametrize(
+    ("world", "schedule", "specimen"), [(2, "1f1b", "llama-deep-tied"), (4, "zbv", "llama-sequences")]
+)
+def test_weights_that_stages_lack_are_drawn_in_the_order_of_the_whole_model(ranks, tmp_path, world, schedule, specimen):
+    model = SPECIMENS[specimen].make()
+    model.config.save_pretrained(tmp_path)
+    lacking = (*(f"model.{name}" for name in SCATTERED), "score.weight", "lm_head.weight")
+    kept = {name: tensor for name, tensor in model.state_dict().items() if name not in lacking}
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    torch.manual_seed(5)
+    single = type(model).from_pretrained(tmp_path)
+    then = torch.rand(1).item()
+    answers = ranks(world).run(load_with_holes, tmp_path, schedule, specimen)
+    found = {name: tensor for tensors, _ in answers for name, tensor in tensors.items()}
+
+    assert [drawn for _, drawn in answers] == [then] * world
+    assert found.keys() == dict(single.named_parameters()).keys()
+    assert all(torch.equal(found[name], parameter) for name, parameter in single.named_parameters())
+
+
 def test_a_tied_model_whose_checkpoint_is_not_is_refused(ranks, tmp_path):
     model = SPECIMENS["llama-deep"].make()
     model.config.tie_word_embeddings = True

@@ -9,7 +9,6 @@ FP32 = {"param_dtype": "float32", "reduce_dtype": "float32", "output_dtype": "fl
 SINGLE = ["GPipe", "1F1B"]
 LOOPED = ["LoopedBFS", "Interleaved1F1B", "InterleavedZeroBubble"]
 V = ["ZBVZeroBubble", "DualPipeV"]
-SPECIMENS = ["llama-deep", "llama-deep-tied", "qwen3-deep", "llama-sequences", "llama-tokens"]
 
 
 def pipelined(pp=2, schedule="1F1B", dp_replicate=None, reshard=None, sizes=None, sequence=False, **options):
@@ -75,16 +74,6 @@ def test_stages_cut_along_other_axes_are_exact(ranks, specimen, schedule, option
     assert_equivalent(ranks(4), Task(specimen=specimen), **pipelined(2, schedule, **options))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("mode", [False, "full"])
-@pytest.mark.parametrize("axis", ["tp_size", "cp_size"])
-@pytest.mark.parametrize("schedule", SINGLE + LOOPED + V)
-@pytest.mark.parametrize("world", [4, 8])
-def test_the_matrix_of_schedules_and_axes(ranks, world, schedule, axis, mode):
-    options = pipelined(2, schedule, sizes={axis: 2}) | {"activation_checkpointing": mode}
-    assert_equivalent(ranks(world), Task(specimen="llama-deep", rows=2 * world), **options)
-
-
 @pytest.mark.parametrize("schedule", ["GPipe", "1F1B", "Interleaved1F1B", "ZBVZeroBubble"])
 def test_a_list_of_batches_accumulates(ranks, schedule):
     assert_equivalent(ranks(2), Task(specimen="llama-deep-tied", accumulate=3), **pipelined(2, schedule))
@@ -141,17 +130,3 @@ def test_a_schedule_from_a_file_is_exact(ranks, tmp_path):
 
 def backwards(stage):
     return [*(f"{stage}B{index}" for index in range(3)), f"{stage}I3", f"{stage}W3"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("specimen", SPECIMENS)
-@pytest.mark.parametrize("schedule", SINGLE + LOOPED + V)
-@pytest.mark.parametrize(
-    ("world", "pp", "replicate"), [(2, 2, None), (4, 2, None), (4, 4, None), (8, 2, 2), (8, 4, None)]
-)
-def test_the_matrix_of_schedules_models_and_meshes(ranks, world, pp, replicate, schedule, specimen):
-    if pp == 4 and schedule not in SINGLE and specimen in ("llama-sequences", "llama-tokens"):
-        pytest.skip("5 layers make no 8 stages")
-    assert_equivalent(
-        ranks(world), Task(specimen=specimen, rows=max(8, 2 * world)), **pipelined(pp, schedule, replicate)
-    )

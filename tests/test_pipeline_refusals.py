@@ -1,5 +1,7 @@
 """What a pipeline refuses, at build or at load, and what it says."""
 
+import os
+
 import pytest
 import torch
 import transformers
@@ -13,6 +15,7 @@ from nemo_dist import (
     NeMoAutoModelForSequenceClassification,
     ParallelismSizes,
     PipelineConfig,
+    RankError,
     TopologyError,
 )
 from nemo_dist.testing.equivalence import checkpoint
@@ -142,6 +145,28 @@ def test_a_schedule_and_a_file_are_refused(tmp_path):
     path = tmp_path / "mine.csv"
     path.write_text("0F0,0B0\n1F0,1B0")
     assert "pp_schedule and pp_schedule_csv are both given" in refused(pp_schedule="1f1b", pp_schedule_csv=path)
+
+
+def realise_in(folders):
+    os.chdir(folders[torch.distributed.get_rank()])  # the same name, and another file
+    setup = DistributedSetup.build(
+        parallelism_sizes=ParallelismSizes(pp_size=2), pipeline_config=PipelineConfig(pp_schedule_csv="mine.csv")
+    )
+    with pytest.raises(RankError) as caught:
+        _ = setup.mesh_context
+    os.chdir(os.path.sep)
+    return str(caught.value)
+
+
+def test_files_with_different_schedules_end_in_an_error_that_names_the_rank(ranks, tmp_path):
+    lines = ["0F0,0F1,0B0,0B1\n1F0,1B0,1F1,1B1", "0F0,0F1,0B0,0B1\n1F0,1F1,1B0,1B1"]
+    folders = [tmp_path / str(rank) for rank in range(4)]
+    for rank, folder in enumerate(folders):
+        folder.mkdir()
+        (folder / "mine.csv").write_text(lines[rank == 2])
+    for message in ranks(4).run(realise_in, folders):
+        assert "line 2 of pp_schedule_csv is 1F0,1F1,1B0,1B1 on rank 2, but 1F0,1B0,1F1,1B1 on the others" in message
+        assert "line 1" not in message
 
 
 # ---- what needs the model, at load ----

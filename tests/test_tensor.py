@@ -87,20 +87,6 @@ def test_a_rule_of_the_user_takes_the_place_of_the_model_s(ranks):
     )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("mode", [False, "full", "selective"])
-@pytest.mark.parametrize("sequence", [False, True])
-@pytest.mark.parametrize("specimen", ["llama", "llama-tied", "qwen3"])
-@pytest.mark.parametrize("world", [2, 4, 8])
-def test_every_factorisation_into_replicas_shards_and_tensor_ranks(ranks, world, specimen, sequence, mode):
-    task = Task(specimen=specimen, length=UNEVEN)
-    for tp in (2, 4):  # 4 attention heads
-        for replicate in (n for n in (1, 2, 4) if world % (tp * n) == 0 and (n == 1 or n < world // tp)):
-            sizes = {"tp_size": tp, "dp_replicate_size": replicate if replicate > 1 else None}
-            if world % tp == 0:
-                assert_equivalent(ranks(world), task, **options(sequence, mode, **sizes))
-
-
 class Seen(TorchDispatchMode):
     """Record the shapes of all plain tensors that operations make, and count the collectives among them."""
 

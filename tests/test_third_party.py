@@ -50,7 +50,9 @@ def installed(tmp_path_factory):
     subprocess.run(
         [*command, "--target", str(folder / "site"), str(source)], check=True, capture_output=True, timeout=120
     )
-    return {**os.environ, "PYTHONPATH": str(folder / "site"), "OMP_NUM_THREADS": "1"}
+    temporary = folder / "temporary"  # torchrun leaves its logs there
+    temporary.mkdir()
+    return {**os.environ, "PYTHONPATH": str(folder / "site"), "OMP_NUM_THREADS": "1", "TMPDIR": str(temporary)}
 
 
 def run(installed, *command, cwd=None):

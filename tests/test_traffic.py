@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemo_dist import ContextConfig, DDPConfig, DistributedSetup, FSDP2Config, ParallelismSizes, initialize_distributed
@@ -13,11 +14,11 @@ FP32 = {"param_dtype": "float32", "reduce_dtype": "float32", "output_dtype": "fl
 
 
 class Sent(TorchDispatchMode):
-    """Add up the bytes that this rank sends in gathers, scatters and exchanges of more than a few numbers."""
+    """Add up the bytes that this rank sends within the model, by kind of collective."""
 
     def __init__(self):
         super().__init__()
-        self.sent = {"all-gather": 0, "reduce-scatter": 0, "all-to-all": 0}
+        self.sent = {"all-gather": 0, "reduce-scatter": 0, "all-to-all": 0, "all-reduce": 0}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = str(function)
@@ -31,6 +32,9 @@ class Sent(TorchDispatchMode):
             self.sent["reduce-scatter"] += args[0].nbytes * (args[2] - 1) // args[2]
         elif name.startswith("_c10d_functional.all_to_all_single"):
             self.sent["all-to-all"] += args[0].nbytes * (len(args[1]) - 1) // len(args[1])
+        elif name.startswith("_c10d_functional.all_reduce"):
+            size = _resolve_process_group(args[2]).size()
+            self.sent["all-reduce"] += 2 * args[0].nbytes * (size - 1) // size
         return function(*args, **(kwargs or {}))
 
 
@@ -47,7 +51,7 @@ def measured(specimen, options):
     full = setup.activation_checkpointing == "full"
     facts = ModelFacts.of(model, ROWS, LENGTH, setup.strategy.compute_dtype, full)
     said = dict.fromkeys(counter.sent, 0)
-    for found in setup.calls.traffic(plan=setup.plan, facts=facts):
+    for found in setup.calls.traffic(plan=setup.plan, facts=facts, model=model):
         for entry in found:
             if entry.collective in said:
                 said[entry.collective] += entry.sent
@@ -66,8 +70,40 @@ CASES = {
         "llama",
         {"parallelism_sizes": ParallelismSizes(cp_size=4), "plugins": (ContextConfig(method="ulysses"),)},
     ),
+    "tp": (2, "llama", {"parallelism_sizes": ParallelismSizes(tp_size=2)}),
+    "tp-odd": (2, "llama-odd", {"parallelism_sizes": ParallelismSizes(tp_size=2)}),
+    "sp": (
+        2,
+        "llama",
+        {
+            "strategy": FSDP2Config(mp_policy=FP32, sequence_parallel=True),
+            "parallelism_sizes": ParallelismSizes(tp_size=2),
+            "activation_checkpointing": True,
+        },
+    ),
     "dp-cp": (4, "llama", {"parallelism_sizes": ParallelismSizes(cp_size=2)}),
 }
+
+
+# What a block is made of: q/k norms, joined outputs, norms after attention and feed-forward, experts.
+KINDS = [
+    (specimen, sequence, mode)
+    for specimen in ("qwen3", "phi3", "gemma3", "mixtral")
+    for sequence in (False, True)
+    for mode in (False, True, "selective")
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("specimen", "sequence", "mode"), KINDS)
+def test_tensor_parallel_ranks_of_every_kind_of_model_send_what_explain_says(on_ranks, specimen, sequence, mode):
+    options = {
+        "strategy": FSDP2Config(mp_policy=FP32, sequence_parallel=sequence),
+        "parallelism_sizes": ParallelismSizes(tp_size=2),
+        "activation_checkpointing": mode,
+    }
+    for sent, said in on_ranks(2, measured, specimen, options):
+        assert said == sent
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -94,9 +130,26 @@ def test_explain_lists_the_collectives_of_every_axis_and_their_bytes():
             "cp           reduce-scatter of gradients of keys and values, in its backward",
         ):
             assert words in text
+    assert "gathered one by one: 3 LlamaDecoderLayer, 1 Embedding" in known
+    assert "in every LlamaAttention" in known
     assert "KiB" not in plain and "MiB" not in plain
     # 3 blocks of 2 key heads of width 8 in bfloat16, for 4 x 4096 tokens, half of which the other rank has
     assert f"in its backward: {readable(3 * 2 * 2 * 8 * 2 * 4 * 4096 // 2)}" in known
+
+
+def test_explain_lists_the_modules_that_tensor_parallelism_cuts():
+    setup = DistributedSetup.build(FSDP2Config(sequence_parallel=True), ParallelismSizes(tp_size=2), world_size=4)
+    with torch.device("meta"):
+        model = SPECIMENS["llama"].load.from_config(SPECIMENS["llama"].config())
+    plain, known = setup.explain(), setup.explain(model, rows=4, length=4096)
+    for text in (plain, known):
+        assert "tp           reduce-scatter of their outputs, in the forward" in text
+    assert (
+        "colwise: model.layers.*.self_attn.{q_proj, k_proj, v_proj}, model.layers.*.mlp.{gate_proj, up_proj};" in known
+    )
+    assert "rowwise: model.layers.*.self_attn.o_proj, model.layers.*.mlp.down_proj;" in known
+    # 2 regions in 3 blocks, and once after the last block: tokens x hidden size in bfloat16, half of it sent
+    assert f"read, in the forward: {readable((2 * 3 + 1) * 4 * 4096 * 32 * 2 // 2)}" in known
 
 
 def test_ddp_reduces_every_gradient_once():

@@ -108,7 +108,7 @@ class PluginConformance:
     def test_it_says_what_it_does(self) -> None:
         """``explain`` names the plugin, so that a reader can tell who does what."""
         setup = DistributedSetup.build(**self.selecting(), world_size=self.world)
-        assert any(line.startswith(self.plugin) for line in setup.calls.explain(plan=setup.plan))
+        assert any(line.startswith(self.plugin) for line in setup.calls.explain(plan=setup.plan, model=None))
 
     def test_a_strategy_refuses_the_axes_it_does_not_compose_with(self) -> None:
         """What is not declared is refused at build, in a sentence that names axis and strategy."""

@@ -7,7 +7,6 @@ steps.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from nemo_dist.compose import DistributedSetup
 from nemo_dist.runtime import Runtime
+from nemo_dist.testing.scratch import scratch
 from nemo_dist.testing.zoo import SPECIMENS
 
 # A denominator well above rounding noise: where a gradient is zero in exact arithmetic (the bias of a key), plain AdamW
@@ -69,8 +69,8 @@ class Outcome:
 
 @lru_cache(maxsize=32)
 def checkpoint(specimen: str, seed: int = 0) -> Path:
-    """Return a folder with the seeded weights of *specimen*, written once by ``save_pretrained``."""
-    folder = Path(tempfile.mkdtemp(prefix=f"nemo_dist-{specimen}-"))
+    """Return a folder with the seeded weights of *specimen*, written once by ``save_pretrained``; it goes at exit."""
+    folder = scratch(specimen)
     SPECIMENS[specimen].make(seed).save_pretrained(folder)
     return folder
 

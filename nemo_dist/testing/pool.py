@@ -10,7 +10,6 @@ import shutil
 import signal
 import socket
 import sys
-import tempfile
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +25,7 @@ import attrs
 from nemo_dist.blame import describe_exit
 from nemo_dist.testing import report
 from nemo_dist.testing.call import Call, Reference, Reply
+from nemo_dist.testing.scratch import scratch
 from nemo_dist.testing.worker import THREADS, Seat, serve
 
 # Imported once, in the server that the ranks are forked from.
@@ -166,7 +166,7 @@ class RankPool:
         if self._ranks and not self._crowded and all(rank.process.is_alive() for rank in self._ranks):
             return
         self.close()
-        self._folder = folder = Path(tempfile.mkdtemp(prefix="nemo_dist_pool_"))
+        self._folder = folder = scratch("pool")
         context = multiprocessing.get_context("forkserver")
         _start_server()
         with socket.create_server(("127.0.0.1", 0)) as listener:

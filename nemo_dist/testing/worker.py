@@ -10,6 +10,7 @@ import random
 import signal
 import socket
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Mapping
@@ -78,6 +79,8 @@ def _settle(seat: Seat) -> None:
     if sys.platform == "linux":
         # Otherwise gloo resolves the host's name, which many containers cannot.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    # Ranks are killed in the end and clean nothing up: what they leave in the temporary folder goes with the pool's.
+    os.environ["TMPDIR"] = tempfile.tempdir = str(seat.folder)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the pool's to handle
     output = os.open(seat.output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
@@ -109,6 +112,7 @@ def _answer(call: Call) -> Reply:
         sys.path[:] = call.path
         function = call.function.find()
         arguments, keywords = pickle.loads(call.arguments)
+        _give_groups_back()
         _seed()
         value = function(*arguments, **keywords)
         return Reply(value=_pickled(value), open_files=len(os.listdir("/dev/fd")))
@@ -118,6 +122,20 @@ def _answer(call: Call) -> Reply:
         gc.collect()
         sys.stdout.flush()
         sys.stderr.flush()
+
+
+def _give_groups_back() -> None:
+    """Destroy the process groups of earlier calls, now that every rank has answered those.
+
+    Each has a thread that wakes a hundred times a second, which adds up to more than the tests themselves.
+    """
+    import torch.distributed as dist
+
+    names = dist.distributed_c10d._world.pg_names
+    for group, name in list(names.items()):
+        # The whole world's stays. So do those with a hashed name: it would be given again, and the store remembers it.
+        if group is not dist.group.WORLD and name.isdigit():
+            dist.destroy_process_group(group)
 
 
 def _seed() -> None:

@@ -77,8 +77,8 @@ def _odd() -> Any:
     return transformers.LlamaConfig(**_text(**odd, num_attention_heads=6, num_key_value_heads=3, head_dim=6))
 
 
-def _phi3() -> Any:
-    return transformers.Phi3Config(**_text(bos_token_id=1, eos_token_id=2))
+def _phi3(**more: Any) -> Callable[[], Any]:
+    return lambda: transformers.Phi3Config(**_text(bos_token_id=1, eos_token_id=2, **more))
 
 
 def _gemma3() -> Any:
@@ -234,6 +234,25 @@ SPECIMENS: dict[str, Specimen] = {
     for specimen in (
         Specimen(name="llama", loader=_CAUSAL, config=_llama(), batch=_causal),
         Specimen(name="llama-tied", loader=_CAUSAL, config=_llama(tie_word_embeddings=True), batch=_causal),
+        # Enough heads for 8 tensor-parallel ranks: with as many key heads, with fewer, and with q/k norms.
+        Specimen(
+            name="llama-heads",
+            loader=_CAUSAL,
+            config=_llama(hidden_size=64, num_attention_heads=16, num_key_value_heads=8),
+            batch=_causal,
+        ),
+        Specimen(
+            name="llama-heads-tied",
+            loader=_CAUSAL,
+            config=_llama(num_attention_heads=8, tie_word_embeddings=True),
+            batch=_causal,
+        ),
+        Specimen(
+            name="qwen3-heads",
+            loader=_CAUSAL,
+            config=_qwen3(num_attention_heads=8, num_key_value_heads=4),
+            batch=_causal,
+        ),
         # Enough layers for 4 pipeline ranks with 2 stages each, and a number that does not divide.
         Specimen(name="llama-deep", loader=_CAUSAL, config=_llama(num_hidden_layers=9), batch=_causal),
         Specimen(
@@ -246,7 +265,7 @@ SPECIMENS: dict[str, Specimen] = {
         Specimen(
             name="llama-sequences",
             loader="NeMoAutoModelForSequenceClassification",
-            config=_llama(num_hidden_layers=5, num_labels=3),
+            config=_llama(num_hidden_layers=9, num_labels=3),
             batch=_sequences,
         ),
         Specimen(
@@ -262,7 +281,13 @@ SPECIMENS: dict[str, Specimen] = {
         Specimen(name="mistral-packed", loader=_CAUSAL, config=_mistral(use_cache=False), batch=_packed),
         Specimen(name="qwen3", loader=_CAUSAL, config=_qwen3(), batch=_causal),
         Specimen(name="llama-odd", loader=_CAUSAL, config=_odd, batch=_causal),
-        Specimen(name="phi3", loader=_CAUSAL, config=_phi3, batch=_causal),
+        Specimen(name="phi3", loader=_CAUSAL, config=_phi3(), batch=_causal),
+        Specimen(
+            name="phi3-deep-tied",
+            loader=_CAUSAL,
+            config=_phi3(num_hidden_layers=5, tie_word_embeddings=True),
+            batch=_causal,
+        ),
         Specimen(name="gemma2", loader=_CAUSAL, config=_gemma2, batch=_causal),
         Specimen(name="gemma3", loader=_CAUSAL, config=_gemma3, batch=_causal),
         Specimen(name="olmo2", loader=_CAUSAL, config=_olmo2, batch=_causal),

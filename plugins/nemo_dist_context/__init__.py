@@ -73,10 +73,14 @@ class Context:
         return RuntimePart(batch=splitter(parts[0], mesh, self.config))
 
     @hookimpl
-    def explain(self, plan: MeshPlan) -> str:
+    def explain(self, plan: MeshPlan, model: nn.Module | None) -> str:
         if plan.size("cp") == 1:
             return "context: nothing to do, cp_size is 1"
-        return f"context: sequences in {plan.size('cp')} parts; {_EXCHANGES[self.config.method]} in every attention"
+        where = "every attention"
+        if model is not None:
+            kinds = {type(module).__name__ for module in model.modules() if hasattr(module, "is_causal")}
+            where = f"every {' and '.join(sorted(kinds))}"
+        return f"context: sequences in {plan.size('cp')} parts, no module; {_EXCHANGES[self.config.method]} in {where}"
 
     @hookimpl
     def traffic(self, plan: MeshPlan, facts: ModelFacts | None) -> list[Traffic]:

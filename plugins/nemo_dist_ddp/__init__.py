@@ -47,7 +47,7 @@ class DDP:
     stage: ClassVar[int] = Stage.DATA
     axes: ClassVar[frozenset[str]] = frozenset({"dp_shard"})
     composes_with: ClassVar[frozenset[str]] = frozenset(
-        {"activation_checkpointing", "activation_checkpointing:selective"}
+        {"activation_checkpointing", "activation_checkpointing:selective", "adapters"}
     )
 
     config: DDPConfig = attrs.field(factory=DDPConfig)

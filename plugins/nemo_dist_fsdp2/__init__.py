@@ -76,7 +76,7 @@ class FSDP2:
     stage: ClassVar[int] = Stage.DATA
     axes: ClassVar[frozenset[str]] = frozenset({"dp_shard", "dp_replicate"})
     composes_with: ClassVar[frozenset[str]] = frozenset(
-        {"activation_checkpointing", "activation_checkpointing:selective", "cp", "ep", "pp", "tp"}
+        {"activation_checkpointing", "activation_checkpointing:selective", "adapters", "cp", "ep", "pp", "tp"}
     )
     delegates: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "tp": ("tp_plan", "sequence_parallel", "enable_async_tensor_parallel")
@@ -102,16 +102,24 @@ class FSDP2:
             shard(part, mesh, self.config)
 
     @hookimpl
-    def runtime(self, parts: list[nn.Module]) -> RuntimePart:
+    def runtime(self, parts: list[nn.Module], mesh: MeshContext) -> RuntimePart:
         from nemo_dist_fsdp2.sharding import unsynchronised
 
-        return RuntimePart(no_sync=(lambda: unsynchronised(parts)) if self.config.defer_fsdp_grad_sync else None)
+        return RuntimePart(
+            no_sync=(lambda: unsynchronised(parts)) if self.config.defer_fsdp_grad_sync else None,
+            lockstep=mesh.size("dp_cp") > 1,
+        )
 
     @hookimpl
-    def explain(self, plan: MeshPlan) -> str:
+    def explain(self, plan: MeshPlan, model: nn.Module | None) -> str:
         replicas = plan.size("dp_replicate")
         line = f"fsdp2: parameters, gradients and optimizer state in {plan.size('dp_shard_cp')} shards"
-        return f"{line}, each on {replicas} replicas" if replicas > 1 else line
+        line += f", each on {replicas} replicas" if replicas > 1 else ""
+        if model is None:
+            return line
+        from nemo_dist_fsdp2.sharding import described
+
+        return f"{line}; gathered one by one: {described(model)}"
 
     @property
     def compute_dtype(self) -> str | None:
@@ -140,12 +148,14 @@ class FSDP2:
         gathered = reduced = averaged = None
         if facts is not None:
             part = plan.size("tp") * plan.size("pp")
-            twice = facts.block_parameters + facts.embedding_parameters if reshard else 0
-            gathered = shared(shards, (facts.parameters + twice) * facts.computed / part)
+            elsewhere = facts.expert_parameters if any("ep" in view for view in plan.views) else 0  # counted there
+            here = facts.parameters - elsewhere
+            twice = facts.block_parameters - elsewhere + facts.embedding_parameters if reshard else 0
+            gathered = shared(shards, (here + twice) * facts.computed / part)
             reduction = self._dtypes[1]
             size = bytes_of(reduction) if reduction else facts.stored
-            reduced = shared(shards, facts.parameters * size / part)
-            averaged = 2 * shared(replicas, facts.parameters * size / part / shards)
+            reduced = shared(shards, here * size / part)
+            averaged = 2 * shared(replicas, here * size / part / shards)
         found = [
             Traffic(
                 axis="dp_shard_cp",

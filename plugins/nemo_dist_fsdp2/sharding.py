@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import Shard
 
@@ -16,8 +17,6 @@ from nemo_dist.precision import mixed_precision
 from nemo_dist_fsdp2.policies import offload
 
 if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
-
     from nemo_dist.context import MeshContext
     from nemo_dist_fsdp2 import FSDP2Config
 
@@ -52,6 +51,19 @@ def shard(model: nn.Module, mesh: MeshContext, config: FSDP2Config) -> None:
     _prefetch([block for block in blocks if isinstance(block, FSDPModule)], config)
 
 
+def described(model: nn.Module) -> str:
+    """Return the classes of the modules of *model* that are gathered on their own, and how many of each there are."""
+    sharded: list[nn.Module] = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    ends = [*_untied(model, _embeddings(model)), *_untied(model, _tail(model))]
+    names = Counter(_own_class(module) for module in sharded or [*_blocks(model), *ends, model])
+    return ", ".join(f"{count} {name}" for name, count in names.items())
+
+
+def _own_class(module: nn.Module) -> str:
+    """Return the name of the class that *module* had before it was sharded."""
+    return type(module).__mro__[2 if isinstance(module, FSDPModule) else 0].__name__
+
+
 def _shard_placed(model: nn.Module, options: dict[str, Any], reshard: bool) -> None:
     """Shard the modules that another plugin wants elsewhere, before the blocks that hold them."""
     for module, placement in placements(model).items():
@@ -77,8 +89,17 @@ def _along(placement: Placement, module: nn.Module) -> Callable[[nn.Parameter], 
 
 
 def data_mesh(mesh: MeshContext) -> DeviceMesh:
-    """Return the mesh to shard over: all ranks that see different tokens, the replicas of HSDP as an outer axis."""
-    return mesh["dp_replicate", "dp_shard_cp"] if mesh.size("dp_replicate") > 1 else mesh["dp_shard_cp"]
+    """Return the mesh to shard over: all ranks that see different tokens, the replicas of HSDP as an outer axis.
+
+    Where no other axis cuts the parameters it is the same group under the name "fsdp", by which PEFT tells a module
+    that computes on whole parameters from one that computes on its shard.
+    """
+    if mesh.size("dp_replicate") > 1:
+        return mesh["dp_replicate", "dp_shard_cp"]
+    group = mesh.group("dp_shard_cp")
+    if group is None or mesh.size("tp") > 1:
+        return mesh["dp_shard_cp"]
+    return DeviceMesh.from_group(group, mesh.device.type, mesh_dim_names=("fsdp",))
 
 
 @contextmanager

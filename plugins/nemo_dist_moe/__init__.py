@@ -9,16 +9,17 @@ import attrs
 from nemo_dist import Axis, MeshPlan, ParallelismSizes, Plugin, RuntimePart, Stage, View, hookimpl
 from nemo_dist.options import boolean, one_of, optional, options
 from nemo_dist.precision import mixed_precision_fields
+from nemo_dist_moe.traffic import BETWEEN, dispatch, shards
 
 if TYPE_CHECKING:
     from torch import nn
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
     from nemo_dist.context import MeshContext
+    from nemo_dist.traffic import ModelFacts, Traffic
 
 _DISPATCHERS = ("auto", "all_to_all", "all_reduce")
 _PRECISIONS = ("float32", "bfloat16", "float16")
-_BETWEEN = "ep_between_replicas"
 _WITHIN = "ep_within_replica"
 
 
@@ -53,7 +54,7 @@ class MoE:
     name: ClassVar[str] = "moe"
     config_type: ClassVar[type] = MoEParallelizerConfig
     stage: ClassVar[int] = Stage.EXPERT
-    axes: ClassVar[frozenset[str]] = frozenset({"ep", "ep_shard", _BETWEEN, _WITHIN})
+    axes: ClassVar[frozenset[str]] = frozenset({"ep", "ep_shard", BETWEEN, _WITHIN})
     # The other axes and roles that this is proven with, against one process.
     composes_with: ClassVar[frozenset[str]] = frozenset({"cp", "dp_replicate", "dp_shard", "pp", "tp"})
 
@@ -75,9 +76,9 @@ class MoE:
         outer, inner = Axis("pp", sizes.pp_size), Axis("ep", sizes.ep_size)
         if within == copies:
             return [View("moe", (outer, Axis("ep_shard", copies), inner))]
-        between = Axis(_BETWEEN, copies // within)
+        between = Axis(BETWEEN, copies // within)
         return [
-            View("moe", (outer, between, Axis(_WITHIN, within), inner), {"ep_shard": (_BETWEEN, _WITHIN)}),
+            View("moe", (outer, between, Axis(_WITHIN, within), inner), {"ep_shard": (BETWEEN, _WITHIN)}),
         ]
 
     @hookimpl
@@ -125,13 +126,14 @@ class MoE:
         return RuntimePart(metrics=Balance.watch(parts, mesh).metrics)
 
     @hookimpl
+    def traffic(self, plan: MeshPlan, facts: ModelFacts | None) -> list[Traffic]:
+        return [*dispatch(plan, facts, self.config), *shards(plan, facts, self.config)]
+
+    @hookimpl
     def explain(self, plan: MeshPlan) -> str:
         ep, copies = plan.size("ep"), plan.size("ep_shard")
         shards = f", in {copies} shards" if copies > 1 else ""
-        return (
-            f"moe: 1/{ep} of the experts on each rank of ep{shards}; dispatcher {self.config.dispatcher}; per layer "
-            f"and step each rank sends about 4 * tokens * experts per token * hidden size * {ep - 1}/{ep} elements"
-        )
+        return f"moe: 1/{ep} of the experts on each rank of ep{shards}; dispatcher {self.config.dispatcher}"
 
 
 def _stage_ranks(sizes: ParallelismSizes, world_size: int) -> int:

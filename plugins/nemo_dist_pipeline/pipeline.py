@@ -16,7 +16,9 @@ from nemo_dist.hooks import Batch
 from nemo_dist.routing import COUNTED
 from nemo_dist_pipeline.actions import Order
 from nemo_dist_pipeline.carve import StageInfo
+from nemo_dist_pipeline.feed import Feed
 from nemo_dist_pipeline.forward import forward_only
+from nemo_dist_pipeline.info import PipelineInfo
 from nemo_dist_pipeline.microbatches import Microbatches
 from nemo_dist_pipeline.placement import Placement
 from nemo_dist_pipeline.stage import Build, ModelStage, TorchSchedule, reshard, run_part, torch_order
@@ -24,32 +26,10 @@ from nemo_dist_pipeline.summary import picture, summary
 from nemo_dist_pipeline.tied import TiedWeight, set_aside
 
 if TYPE_CHECKING:
-    from nemo_dist_pipeline import PipelineConfig
+    from nemo_dist_pipeline.config import PipelineConfig
 
 _KEPT = 4  # schedules with their buffers, one per shape of the inputs
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-@attrs.frozen(kw_only=True, eq=False)
-class PipelineInfo:
-    """What this rank has of the pipeline: ``stages`` in order, and the model of each in ``model_parts``."""
-
-    schedule: str
-    stages: tuple[StageInfo, ...]
-    model_parts: tuple[nn.Module, ...]
-    num_stages: int
-    pp_rank: int
-    pp_size: int
-
-    @property
-    def has_first_stage(self) -> bool:
-        """Whether this rank has the embedding."""
-        return any(stage.is_first for stage in self.stages)
-
-    @property
-    def has_last_stage(self) -> bool:
-        """Whether this rank has the head, and so the loss and the logits."""
-        return any(stage.is_last for stage in self.stages)
 
 
 @attrs.define(kw_only=True, eq=False)
@@ -88,6 +68,12 @@ class AutoPipeline:
     def _stages(self) -> tuple[StageInfo, ...]:
         return tuple(part.pipeline_stage for part in self.parts)  # type: ignore[misc]
 
+    @property
+    def _feed(self) -> Feed:
+        base: Any = self.parts[0].base_model
+        hidden = base.config.hidden_size
+        return Feed(config=self.config, placement=self.placement, cp_size=self.cp_size, hidden=hidden)
+
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield the parameters of this rank's stages under their names in the full model."""
         for part in self.parts:
@@ -120,10 +106,10 @@ class AutoPipeline:
 
         The batches run through the schedule together where their shapes, and the schedule's memory, allow.
         """
-        runs = [self._microbatches(batch, weight, self._least) for batch, weight in zip(batches, weights, strict=True)]
+        runs = [self._feed.run(self.parts[-1], *given) for given in zip(batches, weights, strict=True)]
         total = torch.zeros((), device=self.device)
         with set_aside(self.tied.replicas) if self.tied else nullcontext():
-            for run in self._joined(runs):
+            for run in self._feed.joined(runs):
                 total += self._train(run)
             if self.tied:
                 self.tied.sum_gradients()
@@ -133,44 +119,7 @@ class AutoPipeline:
     def survey(self, batches: Sequence[Batch]) -> None:
         """Run the forwards that :meth:`run` would run, without gradients, in the mode that the stages are in."""
         for batch in batches:
-            self._pass(self._microbatches(batch, torch.ones((), device=self.device), self._least))
-
-    @property
-    def _least(self) -> int:
-        """The microbatches that a batch is filled up to."""
-        return self.placement.microbatches or (self.config.pp_batch_size or 0) // self.config.pp_microbatch_size
-
-    def _microbatches(self, batch: Batch, weight: Tensor, least: int) -> Microbatches:
-        run = Microbatches.of(self.parts[-1], batch, weight, self.config.pp_microbatch_size, least)
-        length = self._hidden_shape(run)[1] * self.cp_size
-        if self.config.pp_seq_len not in (None, length):
-            raise ValueError(
-                f"the batch has sequences of {length} tokens, but pp_seq_len is {self.config.pp_seq_len}; pad it "
-                "to that, or leave pp_seq_len out"
-            )
-        if least and run.count > least:
-            limit = least * self.config.pp_microbatch_size
-            what = "pp_schedule_csv" if self.placement.microbatches else "pp_batch_size"
-            raise ValueError(
-                f"the batch has {run.count} microbatches of {self.config.pp_microbatch_size} rows, but {what} is for "
-                f"{least} ({limit} rows); pass smaller batches, or a list of them"
-            )
-        if problem := self.placement.microbatch_problem(run.count):
-            raise ValueError(
-                f"{problem}; the batch was split by pp_microbatch_size={self.config.pp_microbatch_size}. Pass larger "
-                "batches, or set pp_batch_size: smaller ones are then filled up with rows that do not count"
-            )
-        return run
-
-    def _joined(self, runs: list[Microbatches]) -> list[Microbatches]:
-        """Return *runs* as one where they fit together: one fill and drain of the pipeline instead of several."""
-        together = (
-            len(runs) > 1
-            and self.placement.joins
-            and len({run.shape for run in runs}) == 1
-            and not self.placement.microbatch_problem(sum(run.count for run in runs))
-        )
-        return [Microbatches.joined(runs)] if together else runs
+            self._pass(self._feed.run(self.parts[-1], batch, torch.ones((), device=self.device)))
 
     def _train(self, run: Microbatches) -> Tensor:
         losses: list[Tensor] = []
@@ -185,7 +134,7 @@ class AutoPipeline:
     def schedule(self, run: Microbatches) -> TorchSchedule:
         """Return torch's schedule for the shapes of *run*; call its ``step(target=run.weights, **run.inputs)``."""
         if run.shape not in self._built:
-            hidden = torch.empty(self._hidden_shape(run), dtype=self._boundary_dtype(run), device=self.device)
+            hidden = torch.empty(self._feed.hidden_shape(run), dtype=self._boundary_dtype(run), device=self.device)
             stages = [
                 ModelStage(part, stage, hidden, self.group, self.config.loss_fn)
                 for part, stage in zip(self.parts, self._stages, strict=True)
@@ -203,13 +152,6 @@ class AutoPipeline:
             csv=self.config.pp_schedule_csv,
             scale_grads=self.config.scale_grads_in_schedule,
         )
-
-    def _hidden_shape(self, run: Microbatches) -> tuple[int, int, int]:
-        source = run.inputs.get("input_ids", run.inputs.get("inputs_embeds"))
-        if source is None:
-            raise ValueError(f"the batch has neither input_ids nor inputs_embeds (it has {sorted(run.inputs)})")
-        base: Any = self.parts[0].base_model
-        return run.rows // run.count, source.shape[1], base.config.hidden_size
 
     def _boundary_dtype(self, run: Microbatches) -> torch.dtype:
         """Return the dtype of the hidden states between stages: the user's, else what the first stage makes."""
@@ -230,10 +172,10 @@ class AutoPipeline:
             inputs = {name: value for name, value in run[0].items() if name != COUNTED}  # this forward is no step's
             hidden: Tensor = run_part(self.parts[0], self._stages[0], None, inputs, None)
         reshard(self.parts[:1])
-        if hidden.shape != self._hidden_shape(run):
+        if hidden.shape != self._feed.hidden_shape(run):
             raise ValueError(
                 f"the first stage makes hidden states of shape {tuple(hidden.shape)} of inputs that should give "
-                f"{self._hidden_shape(run)}; sequence-sharded activations do not travel between stages"
+                f"{self._feed.hidden_shape(run)}; sequence-sharded activations do not travel between stages"
             )
         return hidden
 
@@ -270,7 +212,7 @@ class AutoPipeline:
 
     @torch.no_grad()
     def _pass(self, run: Microbatches) -> list[Any]:
-        hidden = torch.empty(self._hidden_shape(run), dtype=self._boundary_dtype(run), device=self.device)
+        hidden = torch.empty(self._feed.hidden_shape(run), dtype=self._boundary_dtype(run), device=self.device)
         loss = self.config.loss_fn if "labels" in run.inputs else None
         outputs = forward_only(self.parts, self._stages, run, hidden, self.placement, self.group, loss)
         reshard(self.parts)
@@ -282,7 +224,7 @@ class AutoPipeline:
         """Return what every rank does, in order, with *microbatches* (by default those of the config, or 8)."""
         if self.placement.schedule is None:
             return self.placement.order
-        count = microbatches or (self.config.pp_batch_size or 8 * self._size) // self._size
+        count = microbatches or self.config.microbatches or 8
         per_rank = len(self.parts)
         return torch_order(self.placement.schedule, dist.get_world_size(self.group), per_rank, count)
 

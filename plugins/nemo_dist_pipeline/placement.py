@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 import attrs
 
 from nemo_dist_pipeline.actions import Order, problems_of, read
-from nemo_dist_pipeline.schedules import Schedule, named, stage_ids_this_rank
+from nemo_dist_pipeline.schedules import Schedule, named, stage_ids_this_rank, virtual_stages
 from nemo_dist_pipeline.timeline import play
 
 if TYPE_CHECKING:
-    from nemo_dist_pipeline import PipelineConfig
+    from nemo_dist_pipeline.config import PipelineConfig
 
 
 @attrs.frozen(kw_only=True)
@@ -58,6 +58,12 @@ class Placement:
         """The number of stages that the user's own order is for."""
         return None if self.schedule else 1 + max(action.stage for line in self.order for action in line)
 
+    def bubble(self, stages: int | None, count: int) -> float:
+        """Return the share of the time that ranks are idle in theory, with *count* microbatches."""
+        if self.schedule is None:
+            return play(self.order).bubble
+        return self.schedule.bubble(self.pp_size, (stages or 0) // self.pp_size or self.schedule.per_rank, count)
+
     @property
     def joins(self) -> bool:
         """Whether several batches may run as one: their activations are not all held at once."""
@@ -78,6 +84,18 @@ class Placement:
         """Return the pipeline rank of *stage*; ``num_stages`` is needed for other stages than the first."""
         total = self.stages or num_stages or self.pp_size * (2 if self.schedule and self.schedule.style == "v" else 1)
         return next(rank for rank in range(self.pp_size) if stage in self.stage_ids(rank, total))
+
+    def stage_count(self, config: PipelineConfig, layers: int | None = None) -> int | None:
+        """Return how many stages *config* makes of a model with *layers* layers; None when only the layers can tell.
+
+        Raises ValueError where the stages do not fit the ranks or the schedule.
+        """
+        if self.schedule is None or config.parts:
+            return self.stages or len(config.parts or ())
+        if layers is None:
+            return None if config.layers_per_stage else self.pp_size * self.schedule.per_rank
+        rounding = config.round_virtual_stages_to_pp_multiple
+        return virtual_stages(layers, config.layers_per_stage, self.pp_size, self.schedule, rounding)
 
     def microbatch_problem(self, count: int) -> str | None:
         """Say why *count* microbatches do not fit, or nothing."""

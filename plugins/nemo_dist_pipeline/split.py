@@ -12,12 +12,11 @@ from nemo_dist.meeting import report
 from nemo_dist_pipeline.anatomy import Anatomy
 from nemo_dist_pipeline.carve import StageInfo, carve, judge_handing_through
 from nemo_dist_pipeline.pipeline import AutoPipeline
-from nemo_dist_pipeline.schedules import virtual_stages
 from nemo_dist_pipeline.tied import TiedWeight
 
 if TYPE_CHECKING:
     from nemo_dist.context import MeshContext
-    from nemo_dist_pipeline import PipelineConfig
+    from nemo_dist_pipeline.config import PipelineConfig
     from nemo_dist_pipeline.placement import Placement
 
 
@@ -42,13 +41,8 @@ def _division(
 ) -> tuple[tuple[str, ...], ...]:
     if config.parts is not None:
         return anatomy.checked(model, config.parts)
-    by_count = config.layers_per_stage is not None
-    stages = placement.stages
-    if stages is None and placement.schedule is not None:
-        rounding = config.round_virtual_stages_to_pp_multiple
-        layers = len(anatomy.layers)
-        stages = virtual_stages(layers, config.layers_per_stage, placement.pp_size, placement.schedule, rounding)
-    return anatomy.divide(model, stages or 0, by_count)
+    stages = placement.stage_count(config, len(anatomy.layers)) or 0
+    return anatomy.divide(model, stages, by_count=config.layers_per_stage is not None)
 
 
 def present(parts: list[nn.Module], mesh: MeshContext, placement: Placement, config: PipelineConfig) -> AutoPipeline:

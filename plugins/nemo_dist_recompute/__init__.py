@@ -73,6 +73,11 @@ class Recompute:
             recompute(part, self.config)
 
     @hookimpl
-    def explain(self) -> str:
+    def explain(self, model: nn.Module | None) -> str:
         scope = "" if self.config.scope == ("all",) else f" in the {' and '.join(self.config.scope)} layers"
-        return f"recompute ({self.config.mode}): {_KEEPS[self.config.mode]}{scope}"
+        layers = ""
+        if model is not None:
+            from nemo_dist_recompute.layers import kinds
+
+            layers = f" of {kinds(model)}"
+        return f"recompute ({self.config.mode}){layers}: {_KEEPS[self.config.mode]}{scope}"

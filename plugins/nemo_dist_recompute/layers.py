@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -41,6 +42,17 @@ def recompute(model: Any, config: RecomputeConfig) -> None:
         layer.gradient_checkpointing = layer in chosen
         if layer in chosen:
             layer.forward = partial(_forward, layer)
+
+
+def kinds(model: nn.Module) -> str:
+    """Return the classes of the layers of *model* that can recompute, and how many of each there are."""
+    # FSDP2 gives a layer another class, derived from its own.
+    names = Counter(
+        next(kind.__name__ for kind in type(module).__mro__ if not kind.__name__.startswith("FSDP"))
+        for module in model.modules()
+        if isinstance(module, GradientCheckpointingLayer)
+    )
+    return ", ".join(f"{count} {name}" for name, count in names.items())
 
 
 def _forward(layer: Any, *args: Any, **kwargs: Any) -> Any:

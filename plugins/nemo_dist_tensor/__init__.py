@@ -9,6 +9,7 @@ import attrs
 
 from nemo_dist import MeshPlan, Plugin, Stage, hookimpl
 from nemo_dist.options import boolean, options
+from nemo_dist.traffic import Traffic
 from nemo_dist.values import FrozenMapping
 from nemo_dist_tensor.styles import STYLES
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from nemo_dist.context import MeshContext
+    from nemo_dist.traffic import ModelFacts
+    from nemo_dist_tensor.plan import Rules
 
 
 def _rules(value: Any) -> FrozenMapping[str]:
@@ -84,15 +87,32 @@ class Tensor:
             parallelise(parts, mesh, self.config)
 
     @hookimpl
-    def explain(self, plan: MeshPlan) -> str:
-        ranks, sequence = plan.size("tp"), self.config.sequence_parallel
-        rules = len(self.config.tp_plan or {})
-        way = "2 all-gathers and 2 reduce-scatters" if sequence else "2 all-reduces"
-        share = f"{ranks - 1}/{ranks}" if sequence else f"2*{ranks - 1}/{ranks}"
-        return (
-            f"tensor: attention, feed-forward, embedding and head by the model's own plan"
-            f"{f' and {rules} rules of tp_plan' if rules else ''}, each matrix in {ranks} parts; per block forward and "
-            f"backward {way} each, in which a rank sends {share} of tokens x hidden size x bytes of the dtype"
-            f"{'; between them every rank keeps 1/' + str(ranks) + ' of the tokens' if sequence else ''}; the loss "
-            "exchanges 3 numbers per token and never joins the logits"
-        )
+    def explain(self, plan: MeshPlan, model: nn.Module | None) -> str:
+        ranks, count = plan.size("tp"), len(self.config.tp_plan or {})
+        what = "attention, feed-forward, embedding and head by the model's own plan"
+        what += f" and {count} rules of tp_plan" if count else ""
+        if model is not None:
+            from nemo_dist_tensor.traffic import described
+
+            what = described(self._rules(model, plan))
+        tokens = f"; between attention and feed-forward a rank keeps 1/{ranks} of the tokens"
+        cut = tokens if self.config.sequence_parallel else ""
+        return f"tensor: every matrix in {ranks} parts: {what}{cut}; logits stay cut where there are labels"
+
+    @hookimpl
+    def traffic(self, plan: MeshPlan, facts: ModelFacts | None, model: nn.Module | None) -> list[Traffic]:
+        if plan.size("tp") == 1:
+            return []
+        if facts is None or model is None:
+            from nemo_dist_tensor.traffic import unmeasured
+
+            return unmeasured(self.config.sequence_parallel)
+        from nemo_dist_tensor.step import measured
+
+        return measured(model, self._rules(model, plan), plan, facts, self.config.sequence_parallel)
+
+    def _rules(self, model: nn.Module, plan: MeshPlan) -> Rules:
+        from nemo_dist_tensor.plan import match
+
+        axes = {axis.name for view in plan.views for axis in view.axes}
+        return match(model, self.config.tp_plan or {}, skip_experts="ep" in axes)

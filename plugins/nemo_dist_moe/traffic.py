@@ -1,0 +1,103 @@
+"""What expert parallelism sends in a step: tokens to their experts and back, and the shards of experts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from nemo_dist.traffic import Traffic, bytes_of, readable, shared
+
+if TYPE_CHECKING:
+    from nemo_dist import MeshPlan
+    from nemo_dist.traffic import ModelFacts
+    from nemo_dist_moe import MoEParallelizerConfig
+
+BETWEEN = "ep_between_replicas"  # the axis of the replicas that hold the same shards of experts
+_COUNT = 8  # bytes of the number of tokens for one expert
+
+
+def dispatch(plan: MeshPlan, facts: ModelFacts | None, config: MoEParallelizerConfig) -> list[Traffic]:
+    """Return what the layers with experts send of their tokens, if every rank of ``ep`` gets as many.
+
+    Where they do not, some ranks send more and some less; the sum over all ranks is the same.
+    """
+    ep, tp = plan.size("ep"), plan.size("tp")
+    if facts is None:
+        return _listed(ep, tp, config.dispatcher, (None, None, None, None), "")
+    local = facts.tokens / plan.size("cp")
+    layers = facts.expert_layers / plan.size("pp")
+    forwards = layers * (2 if facts.recomputes else 1)
+    width = facts.hidden * facts.computed
+    weights = facts.experts_per_token * facts.computed
+    sent = shared(ep, local / tp * facts.experts_per_token * width)
+    amounts = (
+        round((2 * forwards + 2 * layers) * sent),
+        round(forwards * shared(ep, facts.experts * _COUNT)),
+        round(forwards * shared(tp, local * width) + layers * shared(tp, local * (width + weights))),
+        round(2 * (forwards * shared(ep, local * width) + layers * shared(ep, local * (width + weights)))),
+    )
+    held = f", of {facts.experts // ep} experts a rank, {readable(4 * sent)} a layer"
+    return _listed(ep, tp, config.dispatcher, amounts, held)
+
+
+def _listed(
+    ep: int, tp: int, dispatcher: str, amounts: tuple[int | None, int | None, int | None, int | None], held: str
+) -> list[Traffic]:
+    tokens, counts, joined, added = amounts
+    if dispatcher == "all_reduce":
+        often = "once in the forward of every layer with experts, once in its backward"
+        return [Traffic(axis="ep", collective="all-reduce", of="tokens", often=often, sent=added)]
+    each = "in the forward of every layer with experts"
+    often = f"twice {each}, twice in its backward{held}"
+    found = [
+        Traffic(axis="ep", collective="all-to-all", of="tokens", often=often, sent=tokens),
+        Traffic(axis="ep", collective="all-to-all", of="numbers of tokens", often=f"once {each}", sent=counts),
+    ]
+    once = Traffic(
+        axis="tp", collective="all-gather", of="tokens", often=f"once {each}, once in its backward", sent=joined
+    )
+    return [*found, once] if tp > 1 else found
+
+
+def shards(plan: MeshPlan, facts: ModelFacts | None, config: MoEParallelizerConfig) -> list[Traffic]:
+    """Return what the ranks that hold the same experts send of parameters and gradients, which they share."""
+    between = plan.size(BETWEEN) if BETWEEN in plan.view_of("ep") else 1
+    within = plan.size("ep_shard") // between
+    gathered = reduced = averaged = None
+    again = config.reshard_after_forward is not False
+    if facts is not None:
+        held = facts.expert_parameters / plan.size("ep") / plan.size("pp")
+        compute, reduction = _sizes(config.mp_policy, facts.computed)
+        gathered = shared(within, held * compute * (2 if again else 1))
+        reduced = shared(within, held * reduction)
+        averaged = 2 * shared(between, held * reduction / within)
+    often = "once, and again in the backward" if again else "once"
+    found = []
+    if within > 1:
+        found += [
+            Traffic(axis="ep_shard", collective="all-gather", of="experts, by layer", often=often, sent=gathered),
+            Traffic(
+                axis="ep_shard", collective="reduce-scatter", of="gradients of experts", often="once", sent=reduced
+            ),
+        ]
+    if between > 1:
+        found.append(
+            Traffic(
+                axis="ep_shard",
+                collective="all-reduce",
+                of="gradient shards of experts",
+                often="once, between replicas",
+                sent=averaged,
+            )
+        )
+    return found
+
+
+def _sizes(policy: Any, computed: int) -> tuple[int, int]:
+    """Return the bytes of an expert's parameter in a matmul and of its gradient in a reduction, float32 by default."""
+    if policy is None:
+        return computed, bytes_of("float32")
+    get = policy.get if isinstance(policy, Mapping) else lambda name: getattr(policy, name)
+    names = [str(name).removeprefix("torch.") if name else None for name in map(get, ("param_dtype", "reduce_dtype"))]
+    compute = bytes_of(names[0]) if names[0] else computed
+    return compute, bytes_of(names[1]) if names[1] else compute

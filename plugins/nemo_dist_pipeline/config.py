@@ -1,0 +1,97 @@
+"""The options of pipeline parallelism, under NeMo's names; no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import attrs
+
+from nemo_dist.options import boolean, integer, one_of, optional, options
+from nemo_dist_pipeline.schedules import named
+
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def _schedule(instance: Any, attribute: Any, value: Any) -> None:
+    if value is not None and not isinstance(value, str):
+        raise TypeError(f"PipelineConfig.{attribute.name} must be a string (got {value!r})")
+
+
+def _path(value: Any) -> Any:
+    return value if value is None or isinstance(value, str) else str(value)
+
+
+def _dtype_name(value: Any) -> Any:
+    """Return ``"bfloat16"`` for ``"bf16"``, ``"torch.bfloat16"`` and ``torch.bfloat16``."""
+    short = {"bf16": "bfloat16", "fp32": "float32", "fp16": "float16"}
+    name = str(value).removeprefix("torch.")
+    return None if value is None else short.get(name, name)
+
+
+def _parts(value: Any) -> Any:
+    if value is None:
+        return None
+    if isinstance(value, str) or any(isinstance(part, str) for part in value):
+        raise TypeError(
+            f"module_fqns_per_model_part must be a list with a list of module names for every stage (got {value!r})"
+        )
+    return tuple(tuple(part) for part in value)
+
+
+def _function_name(value: Any) -> str:
+    """Write a function without its address, so that ranks which build the same setup describe it alike."""
+    return f"{value.__module__}.{value.__qualname__}" if hasattr(value, "__qualname__") else type(value).__name__
+
+
+def _callable(instance: Any, attribute: Any, value: Any) -> None:
+    if value is not None and not callable(value):
+        raise TypeError(f"PipelineConfig.loss_fn must be a function of logits and labels (got {value!r})")
+
+
+@options(plugin="pipeline")
+class PipelineConfig:
+    """Options of pipeline parallelism, under NeMo's names.
+
+    ``pp_schedule``: the name of a torch schedule, however it is spelled ("1f1b", "interleaved_1f1b", "zero_bubble" for
+    InterleavedZeroBubble, "zbv" for ZBVZeroBubble, ...); None is "1f1b". ``pp_schedule_csv``: a file with a schedule of
+    your own in its place, a line per rank. ``pp_microbatch_size``: rows in a microbatch. ``pp_batch_size``: rows that a
+    data-parallel rank passes at once; smaller batches are filled up with rows that do not count, larger ones refused;
+    None takes every batch as it comes. ``layers_per_stage``: makes as many stages as layers divided by it, rounded to a
+    multiple of the ranks as ``round_virtual_stages_to_pp_multiple`` says ("up" or "down"), and deals layers by count;
+    None makes one stage per rank, two for looped and V schedules, balanced by bytes and FLOPs.
+    ``module_fqns_per_model_part``: the modules of every stage by full name, in place of that. ``loss_fn``: a function
+    of logits and labels that returns the mean over the labels that are not -100, as the model's own loss does; None is
+    the model's own. ``dtype``: of the hidden states between stages; None is what the first stage makes.
+    ``pp_seq_len``: the length of every sequence, others are refused; None takes any. ``scale_grads_in_schedule``: sum
+    gradients over microbatches and divide once at the end, not in the loss; the gradients come out the same.
+    """
+
+    pp_schedule: str | None = attrs.field(default=None, validator=_schedule)
+    pp_schedule_csv: str | None = attrs.field(default=None, converter=_path)
+    pp_microbatch_size: int = attrs.field(default=1, validator=integer(at_least=1))
+    pp_batch_size: int | None = attrs.field(default=None, validator=optional(integer(at_least=1)))
+    layers_per_stage: int | None = attrs.field(default=None, validator=optional(integer(at_least=1)))
+    module_fqns_per_model_part: Iterable[Iterable[str]] | None = attrs.field(default=None, converter=_parts)
+    round_virtual_stages_to_pp_multiple: str | None = attrs.field(
+        default=None, validator=optional(one_of(("up", "down")))
+    )
+    scale_grads_in_schedule: bool = attrs.field(default=False, validator=boolean)
+    loss_fn: Callable[[Any, Any], Any] | None = attrs.field(default=None, validator=_callable, repr=_function_name)
+    dtype: Any = attrs.field(default=None, converter=_dtype_name, validator=optional(one_of(_DTYPES)))
+    pp_seq_len: int | None = attrs.field(default=None, validator=optional(integer(at_least=1)))
+
+    def __attrs_post_init__(self) -> None:
+        if self.pp_schedule is not None:
+            named(self.pp_schedule)
+
+    @property
+    def parts(self) -> tuple[tuple[str, ...], ...] | None:
+        """``module_fqns_per_model_part`` as tuples."""
+        given: Any = self.module_fqns_per_model_part
+        return given  # type: ignore[no-any-return]
+
+    @property
+    def microbatches(self) -> int:
+        """The microbatches that ``pp_batch_size`` makes, to which smaller batches are filled up; 0 without it."""
+        return (self.pp_batch_size or 0) // self.pp_microbatch_size

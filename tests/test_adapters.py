@@ -1,0 +1,92 @@
+"""PEFT's adapters on a sharded model train like on one process."""
+
+import peft
+import pytest
+import torch
+import torch.distributed as dist
+import transformers
+
+from nemo_dist import DDPConfig, DistributedSetup, FSDP2Config, NeMoAutoModelForCausalLM, ParallelismSizes
+from nemo_dist.testing.equivalence import checkpoint
+
+PRECISE = {"param_dtype": "float32", "reduce_dtype": "float32"}
+LORA = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
+
+
+def batches(step):
+    generator = torch.Generator().manual_seed(step)
+    tokens = torch.randint(1, 90, (4, 12), generator=generator)
+    labels = tokens.masked_fill(torch.rand(tokens.shape, generator=generator) < 0.3, -100)
+    return tokens, labels
+
+
+def trainable(model):
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def adapted(folder, strategy, sizes=None):
+    setup = DistributedSetup.build(strategy=strategy, parallelism_sizes=sizes)
+    torch.manual_seed(dist.get_rank())  # adapters are drawn differently, until the runtime makes them equal
+    model = peft.get_peft_model(NeMoAutoModelForCausalLM.from_pretrained(folder, distributed_setup=setup), LORA)
+    return setup.runtime(model)
+
+
+def train(folder, strategy, out):
+    runtime = adapted(folder, strategy)
+    own = trainable(runtime.model)
+    start = {name: parameter.detach().clone() for name, parameter in own.items()}
+    optimizer = runtime.optimizer(torch.optim.AdamW, lr=1e-2)
+    seen = []
+    for step in range(3):
+        tokens, labels = batches(step)
+        mine = [slice(row, row + 1) for row in (2 * runtime.dp_rank, 2 * runtime.dp_rank + 1)]
+        loss = runtime.forward_backward([{"input_ids": tokens[rows], "labels": labels[rows]} for rows in mine])
+        grads = {name: parameter.grad.clone() for name, parameter in own.items()}
+        seen.append((loss, grads, runtime.clip_grad_norm_(0.01)))
+        optimizer.step()
+        optimizer.zero_grad()
+    if dist.get_rank() == 0:
+        runtime.model.save_pretrained(out)
+    return start, seen, {name: parameter.detach() for name, parameter in own.items()}
+
+
+@pytest.mark.parametrize("strategy", [FSDP2Config(mp_policy=PRECISE), DDPConfig()], ids=["fsdp2", "ddp"])
+def test_adapters_train_like_on_one_process(ranks, strategy, tmp_path):
+    folder = checkpoint("llama")
+    first, *others = ranks(2).run(train, folder, strategy, tmp_path)
+    start, seen, end = first
+    for other in others:
+        torch.testing.assert_close(other, first, rtol=0, atol=0)
+
+    model = peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(folder), LORA)
+    own = trainable(model)
+    assert own.keys() == start.keys()
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(start[name])
+    optimizer = torch.optim.AdamW(own.values(), lr=1e-2)
+    for step, (loss, grads, norm) in enumerate(seen):
+        tokens, labels = batches(step)
+        expected = model(input_ids=tokens, labels=labels).loss
+        expected.backward()
+        torch.testing.assert_close(loss, expected.detach())
+        torch.testing.assert_close(grads, {name: parameter.grad for name, parameter in own.items()})
+        torch.testing.assert_close(norm, torch.nn.utils.clip_grad_norm_(own.values(), 0.01))
+        optimizer.step()
+        optimizer.zero_grad()
+    torch.testing.assert_close(end, {name: parameter.detach() for name, parameter in own.items()})
+
+    saved = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(folder), tmp_path)
+    torch.testing.assert_close(saved(input_ids=tokens).logits, model(input_ids=tokens).logits)
+
+
+def refusal(folder, strategy, sizes):
+    with pytest.raises(ValueError, match="trainable parameters were added after loading") as caught:
+        adapted(folder, strategy, sizes)
+    return str(caught.value)
+
+
+def test_adapters_are_refused_where_they_are_not_proven(ranks):
+    sizes = ParallelismSizes(tp_size=2)
+    for message in ranks(2).run(refusal, checkpoint("llama"), FSDP2Config(), sizes):
+        assert "not proven with tp (got tp_size=2)" in message

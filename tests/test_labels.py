@@ -1,0 +1,113 @@
+"""What a model's loss is a mean over is known, or the model is refused."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from transformers.models.auto import modeling_auto
+
+from nemo_dist import DistributedSetup
+from nemo_dist.labels import count_labels, judge_loss
+from nemo_dist.routing import _formula
+from nemo_dist.testing.zoo import SPECIMENS
+
+
+def bare(kind):
+    """Return a model of this class without anything in it: only its forward is looked at."""
+    model = kind.__new__(kind)
+    torch.nn.Module.__init__(model)
+    model.__dict__["loss_type"] = "ForCausalLM"
+    model.__dict__["config"] = SimpleNamespace(is_encoder_decoder=False)
+    return model
+
+
+def test_a_mean_over_all_logits_beside_that_over_labels_is_refused():
+    model = bare(transformers.BambaForCausalLM)
+    model.z_loss_coefficient = 0.1
+    with pytest.raises(ValueError, match=r"BambaForCausalLM makes a loss .*z_loss.*load it with z_loss_coefficient=0"):
+        judge_loss(model, routers_known=False)
+    model.z_loss_coefficient = 0.0
+    judge_loss(model, routers_known=False)
+
+
+def test_a_decoder_whose_loss_does_not_shift_its_labels_is_refused():
+    sizes = {"d_model": 16, "decoder_ffn_dim": 16, "decoder_layers": 1, "decoder_attention_heads": 2, "vocab_size": 32}
+    model = transformers.BartForCausalLM(transformers.BartConfig(**sizes))
+    with pytest.raises(ValueError, match="BartForCausalLM makes a loss of its own"):
+        judge_loss(model, routers_known=False)
+
+
+def test_a_setup_has_no_runtime_for_a_model_whose_loss_is_not_known(on_ranks):
+    (message,) = on_ranks(1, refused_runtime)
+    assert "makes a loss of its own (from teacher_loss) that is not known to be the mean over the labels" in message
+
+
+def refused_runtime():
+    setup = DistributedSetup.build()
+    model = SPECIMENS["llama"].load.from_config(SPECIMENS["llama"].config(), distributed_setup=setup)
+    setup.runtime(model)
+
+    class Distilled(type(model)):
+        def forward(self, *args, **kwargs):
+            out = super().forward(*args, **kwargs)
+            teacher_loss = out.logits.mean()
+            return {**out, "loss": self.loss_function + teacher_loss}
+
+    model.__class__ = Distilled
+    with pytest.raises(ValueError, match="loss") as caught:
+        setup.runtime(model)
+    return str(caught.value)
+
+
+def test_a_router_loss_that_nobody_adds_up_is_refused():
+    with pytest.raises(ValueError, match="load_balancing_loss_func"):
+        judge_loss(SPECIMENS["mixtral"].make(), routers_known=False)
+    judge_loss(SPECIMENS["mixtral"].make(), routers_known=True)
+
+
+@pytest.mark.parametrize("name", ["num_items_in_batch", "ignore_index"])
+def test_a_batch_that_changes_the_mean_is_refused(name):
+    with pytest.raises(ValueError, match=f"the batch has '{name}', which changes what the loss is a mean over"):
+        count_labels(SPECIMENS["llama"].make(), {"labels": torch.ones(1, 4, dtype=torch.long), name: 7})
+
+
+REFUSED = {
+    "causal": (
+        "BambaForCausalLM BartForCausalLM BigBirdPegasusForCausalLM BlenderbotForCausalLM BlenderbotSmallForCausalLM "
+        "CpmAntForCausalLM Gemma4AssistantForCausalLM Gemma4UnifiedAssistantForCausalLM MBartForCausalLM "
+        "MarianForCausalLM MusicgenForCausalLM MusicgenMelodyForCausalLM MvpForCausalLM PLBartForCausalLM "
+        "PegasusForCausalLM ProphetNetForCausalLM TrOCRForCausalLM WhisperForCausalLM"
+    ),
+    "image_text_to_text": (
+        "BlipForConditionalGeneration GraniteDoclingForConditionalGeneration Kosmos2ForConditionalGeneration "
+        "Kosmos2_5ForConditionalGeneration PI0ForConditionalGeneration Pix2StructForConditionalGeneration "
+        "UdopForConditionalGeneration"
+    ),
+    "sequence_classification": "",
+    "token_classification": (
+        "BioGptForTokenClassification BrosForTokenClassification MraForTokenClassification "
+        "XLMRobertaXLForTokenClassification YosoForTokenClassification"
+    ),
+}
+KINDS = {"causal": "CAUSAL_LM"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", REFUSED)
+def test_every_model_of_transformers_with_a_loss_of_its_own_is_refused(kind):
+    """The contract with transformers: a new family that adds a term, or averages by itself, turns up here."""
+    mapping = getattr(modeling_auto, f"MODEL_FOR_{KINDS.get(kind, kind.upper())}_MAPPING_NAMES")
+    names = {n for found in mapping.values() for n in (found if isinstance(found, list | tuple) else [found])}
+    loss = {"causal": "ForCausalLM", "image_text_to_text": "ForConditionalGeneration"}
+    refused = []
+    for name in sorted(names):
+        model = bare(getattr(transformers, name))
+        model.__dict__["loss_type"] = loss.get(kind, f"For{kind.title().replace('_', '')}")
+        try:
+            judge_loss(model, routers_known=_formula(model) is not None)
+        except ValueError:
+            refused.append(name)
+
+    others = {"XLMWithLMHeadModel", "XLNetLMHeadModel", "DiffusionGemmaForBlockDiffusion", "VisionEncoderDecoderModel"}
+    assert sorted(set(refused) - others) == sorted(REFUSED[kind].split())  # the others have no type of loss

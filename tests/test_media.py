@@ -1,0 +1,79 @@
+"""Batches of which only some have images: exact where ranks run the same modules, one clear error where they do not."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from nemo_dist import DDPConfig, DistributedSetup, FSDP2Config
+from nemo_dist.testing.equivalence import checkpoint
+from nemo_dist.testing.zoo import SPECIMENS
+
+FP32 = {"param_dtype": "float32", "reduce_dtype": "float32", "output_dtype": "float32"}
+STRATEGIES = {"fsdp2": FSDP2Config(mp_policy=FP32), "ddp": DDPConfig()}
+LLAVA = SPECIMENS["llava"]
+
+
+def batch(seed, image):
+    made = LLAVA.batch(2, 12, torch.Generator().manual_seed(seed))
+    if not image:
+        del made["pixel_values"]
+        made["input_ids"][:, :4] = 1
+    return made
+
+
+def gradients(strategy, folder, images):
+    """Return loss and gradients of a step in which rank r gets one batch for each of images[r], or the error."""
+    setup = DistributedSetup.build(strategy=STRATEGIES[strategy])
+    runtime = setup.runtime(LLAVA.load.from_pretrained(folder, distributed_setup=setup, dtype=torch.float32))
+    rank = dist.get_rank()
+    try:
+        loss = runtime.forward_backward([batch(10 * rank + i, image) for i, image in enumerate(images[rank])])
+    except RuntimeError as error:
+        return f"{type(error).__name__}: {error}"
+    grads = {name: p.grad for name, p in runtime.named_parameters() if p.grad is not None}
+    return loss.item(), {n: (g.full_tensor() if isinstance(g, DTensor) else g).clone() for n, g in grads.items()}
+
+
+def alone(images):
+    """Return the same of one process that sees the batches of all ranks."""
+    model = LLAVA.load.from_pretrained(checkpoint("llava"), dtype=torch.float32)
+    batches = [batch(10 * rank + i, image) for rank, mine in enumerate(images) for i, image in enumerate(mine)]
+    counts = [(one["labels"][:, 1:] != -100).sum() for one in batches]
+    losses = [model(**one).loss * count / sum(counts) for one, count in zip(batches, counts, strict=True)]
+    sum(losses).backward()
+    return sum(losses).item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(
+    ("strategy", "images"),
+    [
+        ("fsdp2", [[True, False], [True, False]]),  # the batch that reduces the gradients has none for the tower
+        ("fsdp2", [[False], [False]]),
+        ("ddp", [[True, False], [True, False]]),
+        ("ddp", [[True], [False]]),
+    ],
+)
+def test_a_tower_that_some_batches_do_not_use_gets_the_gradients_of_one_process(ranks, strategy, images):
+    expected_loss, expected = alone(images)
+
+    for loss, found in ranks(2).run(gradients, strategy, checkpoint("llava"), images):
+        assert loss == pytest.approx(expected_loss, rel=1e-5)
+        zeros = {name for name in found.keys() - expected.keys() if not found[name].any()}
+        assert found.keys() - zeros == expected.keys()
+        for name, gradient in expected.items():
+            assert (found[name] - gradient).norm() <= 1e-5 * max(gradient.norm(), 1e-2), name
+
+
+@pytest.mark.parametrize(
+    ("images", "forms"),
+    [
+        ([[True], [False]], ["pixel_values", "text only"]),
+        ([[False, True], [True, False]], ["text only, then pixel_values", "pixel_values, then text only"]),
+        ([[True, True], [True]], ["pixel_values, then pixel_values", "pixel_values"]),
+    ],
+)
+def test_sharded_ranks_that_would_wait_for_each_other_are_told(ranks, images, forms):
+    for message, form in zip(ranks(2).run(gradients, "fsdp2", checkpoint("llava"), images), forms, strict=True):
+        assert message.startswith("RankError: the batches of different data-parallel ranks")
+        assert f"this rank was given: {form}. Give every rank equally many batches" in message

@@ -1,0 +1,40 @@
+"""What the pipeline takes from the inside of torch's pipelining is there, and is what it is taken for."""
+
+import inspect
+
+import pytest
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining import schedules as torch_schedules
+from torch.distributed.pipelining._schedule_visualizer import get_schedule_ops
+
+from nemo_dist_pipeline import SCHEDULES
+from nemo_dist_pipeline.actions import order_of
+from nemo_dist_pipeline.stage import ModelStage
+
+
+def test_our_names_of_schedules_are_torchs():
+    for name, schedule in SCHEDULES.items():
+        made = torch_schedules.get_schedule_class(name)
+        single = issubclass(made, torch_schedules.PipelineScheduleSingle)
+        assert single == (schedule.fixed and schedule.per_rank == 1)
+
+
+def test_a_stage_overrides_methods_that_torch_calls():
+    for name in ("forward_maybe_with_nosync", "_post_metadata_inference_cleanup"):
+        ours, theirs = (inspect.signature(getattr(kind, name)) for kind in (ModelStage, PipelineStage))
+        assert len(ours.parameters) >= len(theirs.parameters) or "args" in ours.parameters
+        assert f"self.{name}(" in inspect.getsource(
+            inspect.getmodule(PipelineStage)
+        ) or f".{name}(" in inspect.getsource(torch_schedules)
+
+
+@pytest.mark.parametrize("text", ["0F0,0B0", "0F0,,0I0,0W0"])
+def test_torch_reads_a_line_of_a_schedule_as_we_do(text):
+    cells = text.split(",")
+    theirs = [torch_schedules._Action.from_str(cell) for cell in cells]
+    assert order_of([theirs]) == order_of([cells])
+
+
+def test_the_mock_stages_make_an_order_without_a_process_group():
+    order = order_of(get_schedule_ops("Interleaved1F1B", 2, 4, 2))
+    assert len(order) == 2 and all(len(line) == 16 for line in order)

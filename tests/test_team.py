@@ -1,0 +1,52 @@
+"""Ranks that are some of a process group save, load and export together, without the others."""
+
+import checkpoint_runs as runs
+import pytest
+import torch
+import torch.distributed as dist
+
+from nemo_dist import DistributedSetup, NeMoAutoModelForCausalLM, RunFolder
+from nemo_dist.errors import CheckpointError, RankError
+from nemo_dist.team import Team
+
+MEMBERS = [1, 3]
+
+
+def on_members(folders, path):
+    """Save in the foreground and in the background, go on from a run folder, and export; the others do nothing."""
+    runs.FOLDERS.update(folders)
+    setup = DistributedSetup.build(strategy=runs.FSDP2, ranks=MEMBERS)
+    mesh = setup.mesh_context  # all ranks make the mesh
+    if dist.get_rank() not in MEMBERS:
+        return None
+    model = NeMoAutoModelForCausalLM.from_pretrained(folders["llama", 0], distributed_setup=setup, dtype=torch.float32)
+    runtime = setup.runtime(model)
+    optimizer = runtime.optimizer(torch.optim.AdamW, **runs.OPTIMIZER)
+    runs.steps(runtime, optimizer, runs.Task(), range(2))
+    saved = runs.digests(runs.everything(runtime, optimizer))
+    folder = RunFolder(path / "run")
+    folder.save(runtime, optimizer, step=2, extra={"step": 2})
+    background = runtime.save(path / "background", optimizer, extra={"step": 2}, asynchronous=True)
+    runtime.export(path / "background-export")
+    losses = runs.steps(runtime, optimizer, runs.Task(), range(2, 4))
+    background.wait()
+    assert folder.resume(runtime, optimizer) == (2, {"step": 2})
+    assert runs.digests(runs.everything(runtime, optimizer)) == saved
+    assert runs.steps(runtime, optimizer, runs.Task(), range(2, 4)) == losses
+    assert (Team.of(mesh).size, Team.of(mesh).rank) == (2, MEMBERS.index(dist.get_rank()))
+    with pytest.raises((CheckpointError, RankError), match="there is no checkpoint at"):
+        runtime.load(path / "none", optimizer)
+    return saved
+
+
+def test_some_of_the_ranks_save_and_load_together_and_any_others_go_on(ranks, tmp_path):
+    folders = runs.folders("llama")
+    answers = ranks(4).run(on_members, folders, tmp_path)
+    saved = runs.joined([answers[rank] for rank in MEMBERS])
+    path = tmp_path / "background"
+    assert sorted(file.name for file in path.glob("rank-*")) == ["rank-00000.safetensors", "rank-00001.safetensors"]
+    for reports, exported in ranks(2).run(
+        runs.load_each, "tp", folders, "llama", [path, tmp_path / "run" / "step-00000002"], runs.export_of(path)
+    ):
+        assert [found for found, _ in reports] == [saved, saved]
+        assert exported.items() <= saved.items()
