@@ -1,8 +1,10 @@
 """Stand in for the few calls of ``torch.cuda`` that Megatron-FSDP makes, so that it runs on gloo ranks. Tests only.
 
 The package orders its communication by CUDA streams and asks for the current device; its arithmetic and its collectives
-are plain torch. On the CPU everything happens in program order, so streams and events that do nothing are exact. What
-this cannot show is a missing wait between streams; that takes a GPU.
+are plain torch. On the CPU everything happens in program order but for its asynchronous gathers, which gloo runs on
+threads of its own: nothing would order those and the buffers that the package reuses, as streams do on CUDA. So gathers
+are finished where they are started, and streams and events that do nothing are exact. What this cannot show is a
+missing wait between streams; that takes a GPU.
 """
 
 from __future__ import annotations
@@ -44,11 +46,20 @@ def _inside(stream: Any) -> AbstractContextManager[None]:
 
 
 @contextmanager
+def _finished(group: Any, device: Any = None, async_ops: bool = False) -> Iterator[_Event]:
+    """Run the collectives that are started within the context together, and wait for them, asynchronous or not."""
+    with torch.distributed._coalescing_manager(group, device):
+        yield _Event()
+
+
+@contextmanager
 def cuda_calls() -> Iterator[None]:
     """Within the context, replace ``torch.cuda``'s current_device, Stream, stream, current_stream and synchronize.
 
-    And ``Tensor.cuda``, which the package calls on one small CPU tensor.
+    And ``Tensor.cuda``, which the package calls on one small CPU tensor, and the package's way to group collectives.
     """
+    import megatron_fsdp.param_and_grad_buffer as buffers  # an extra, so not at the top
+
     replaced: dict[str, Any] = {
         "current_device": lambda: _Device("cpu"),
         "Stream": _Stream,
@@ -56,7 +67,11 @@ def cuda_calls() -> Iterator[None]:
         "current_stream": lambda device=None: _Stream(),
         "synchronize": lambda device=None: None,
     }
-    with mock.patch.multiple(torch.cuda, **replaced), mock.patch.object(torch.Tensor, "cuda", lambda tensor: tensor):
+    with (
+        mock.patch.multiple(torch.cuda, **replaced),
+        mock.patch.object(torch.Tensor, "cuda", lambda tensor: tensor),
+        mock.patch.object(buffers, "_coalescing_manager", _finished),
+    ):
         yield
 
 

@@ -48,8 +48,10 @@ class MegatronFSDPConfig:
     freed as one; None takes the blocks that the model declares indivisible. ``preserve_fp32_weights``: keep and update
     float32 weights, and gradients, beside parameters of another dtype. ``grad_reduce_in_fp32``: reduce gradients in
     float32, whatever the dtype of the parameters. ``average_in_collective``: divide in the collective, not before it.
-    ``disable_bucketing``: one bucket for all parameters outside the units. ``fsdp_double_buffer``: gather into two
-    buffers that are kept, for models whose units are alike. ``report_nan_in_param_grad``: raise on a gradient that is
+    ``overlap_param_gather``: gather a unit while the one before it computes; without, all of them before the forward.
+    ``overlap_grad_reduce``: reduce gradients during the backward; without, after it. ``disable_bucketing``: one bucket
+    for all parameters outside the units. ``fsdp_double_buffer``: gather and reduce in two buffers that are kept, for
+    models whose units are alike. ``report_nan_in_param_grad``: raise on a gradient that is
     not finite (slow). ``activation_checkpointing`` is the same as on ``DistributedSetup.build``. ``sequence_parallel``
     and ``tp_plan`` go to the plugin of the ``tp`` axis, and are refused without one.
     """
@@ -59,12 +61,40 @@ class MegatronFSDPConfig:
     preserve_fp32_weights: bool = attrs.field(default=True, validator=boolean)
     grad_reduce_in_fp32: bool = attrs.field(default=True, validator=boolean)
     average_in_collective: bool = attrs.field(default=False, validator=boolean)
+    overlap_param_gather: bool = attrs.field(default=True, validator=boolean)
+    overlap_grad_reduce: bool = attrs.field(default=True, validator=boolean)
     disable_bucketing: bool = attrs.field(default=False, validator=boolean)
     fsdp_double_buffer: bool = attrs.field(default=False, validator=boolean)
     report_nan_in_param_grad: bool = attrs.field(default=False, validator=boolean)
     activation_checkpointing: bool | str = False
     sequence_parallel: bool = attrs.field(default=False, validator=boolean)
     tp_plan: Mapping[str, str] | None = attrs.field(default=None, converter=_frozen)
+
+
+def _impossible(config: MegatronFSDPConfig) -> list[str]:
+    """Say which options the package would silently turn into others."""
+    level, found = config.zero_dp_strategy, []
+    if not config.overlap_param_gather and level == 3:
+        found.append(
+            "overlap_param_gather=False needs whole parameters, and with zero_dp_strategy=3 the package turns it on "
+            "again; use zero_dp_strategy 1 or 2, or leave it True"
+        )
+    if not config.overlap_grad_reduce and level > 1:
+        found.append(
+            f"overlap_grad_reduce=False needs whole gradients, and with zero_dp_strategy={level} the package turns it "
+            "on again; use zero_dp_strategy=1, or leave it True"
+        )
+    if not config.overlap_grad_reduce and config.grad_reduce_in_fp32 and not config.preserve_fp32_weights:
+        found.append(
+            "overlap_grad_reduce=False reduces gradients in the dtype that they are kept in, which with "
+            "preserve_fp32_weights=False is that of the parameters; set grad_reduce_in_fp32=False or keep the weights"
+        )
+    if config.fsdp_double_buffer and level == 1:
+        found.append(
+            "fsdp_double_buffer=True has no buffers to reuse with zero_dp_strategy=1, which gathers and reduces in "
+            "place; use zero_dp_strategy 2 or 3, or leave it False"
+        )
+    return found
 
 
 @attrs.frozen(eq=False)
@@ -82,7 +112,7 @@ class MegatronFSDP:
 
     @hookimpl
     def validate(self, device_type: str | None) -> list[str]:
-        found = problems()
+        found = [*problems(), *_impossible(self.config)]
         if device_type not in (None, "cuda"):
             found.append(f"strategy 'megatron_fsdp' needs CUDA (got device_type {device_type!r}); use 'fsdp2' there")
         return found

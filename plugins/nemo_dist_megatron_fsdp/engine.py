@@ -32,15 +32,19 @@ class Engine:
     layout: Layout
     shards: dict[str, Any]
     used: set[str] = attrs.field(factory=set)
+    synchronise: bool = True
     in_backward: bool = False
     reduced: bool = False
     installed: int = -1
+    stale: bool = True
 
     @classmethod
     def start(cls, model: nn.Module, wrapper: Any, layout: Layout) -> None:
         """Attach an engine to *model*."""
         engine = cls(wrapper=wrapper, layout=layout, shards=dict(model.named_parameters()))
         model.__dict__[_HOME] = engine
+        for name, shard in engine.shards.items():
+            layout.correct(name, shard)
         model.register_forward_pre_hook(engine._before_forward, prepend=True)
         model.register_forward_hook(engine._after_forward)
         for name, raw in wrapper.raw_param.items():
@@ -60,10 +64,17 @@ class Engine:
 
     def _install_changed_weights(self) -> None:
         """Compute with what the shards hold, also after a load or an edit in place; the package sees only its steps."""
-        changes = sum(shard.to_local()._version for shard in self.shards.values())
-        if changes != self.installed:
+        if self._edits() != self.installed:
             self.wrapper.install_optimized_model_weights()
-            self.installed = changes
+            self.stale = True
+        if self.stale and not self.wrapper.ddp_config.overlap_param_gather:
+            self.wrapper.start_param_sync()  # gathers all parameters and waits; nobody else would gather them again
+        self.stale = False
+        self.installed = self._edits()  # now, because a gather may write to what the shards are views of
+
+    def _edits(self) -> int:
+        """Count what was written to the shards, but not by an optimizer: to DTensors, which counts elsewhere."""
+        return sum(shard.to_local()._version for shard in self.shards.values())
 
     def _continue_accumulating(self) -> None:
         """Start a backward after a synchronised one: go on from its gradients, unless they have been dropped."""
@@ -78,10 +89,12 @@ class Engine:
         self.reduced = False
 
     def _after_forward(self, model: nn.Module, args: Any, output: Any) -> None:
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() and self.wrapper.ddp_config.overlap_param_gather:
             self.wrapper.synchronize_param_gather()  # shows the shards again; no backward will
             return
         self.wrapper._replace_param_with_distributed_if_needed()
+        if not torch.is_grad_enabled():
+            return
         tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
         # The package hooks onto a root that returns tensors; a transformers model returns a ModelOutput.
         torch.autograd.graph.register_multi_grad_hook(tensors, self._before_backward, mode="any")
@@ -92,6 +105,7 @@ class Engine:
         if self.reduced:
             self._continue_accumulating()
         self.in_backward = True
+        self._let_package_reduce(self.synchronise and self.wrapper.ddp_config.overlap_grad_reduce)
         self.wrapper._replace_param_with_raw_if_needed()
         engine: Any = torch.autograd.Variable._execution_engine
         if not self.wrapper._root_pre_backward_hook_issued:
@@ -102,9 +116,19 @@ class Engine:
     def _after_backward(self) -> None:
         self.in_backward = False
         self.wrapper._replace_param_with_distributed_if_needed()
-        if self.wrapper.model_auto_sync:
+        if self.synchronise:
+            if not self.wrapper.ddp_config.overlap_grad_reduce:
+                self.wrapper.finish_grad_sync()
             self._settle_gradients()
             self.reduced = True
+        self._let_package_reduce(True)  # or its optimizer step would reduce once more
+
+    def _let_package_reduce(self, reduce: bool) -> None:
+        """Say whether the package reduces gradients during a backward.
+
+        It does so however ``overlap_grad_reduce`` is set, and then reduces them again after the backward if it is off.
+        """
+        self.wrapper.model_auto_sync = self.wrapper.is_last_microbatch = reduce
 
     def _settle_gradients(self) -> None:
         """Give a shard without rows its empty gradient, and a parameter that took no part none, as on one process.
@@ -122,16 +146,16 @@ class Engine:
                 shard.grad = None
             elif shard.grad is None:
                 shard.grad = torch.zeros_like(shard)
+            if shard.grad is not None:
+                self.layout.correct(name, shard.grad)
 
     @contextmanager
     def _unsynchronised(self) -> Iterator[None]:
-        self.wrapper.model_auto_sync = False
-        self.wrapper.is_last_microbatch = False
+        self.synchronise = False
         try:
             yield
         finally:
-            self.wrapper.is_last_microbatch = True
-            self.wrapper.model_auto_sync = True
+            self.synchronise = True
 
     @staticmethod
     @contextmanager
@@ -148,5 +172,6 @@ class Engine:
         ``fully_shard_optimizer`` takes a real step to allocate the state, which moves every weight by the weight decay
         and counts as the first step. It gets a step that does nothing, and replaces it by its own.
         """
+        optimizer.register_step_post_hook(lambda *_: setattr(self, "stale", True))
         optimizer.step = lambda *args, **kwargs: None  # type: ignore[assignment]
         return fully_shard_optimizer(optimizer, preproc_state_dict_for_dcp_ckpt=False)  # type: ignore[no-any-return]

@@ -124,6 +124,25 @@ class Layout:
         local = whole.split(even_rows(len(whole), len(cut.rows)))[self.rank].clone()  # or the whole would stay alive
         return even(cut.whole, local, self.mesh)
 
+    def correct(self, name: str, own: Any) -> None:
+        """Make ``full_tensor`` of *own*, a parameter or a gradient, right, and refuse ``redistribute``.
+
+        Those of torch assume even chunks, and would silently return rows in the wrong places. Like them ``full_tensor``
+        is collective; unlike them it is not differentiable. What is derived from *own* (``detach()``, a moment of the
+        optimizer) has torch's again.
+        """
+
+        def full_tensor(*, grad_placements: Any = None) -> Tensor:
+            return self.even_part(name, own.detach()).full_tensor()
+
+        def redistribute(*args: Any, **kwargs: Any) -> DTensor:
+            raise RuntimeError(
+                f"{name} is cut at rows of Megatron-FSDP's choice, which DTensor.redistribute would misplace; call "
+                "full_tensor() on it, or take the canonical state that runtime.save writes"
+            )
+
+        own.full_tensor, own.redistribute = full_tensor, redistribute
+
     def to_even(self, state: dict[str, Tensor]) -> None:
         """Replace the tensors of *state* that are cut like parameters by evenly cut ones; collective, in its order."""
         for name, tensor in self._cut_like_parameters(state):

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from megatron_fsdp import MixedPrecisionPolicy, fully_shard_model
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -92,14 +91,16 @@ def take_over(model: nn.Module, mesh: MeshContext, config: MegatronFSDPConfig) -
         fsdp_unit_modules=units,
         zero_dp_strategy=config.zero_dp_strategy,
         mixed_precision_policy=_precision(sources, config),
+        overlap_param_gather=config.overlap_param_gather,
+        overlap_grad_reduce=config.overlap_grad_reduce,
         disable_bucketing=config.disable_bucketing,
         fsdp_double_buffer=config.fsdp_double_buffer,
         report_nan_in_param_grad=config.report_nan_in_param_grad,
     )
     # Given to the package, it would ask for expert groups, which only Megatron-LM has.
     wrapper.ddp_config.average_in_collective = config.average_in_collective
-    if dist.get_backend(own_mesh.get_group(0)) != "nccl":
-        wrapper.ddp_config.gradient_reduce_div_fusion = False  # a sum with a factor is a reduction of NCCL's only
+    # A sum with a factor is a reduction of NCCL's only: scale before it everywhere, which is what the tests prove.
+    wrapper.ddp_config.gradient_reduce_div_fusion = False
     own: dict[str, Any] = dict(model.named_parameters())
     layout = Layout.of(own, whole, own_mesh)
     with torch.no_grad():
