@@ -16,6 +16,7 @@ import attrs
 import torch
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
@@ -145,10 +146,16 @@ def _lower_right(queries: int, keys: int, device: torch.device) -> Tensor:
     return (positions[None, :] <= positions[keys - queries :, None])[None, None]
 
 
-def _sdpa(*args: Any, **options: Any) -> Tensor:
+def _sdpa(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Tensor:
     """Return transformers' scaled dot-product attention, (rows, queries, heads, width)."""
-    found: Tensor = ALL_ATTENTION_FUNCTIONS["sdpa"](*args, **options)[0]
-    return found
+    if mask is not None and query.device.type == "cpu" and options.get("position_bias") is None:
+        # transformers repeats shared keys and values where there is a mask; torch's kernel for the CPU need not.
+        dropout, scale = options.get("dropout", 0.0), options.get("scaling")
+        shared = query.shape[1] != key.shape[1]
+        found = scaled_dot_product_attention(query, key, value, mask, dropout, scale=scale, enable_gqa=shared)
+        return found.transpose(1, 2).contiguous()
+    whole: Tensor = ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, **options)[0]
+    return whole
 
 
 def _like(module: Any, groups: int | None = None) -> Any:
