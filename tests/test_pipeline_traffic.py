@@ -85,7 +85,7 @@ def test_pipeline_ranks_send_what_explain_says(ranks, case):
     with torch.device("meta"):
         model = SPECIMENS[specimen].load.from_config(SPECIMENS[specimen].config(), dtype=torch.float32)
     facts = ModelFacts.of(model, ROWS, LENGTH, setup.strategy.compute_dtype, recomputes=False)
-    said = [entry for found in setup.calls.traffic(plan=setup.plan, facts=facts) for entry in found]
+    said = [entry for found in setup.calls.traffic(plan=setup.plan, facts=facts, model=model) for entry in found]
 
     most = [max(crossed) * bytes_over_one for crossed in zip(*borders, strict=True)]
     assert [entry.sent for entry in said if entry.axis == "pp"] == [*most, tied][: 3 if tied else 2]
