@@ -112,7 +112,6 @@ def _answer(call: Call) -> Reply:
         sys.path[:] = call.path
         function = call.function.find()
         arguments, keywords = pickle.loads(call.arguments)
-        _give_groups_back()
         _seed()
         value = function(*arguments, **keywords)
         return Reply(value=_pickled(value), open_files=len(os.listdir("/dev/fd")))
@@ -122,20 +121,6 @@ def _answer(call: Call) -> Reply:
         gc.collect()
         sys.stdout.flush()
         sys.stderr.flush()
-
-
-def _give_groups_back() -> None:
-    """Destroy the process groups of earlier calls, now that every rank has answered those.
-
-    Each has a thread that wakes a hundred times a second, which adds up to more than the tests themselves.
-    """
-    import torch.distributed as dist
-
-    names = dist.distributed_c10d._world.pg_names
-    for group, name in list(names.items()):
-        # The whole world's stays. So do those with a hashed name: it would be given again, and the store remembers it.
-        if group is not dist.group.WORLD and name.isdigit():
-            dist.destroy_process_group(group)
 
 
 def _seed() -> None:
