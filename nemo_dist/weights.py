@@ -1,7 +1,7 @@
 """The one place that touches transformers' weight loader: shard the meta model before a weight is read.
 
 transformers builds the model on meta, hands it to ``PreTrainedModel._load_pretrained_model`` and later, for weights
-that the checkpoint lacks, to ``_initialize_missing_keys``. Both names are private to it; ``tests/test_weights.py``
+that the checkpoint lacks, to ``_initialize_missing_keys``. Both names are private to it; ``tests/test_loading.py``
 holds the contract. For every parameter that is a DTensor its loader reads only the local slice, on the CPU as a view of
 the mapped file.
 """
