@@ -12,8 +12,7 @@ import attrs
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import Optimizer
 
 from nemo_dist.adapters import adapted, adapters
@@ -21,6 +20,7 @@ from nemo_dist.agreement import BatchCheck, require_one_form, tally
 from nemo_dist.context import MeshContext
 from nemo_dist.hooks import Batch, RuntimePart
 from nemo_dist.labels import count_labels, judge_loss
+from nemo_dist.norms import by_mesh, global_norm, one_mesh_per_group
 from nemo_dist.routing import SWITCH, RouterLoss
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class Runtime:
         """
         if params is None:
             params = [parameter for _, parameter in self.named_parameters() if parameter.requires_grad]
-        optimizer = optimizer_type(_one_mesh_per_group(params), **options)
+        optimizer = optimizer_type(one_mesh_per_group(params), **options)
         for part in self.plugins:
             optimizer = part.optimizer(optimizer) if part.optimizer else optimizer
         return optimizer
@@ -244,23 +244,10 @@ class Runtime:
         parameters = [parameter for _, parameter in self.named_parameters() if parameter.grad is not None]
         counted = [parameter.grad for parameter in parameters if id(parameter) not in skipped]
         axes = tuple(axis for part in self.plugins for axis in part.norm_axes)
-        norm = self._global_norm([grad for grad in counted if grad is not None], norm_type, axes)
-        for group in _by_mesh(parameters).values():
+        norm = global_norm([grad for grad in counted if grad is not None], norm_type, axes, self.mesh)
+        for group in by_mesh(parameters).values():
             clip_grads_with_norm_(group, max_norm, norm)
         return norm
-
-    def _global_norm(self, grads: list[Tensor], norm_type: float, axes: tuple[str, ...]) -> Tensor:
-        """Combine the norms of the gradients of each mesh; a DTensor's norm is already that of the whole tensor."""
-        norms = [_plain(get_total_norm(group, norm_type)) for group in _by_mesh(grads).values()]
-        device = self.mesh.device
-        local = torch.stack([norm.float().to(device) for norm in norms]) if norms else torch.zeros(1, device=device)
-        infinite = norm_type == float("inf")
-        total = local.max() if infinite else (local**norm_type).sum()
-        for axis in axes:  # ranks along these hold different parameters, so every one of them takes part
-            group = self.mesh.group(axis)
-            if group is not None:
-                dist.all_reduce(total, op=dist.ReduceOp.MAX if infinite else dist.ReduceOp.SUM, group=group)
-        return total if infinite else total ** (1.0 / norm_type)
 
     def save(
         self,
@@ -323,22 +310,3 @@ class Runtime:
         from nemo_dist.export import export
 
         export(self, path, dtype, max_shard_size)
-
-
-def _plain(value: Tensor) -> Tensor:
-    return value.full_tensor() if isinstance(value, DTensor) else value
-
-
-def _by_mesh(tensors: Iterable[Any]) -> dict[Any, list[Any]]:
-    """Group tensors by the mesh they live on; plain tensors are one group."""
-    groups: dict[Any, list[Any]] = {}
-    for tensor in tensors:
-        groups.setdefault(tensor.device_mesh if isinstance(tensor, DTensor) else None, []).append(tensor)
-    return groups
-
-
-def _one_mesh_per_group(params: Iterable[Any]) -> list[dict[str, Any]]:
-    """Split parameter groups by mesh, because torch's fused loops refuse to mix them."""
-    listed = list(params)
-    groups = listed if listed and isinstance(listed[0], dict) else [{"params": listed}]
-    return [{**group, "params": members} for group in groups for members in _by_mesh(list(group["params"])).values()]
