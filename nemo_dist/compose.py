@@ -214,9 +214,15 @@ class DistributedSetup:
         return next((plugin.config for plugin in self.plugins if axis in plugin.axes), None) if size > 1 else None
 
     def shard(self, model: nn.Module) -> list[nn.Module]:
-        """Split and shard *model*, whose parameters are on the meta device; return its local parts."""
+        """Split and shard *model*, whose parameters are on the meta device; return its local parts.
+
+        Raises TopologyError for parameters that the axes cannot cut.
+        """
+        from nemo_dist.weights import refuse_uneven
+
         parts = [model]
         self.calls.shard(parts=parts, mesh=self.mesh_context, plan=self.plan)
+        refuse_uneven(parts)
         return parts
 
     def wrap(self, parts: list[nn.Module]) -> object:

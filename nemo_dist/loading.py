@@ -18,6 +18,7 @@ from nemo_dist.context import MeshContext
 from nemo_dist.deferred import DeferredInit
 from nemo_dist.draws import Draws, shared_draws
 from nemo_dist.errors import RankError
+from nemo_dist.meeting import report
 from nemo_dist.runtime import Runtime
 from nemo_dist.weights import read_through
 
@@ -168,7 +169,12 @@ class _Loader:
         with shared_draws(setup.ranks), DeferredInit() as init:
             model = cls.auto.from_config(config, **kwargs)
         init.hollow(model)
-        parts = setup.shard(model)
+        try:
+            parts = setup.shard(model)
+        except Exception as error:
+            report("sharding the model", error, setup.ranks)
+            raise
+        report("sharding the model", None, setup.ranks)
         for part in parts:
             init.fill(part, setup.mesh_context.device)
         return _finish(setup, parts)

@@ -9,7 +9,7 @@ the mapped file.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from transformers.distributed.sharding_utils import DtensorShardOperation
 from transformers.modeling_utils import PreTrainedModel
 
-from nemo_dist.errors import CheckpointError, PluginError, RankError
+from nemo_dist.errors import CheckpointError, PluginError, RankError, TopologyError
 from nemo_dist.meeting import meet, report
 
 if TYPE_CHECKING:
@@ -45,6 +45,28 @@ def local_slice(full: Tensor, shard: DTensor) -> Tensor:
     """
     local = DtensorShardOperation(shard).shard_tensor(full)
     return full if local is None else local  # None is only for experts stored one by one
+
+
+def refuse_uneven(parts: Sequence[nn.Module]) -> None:
+    """Raise TopologyError that names every parameter of *parts* that two axes cut on one dim in unlike ways.
+
+    Where the dim does not divide, what FSDP2 leaves a rank of a tensor-parallel shard is not always what transformers
+    reads for it.
+    """
+    problems = []
+    for part in parts:
+        for name, parameter in part.named_parameters():
+            if isinstance(parameter, DTensor) and any(hasattr(how, "split_factor") for how in parameter.placements):
+                own = parameter.to_local().shape
+                read = local_slice(torch.empty(parameter.shape, device="meta"), parameter).shape
+                if own != read:
+                    problems.append(
+                        f"{name} of shape {tuple(parameter.shape)} cannot be cut along one dim by axes of sizes "
+                        f"{tuple(parameter.device_mesh.shape)}: this rank would hold {tuple(own)} and read "
+                        f"{tuple(read)}; choose sizes whose product divides that dim"
+                    )
+    if problems:
+        raise TopologyError(problems)
 
 
 def filled(parameter: nn.Parameter, value: Tensor, device: torch.device) -> nn.Parameter:
