@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from nemo_dist.hooks import RuntimePart
+from nemo_dist.registry import Registry
 
 if TYPE_CHECKING:
     from nemo_dist.compose import DistributedSetup
@@ -76,7 +77,8 @@ def _refuse(setup: DistributedSetup, added: dict[str, nn.Parameter]) -> None:
         if size > 1:
             raise ValueError(f"{some}; this is not proven with {axis} (got {axis}_size={size}), leave it at 1")
     if setup.strategy is not None and FEATURE not in setup.strategy.composes_with:
-        raise ValueError(f"{some}; this is not proven with {setup.strategy.name}, use fsdp2 or ddp")
+        others = " or ".join(map(repr, Registry().composing(FEATURE)))
+        raise ValueError(f"{some}; this is not proven with {setup.strategy.name!r}, use {others}")
     if any(isinstance(parameter, DTensor) for parameter in added.values()):
         raise ValueError(f"{some} as DTensors; add them as plain tensors, whole on every rank")
 

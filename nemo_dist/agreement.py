@@ -75,7 +75,7 @@ def require_one_form(sums: Tensor, batches: Sequence[Batch]) -> None:
         raise RankError(
             f"the batches of different data-parallel ranks make them run different modules, so they would wait for "
             f"each other for ever; this rank was given: {form(batches)}. Give every rank equally many batches and, in "
-            f"each, the same kinds of input (a blank image where there is none, its labels -100), or use strategy 'ddp'"
+            f"each, the same kinds of input (a blank image where there is none, its labels -100)"
         )
 
 

@@ -56,7 +56,8 @@ class Runtime:
         within = [adapted(part) for part in parts]
         router_loss = RouterLoss.of(within, setup.mesh_context)
         judge_loss(within[-1], routers_known=router_loss is not None)
-        plugins = [*setup.runtime_parts(parts, model), *adapters(setup, parts)]
+        added = adapters(setup, parts)  # or refuses them, before plugins meet a model that they do not know
+        plugins = [*setup.runtime_parts(parts, model), *added]
         return cls(setup=setup, model=model, parts=parts, plugins=plugins, router_loss=router_loss)
 
     @property

@@ -6,7 +6,15 @@ import torch
 import torch.distributed as dist
 import transformers
 
-from nemo_dist import DDPConfig, DistributedSetup, FSDP2Config, NeMoAutoModelForCausalLM, ParallelismSizes
+from nemo_dist import (
+    DDPConfig,
+    DistributedSetup,
+    FSDP2Config,
+    MegatronFSDPConfig,
+    NeMoAutoModelForCausalLM,
+    ParallelismSizes,
+)
+from nemo_dist.testing.cuda_calls import WithCudaCalls
 from nemo_dist.testing.equivalence import checkpoint
 
 PRECISE = {"param_dtype": "float32", "reduce_dtype": "float32"}
@@ -50,7 +58,24 @@ def train(folder, strategy, out):
     return start, seen, {name: parameter.detach() for name, parameter in own.items()}
 
 
-@pytest.mark.parametrize("strategy", [FSDP2Config(mp_policy=PRECISE), DDPConfig()], ids=["fsdp2", "ddp"])
+STRATEGIES = {
+    "fsdp2": FSDP2Config(mp_policy=PRECISE),
+    "fsdp2-full": FSDP2Config(mp_policy=PRECISE, activation_checkpointing="full"),
+    "fsdp2-selective": FSDP2Config(mp_policy=PRECISE, activation_checkpointing="selective"),
+    "fsdp2-compiled": FSDP2Config(mp_policy=PRECISE, enable_compile=True),
+    "fsdp2-offload": FSDP2Config(mp_policy=PRECISE, offload_policy="cpu"),
+    "ddp": DDPConfig(),
+    "ddp-full": DDPConfig(activation_checkpointing="full"),
+}
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        pytest.param(config, id=name, marks=[pytest.mark.slow] * ("compiled" in name))
+        for name, config in STRATEGIES.items()
+    ],
+)
 def test_adapters_train_like_on_one_process(ranks, strategy, tmp_path):
     folder = checkpoint("llama")
     first, *others = ranks(2).run(train, folder, strategy, tmp_path)
@@ -80,9 +105,9 @@ def test_adapters_train_like_on_one_process(ranks, strategy, tmp_path):
     torch.testing.assert_close(saved(input_ids=tokens).logits, model(input_ids=tokens).logits)
 
 
-def refusal(folder, sizes, config):
+def refusal(folder, sizes, config, strategy=None):
     with pytest.raises(ValueError) as caught:
-        adapted(folder, FSDP2Config(), sizes, config)
+        adapted(folder, strategy or FSDP2Config(), sizes, config)
     return str(caught.value)
 
 
@@ -90,6 +115,12 @@ def test_adapters_are_refused_where_they_are_not_proven(ranks):
     for message in ranks(2).run(refusal, checkpoint("llama"), ParallelismSizes(tp_size=2), LORA):
         assert "trainable parameters were added after loading" in message
         assert "not proven with tp (got tp_size=2)" in message
+
+
+def test_adapters_are_refused_by_a_strategy_that_is_not_proven_with_them(ranks):
+    strategy = MegatronFSDPConfig()
+    for message in WithCudaCalls(ranks(2)).run(refusal, checkpoint("llama"), None, LORA, strategy):
+        assert "not proven with 'megatron_fsdp', use 'ddp' or 'fsdp2'" in message
 
 
 def test_adapters_that_lengthen_the_sequence_are_refused(ranks):

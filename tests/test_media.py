@@ -5,12 +5,17 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from nemo_dist import DDPConfig, DistributedSetup, FSDP2Config
+from nemo_dist import DDPConfig, DistributedSetup, FSDP2Config, MegatronFSDPConfig
+from nemo_dist.testing.cuda_calls import WithCudaCalls
 from nemo_dist.testing.equivalence import checkpoint
 from nemo_dist.testing.zoo import SPECIMENS
 
 FP32 = {"param_dtype": "float32", "reduce_dtype": "float32", "output_dtype": "float32"}
-STRATEGIES = {"fsdp2": FSDP2Config(mp_policy=FP32), "ddp": DDPConfig()}
+STRATEGIES = {
+    "fsdp2": FSDP2Config(mp_policy=FP32),
+    "megatron_fsdp": MegatronFSDPConfig(),
+    "ddp": DDPConfig(),
+}
 LLAVA = SPECIMENS["llava"]
 
 
@@ -65,15 +70,23 @@ def test_a_tower_that_some_batches_do_not_use_gets_the_gradients_of_one_process(
             assert (found[name] - gradient).norm() <= 1e-5 * max(gradient.norm(), 1e-2), name
 
 
+ONE_SIDED = ([[True], [False]], ["pixel_values", "text only"])
+OTHER_ORDER = ([[False, True], [True, False]], ["text only, then pixel_values", "pixel_values, then text only"])
+FEWER = ([[True, True], [True]], ["pixel_values, then pixel_values", "pixel_values"])
+
+
 @pytest.mark.parametrize(
-    ("images", "forms"),
+    ("strategy", "images", "forms"),
     [
-        ([[True], [False]], ["pixel_values", "text only"]),
-        ([[False, True], [True, False]], ["text only, then pixel_values", "pixel_values, then text only"]),
-        ([[True, True], [True]], ["pixel_values, then pixel_values", "pixel_values"]),
+        ("fsdp2", *ONE_SIDED),
+        ("fsdp2", *OTHER_ORDER),
+        ("fsdp2", *FEWER),
+        ("megatron_fsdp", *ONE_SIDED),
     ],
 )
-def test_sharded_ranks_that_would_wait_for_each_other_are_told(ranks, images, forms):
-    for message, form in zip(ranks(2).run(gradients, "fsdp2", checkpoint("llava"), images), forms, strict=True):
+def test_sharded_ranks_that_would_wait_for_each_other_are_told(ranks, strategy, images, forms):
+    pool = WithCudaCalls(ranks(2)) if strategy == "megatron_fsdp" else ranks(2)
+
+    for message, form in zip(pool.run(gradients, strategy, checkpoint("llava"), images), forms, strict=True):
         assert message.startswith("RankError: the batches of different data-parallel ranks")
         assert f"this rank was given: {form}. Give every rank equally many batches" in message

@@ -2,61 +2,13 @@
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from sent_bytes import measured
 
-from nemo_dist import DistributedSetup, FSDP2Config, ParallelismSizes, initialize_distributed
+from nemo_dist import DistributedSetup, FSDP2Config, ParallelismSizes
 from nemo_dist.testing.zoo import SPECIMENS
-from nemo_dist.traffic import ModelFacts, readable
+from nemo_dist.traffic import readable
 
-ROWS, LENGTH = 2, 16
 FP32 = FSDP2Config(mp_policy={"param_dtype": "float32", "reduce_dtype": "float32", "output_dtype": "float32"})
-
-
-class Sent(TorchDispatchMode):
-    """Add up what this rank gives away in gathers, scatters and exchanges, as if an exchange were even."""
-
-    def __init__(self, ep):
-        super().__init__()
-        self.ep = ep
-        self.sent = {"all-gather": 0, "reduce-scatter": 0, "all-to-all": 0}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = str(function)
-        if name.startswith("c10d._allgather_base_"):
-            self.sent["all-gather"] += args[0].nbytes - args[1].nbytes
-        elif name.startswith("c10d._reduce_scatter_base_"):
-            self.sent["reduce-scatter"] += args[1].nbytes - args[0].nbytes
-        elif name.startswith("_c10d_functional.all_gather_into_tensor"):
-            self.sent["all-gather"] += args[0].nbytes * (args[1] - 1)
-        elif name.startswith("_c10d_functional.all_to_all_single"):
-            self.sent["all-to-all"] += args[0].nbytes * (self.ep - 1) / self.ep
-        elif name.startswith("c10d.alltoall_base_"):
-            self.sent["all-to-all"] += args[1].nbytes * (self.ep - 1) / self.ep
-        return function(*args, **(kwargs or {}))
-
-
-def measured(specimen, sizes, recompute):
-    """Return the bytes that a step sends by kind of collective, and those that the plugins say it will."""
-    initialize_distributed("gloo")
-    setup = DistributedSetup.build(
-        strategy=FP32, parallelism_sizes=ParallelismSizes(**sizes), activation_checkpointing=recompute
-    )
-    config = SPECIMENS[specimen].config()
-    config.output_router_logits = False
-    with torch.device("meta"):
-        whole = SPECIMENS[specimen].load.from_config(config)
-    model = SPECIMENS[specimen].load.from_config(config, distributed_setup=setup, dtype=torch.float32)
-    runtime = setup.runtime(model)
-    batch = SPECIMENS[specimen].batch(ROWS, LENGTH, torch.Generator().manual_seed(0))
-    with Sent(setup.plan.size("ep")) as counter:
-        runtime.forward_backward(batch)
-    facts = ModelFacts.of(whole, ROWS, LENGTH, setup.strategy.compute_dtype, bool(recompute))
-    said = dict.fromkeys(counter.sent, 0)
-    for found in setup.calls.traffic(plan=setup.plan, facts=facts, model=whole):
-        for entry in found:
-            if entry.collective in said:
-                said[entry.collective] += entry.sent
-    return counter.sent, said
 
 
 CASES = {
@@ -75,7 +27,8 @@ CASES = {
 def test_a_step_with_experts_sends_what_explain_says(on_ranks, case):
     """Ranks send as many tokens as they have, but get what routers choose: the sum over ranks is known, no rank's."""
     world, specimen, sizes, recompute = CASES[case]
-    results = on_ranks(world, measured, specimen, sizes, recompute)
+    options = {"strategy": FP32, "parallelism_sizes": ParallelismSizes(**sizes), "activation_checkpointing": recompute}
+    results = on_ranks(world, measured, specimen, options)
     for kind in ("all-gather", "reduce-scatter", "all-to-all"):
         sent, said = (sum(result[which][kind] for result in results) for which in (0, 1))
         # FSDP2 pads to equal shards, and counts norms and routers as if tensor parallelism divided them.

@@ -99,24 +99,26 @@ def test_compiled_blocks_are_refused_beside_an_axis_that_they_are_not_proven_wit
         )
 
 
+COMPILED = {
+    "plain": (2, {}, False, False),
+    "recompute": (2, {}, False, "full"),
+    "selective": (2, {}, False, "selective"),
+    "context": (2, {"cp_size": 2}, False, False),
+    "tensor": (2, {"tp_size": 2}, False, False),
+    "sequence": (2, {"tp_size": 2}, True, "full"),
+    "hsdp": (4, {"dp_replicate_size": 2}, False, False),
+    "context-tensor": (4, {"cp_size": 2, "tp_size": 2}, True, "full"),
+}
+
+
 @pytest.mark.parametrize(
-    "options",
-    [
-        pytest.param({}, id="plain"),
-        pytest.param({"activation_checkpointing": "full"}, id="recompute", marks=pytest.mark.slow),
-        pytest.param({"parallelism_sizes": ParallelismSizes(cp_size=2)}, id="context", marks=pytest.mark.slow),
-        pytest.param({"parallelism_sizes": ParallelismSizes(tp_size=2)}, id="tensor", marks=pytest.mark.slow),
-        pytest.param(
-            {"parallelism_sizes": ParallelismSizes(tp_size=2), "sequence": True, "activation_checkpointing": "full"},
-            id="sequence",
-            marks=pytest.mark.slow,
-        ),
-    ],
+    "case", [case if case == "plain" else pytest.param(case, marks=pytest.mark.slow) for case in COMPILED]
 )
-def test_compiled_blocks_train_like_one_process(ranks, options):
-    sequence, others = "sequence" in options, {name: value for name, value in options.items() if name != "sequence"}
+def test_compiled_blocks_train_like_one_process(ranks, case):
+    world, sizes, sequence, mode = COMPILED[case]
     strategy = FSDP2Config(mp_policy=FP32, enable_compile=True, sequence_parallel=sequence)
-    assert_equivalent(ranks(2), Task(length=16), strategy=strategy, **others)
+    options = {"parallelism_sizes": ParallelismSizes(**sizes), "activation_checkpointing": mode}
+    assert_equivalent(ranks(world), Task(length=16), strategy=strategy, **options)
 
 
 def compiled_blocks(folder):

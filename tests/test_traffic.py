@@ -2,60 +2,13 @@
 
 import pytest
 import torch
-from torch.distributed.distributed_c10d import _resolve_process_group
-from torch.utils._python_dispatch import TorchDispatchMode
+from sent_bytes import measured
 
-from nemo_dist import ContextConfig, DDPConfig, DistributedSetup, FSDP2Config, ParallelismSizes, initialize_distributed
+from nemo_dist import ContextConfig, DDPConfig, DistributedSetup, FSDP2Config, ParallelismSizes
 from nemo_dist.testing.zoo import SPECIMENS
-from nemo_dist.traffic import ModelFacts, readable
+from nemo_dist.traffic import readable
 
-ROWS, LENGTH = 2, 16
 FP32 = {"param_dtype": "float32", "reduce_dtype": "float32", "output_dtype": "float32"}
-
-
-class Sent(TorchDispatchMode):
-    """Add up the bytes that this rank sends within the model, by kind of collective."""
-
-    def __init__(self):
-        super().__init__()
-        self.sent = {"all-gather": 0, "reduce-scatter": 0, "all-to-all": 0, "all-reduce": 0}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = str(function)
-        if name.startswith("c10d._allgather_base_"):
-            self.sent["all-gather"] += args[0].nbytes - args[1].nbytes
-        elif name.startswith("c10d._reduce_scatter_base_"):
-            self.sent["reduce-scatter"] += args[1].nbytes - args[0].nbytes
-        elif name.startswith("_c10d_functional.all_gather_into_tensor"):
-            self.sent["all-gather"] += args[0].nbytes * (args[1] - 1)
-        elif name.startswith("_c10d_functional.reduce_scatter_tensor"):
-            self.sent["reduce-scatter"] += args[0].nbytes * (args[2] - 1) // args[2]
-        elif name.startswith("_c10d_functional.all_to_all_single"):
-            self.sent["all-to-all"] += args[0].nbytes * (len(args[1]) - 1) // len(args[1])
-        elif name.startswith("_c10d_functional.all_reduce"):
-            size = _resolve_process_group(args[2]).size()
-            self.sent["all-reduce"] += 2 * args[0].nbytes * (size - 1) // size
-        return function(*args, **(kwargs or {}))
-
-
-def measured(specimen, options):
-    """Return the bytes that a step sends by kind of collective, and those that the plugins say it will."""
-    initialize_distributed("gloo")
-    setup = DistributedSetup.build(**options)
-    config = SPECIMENS[specimen].config()
-    model = SPECIMENS[specimen].load.from_config(config, distributed_setup=setup, dtype=torch.float32)
-    runtime = setup.runtime(model)
-    batch = SPECIMENS[specimen].batch(ROWS, LENGTH, torch.Generator().manual_seed(0))
-    with Sent() as counter:
-        runtime.forward_backward(batch)
-    full = setup.activation_checkpointing == "full"
-    facts = ModelFacts.of(model, ROWS, LENGTH, setup.strategy.compute_dtype, full)
-    said = dict.fromkeys(counter.sent, 0)
-    for found in setup.calls.traffic(plan=setup.plan, facts=facts, model=model):
-        for entry in found:
-            if entry.collective in said:
-                said[entry.collective] += entry.sent
-    return counter.sent, said
 
 
 CASES = {

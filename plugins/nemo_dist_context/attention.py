@@ -117,7 +117,7 @@ class SharedAttention:
         for start, stop in self.layout.spans(length):
             own = query[:, :, done : done + stop - start]
             bias = _lower_right(stop - start, stop, key.device)
-            parts.append(_sdpa(_like(module), own, key[:, :, :stop], value[:, :, :stop], bias, **options))
+            parts.append(_masked(_like(module), own, key[:, :, :stop], value[:, :, :stop], bias, **options))
             done += stop - start
         return torch.cat(parts, dim=1)
 
@@ -148,14 +148,17 @@ def _lower_right(queries: int, keys: int, device: torch.device) -> Tensor:
 
 def _sdpa(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Tensor:
     """Return transformers' scaled dot-product attention, (rows, queries, heads, width)."""
-    if mask is not None and query.device.type == "cpu" and options.get("position_bias") is None:
-        # transformers repeats shared keys and values where there is a mask; torch's kernel for the CPU need not.
-        dropout, scale = options.get("dropout", 0.0), options.get("scaling")
-        shared = query.shape[1] != key.shape[1]
-        found = scaled_dot_product_attention(query, key, value, mask, dropout, scale=scale, enable_gqa=shared)
-        return found.transpose(1, 2).contiguous()
-    whole: Tensor = ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, **options)[0]
-    return whole
+    found: Tensor = ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, **options)[0]
+    return found
+
+
+def _masked(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Tensor:
+    """Return the same with a *mask*, but on the CPU without repeating shared keys and values, as transformers does."""
+    if query.device.type != "cpu":
+        return _sdpa(module, query, key, value, mask, **options)
+    dropout, scale, shared = options.get("dropout", 0.0), options.get("scaling"), query.shape[1] != key.shape[1]
+    found = scaled_dot_product_attention(query, key, value, mask, dropout, scale=scale, enable_gqa=shared)
+    return found.transpose(1, 2).contiguous()
 
 
 def _like(module: Any, groups: int | None = None) -> Any:

@@ -133,11 +133,15 @@ class MegatronFSDP:
             take_over(part, mesh, self.config)
 
     @hookimpl
-    def runtime(self, parts: list[nn.Module]) -> RuntimePart:
+    def runtime(self, parts: list[nn.Module], mesh: MeshContext) -> RuntimePart:
         from nemo_dist_megatron_fsdp.engine import Engine
 
         engines = [Engine.of(part) for part in parts]
-        return RuntimePart(no_sync=lambda: Engine.unsynchronised(engines), optimizer=engines[0].adopt)
+        return RuntimePart(
+            no_sync=lambda: Engine.unsynchronised(engines),
+            lockstep=mesh.size("dp_cp") > 1,
+            optimizer=engines[0].adopt,
+        )
 
     @hookimpl
     def export_state(self, state: dict[str, Tensor], parts: list[nn.Module]) -> None:
