@@ -62,10 +62,13 @@ def test_it_accumulates_what_one_process_computes(ranks, zero):
     assert_equivalent(ranks(2), Task(accumulate=3), strategy=MegatronFSDPConfig(zero_dp_strategy=zero))
 
 
+# With an eps of 1e-5 one process in float32 is itself 1e-4 away from float64 after such steps.
+LARGE_STEPS = Task(lr=0.1, weight_decay=0.5, eps=1e-2)
+
+
 @pytest.mark.parametrize("zero", [1, leave(2), leave(3)])
 def test_a_large_step_with_weight_decay_is_that_of_one_process(ranks, zero):
-    task = Task(lr=0.1, weight_decay=0.5)
-    assert_equivalent(ranks(2), task, strategy=MegatronFSDPConfig(zero_dp_strategy=zero))
+    assert_equivalent(ranks(2), LARGE_STEPS, strategy=MegatronFSDPConfig(zero_dp_strategy=zero))
 
 
 NO_OVERLAP = {"overlap_param_gather": False, "overlap_grad_reduce": False}
@@ -107,7 +110,7 @@ def test_without_overlap_batches_add_up_too(ranks, zero, options):
 def test_large_steps_with_weight_decay_are_those_of_one_process_under_every_axis(ranks, world, cp, tp, zero):
     assert_equivalent(
         ranks(world),
-        Task(lr=0.1, weight_decay=0.5),
+        LARGE_STEPS,
         strategy=MegatronFSDPConfig(zero_dp_strategy=zero),
         parallelism_sizes=ParallelismSizes(cp_size=cp, tp_size=tp),
     )
@@ -150,6 +153,31 @@ def test_with_tensor_and_context_parallelism_it_computes_what_one_process_comput
         strategy=MegatronFSDPConfig(zero_dp_strategy=zero, sequence_parallel=sequence),
         parallelism_sizes=ParallelismSizes(cp_size=cp, tp_size=tp),
         activation_checkpointing=zero == 3,
+    )
+
+
+# The package tells experts by their names, and reduces them by themselves: world, cp and tp, ZeRO, specimen.
+EXPERTS = [
+    (world, cp, tp, zero, specimen)
+    for world, cp, tp in ((2, 1, 1), (4, 1, 1), (4, 2, 1), (4, 1, 2))
+    for zero in ZERO
+    for specimen in ("qwen3-moe", "mixtral", "qwen2-moe", "deepseek-v3")
+]
+EXPERTS_SAMPLE = (2, 1, 1, 3, "qwen3-moe")
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [EXPERTS_SAMPLE, *(leave(one) for one in EXPERTS if one != EXPERTS_SAMPLE)],
+    ids=lambda cell: "-".join(map(str, cell)),
+)
+def test_models_with_experts_compute_what_one_process_computes(ranks, cell):
+    world, cp, tp, zero, specimen = cell
+    assert_equivalent(
+        ranks(world),
+        Task(specimen=specimen),
+        strategy=MegatronFSDPConfig(zero_dp_strategy=zero, average_in_collective=zero == 2),
+        parallelism_sizes=ParallelismSizes(cp_size=cp, tp_size=tp),
     )
 
 

@@ -48,6 +48,28 @@ def test_a_model_with_experts_computes_what_one_process_computes(ranks, model, t
     train(ranks(world), model, sizes, recompute)
 
 
+# Every rank has all experts, or its share of each: their router loss is one number over all ranks here too.
+WHOLE = {
+    "fsdp2": (2, {}, {}),
+    "hsdp": (4, {"dp_replicate_size": 2}, {}),
+    "ddp": (2, {}, {"strategy": "ddp"}),
+    "cp": (4, {"cp_size": 2}, {}),
+    "tp": (4, {"tp_size": 2}, {}),
+    "sequence": (4, {"tp_size": 2}, {"strategy": FSDP2Config(mp_policy=FP32, sequence_parallel=True)}),
+    "cp-tp": (8, {"cp_size": 2, "tp_size": 2}, {}),
+    "ddp-tp": (4, {"tp_size": 2}, {"strategy": "ddp"}),
+    "pp": (4, {"pp_size": 2}, {}),
+    "pp-cp-tp": (8, {"pp_size": 2, "cp_size": 2, "tp_size": 2}, {}),
+}
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("topology", WHOLE)
+def test_experts_that_are_not_shared_out_compute_what_one_process_computes(ranks, model, topology):
+    world, sizes, more = WHOLE[topology]
+    train(ranks(world), model, sizes, topology == "fsdp2" and "full", **more)
+
+
 @pytest.mark.parametrize("model", ["qwen3-moe-deep", "deepseek-v3-deep"])
 @pytest.mark.parametrize(
     "schedule", ["gpipe", "1f1b", "looped_bfs", "interleaved_1f1b", "zero_bubble", "zbv", "dualpipev"]
@@ -65,11 +87,5 @@ def test_replicas_of_experts_routers_and_norms_stay_equal_over_many_steps(ranks,
 
 
 def train(pool, model, sizes, recompute, **more):
-    assert_equivalent(
-        pool,
-        Task(specimen=model),
-        strategy=FSDP2Config(mp_policy=FP32),
-        parallelism_sizes=ParallelismSizes(**sizes),
-        activation_checkpointing=recompute,
-        **more,
-    )
+    options = {"strategy": FSDP2Config(mp_policy=FP32), "activation_checkpointing": recompute, **more}
+    assert_equivalent(pool, Task(specimen=model), parallelism_sizes=ParallelismSizes(**sizes), **options)

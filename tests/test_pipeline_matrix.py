@@ -74,9 +74,11 @@ def test_every_composition_of_a_pipeline_computes_what_one_process_computes(rank
     options = {}
     if per_rank == 1 and schedule not in ("GPipe", "1F1B"):  # their default is 2
         options = {"layers_per_stage": {2: 5, 4: 3}[sizes.pp_size], "round_virtual_stages_to_pp_multiple": "up"}
+    # With steps of 1e-2 the third norm of the classifier on one process is itself 1.2e-5 away from float64.
+    lr = 3e-3 if specimen == "llama-sequences" else 1e-2
     assert_equivalent(
         ranks(world),
-        Task(specimen=specimen, rows=sizes.dp(world) * 2 * sizes.pp_size, length=13),
+        Task(specimen=specimen, rows=sizes.dp(world) * 2 * sizes.pp_size, length=13, lr=lr),
         strategy=FSDP2Config(mp_policy=FP32, sequence_parallel=mesh.startswith("sequence")),
         parallelism_sizes=sizes,
         pipeline_config=PipelineConfig(pp_schedule=schedule, **options),

@@ -87,6 +87,7 @@ def take_over(model: nn.Module, mesh: MeshContext, config: MegatronFSDPConfig) -
         device_mesh=own_mesh,
         dp_shard_dim=data,
         tp_dim=tensor,
+        expt_device_mesh=own_mesh,  # the package tells experts by their names, and shards them over this one
         device=mesh.device,
         fsdp_unit_modules=units,
         zero_dp_strategy=config.zero_dp_strategy,
