@@ -57,7 +57,6 @@ WHOLE = {
     "tp": (4, {"tp_size": 2}, {}),
     "sequence": (4, {"tp_size": 2}, {"strategy": FSDP2Config(mp_policy=FP32, sequence_parallel=True)}),
     "cp-tp": (8, {"cp_size": 2, "tp_size": 2}, {}),
-    "ddp-tp": (4, {"tp_size": 2}, {"strategy": "ddp"}),
     "pp": (4, {"pp_size": 2}, {}),
     "pp-cp-tp": (8, {"pp_size": 2, "cp_size": 2, "tp_size": 2}, {}),
 }
