@@ -35,6 +35,7 @@ class Task:
 
     ``lr``, ``weight_decay`` and ``eps`` are AdamW's. Large steps of a small denominator multiply rounding errors until
     one process in float32 is further from float64 than the tolerance; a larger ``eps`` keeps the comparison sharp.
+    ``frozen``: how the names of parameters begin that are not trained.
     """
 
     specimen: str = "llama"
@@ -46,11 +47,18 @@ class Task:
     lr: float = OPTIMIZER["lr"]
     weight_decay: float = OPTIMIZER["weight_decay"]
     eps: float = OPTIMIZER["eps"]
+    frozen: tuple[str, ...] = ()
 
     @property
     def optimizer(self) -> dict[str, Any]:
         """The options of AdamW."""
         return {"lr": self.lr, "weight_decay": self.weight_decay, "eps": self.eps}
+
+    def freeze(self, model: Any) -> None:
+        """Leave the ``frozen`` parameters of *model*, whole or in parts, as they are."""
+        for name, parameter in model.named_parameters():
+            if name.startswith(self.frozen):
+                parameter.requires_grad_(False)
 
     def batches(self, step: int) -> list[dict[str, Tensor]]:
         """Return the global batches of *step*: ``accumulate`` dicts of tensors with ``rows`` rows."""
@@ -81,6 +89,7 @@ def checkpoint(specimen: str, seed: int = 0) -> Path:
 def reference(task: Task) -> Outcome:
     """Return what one process gets on the whole batch with plain transformers and torch, in float32."""
     model = SPECIMENS[task.specimen].load.from_pretrained(checkpoint(task.specimen, task.seed), dtype=torch.float32)
+    task.freeze(model)
     optimizer = torch.optim.AdamW(model.parameters(), **task.optimizer)
     losses, norms, gradients = [], [], {}
     for step in range(task.steps):
@@ -107,6 +116,7 @@ def train_on_rank(task: Task, folder: Path, options: Mapping[str, Any]) -> Outco
 
 def train(task: Task, setup: DistributedSetup, model: Any) -> Outcome:
     """Train *model*, loaded for *setup*, on this rank, and return this rank's view of all numbers."""
+    task.freeze(model)
     runtime = setup.runtime(model)
     optimizer = runtime.optimizer(torch.optim.AdamW, **task.optimizer)
     losses, norms, gradients = [], [], {}

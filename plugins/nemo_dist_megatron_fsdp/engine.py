@@ -59,8 +59,19 @@ class Engine:
 
     def _before_forward(self, model: nn.Module, args: Any) -> None:
         self.in_backward = False  # of a backward that failed half-way
+        self._refuse_thawed()
         self._install_changed_weights()
         self.wrapper._replace_param_with_raw_if_needed()
+
+    def _refuse_thawed(self) -> None:
+        """Refuse to train what was frozen when the package took over: it has no place for such gradients."""
+        raw = self.wrapper.raw_param
+        thawed = [name for name, shard in self.shards.items() if shard.requires_grad and not raw[name].requires_grad]
+        if thawed:
+            raise RuntimeError(
+                f"{', '.join(thawed)}: frozen when megatron_fsdp took the model over, so no gradients come for it; "
+                "leave it frozen, or use 'fsdp2'"
+            )
 
     def _install_changed_weights(self) -> None:
         """Compute with what the shards hold, also after a load or an edit in place; the package sees only its steps."""
@@ -133,11 +144,12 @@ class Engine:
     def _settle_gradients(self) -> None:
         """Give a shard without rows its empty gradient, and a parameter that took no part none, as on one process.
 
-        The package has it the other way round. All data-parallel ranks take part: whether a parameter was used on any
-        of them decides.
+        The package has it the other way round, and knows nothing of parameters that were frozen after it took over.
+        All data-parallel ranks take part: whether a parameter was used on any of them decides.
         """
-        names = [name for name, shard in self.shards.items() if shard.requires_grad]
-        used = torch.tensor([name in self.used for name in names], dtype=torch.uint8, device=self.wrapper.device)
+        names = list(self.shards)
+        trained = [self.shards[name].requires_grad and name in self.used for name in names]
+        used = torch.tensor(trained, dtype=torch.uint8, device=self.wrapper.device)
         if self.layout.group is not None:
             dist.all_reduce(used, op=dist.ReduceOp.MAX, group=self.layout.group)
         for name, took_part in zip(names, used.tolist(), strict=True):

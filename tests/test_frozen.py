@@ -1,0 +1,128 @@
+"""Parameters that are not trained stay as they are, and all others get what one process gives them."""
+
+import pytest
+import torch
+from transformers.models.llama import modeling_llama
+
+from nemo_dist import (
+    DistributedSetup,
+    FSDP2Config,
+    MegatronFSDPConfig,
+    NeMoAutoModelForCausalLM,
+    ParallelismSizes,
+)
+from nemo_dist.testing.cuda_calls import WithCudaCalls
+from nemo_dist.testing.equivalence import MAX_NORM, Task, assert_equivalent, checkpoint, reference
+
+FP32 = {"param_dtype": "float32", "reduce_dtype": "float32", "output_dtype": "float32"}
+FSDP2 = FSDP2Config(mp_policy=FP32)
+# The beginning of the model, a whole block in its middle, the end of it, and matrices within the blocks.
+FROZEN = {
+    "beginning": ("model.embed_tokens", "model.layers.0."),
+    "middle": ("model.layers.1.",),
+    "end": ("lm_head", "model.norm"),
+    "within": tuple(f"model.layers.{layer}.{name}" for layer in range(9) for name in ("self_attn", "post")),
+}
+SETUPS = {
+    "fsdp2": (2, "llama", {"strategy": FSDP2}),
+    "ddp": (2, "llama", {"strategy": "ddp"}),
+    "hsdp": (4, "llama", {"strategy": FSDP2, "parallelism_sizes": ParallelismSizes(dp_replicate_size=2)}),
+    "tp": (4, "llama", {"strategy": FSDP2, "parallelism_sizes": ParallelismSizes(tp_size=2)}),
+    "cp": (2, "llama", {"strategy": FSDP2, "parallelism_sizes": ParallelismSizes(cp_size=2)}),
+    "recompute": (2, "llama", {"strategy": FSDP2, "activation_checkpointing": "full"}),
+    "ep": (4, "qwen3-moe", {"strategy": FSDP2, "parallelism_sizes": ParallelismSizes(ep_size=2)}),
+    **{
+        schedule: (
+            2,
+            "llama-deep",
+            {
+                "strategy": FSDP2,
+                "parallelism_sizes": ParallelismSizes(pp_size=2),
+                "pipeline_config": {"pp_schedule": schedule},
+            },
+        )
+        for schedule in ("1f1b", "interleaved_1f1b", "zero_bubble", "zbv")
+    },
+    **{f"megatron-{zero}": (2, "llama", {"strategy": MegatronFSDPConfig(zero_dp_strategy=zero)}) for zero in (1, 2, 3)},
+}
+
+
+SAMPLE = list(zip(SETUPS, list(FROZEN) * len(SETUPS), strict=False))  # every setup once; the rest is for the matrix
+CELLS = [
+    pytest.param(name, frozen, marks=() if (name, frozen) in SAMPLE else pytest.mark.slow)
+    for name in SETUPS
+    for frozen in FROZEN
+]
+
+
+@pytest.mark.parametrize(("name", "frozen"), CELLS)
+def test_frozen_parameters_stay_and_the_others_train(ranks, name, frozen):
+    world, specimen, options = SETUPS[name]
+    pool = WithCudaCalls(ranks(world)) if name.startswith("megatron") else ranks(world)
+    assert_equivalent(pool, Task(specimen=specimen, frozen=FROZEN[frozen]), **options)
+
+
+def thaw(folder):
+    """Train, on one of the ranks, what the model itself froze as it was made; return the answer."""
+    made = modeling_llama.LlamaRMSNorm.__init__
+
+    def frozen(self, *args, **options):
+        made(self, *args, **options)
+        self.weight.requires_grad_(False)
+
+    modeling_llama.LlamaRMSNorm.__init__ = frozen
+    try:
+        setup = DistributedSetup.build(strategy="megatron_fsdp")
+        model = NeMoAutoModelForCausalLM.from_pretrained(folder, distributed_setup=setup, dtype=torch.float32)
+    finally:
+        modeling_llama.LlamaRMSNorm.__init__ = made
+    runtime = setup.runtime(model)
+    runtime.forward_backward(Task().batches(0)[0])
+    model.model.norm.weight.requires_grad_(True)
+    try:
+        runtime.forward_backward(Task().batches(0)[0])
+    except RuntimeError as error:
+        return str(error)
+    return "trained"
+
+
+def test_what_megatron_fsdp_took_over_frozen_is_not_trained_in_silence(ranks):
+    for answer in WithCudaCalls(ranks(2)).run(thaw, checkpoint("llama")):
+        assert "model.norm.weight: frozen when megatron_fsdp took the model over" in answer
+
+
+PARTLY = Task(specimen="llama-deep", frozen=FROZEN["within"], steps=4)
+
+
+def two_steps(name, folder, path, resume):
+    """Train the first two steps on one of the ranks and save, or load those and train the next two; return losses."""
+    setup = DistributedSetup.build(**SETUPS[name][2])
+    model = NeMoAutoModelForCausalLM.from_pretrained(folder, distributed_setup=setup, dtype=torch.float32)
+    PARTLY.freeze(model)
+    runtime = setup.runtime(model)
+    optimizer = runtime.optimizer(torch.optim.AdamW, **PARTLY.optimizer)
+    first = runtime.load(path, optimizer)["step"] if resume else 0
+    losses = []
+    for step in (first, first + 1):
+        batch = PARTLY.batches(step)[0]
+        own = {name: value.chunk(runtime.dp_size)[runtime.dp_rank] for name, value in batch.items()}
+        losses.append(runtime.forward_backward(own).item())
+        runtime.clip_grad_norm_(MAX_NORM)
+        optimizer.step()
+        optimizer.zero_grad()
+    if not resume:
+        runtime.save(path, optimizer, extra={"step": 2})
+    return losses
+
+
+@pytest.mark.parametrize(
+    ("saved", "loaded"),
+    [("fsdp2", "ddp"), ("ddp", "zbv"), ("zbv", "megatron-3"), ("megatron-3", "tp"), ("tp", "fsdp2")],
+)
+def test_a_partly_frozen_training_goes_on_under_another_strategy(ranks, tmp_path, saved, loaded):
+    found = []
+    for name in (saved, loaded):
+        world = SETUPS[name][0]
+        pool = WithCudaCalls(ranks(world)) if name.startswith("megatron") else ranks(world)
+        found += pool.run(two_steps, name, checkpoint(PARTLY.specimen), tmp_path / "saved", name == loaded)[0]
+    assert found == pytest.approx(reference(PARTLY).losses, rel=1e-5)
