@@ -59,7 +59,7 @@ def on(rank_pools):
     def run(topology, function, *args):
         name, world = topology
         pool = WithCudaCalls(rank_pools(world)) if name.startswith("megatron") else rank_pools(world)
-        return pool.run(function, name, *args)
+        return pool.run(function, name, *args, timeout=900.0)  # one call may go on from 17 topologies
 
     return run
 

@@ -86,8 +86,10 @@ class WithCudaCalls:
     def __init__(self, pool: Any) -> None:
         self._pool = pool
 
-    def run(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> list[Any]:
+    def run(
+        self, function: Callable[..., Any], /, *args: Any, timeout: float | None = None, **kwargs: Any
+    ) -> list[Any]:
         """Call *function* with the same arguments on every rank and return the results in rank order."""
         __tracebackhide__ = True
-        results: list[Any] = self._pool.run(_run, Reference.to(function), args, kwargs)
+        results: list[Any] = self._pool.run(_run, Reference.to(function), args, kwargs, timeout=timeout)
         return results
