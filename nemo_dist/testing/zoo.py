@@ -278,7 +278,7 @@ SPECIMENS: dict[str, Specimen] = {
         Specimen(
             name="llama-tokens",
             loader="NeMoAutoModelForTokenClassification",
-            config=_llama(num_hidden_layers=9, num_labels=3),
+            config=_llama(num_hidden_layers=9, num_labels=3, classifier_dropout=0.0),
             batch=_tagged,
         ),
         Specimen(name="llama-padded", loader=_CAUSAL, config=_llama(), batch=_padded_causal),
