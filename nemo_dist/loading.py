@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable
 from functools import partial
@@ -166,8 +167,9 @@ class _Loader:
         if setup is None:
             return cls.auto.from_config(config, **kwargs)
         _refuse_placement(kwargs)
+        own = copy.deepcopy(config)  # plugins change it, for one the attention that the model runs
         with shared_draws(setup.ranks), DeferredInit() as init:
-            model = cls.auto.from_config(config, **kwargs)
+            model = cls.auto.from_config(own, **kwargs)
         init.hollow(model)
         try:
             parts = setup.shard(model)

@@ -122,3 +122,17 @@ def test_deferred_initialisation_replays_views_copies_chains_and_casts():
     init.fill(model, torch.device("cpu"))
     for name, parameter in expected.named_parameters():
         assert torch.equal(parameter, model.get_parameter(name)), name
+
+
+def build_twice():
+    config = SPECIMENS["llama"].config()
+    config._attn_implementation = "sdpa"
+    before = config.to_dict()
+    for _ in range(2):
+        setup = DistributedSetup.build(parallelism_sizes=ParallelismSizes(cp_size=2))
+        SPECIMENS["llama"].load.from_config(config, distributed_setup=setup)
+    return config._attn_implementation, config.to_dict() == before
+
+
+def test_a_config_makes_one_model_after_the_other(ranks):
+    assert ranks(2).run(build_twice) == [("sdpa", True)] * 2
