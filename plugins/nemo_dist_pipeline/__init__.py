@@ -89,6 +89,8 @@ class Pipeline:
 
     @hookimpl
     def runtime(self, model: Any) -> RuntimePart:
+        if model.tied:
+            model.tied.freeze_together()
         return RuntimePart(
             engine=model.run,
             survey=model.survey,

@@ -73,6 +73,8 @@ def carve(model: Any, stage: StageInfo, anatomy: Anatomy) -> None:
     _replace(model, [unit for unit in anatomy.units if unit not in kept])
     if stage.tied and not stage.is_last:
         model.all_tied_weights_keys = {}  # nothing to tie here: the head is on the last stage
+    elif stage.tied:
+        _tie(model, *stage.tied)
     if not stage.is_first:
         model.base_model.register_forward_pre_hook(_take_embeddings, with_kwargs=True)
     if not stage.is_last:
@@ -80,6 +82,15 @@ def carve(model: Any, stage: StageInfo, anatomy: Anatomy) -> None:
         forward.__signature__ = inspect.signature(model.forward)  # others ask what the model takes
         model.forward = forward
     model.pipeline_stage = stage
+
+
+def _tie(model: nn.Module, head: str, embedding: str) -> None:
+    """Tie now what transformers ties after loading, or a strategy would shard it twice.
+
+    The embedding never runs here, and FSDP2 cannot finish a backward without synchronisation for what never ran.
+    """
+    owner, _, name = head.rpartition(".")
+    setattr(model.get_submodule(owner), name, model.get_parameter(embedding))
 
 
 def _replace(model: nn.Module, names: Collection[str]) -> None:

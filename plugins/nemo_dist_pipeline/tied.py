@@ -31,6 +31,19 @@ class TiedWeight:
         """The replicas that a global norm must not count: all but the first stage's."""
         return self.replicas[1 if self.counted else 0 :]
 
+    def freeze_together(self) -> None:
+        """Freeze both replicas where one is: whoever froze it froze one weight. The ranks of both take part."""
+        frozen = torch.tensor(float(not self._trained), device=_local(self.replicas[0]).device)
+        if self.peer is not None:
+            frozen += self._exchanged(frozen)
+        if frozen > 0:
+            for replica in self.replicas:
+                replica.requires_grad_(False)
+
+    @property
+    def _trained(self) -> bool:
+        return all(replica.requires_grad for replica in self.replicas)
+
     def sum_gradients(self) -> None:
         """Give both replicas the sum of their gradients, in the same order of adding, so that they stay bit-equal."""
         grads = [_local(replica.grad) for replica in self.replicas]
@@ -41,10 +54,13 @@ class TiedWeight:
             mine = grads[0] if grads[0] is not None else torch.zeros_like(_local(self.replicas[0]))
             parts = [mine + self._exchanged(mine)]
         for replica, part in zip(self.replicas, parts, strict=True):
-            _set_gradient(replica, part)
+            if self._trained:
+                _set_gradient(replica, part)
+            else:
+                replica.grad = None  # zeros would be a gradient, with which the weight decays
 
     def _exchanged(self, mine: Tensor) -> Tensor:
-        """Return the other replica's gradient; the ranks of the first and the last stage swap theirs, pair by pair."""
+        """Return what the rank of the other replica has for *mine*; those of both stages swap theirs, pair by pair."""
         other = torch.empty_like(mine, memory_format=torch.contiguous_format)
         swap = [
             dist.P2POp(dist.isend, mine.contiguous(), self.peer, self.group),
