@@ -69,6 +69,35 @@ def test_the_default_trains_like_one_process_up_to_bfloat16(ranks):
     assert differences(trained(ranks(2), Task()), reference(Task())), "bfloat16 cannot agree to 1e-5"
 
 
+DEFAULT = {
+    "hsdp": (4, "llama-tied", {"dp_replicate_size": 2}, {}),
+    "tp": (4, "llama-tied", {"tp_size": 2}, {}),
+    "cp": (2, "llama-tied", {"cp_size": 2}, {}),
+    "cp-tp-recompute": (4, "qwen3", {"cp_size": 2, "tp_size": 2}, {"activation_checkpointing": "full"}),
+    "ep": (2, "qwen3-moe", {"ep_size": 2}, {}),
+    "images": (2, "llava", {}, {}),
+    "five": (8, "qwen3-moe-deep", {"pp_size": 2, "cp_size": 2, "tp_size": 2, "ep_size": 4}, {}),
+    **{
+        f"{schedule}-{specimen}": (2, specimen, {"pp_size": 2}, {"pipeline_config": {"pp_schedule": schedule}})
+        for schedule in ("gpipe", "1f1b", "looped_bfs", "interleaved_1f1b", "zero_bubble", "zbv", "dualpipev")
+        for specimen in ("llama-deep", "llama-deep-tied")
+    },
+}
+IN_EVERY_RUN = {"tp", "cp", "ep", "1f1b-llama-deep-tied", "zbv-llama-deep-tied"}
+
+
+@pytest.mark.parametrize(
+    "case", [case if case in IN_EVERY_RUN else pytest.param(case, marks=pytest.mark.slow) for case in DEFAULT]
+)
+def test_the_default_trains_under_every_axis_up_to_bfloat16(ranks, case):
+    """Gradients are computed in another dtype than they are reduced in, and two batches have one reduction."""
+    world, specimen, sizes, options = DEFAULT[case]
+    task = Task(specimen=specimen, accumulate=2, lr=3e-3)
+    found = trained(ranks(world), task, parallelism_sizes=ParallelismSizes(**sizes), **options)
+    lines = differences(found, reference(task), tolerance=0.1)
+    assert not [line for line in lines if not line.startswith("gradients")], lines
+
+
 @pytest.mark.parametrize("policy", ["cpu", {"pin_memory": False}, CPUOffloadPolicy(pin_memory=False)], ids=repr)
 def test_shards_on_the_cpu_train_like_one_process(ranks, policy):
     strategy = FSDP2Config(mp_policy=FP32, offload_policy=policy)
