@@ -87,7 +87,24 @@ def _finish(setup: DistributedSetup, parts: list[nn.Module]) -> object:
         own.save_pretrained = partial(
             _save_pretrained, Runtime(setup=setup, model=model, parts=parts, plugins=()), model.save_pretrained
         )
+        own.resize_token_embeddings = partial(_resize_token_embeddings, model)
     return model
+
+
+def _resize_token_embeddings(
+    model: Any, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+) -> Any:
+    """Return the input embedding if it has that size already, and say what to do if not: shards cannot be resized."""
+    embedding = model.get_input_embeddings()
+    tokens = embedding.weight.shape[0]
+    wanted = tokens if new_num_tokens is None else new_num_tokens
+    wanted += -wanted % (pad_to_multiple_of or 1)
+    if wanted != tokens:
+        raise ValueError(
+            f"a sharded model cannot be resized from {tokens} tokens to {wanted}; load it in one process with "
+            "transformers, resize_token_embeddings and save_pretrained there, and load that folder"
+        )
+    return embedding
 
 
 def _save_pretrained(

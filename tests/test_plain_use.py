@@ -40,3 +40,21 @@ def test_a_sharded_model_generates_and_saves_itself(ranks, name, tmp_path):
     saved = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     torch.testing.assert_close(dict(saved.state_dict()), dict(plain.state_dict()), rtol=0, atol=0)
     assert saved.config.to_dict() == plain.config.to_dict() | {"_name_or_path": str(tmp_path)}
+
+
+def resize(folder, strategy, sizes):
+    setup = DistributedSetup.build(strategy=strategy, parallelism_sizes=ParallelismSizes(**sizes))
+    model = NeMoAutoModelForCausalLM.from_pretrained(folder, distributed_setup=setup)
+    tokens = model.config.vocab_size
+    same = [model.resize_token_embeddings(), model.resize_token_embeddings(tokens)]
+    with pytest.raises(ValueError) as refusal:
+        model.resize_token_embeddings(tokens + 1, pad_to_multiple_of=4)
+    return [one is model.get_input_embeddings() for one in same], tokens, str(refusal.value)
+
+
+@pytest.mark.parametrize("name", ["fsdp2", "ddp", "tp"])
+def test_the_vocabulary_of_a_sharded_model_is_not_resized(ranks, name):
+    world, strategy, sizes = SETUPS[name]
+    for unchanged, tokens, refusal in ranks(world).run(resize, checkpoint("llama"), strategy, sizes):
+        assert unchanged == [True, True]
+        assert f"cannot be resized from {tokens} tokens to {tokens + 4}; load it in one process" in refusal
