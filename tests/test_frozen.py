@@ -1,5 +1,6 @@
 """Parameters that are not trained stay as they are, and all others get what one process gives them."""
 
+import checkpoint_runs as runs
 import pytest
 import torch
 from transformers.models.llama import modeling_llama
@@ -12,7 +13,7 @@ from nemo_dist import (
     ParallelismSizes,
 )
 from nemo_dist.testing.cuda_calls import WithCudaCalls
-from nemo_dist.testing.equivalence import MAX_NORM, Task, assert_equivalent, checkpoint, reference
+from nemo_dist.testing.equivalence import Task, assert_equivalent, checkpoint, reference
 
 FP32 = {"param_dtype": "float32", "reduce_dtype": "float32", "output_dtype": "float32"}
 FSDP2 = FSDP2Config(mp_policy=FP32)
@@ -52,7 +53,6 @@ SETUPS = {
     ),
     **{f"megatron-{zero}": (2, "llama", {"strategy": MegatronFSDPConfig(zero_dp_strategy=zero)}) for zero in (1, 2, 3)},
 }
-
 
 PARTLY = Task(specimen="llama-deep", frozen=FROZEN["within"], steps=4)
 SAMPLE = list(zip(SETUPS, list(FROZEN) * len(SETUPS), strict=False))  # every setup once; the rest is for the matrix
@@ -123,14 +123,7 @@ def two_steps(name, folder, path, resume):
     runtime = setup.runtime(model)
     optimizer = runtime.optimizer(torch.optim.AdamW, **PARTLY.optimizer)
     first = runtime.load(path, optimizer)["step"] if resume else 0
-    losses = []
-    for step in (first, first + 1):
-        batch = PARTLY.batches(step)[0]
-        own = {name: value.chunk(runtime.dp_size)[runtime.dp_rank] for name, value in batch.items()}
-        losses.append(runtime.forward_backward(own).item())
-        runtime.clip_grad_norm_(MAX_NORM)
-        optimizer.step()
-        optimizer.zero_grad()
+    losses = runs.steps(runtime, optimizer, PARTLY, (first, first + 1))
     if not resume:
         runtime.save(path, optimizer, extra={"step": 2})
     return losses

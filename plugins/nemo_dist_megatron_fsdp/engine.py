@@ -69,8 +69,8 @@ class Engine:
         thawed = [name for name, shard in self.shards.items() if shard.requires_grad and not raw[name].requires_grad]
         if thawed:
             raise RuntimeError(
-                f"{', '.join(thawed)}: frozen when megatron_fsdp took the model over, so no gradients come for it; "
-                "leave it frozen, or use 'fsdp2'"
+                f"{', '.join(thawed)}: frozen when megatron_fsdp took the model over, so the package makes no "
+                "gradients here; leave them frozen, or use 'fsdp2'"
             )
 
     def _install_changed_weights(self) -> None:
