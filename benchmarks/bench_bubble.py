@@ -23,7 +23,7 @@ from steps import VOCABULARY
 from transformers import LlamaConfig
 
 from nemo_dist_pipeline import named
-from nemo_dist_pipeline.stage import ModelStage
+from nemo_dist_pipeline.runtime.torch_stage import ModelStage
 
 TITLE = "Idle time of pipeline ranks, against theory"
 _WARM_UP = 2

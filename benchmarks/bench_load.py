@@ -28,7 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.distributed import DistributedConfig
 
 from nemo_dist import DistributedSetup, NeMoAutoModelForCausalLM
-from nemo_dist.testing.reading import BytesRead
+from nemo_dist.testing.io_counter import BytesRead
 
 TITLE = "Loading 355 M bfloat16 parameters on 2 ranks"
 WORLD = 2

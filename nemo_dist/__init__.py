@@ -9,9 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nemo_dist.checkpoint_export import export_checkpoint
-    from nemo_dist.compose import DistributedSetup
-    from nemo_dist.context import DistEnv, MeshContext, initialize_distributed
+    from nemo_dist.checkpoint.offline_export import export_checkpoint
+    from nemo_dist.checkpoint.run_folder import RunFolder
     from nemo_dist.errors import (
         CheckpointError,
         NemoDistError,
@@ -20,18 +19,19 @@ if TYPE_CHECKING:
         TopologyError,
         UnknownNameError,
     )
-    from nemo_dist.hooks import RuntimePart, hookimpl
-    from nemo_dist.loading import (
+    from nemo_dist.mesh.mesh_context import DistEnv, MeshContext, initialize_distributed
+    from nemo_dist.models.auto_model import (
         NeMoAutoModelForCausalLM,
         NeMoAutoModelForImageTextToText,
         NeMoAutoModelForSequenceClassification,
         NeMoAutoModelForTokenClassification,
     )
-    from nemo_dist.mesh import Axis, MeshPlan, View
-    from nemo_dist.registry import Plugin, Registry, Stage
-    from nemo_dist.run_folder import RunFolder
-    from nemo_dist.runtime import Runtime
-    from nemo_dist.sizes import ParallelismSizes
+    from nemo_dist.planning.mesh_plan import Axis, MeshPlan, View
+    from nemo_dist.planning.sizes import ParallelismSizes
+    from nemo_dist.plugin.hookspecs import RuntimePart, hookimpl
+    from nemo_dist.plugin.registry import Plugin, Registry, Stage
+    from nemo_dist.setup.setup import DistributedSetup
+    from nemo_dist.training.runtime import Runtime
     from nemo_dist_context import ContextConfig
     from nemo_dist_ddp import DDPConfig
     from nemo_dist_fsdp2 import FSDP2Config
@@ -41,9 +41,9 @@ if TYPE_CHECKING:
 
 # The only place in the core that names plugins: their config classes are public names, and live with the plugin.
 _HOMES = {
-    "nemo_dist.checkpoint_export": ("export_checkpoint",),
-    "nemo_dist.compose": ("DistributedSetup",),
-    "nemo_dist.context": ("DistEnv", "MeshContext", "initialize_distributed"),
+    "nemo_dist.checkpoint.offline_export": ("export_checkpoint",),
+    "nemo_dist.setup.setup": ("DistributedSetup",),
+    "nemo_dist.mesh.mesh_context": ("DistEnv", "MeshContext", "initialize_distributed"),
     "nemo_dist.errors": (
         "CheckpointError",
         "NemoDistError",
@@ -52,18 +52,18 @@ _HOMES = {
         "TopologyError",
         "UnknownNameError",
     ),
-    "nemo_dist.hooks": ("RuntimePart", "hookimpl"),
-    "nemo_dist.loading": (
+    "nemo_dist.plugin.hookspecs": ("RuntimePart", "hookimpl"),
+    "nemo_dist.models.auto_model": (
         "NeMoAutoModelForCausalLM",
         "NeMoAutoModelForImageTextToText",
         "NeMoAutoModelForSequenceClassification",
         "NeMoAutoModelForTokenClassification",
     ),
-    "nemo_dist.mesh": ("Axis", "MeshPlan", "View"),
-    "nemo_dist.registry": ("Plugin", "Registry", "Stage"),
-    "nemo_dist.run_folder": ("RunFolder",),
-    "nemo_dist.runtime": ("Runtime",),
-    "nemo_dist.sizes": ("ParallelismSizes",),
+    "nemo_dist.planning.mesh_plan": ("Axis", "MeshPlan", "View"),
+    "nemo_dist.plugin.registry": ("Plugin", "Registry", "Stage"),
+    "nemo_dist.checkpoint.run_folder": ("RunFolder",),
+    "nemo_dist.training.runtime": ("Runtime",),
+    "nemo_dist.planning.sizes": ("ParallelismSizes",),
     "nemo_dist_context": ("ContextConfig",),
     "nemo_dist_ddp": ("DDPConfig",),
     "nemo_dist_fsdp2": ("FSDP2Config",),

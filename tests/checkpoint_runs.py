@@ -8,10 +8,10 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from nemo_dist import DDPConfig, DistributedSetup, FSDP2Config, MegatronFSDPConfig, ParallelismSizes
-from nemo_dist.canonical import exported, own_state
-from nemo_dist.pieces import as_bytes
+from nemo_dist.checkpoint.chunks import as_bytes
+from nemo_dist.checkpoint.state_dict import exported, own_state
 from nemo_dist.testing.equivalence import Task, checkpoint
-from nemo_dist.testing.zoo import SPECIMENS
+from nemo_dist.testing.tiny_models import SPECIMENS
 
 FP32 = {"param_dtype": "float32", "reduce_dtype": "float32", "output_dtype": "float32"}
 OPTIMIZER = {"lr": 1e-2, "weight_decay": 0.1, "eps": 1e-5}

@@ -6,8 +6,8 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemo_dist import DistributedSetup, initialize_distributed
-from nemo_dist.testing.zoo import SPECIMENS
-from nemo_dist.traffic import ModelFacts
+from nemo_dist.plugin.comm_estimate import ModelFacts
+from nemo_dist.testing.tiny_models import SPECIMENS
 
 ROWS, LENGTH = 2, 16
 

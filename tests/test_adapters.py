@@ -14,8 +14,8 @@ from nemo_dist import (
     NeMoAutoModelForCausalLM,
     ParallelismSizes,
 )
-from nemo_dist.testing.cuda_calls import WithCudaCalls
 from nemo_dist.testing.equivalence import checkpoint
+from nemo_dist.testing.fake_cuda import WithCudaCalls
 
 PRECISE = {"param_dtype": "float32", "reduce_dtype": "float32"}
 LORA = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")

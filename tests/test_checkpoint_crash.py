@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from nemo_dist import RunFolder
+from nemo_dist.testing.failure_report import RankFailure
 from nemo_dist.testing.pool import RankPool
-from nemo_dist.testing.report import RankFailure
 
 
 def set_state(runtime, optimizer, step):
@@ -255,10 +255,10 @@ def test_an_error_in_the_background_is_raised_by_the_next_call_on_every_rank_and
 
 EXIT = """
 import os, sys
-from nemo_dist import background
+from nemo_dist.checkpoint import async_save
 def work():
     raise OSError("the disk is gone")
-background.begin(work)
+async_save.begin(work)
 """
 
 

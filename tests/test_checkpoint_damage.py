@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from nemo_dist import CheckpointError
-from nemo_dist.manifest import Manifest
-from nemo_dist.trees import from_json
+from nemo_dist.checkpoint.json_state import from_json
+from nemo_dist.checkpoint.manifest import Manifest
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ import pytest
 import torch
 import transformers
 
-from nemo_dist.testing.cuda_calls import WithCudaCalls
 from nemo_dist.testing.equivalence import TOLERANCE, Task
+from nemo_dist.testing.fake_cuda import WithCudaCalls
 
 # By model: packed queries, keys and values and tied embeddings; experts, whose projections tensor parallelism cuts
 # packed. Topologies are in the order of the world size, as a pool of ranks takes seconds to start.

@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from nemo_dist import DistributedSetup, ParallelismSizes
-from nemo_dist.cli import app
-from nemo_dist.corpus import Windows, collate, read
-from nemo_dist.demo import verify
-from nemo_dist.demo_options import DemoOptions
+from nemo_dist.cli.demo import verify
+from nemo_dist.cli.demo_config import DemoOptions
+from nemo_dist.cli.demo_dataset import Windows, collate, read
+from nemo_dist.cli.main import app
 
 run = CliRunner()
 
@@ -32,7 +32,7 @@ def refused(*arguments: str) -> str:
 
 def test_planning_explaining_and_listing_plugins_import_no_torch() -> None:
     code = (
-        "import sys; from typer.testing import CliRunner; from nemo_dist.cli import app\n"
+        "import sys; from typer.testing import CliRunner; from nemo_dist.cli.main import app\n"
         "for command in (['plan', '-n', '16384'], ['explain', '-n', '8'], ['plugins'], ['--help']):\n"
         "    assert CliRunner().invoke(app, command).exit_code == 0, command\n"
         "sys.exit('torch' in sys.modules)"
@@ -108,7 +108,7 @@ def test_every_command_has_help_with_examples(command: str) -> None:
 
 def test_the_text_is_the_same_everywhere_and_the_held_out_part_is_another(tmp_path: Path) -> None:
     code = (
-        "from nemo_dist.corpus import Windows\n"
+        "from nemo_dist.cli.demo_dataset import Windows\n"
         "print([w['input_ids'].tolist() for w in map(Windows(4, 16, 3).__getitem__, range(4))])"
     )
     elsewhere = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=tmp_path)
@@ -162,7 +162,8 @@ def test_the_demo_trains_a_mixture_of_experts(tmp_path: Path, capfd: pytest.Capt
 
 
 def test_a_demo_whose_export_is_wrong_exits_with_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nemo_dist import demo, launch
+    from nemo_dist.cli import demo
+    from nemo_dist.launcher import launch
 
     wrong = demo.Verdict(first_loss=5.0, last_loss=2.0, distributed=2.0, exported=2.001, sample="x")
     monkeypatch.setattr(launch, "launch", lambda *arguments: 0)

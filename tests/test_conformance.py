@@ -4,7 +4,7 @@ import pytest
 
 from nemo_dist import FSDP2Config, ParallelismSizes, Registry
 from nemo_dist.testing import PluginConformance
-from nemo_dist.testing.cuda_calls import WithCudaCalls
+from nemo_dist.testing.fake_cuda import WithCudaCalls
 
 FP32 = {"param_dtype": "float32", "reduce_dtype": "float32"}
 

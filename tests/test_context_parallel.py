@@ -23,7 +23,7 @@ from nemo_dist import (
     initialize_distributed,
 )
 from nemo_dist.testing.equivalence import Task, assert_equivalent, checkpoint
-from nemo_dist.testing.zoo import SPECIMENS
+from nemo_dist.testing.tiny_models import SPECIMENS
 from nemo_dist_context.batch import Splitter, sequence_ids
 from nemo_dist_context.layout import Layout
 

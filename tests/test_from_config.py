@@ -7,9 +7,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from nemo_dist import DDPConfig, DistributedSetup, FSDP2Config, ParallelismSizes
-from nemo_dist.deferred import DeferredInit
+from nemo_dist.loading.deferred_init import DeferredInit
 from nemo_dist.testing.equivalence import checkpoint
-from nemo_dist.testing.zoo import SPECIMENS
+from nemo_dist.testing.tiny_models import SPECIMENS
 
 SETUPS = {
     "fsdp2": {"strategy": FSDP2Config()},

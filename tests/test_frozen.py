@@ -12,8 +12,8 @@ from nemo_dist import (
     NeMoAutoModelForCausalLM,
     ParallelismSizes,
 )
-from nemo_dist.testing.cuda_calls import WithCudaCalls
 from nemo_dist.testing.equivalence import Task, assert_equivalent, checkpoint, reference
+from nemo_dist.testing.fake_cuda import WithCudaCalls
 
 FP32 = {"param_dtype": "float32", "reduce_dtype": "float32", "output_dtype": "float32"}
 FSDP2 = FSDP2Config(mp_policy=FP32)

@@ -8,9 +8,9 @@ import transformers
 from transformers.models.auto import modeling_auto
 
 from nemo_dist import DistributedSetup
-from nemo_dist.labels import count_labels, judge_loss
-from nemo_dist.routing import _formula
-from nemo_dist.testing.zoo import SPECIMENS
+from nemo_dist.testing.tiny_models import SPECIMENS
+from nemo_dist.training.loss_weighting import count_labels, judge_loss
+from nemo_dist.training.router_aux_loss import _formula
 
 
 def bare(kind):

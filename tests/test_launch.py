@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_dist.launch import Failure, launch
+from nemo_dist.launcher.launch import Failure, launch
 
 PROGRAM = """
 import os, signal, sys, time
@@ -125,7 +125,8 @@ def test_a_rank_that_exits_with_a_code_passes_it_on(
 )
 def test_stopping_the_launcher_stops_every_rank_at_once(tmp_path: Path, number: signal.Signals, code: int) -> None:
     (tmp_path / "launched_program.py").write_text(PROGRAM)
-    start = "import sys; from nemo_dist.launch import launch; sys.exit(launch('launched_program', sys.argv[1:], 2))"
+    launched = "launch('launched_program', sys.argv[1:], 2)"
+    start = f"import sys; from nemo_dist.launcher.launch import launch; sys.exit({launched})"
     path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
     environment = os.environ | {"PYTHONPATH": path, "TMPDIR": str(tmp_path)}  # one that is killed leaves its folder
     launcher = subprocess.Popen(

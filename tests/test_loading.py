@@ -20,8 +20,8 @@ from nemo_dist import (
     ParallelismSizes,
 )
 from nemo_dist.testing.equivalence import checkpoint
-from nemo_dist.testing.reading import BytesRead
-from nemo_dist.testing.zoo import SPECIMENS
+from nemo_dist.testing.io_counter import BytesRead
+from nemo_dist.testing.tiny_models import SPECIMENS
 
 SETUPS = {
     "fsdp2": {"strategy": FSDP2Config()},

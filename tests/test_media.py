@@ -6,9 +6,9 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from nemo_dist import DDPConfig, DistributedSetup, FSDP2Config, MegatronFSDPConfig
-from nemo_dist.testing.cuda_calls import WithCudaCalls
 from nemo_dist.testing.equivalence import checkpoint
-from nemo_dist.testing.zoo import SPECIMENS
+from nemo_dist.testing.fake_cuda import WithCudaCalls
+from nemo_dist.testing.tiny_models import SPECIMENS
 
 FP32 = {"param_dtype": "float32", "reduce_dtype": "float32", "output_dtype": "float32"}
 STRATEGIES = {

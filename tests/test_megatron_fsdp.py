@@ -20,10 +20,10 @@ from nemo_dist import (
     ParallelismSizes,
     TopologyError,
 )
-from nemo_dist.testing.cuda_calls import WithCudaCalls
 from nemo_dist.testing.equivalence import Task, assert_equivalent, checkpoint, reference
-from nemo_dist.testing.reading import BytesRead
-from nemo_dist.testing.zoo import SPECIMENS
+from nemo_dist.testing.fake_cuda import WithCudaCalls
+from nemo_dist.testing.io_counter import BytesRead
+from nemo_dist.testing.tiny_models import SPECIMENS
 
 
 def leave(*cell):

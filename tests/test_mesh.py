@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_dist.errors import TopologyError
-from nemo_dist.mesh import Axis, MeshPlan, View
-from nemo_dist.sizes import ParallelismSizes
+from nemo_dist.planning.mesh_plan import Axis, MeshPlan, View
+from nemo_dist.planning.sizes import ParallelismSizes
 from nemo_dist.testing import strategies
 
 small_plans = strategies.plans(max_world=96)

@@ -6,8 +6,8 @@ from torch.distributed.tensor import DTensor
 
 from nemo_dist import DistributedSetup, FSDP2Config, MoEParallelizerConfig, ParallelismSizes, TopologyError
 from nemo_dist.testing.equivalence import Task, assert_equivalent, checkpoint
-from nemo_dist.testing.reading import BytesRead
-from nemo_dist.testing.zoo import SPECIMENS
+from nemo_dist.testing.io_counter import BytesRead
+from nemo_dist.testing.tiny_models import SPECIMENS
 
 FP32 = {"param_dtype": "float32", "reduce_dtype": "float32", "output_dtype": "float32"}
 

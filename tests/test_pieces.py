@@ -7,9 +7,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
+from nemo_dist.checkpoint.chunks import bring, describe, pieces, survey
 from nemo_dist.errors import PluginError
-from nemo_dist.pieces import bring, describe, pieces, survey
-from nemo_dist.team import Team
+from nemo_dist.mesh.rank_group import Team
 
 LAYOUTS = {
     "replicated": (Replicate(), Replicate()),

@@ -12,9 +12,9 @@ from torch.distributed.tensor import DTensor
 
 from nemo_dist import AutoPipeline, DistributedSetup, FSDP2Config, ParallelismSizes, PipelineConfig, RankError
 from nemo_dist.testing.equivalence import checkpoint
+from nemo_dist.testing.io_counter import BytesRead
 from nemo_dist.testing.pool import RankPool
-from nemo_dist.testing.reading import BytesRead
-from nemo_dist.testing.zoo import SPECIMENS
+from nemo_dist.testing.tiny_models import SPECIMENS
 
 FP32 = {"param_dtype": "float32", "reduce_dtype": "float32", "output_dtype": "float32"}
 
@@ -247,7 +247,7 @@ def test_evaluation_gives_loss_and_logits_and_leaves_gradients_alone(ranks, spec
 
 
 def own_loop(folder, batch):
-    from nemo_dist_pipeline.microbatches import Microbatches
+    from nemo_dist_pipeline.runtime.microbatches import Microbatches
 
     _setup, pipeline = load("llama-deep", "interleaved_1f1b", folder=folder)
     run = Microbatches.of(pipeline.parts[-1], batch, torch.ones(()), 1, 0)

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from nemo_dist_pipeline import named
-from nemo_dist_pipeline.stage import torch_order
-from nemo_dist_pipeline.summary import picture
+from nemo_dist_pipeline.runtime.torch_stage import torch_order
+from nemo_dist_pipeline.schedule.visualize import picture
 
 PICTURES = Path(__file__).parents[1] / "docs" / "pictures"
 NAMES = ["1F1B", "Interleaved1F1B", "InterleavedZeroBubble"]

@@ -19,7 +19,7 @@ from nemo_dist import (
     TopologyError,
 )
 from nemo_dist.testing.equivalence import checkpoint
-from nemo_dist.testing.zoo import SPECIMENS
+from nemo_dist.testing.tiny_models import SPECIMENS
 
 
 def refused(pp=2, strategy="fsdp2", world=4, **options):

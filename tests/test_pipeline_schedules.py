@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from nemo_dist import PipelineConfig
 from nemo_dist_pipeline import SCHEDULES, named, stage_ids_this_rank, virtual_stages
-from nemo_dist_pipeline.actions import Action, order_of, parse, problems_of
-from nemo_dist_pipeline.balance import balanced
-from nemo_dist_pipeline.summary import picture
-from nemo_dist_pipeline.timeline import play
+from nemo_dist_pipeline.partition.balance import balanced
+from nemo_dist_pipeline.schedule.actions import Action, order_of, parse, problems_of
+from nemo_dist_pipeline.schedule.simulation import play
+from nemo_dist_pipeline.schedule.visualize import picture
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_equal_layers_are_dealt_evenly(layers, stages):
 
 def orders():
     """Every schedule of torch's on 2 to 5 ranks with several numbers of microbatches that it takes."""
-    from nemo_dist_pipeline.stage import torch_order
+    from nemo_dist_pipeline.runtime.torch_stage import torch_order
 
     for schedule in SCHEDULES.values():
         for pp in (2, 3, 4, 5):

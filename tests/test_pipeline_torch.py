@@ -8,8 +8,8 @@ from torch.distributed.pipelining import schedules as torch_schedules
 from torch.distributed.pipelining._schedule_visualizer import get_schedule_ops
 
 from nemo_dist_pipeline import SCHEDULES
-from nemo_dist_pipeline.actions import order_of
-from nemo_dist_pipeline.stage import ModelStage
+from nemo_dist_pipeline.runtime.torch_stage import ModelStage
+from nemo_dist_pipeline.schedule.actions import order_of
 
 
 def test_our_names_of_schedules_are_torchs():

@@ -5,8 +5,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemo_dist import DistributedSetup, FSDP2Config, ParallelismSizes, PipelineConfig
-from nemo_dist.testing.zoo import SPECIMENS
-from nemo_dist.traffic import ModelFacts, readable
+from nemo_dist.plugin.comm_estimate import ModelFacts, readable
+from nemo_dist.testing.tiny_models import SPECIMENS
 
 ROWS, LENGTH, WIDTH, VOCABULARY = 4, 16, 32, 96
 BORDER = ROWS * LENGTH * WIDTH * 4  # the float32 hidden states of all rows

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemo_dist import DistributedSetup, FSDP2Config, ParallelismSizes, initialize_distributed
 from nemo_dist.testing.equivalence import Task, assert_equivalent, checkpoint, differences, reference, trained
-from nemo_dist.testing.zoo import SPECIMENS
+from nemo_dist.testing.tiny_models import SPECIMENS
 
 FP32 = {"param_dtype": "float32", "reduce_dtype": "float32", "output_dtype": "float32"}
 HALVES = {"param_dtype": "bfloat16", "reduce_dtype": "bfloat16"}

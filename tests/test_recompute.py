@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 from nemo_dist import DDPConfig, DistributedSetup, FSDP2Config, TopologyError, initialize_distributed
 from nemo_dist.testing.equivalence import Task, assert_equivalent, checkpoint, trained
-from nemo_dist.testing.zoo import SPECIMENS
+from nemo_dist.testing.tiny_models import SPECIMENS
 from nemo_dist_recompute import RecomputeConfig
 
 FP32 = {"param_dtype": "float32", "reduce_dtype": "float32", "output_dtype": "float32"}

@@ -5,7 +5,7 @@ import torch
 import transformers
 
 from nemo_dist import MeshContext
-from nemo_dist.routing import RouterLoss
+from nemo_dist.training.router_aux_loss import RouterLoss
 
 COMMON = {
     "vocab_size": 96,

@@ -8,9 +8,9 @@ import torch
 import transformers
 
 from nemo_dist import DDPConfig, DistributedSetup, FSDP2Config, MeshContext, ParallelismSizes
-from nemo_dist.routing import RouterLoss
 from nemo_dist.testing.equivalence import Task, assert_equivalent, checkpoint
-from nemo_dist.testing.zoo import SPECIMENS
+from nemo_dist.testing.tiny_models import SPECIMENS
+from nemo_dist.training.router_aux_loss import RouterLoss
 
 FP32 = {"param_dtype": "float32", "reduce_dtype": "float32", "output_dtype": "float32"}
 SETUPS = {

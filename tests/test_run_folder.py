@@ -9,11 +9,11 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from nemo_dist import RunFolder, export_checkpoint
-from nemo_dist.cli import app
+from nemo_dist.checkpoint.manifest import Manifest
+from nemo_dist.cli.main import app
 from nemo_dist.errors import CheckpointError
-from nemo_dist.manifest import Manifest
 from nemo_dist.testing.equivalence import checkpoint
-from nemo_dist.testing.zoo import SPECIMENS
+from nemo_dist.testing.tiny_models import SPECIMENS
 
 
 def save_steps(folders, path, steps, keep):

@@ -6,9 +6,9 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from nemo_dist import DDPConfig, DistributedSetup, FSDP2Config, NeMoAutoModelForCausalLM, ParallelismSizes
-from nemo_dist.labels import count_labels
 from nemo_dist.testing.equivalence import Task, checkpoint, reference
-from nemo_dist.testing.zoo import SPECIMENS
+from nemo_dist.testing.tiny_models import SPECIMENS
+from nemo_dist.training.loss_weighting import count_labels
 
 FP32 = {"param_dtype": "float32", "reduce_dtype": "float32"}
 STRATEGIES = {"fsdp2": FSDP2Config(mp_policy=FP32), "ddp": DDPConfig()}

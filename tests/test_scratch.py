@@ -10,7 +10,7 @@ from nemo_dist.testing.pool import RankPool
 
 MAKE = """
 import os, signal
-from nemo_dist.testing.scratch import scratch
+from nemo_dist.testing.temp_folders import scratch
 (scratch("one") / "file").touch()
 scratch("two")
 """

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from nemo_dist import ContextConfig, DDPConfig, DistributedSetup, FSDP2Config, ParallelismSizes, UnknownNameError
-from nemo_dist.cli import app
+from nemo_dist.cli.main import app
 from nemo_dist.testing.strategies import topologies
 
 DTYPES = st.sampled_from(["float32", "bfloat16", "float16"])

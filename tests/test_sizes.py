@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nemo_dist.sizes import ParallelismSizes
+from nemo_dist.planning.sizes import ParallelismSizes
 from nemo_dist.testing import strategies
 
 REQUIRED = ("tp_size", "pp_size", "cp_size", "ep_size")

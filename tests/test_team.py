@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from nemo_dist import DistributedSetup, NeMoAutoModelForCausalLM, RunFolder
 from nemo_dist.errors import CheckpointError, RankError
-from nemo_dist.team import Team
+from nemo_dist.mesh.rank_group import Team
 
 MEMBERS = [1, 3]
 

@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nemo_dist import DistributedSetup, FSDP2Config, ParallelismSizes
 from nemo_dist.errors import RankError
 from nemo_dist.testing.equivalence import Task, assert_equivalent, checkpoint
-from nemo_dist.testing.reading import BytesRead
-from nemo_dist.testing.zoo import SPECIMENS
+from nemo_dist.testing.io_counter import BytesRead
+from nemo_dist.testing.tiny_models import SPECIMENS
 
 FP32 = {"param_dtype": "float32", "reduce_dtype": "float32", "output_dtype": "float32"}
 UNEVEN = 13  # tokens: no number of ranks here divides it

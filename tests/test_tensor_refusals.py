@@ -13,7 +13,7 @@ from nemo_dist import (
     TopologyError,
 )
 from nemo_dist.testing.equivalence import Task, checkpoint
-from nemo_dist.testing.zoo import SPECIMENS
+from nemo_dist.testing.tiny_models import SPECIMENS
 from nemo_dist_tensor import TensorConfig
 
 
@@ -222,8 +222,8 @@ def test_the_first_batch_is_checked_and_no_later_one(ranks):
 
 
 def steps_of_one_rank():
-    from nemo_dist.agreement import BatchCheck
-    from nemo_dist.context import MeshContext
+    from nemo_dist.mesh.mesh_context import MeshContext
+    from nemo_dist.training.batch_checks import BatchCheck
 
     gathered = []
     original = torch.distributed.all_gather

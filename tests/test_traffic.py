@@ -5,8 +5,8 @@ import torch
 from sent_bytes import measured
 
 from nemo_dist import ContextConfig, DDPConfig, DistributedSetup, FSDP2Config, ParallelismSizes
-from nemo_dist.testing.zoo import SPECIMENS
-from nemo_dist.traffic import readable
+from nemo_dist.plugin.comm_estimate import readable
+from nemo_dist.testing.tiny_models import SPECIMENS
 
 FP32 = {"param_dtype": "float32", "reduce_dtype": "float32", "output_dtype": "float32"}
 

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from nemo_dist.safetensors_file import DTYPES, SafetensorsFile
-from nemo_dist.trees import from_json, to_json
+from nemo_dist.checkpoint.json_state import from_json, to_json
+from nemo_dist.checkpoint.safetensors_writer import DTYPES, SafetensorsFile
 
 PLAIN = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.binary()
 KEYS = st.text() | st.integers() | st.booleans() | st.tuples(st.integers(), st.text())

@@ -19,12 +19,12 @@ import attrs
 import pytest
 from hypothesis import given
 
-from nemo_dist.compose import DistributedSetup
 from nemo_dist.errors import TopologyError
-from nemo_dist.manager import PluginCalls
-from nemo_dist.mesh import MeshPlan
-from nemo_dist.registry import Plugin, Registry, Stage
-from nemo_dist.sizes import ParallelismSizes
+from nemo_dist.planning.mesh_plan import MeshPlan
+from nemo_dist.planning.sizes import ParallelismSizes
+from nemo_dist.plugin.hook_caller import PluginCalls
+from nemo_dist.plugin.registry import Plugin, Registry, Stage
+from nemo_dist.setup.setup import DistributedSetup
 from nemo_dist.testing import strategies
 from nemo_dist.testing.equivalence import Task, assert_equivalent
 
@@ -36,7 +36,7 @@ class PluginConformance:
 
     ``build`` are the keywords of ``DistributedSetup.build`` that select the plugin, on ``world`` ranks, with all
     computation in float32; by default ``strategy=plugin`` for a strategy and ``plugins=(plugin,)`` for another.
-    ``specimen`` names the model of ``nemo_dist.testing.zoo`` to train.
+    ``specimen`` names the model of ``nemo_dist.testing.tiny_models`` to train.
     """
 
     plugin: ClassVar[str]
@@ -57,7 +57,7 @@ class PluginConformance:
         return {"strategy": self.plugin} if is_strategy else {"plugins": (self.plugin,)}
 
     def test_the_catalogue_has_it_complete(self) -> None:
-        """The class has what ``nemo_dist.registry.Plugin`` asks for, a docstring, and a config that names it."""
+        """The class has what ``nemo_dist.plugin.registry.Plugin`` asks for, a docstring, and a config that names it."""
         plugin = self.plugin_type(self.plugin_type.config_type())
 
         assert isinstance(plugin, Plugin)

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from nemo_dist.compose import DistributedSetup
-from nemo_dist.runtime import Runtime
-from nemo_dist.testing.scratch import scratch
-from nemo_dist.testing.zoo import SPECIMENS
+from nemo_dist.setup.setup import DistributedSetup
+from nemo_dist.testing.temp_folders import scratch
+from nemo_dist.testing.tiny_models import SPECIMENS
+from nemo_dist.training.runtime import Runtime
 
 # A denominator well above rounding noise: where a gradient is zero in exact arithmetic (the bias of a key), plain AdamW
 # would turn the noise into full steps, on one process as on many.

@@ -22,10 +22,10 @@ from typing import Any
 
 import attrs
 
-from nemo_dist.blame import describe_exit
-from nemo_dist.testing import report
-from nemo_dist.testing.call import Call, Reference, Reply
-from nemo_dist.testing.scratch import scratch
+from nemo_dist.launcher.failures import describe_exit
+from nemo_dist.testing import failure_report
+from nemo_dist.testing.remote_call import Call, Reference, Reply
+from nemo_dist.testing.temp_folders import scratch
 from nemo_dist.testing.worker import THREADS, Seat, serve
 
 # Imported once, in the server that the ranks are forked from.
@@ -61,7 +61,7 @@ class _Rank:
             pass
         self.process.join(5)
         end = f"the process {describe_exit(self.process.exitcode or 0)}"
-        stacks = report.read(self.seat.stacks)
+        stacks = failure_report.read(self.seat.stacks)
         return Reply(error=end, failure=f"{end}\n{stacks}" if stacks else end)
 
     def dump(self) -> str:
@@ -70,7 +70,7 @@ class _Rank:
             os.kill(self.process.pid, signal.SIGUSR1)
             for _ in range(20):
                 time.sleep(0.05)
-                if stacks := report.read(self.seat.stacks):
+                if stacks := failure_report.read(self.seat.stacks):
                     return stacks
         return "(no stacks: the process did not answer)"
 
@@ -121,7 +121,7 @@ class RankPool:
                 self._ranks[rank].connection.send_bytes(message)
             replies = self._collect(chosen, limit, f"{call.function.module}.{call.function.name}")
             self._crowded = any(reply.open_files > _MOST_FILES for reply in replies.values())
-            for line in report.output({rank: self._ranks[rank].seat.output for rank in chosen}):
+            for line in failure_report.output({rank: self._ranks[rank].seat.output for rank in chosen}):
                 print(line)  # pytest captures it and shows it only if the test fails
             return [pickle.loads(replies[rank].value) for rank in chosen]
 
@@ -204,10 +204,10 @@ class RankPool:
         failed = {rank: reply for rank, reply in replies.items() if reply.failed}
         hanging = [rank for rank in chosen if rank not in replies]
         if failed:
-            raise report.failure(failed, hanging, what, self._outputs())
+            raise failure_report.failure(failed, hanging, what, self._outputs())
         if hanging:
             stacks = {rank: self._ranks[rank].dump() for rank in hanging}
-            raise report.hang(stacks, limit, what, self._outputs())
+            raise failure_report.hang(stacks, limit, what, self._outputs())
         return replies
 
     def _ready(self, ranks: list[int], timeout: float) -> set[int]:

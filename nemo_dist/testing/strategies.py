@@ -20,8 +20,8 @@ import attrs
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
 
-from nemo_dist.mesh import Axis, MeshPlan, View
-from nemo_dist.sizes import ParallelismSizes
+from nemo_dist.planning.mesh_plan import Axis, MeshPlan, View
+from nemo_dist.planning.sizes import ParallelismSizes
 
 __all__ = ["AXES", "factorisations", "parallelism_sizes", "plans", "topologies", "views", "worlds"]
 

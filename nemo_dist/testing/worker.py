@@ -21,7 +21,7 @@ from typing import Any
 
 import attrs
 
-from nemo_dist.testing.call import Call, Reply
+from nemo_dist.testing.remote_call import Call, Reply
 
 # One thread per rank: ranks share the cores, and a process with threads must not fork.
 THREADS: Mapping[str, str] = dict.fromkeys(

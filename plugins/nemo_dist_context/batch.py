@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from nemo_dist.routing import COUNTED
+from nemo_dist.training.router_aux_loss import COUNTED
 from nemo_dist_context.layout import Layout
 
 SEQUENCES = "sequence_ids"  # the mark of a split batch, which the model's forward hook takes out again

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from nemo_dist.routing import COUNTED
+from nemo_dist.training.router_aux_loss import COUNTED
 from nemo_dist_context.attention import SharedAttention
 from nemo_dist_context.batch import SEQUENCES, Splitter
 from nemo_dist_context.fitness import counts_positions, is_causal, predicts_next_token, require_fit

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import attrs
 
 from nemo_dist import MeshPlan, RuntimePart, Stage, hookimpl
-from nemo_dist.options import boolean, integer, optional, options
-from nemo_dist.traffic import Traffic, shared
+from nemo_dist.plugin.comm_estimate import Traffic, shared
+from nemo_dist.plugin.options import boolean, integer, optional, options
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from nemo_dist.context import MeshContext
-    from nemo_dist.traffic import ModelFacts
+    from nemo_dist.mesh.mesh_context import MeshContext
+    from nemo_dist.plugin.comm_estimate import ModelFacts
 
 
 @options(plugin="ddp")

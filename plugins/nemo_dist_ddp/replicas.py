@@ -11,7 +11,7 @@ from torch.distributed._composable.replicate import replicate as torch_replicate
 if TYPE_CHECKING:
     from torch import nn
 
-    from nemo_dist.context import MeshContext
+    from nemo_dist.mesh.mesh_context import MeshContext
 
 
 def replicate(part: nn.Module, mesh: MeshContext, options: dict[str, Any]) -> None:

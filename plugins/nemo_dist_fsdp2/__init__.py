@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import attrs
 
 from nemo_dist import MeshPlan, RuntimePart, Stage, hookimpl
-from nemo_dist.options import boolean, integer, options
-from nemo_dist.precision import mixed_precision_fields
-from nemo_dist.traffic import Traffic, bytes_of, shared
-from nemo_dist.values import FrozenMapping
+from nemo_dist.planning.validation import FrozenMapping
+from nemo_dist.plugin.comm_estimate import Traffic, bytes_of, shared
+from nemo_dist.plugin.mixed_precision import mixed_precision_fields
+from nemo_dist.plugin.options import boolean, integer, options
 from nemo_dist_fsdp2.policies import offload_fields
 
 if TYPE_CHECKING:
     from torch import nn
     from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
 
-    from nemo_dist.context import MeshContext
-    from nemo_dist.traffic import ModelFacts
+    from nemo_dist.mesh.mesh_context import MeshContext
+    from nemo_dist.plugin.comm_estimate import ModelFacts
 
 _POLICY = ("param_dtype", "reduce_dtype")
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from nemo_dist.errors import UnknownNameError
-from nemo_dist.precision import is_torch_policy, without_target
-from nemo_dist.values import FrozenMapping, near
+from nemo_dist.planning.validation import FrozenMapping, near
+from nemo_dist.plugin.mixed_precision import is_torch_policy, without_target
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import OffloadPolicy

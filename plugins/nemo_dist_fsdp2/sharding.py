@@ -12,12 +12,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import Shard
 
-from nemo_dist.placement import Placement, placements
-from nemo_dist.precision import mixed_precision
+from nemo_dist.plugin.mixed_precision import mixed_precision
+from nemo_dist.plugin.sharding_override import Placement, placements
 from nemo_dist_fsdp2.policies import offload
 
 if TYPE_CHECKING:
-    from nemo_dist.context import MeshContext
+    from nemo_dist.mesh.mesh_context import MeshContext
     from nemo_dist_fsdp2 import FSDP2Config
 
 

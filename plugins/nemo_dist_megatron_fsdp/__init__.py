@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import attrs
 
 from nemo_dist import MeshPlan, RuntimePart, Stage, hookimpl
-from nemo_dist.options import boolean, one_of, options
-from nemo_dist.values import FrozenMapping
+from nemo_dist.planning.validation import FrozenMapping
+from nemo_dist.plugin.options import boolean, one_of, options
 from nemo_dist_megatron_fsdp.package import problems
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from nemo_dist.context import MeshContext
+    from nemo_dist.mesh.mesh_context import MeshContext
 
 _SHARDED = {1: "optimizer state", 2: "optimizer state and gradients", 3: "optimizer state, gradients and parameters"}
 

@@ -15,7 +15,7 @@ from nemo_dist_megatron_fsdp.engine import Engine
 from nemo_dist_megatron_fsdp.layout import Layout, even, even_rows, tensor_dim
 
 if TYPE_CHECKING:
-    from nemo_dist.context import MeshContext
+    from nemo_dist.mesh.mesh_context import MeshContext
     from nemo_dist_megatron_fsdp import MegatronFSDPConfig
 
 _WHOLE = "_nemo_dist_megatron_fsdp_whole"  # the parameters on meta before they are cut, until the weights are loaded

@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import attrs
 
 from nemo_dist import Axis, MeshPlan, ParallelismSizes, Plugin, RuntimePart, Stage, View, hookimpl
-from nemo_dist.options import boolean, one_of, optional, options
-from nemo_dist.precision import mixed_precision_fields
+from nemo_dist.plugin.mixed_precision import mixed_precision_fields
+from nemo_dist.plugin.options import boolean, one_of, optional, options
 from nemo_dist_moe.traffic import BETWEEN, dispatch, shards
 
 if TYPE_CHECKING:
     from torch import nn
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
-    from nemo_dist.context import MeshContext
-    from nemo_dist.traffic import ModelFacts, Traffic
+    from nemo_dist.mesh.mesh_context import MeshContext
+    from nemo_dist.plugin.comm_estimate import ModelFacts, Traffic
 
 _DISPATCHERS = ("auto", "all_to_all", "all_reduce")
 _PRECISIONS = ("float32", "bfloat16", "float16")

@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from nemo_dist.placement import placements
+from nemo_dist.plugin.sharding_override import placements
 
 if TYPE_CHECKING:
-    from nemo_dist.context import MeshContext
+    from nemo_dist.mesh.mesh_context import MeshContext
 
 
 @attrs.frozen(eq=False)

@@ -11,12 +11,12 @@ from torch.distributed.tensor import DTensor
 from transformers.distributed.expert_parallel import apply_expert_parallelism
 
 from nemo_dist import TopologyError
-from nemo_dist.placement import Placement, place
+from nemo_dist.plugin.sharding_override import Placement, place
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-    from nemo_dist.context import MeshContext
+    from nemo_dist.mesh.mesh_context import MeshContext
     from nemo_dist_moe import MoEParallelizerConfig
 
 _DISPATCH, _BY_EXPERT = "ep_dispatch_experts", "grouped_gemm"

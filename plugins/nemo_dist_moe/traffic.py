@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from nemo_dist.traffic import Traffic, bytes_of, readable, shared
+from nemo_dist.plugin.comm_estimate import Traffic, bytes_of, readable, shared
 
 if TYPE_CHECKING:
     from nemo_dist import MeshPlan
-    from nemo_dist.traffic import ModelFacts
+    from nemo_dist.plugin.comm_estimate import ModelFacts
     from nemo_dist_moe import MoEParallelizerConfig
 
 BETWEEN = "ep_between_replicas"  # the axis of the replicas that hold the same shards of experts

@@ -9,16 +9,16 @@ import attrs
 
 from nemo_dist import MeshPlan, Plugin, RuntimePart, Stage, hookimpl
 from nemo_dist_pipeline.config import PipelineConfig
-from nemo_dist_pipeline.contradictions import contradictions
-from nemo_dist_pipeline.placement import Placement
-from nemo_dist_pipeline.schedules import SCHEDULES, Schedule, named, stage_ids_this_rank, virtual_stages
+from nemo_dist_pipeline.schedule.schedules import SCHEDULES, Schedule, named, stage_ids_this_rank, virtual_stages
+from nemo_dist_pipeline.schedule.stage_placement import Placement
+from nemo_dist_pipeline.validation import contradictions
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from nemo_dist.context import MeshContext
-    from nemo_dist.traffic import ModelFacts, Traffic
-    from nemo_dist_pipeline.pipeline import AutoPipeline
+    from nemo_dist.mesh.mesh_context import MeshContext
+    from nemo_dist.plugin.comm_estimate import ModelFacts, Traffic
+    from nemo_dist_pipeline.runtime.auto_pipeline import AutoPipeline
 
 __all__ = [
     "SCHEDULES",
@@ -66,7 +66,7 @@ class Pipeline:
 
     @hookimpl
     def traffic(self, plan: MeshPlan, facts: ModelFacts | None) -> list[Traffic]:
-        from nemo_dist_pipeline.borders import traffic
+        from nemo_dist_pipeline.comm_estimate import traffic
 
         return traffic(plan, facts, Placement.of(self.config, plan.size("pp"))[0], self.config)
 
@@ -77,13 +77,13 @@ class Pipeline:
 
     @hookimpl
     def shard(self, parts: list[nn.Module], mesh: MeshContext, plan: MeshPlan) -> None:
-        from nemo_dist_pipeline.split import split
+        from nemo_dist_pipeline.partition.split import split
 
         split(parts, mesh.rank("pp"), Placement.of(self.config, plan.size("pp"))[0], self.config)
 
     @hookimpl
     def present(self, parts: list[nn.Module], mesh: MeshContext, plan: MeshPlan) -> AutoPipeline:
-        from nemo_dist_pipeline.split import present
+        from nemo_dist_pipeline.partition.split import present
 
         return present(parts, mesh, Placement.of(self.config, plan.size("pp"))[0], self.config)
 
@@ -101,7 +101,7 @@ class Pipeline:
 
 def __getattr__(name: str) -> Any:
     if name == "AutoPipeline":
-        from nemo_dist_pipeline.pipeline import AutoPipeline
+        from nemo_dist_pipeline.runtime.auto_pipeline import AutoPipeline
 
         return AutoPipeline
     raise AttributeError(f"module 'nemo_dist_pipeline' has no attribute {name!r}")

@@ -7,8 +7,8 @@ from typing import Any
 
 import attrs
 
-from nemo_dist.options import boolean, integer, one_of, optional, options
-from nemo_dist_pipeline.schedules import named
+from nemo_dist.plugin.options import boolean, integer, one_of, optional, options
+from nemo_dist_pipeline.schedule.schedules import named
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import attrs
 
 from nemo_dist import Stage, UnknownNameError, hookimpl
-from nemo_dist.options import one_of, options
-from nemo_dist.values import near
+from nemo_dist.planning.validation import near
+from nemo_dist.plugin.options import one_of, options
 
 if TYPE_CHECKING:
     from torch import nn

@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import attrs
 
 from nemo_dist import MeshPlan, Stage, hookimpl
-from nemo_dist.options import boolean, options
-from nemo_dist.traffic import Traffic
-from nemo_dist.values import FrozenMapping
+from nemo_dist.planning.validation import FrozenMapping
+from nemo_dist.plugin.comm_estimate import Traffic
+from nemo_dist.plugin.options import boolean, options
 from nemo_dist_tensor.styles import STYLES
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from nemo_dist.context import MeshContext
-    from nemo_dist.traffic import ModelFacts
-    from nemo_dist_tensor.plan import Rules
+    from nemo_dist.mesh.mesh_context import MeshContext
+    from nemo_dist.plugin.comm_estimate import ModelFacts
+    from nemo_dist_tensor.tp_plan import Rules
 
 
 def _rules(value: Any) -> FrozenMapping[str]:
@@ -62,7 +62,7 @@ class Tensor:
         plan, found = self.config.tp_plan or {}, []
         for rule, style in plan.items():
             if style not in STYLES:
-                from nemo_dist_tensor.plan import unknown_style
+                from nemo_dist_tensor.tp_plan import unknown_style
 
                 found.append(f"tp_plan gives {rule!r} the style {style!r}, {unknown_style(style)}")
         if self.config.enable_async_tensor_parallel:
@@ -79,7 +79,7 @@ class Tensor:
 
     @hookimpl
     def shard(self, parts: list[nn.Module], mesh: MeshContext) -> None:
-        from nemo_dist_tensor.parallelise import parallelise
+        from nemo_dist_tensor.apply import parallelise
 
         if mesh.tp_size > 1:
             parallelise(parts, mesh, self.config)
@@ -90,7 +90,7 @@ class Tensor:
         what = "attention, feed-forward, embedding and head by the model's own plan"
         what += f" and {count} rules of tp_plan" if count else ""
         if model is not None:
-            from nemo_dist_tensor.traffic import described
+            from nemo_dist_tensor.comm_listing import described
 
             what = described(self._rules(model, plan))
         tokens = f"; between attention and feed-forward a rank keeps 1/{ranks} of the tokens"
@@ -102,15 +102,15 @@ class Tensor:
         if plan.size("tp") == 1:
             return []
         if facts is None or model is None:
-            from nemo_dist_tensor.traffic import unmeasured
+            from nemo_dist_tensor.comm_listing import unmeasured
 
             return unmeasured(self.config.sequence_parallel)
-        from nemo_dist_tensor.step import measured
+        from nemo_dist_tensor.comm_estimate import measured
 
         return measured(model, self._rules(model, plan), plan, facts, self.config.sequence_parallel)
 
     def _rules(self, model: nn.Module, plan: MeshPlan) -> Rules:
-        from nemo_dist_tensor.plan import match
+        from nemo_dist_tensor.tp_plan import match
 
         axes = {axis.name for view in plan.views for axis in view.axes}
         return match(model, self.config.tp_plan or {}, skip_experts="ep" in axes)

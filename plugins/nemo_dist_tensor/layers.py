@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
+from nemo_dist_tensor.attention_heads import Heads, pick
 from nemo_dist_tensor.collectives import Peers, enter, gather, reduce, split
-from nemo_dist_tensor.heads import Heads, pick
 from nemo_dist_tensor.local import local, parameters_as, replace_forward
-from nemo_dist_tensor.regions import Region
+from nemo_dist_tensor.parallel_regions import Region
 from nemo_dist_tensor.styles import GATHERED, WHOLE_INPUT
 
 

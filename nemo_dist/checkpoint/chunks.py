@@ -1,0 +1,200 @@
+"""Which boxes of a global tensor each rank holds, and how to bring the pieces of one tensor to one rank.
+
+A box is an axis-parallel part of the global tensor. Every layout comes down to boxes: replicas hold the same one, a
+shard is one, and a strided shard (packed projections, two mesh axes on one dim) is several. Nothing else is assumed, so
+what is written under one layout is read under any other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from itertools import pairwise, product
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
+
+from nemo_dist.errors import PluginError
+from nemo_dist.mesh.rank_group import Team
+
+
+@attrs.frozen
+class Box:
+    """A part of a global tensor: where it starts and its size, one int per dim."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        """The number of elements."""
+        return math.prod(self.sizes)
+
+    def of(self, whole: Tensor) -> Tensor:
+        """Return the view of this box in *whole*."""
+        for dim, (start, size) in enumerate(zip(self.offsets, self.sizes, strict=True)):
+            whole = whole.narrow(dim, start, size)
+        return whole
+
+    def within(self, other: Box) -> Box:
+        """Return this box as seen from the corner of *other*."""
+        return Box(tuple(mine - its for mine, its in zip(self.offsets, other.offsets, strict=True)), self.sizes)
+
+    def common(self, other: Box) -> Box | None:
+        """Return what this box and *other* share, or None."""
+        corners = zip(self.offsets, self.sizes, other.offsets, other.sizes, strict=True)
+        spans = [(max(a, b), min(a + n, b + m)) for a, n, b, m in corners]
+        if any(stop <= start for start, stop in spans):
+            return None
+        return Box(tuple(start for start, _ in spans), tuple(stop - start for start, stop in spans))
+
+
+def pieces(tensor: Tensor) -> Iterator[tuple[Box, Tensor]]:
+    """Yield the boxes that this rank holds of *tensor*, each with a view of its values; no communication."""
+    if tensor.numel() == 0:
+        return
+    if not isinstance(tensor, DTensor):
+        yield Box((0,) * tensor.dim(), tuple(tensor.shape)), tensor.detach()
+        return
+    local = tensor.to_local().detach()
+    if local.numel() == 0:
+        return
+    runs = [_runs(tensor, local, dim) for dim in range(tensor.dim())]
+    for chosen in product(*runs):
+        box = Box(tuple(run[0] for run in chosen), tuple(run[2] for run in chosen))
+        yield box, Box(tuple(run[1] for run in chosen), box.sizes).of(local)
+
+
+def _runs(tensor: DTensor, local: Tensor, dim: int) -> tuple[tuple[int, int, int], ...]:
+    """Return the stretches of *dim* that *local* holds: start in the global tensor, start in *local*, length."""
+    coordinates: Sequence[int] = tensor.device_mesh.get_coordinate() or ()
+    splits = []
+    for axis, (placement, coordinate) in enumerate(zip(tensor.placements, coordinates, strict=True)):
+        if placement.is_partial():
+            raise PluginError(f"a tensor of the state is {tensor.placements} on its mesh; reduce it before it is saved")
+        if hasattr(placement, "dim") and placement.dim % tensor.dim() == dim:
+            splits.append((getattr(placement, "split_factor", None), tensor.device_mesh.size(axis), coordinate))
+    runs = _stretches(tensor.shape[dim], tuple(splits))
+    held = sum(run[2] for run in runs)
+    if held != local.shape[dim]:
+        raise PluginError(
+            f"a tensor of shape {tuple(tensor.shape)} as {tensor.placements} should have {held} of dim {dim} on "
+            f"this rank, but has {local.shape[dim]}; export_state must bring it to the layout that it declares"
+        )
+    return runs
+
+
+@lru_cache(maxsize=4096)
+def _stretches(size: int, splits: tuple[tuple[int | None, int, int], ...]) -> tuple[tuple[int, int, int], ...]:
+    """Return what is left of a dim of *size* after *splits*: split factor, number of ranks, which of them."""
+    index = torch.arange(size)
+    # Left to right, as DTensor does it; how a placement splits is private to torch, and exactly what is needed here.
+    for factor, ranks, coordinate in splits:
+        flat: Any = Shard(0) if factor is None else _StridedShard(0, split_factor=factor)
+        shards, _ = flat._split_tensor(index, ranks, with_padding=False)
+        index = shards[coordinate]
+    breaks = [0, *(torch.nonzero(index.diff() != 1).flatten() + 1).tolist(), len(index)]
+    return tuple((int(index[a]), a, b - a) for a, b in pairwise(breaks) if b > a)
+
+
+@attrs.frozen(kw_only=True)
+class Entry:
+    """What all ranks together hold of one tensor: its global shape, its dtype, and the ranks that hold each box."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    holders: Mapping[Box, Sequence[int]]
+
+    @property
+    def nbytes(self) -> int:
+        """The size of the whole tensor in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def describe(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return as JSON what this rank holds of each tensor; raise PluginError for one that is not what it declares."""
+    return {
+        name: [list(tensor.shape), _text(tensor.dtype), [[box.offsets, box.sizes] for box, _ in pieces(tensor)]]
+        for name, tensor in state.items()
+    }
+
+
+def survey(described: Sequence[Mapping[str, Any]]) -> dict[str, Entry]:
+    """Return what all ranks together hold, from what ``describe`` said on each.
+
+    Raises PluginError when the boxes of a tensor leave holes or overlap, or ranks disagree about its shape or dtype.
+    """
+    found: dict[str, tuple[Any, str, dict[Box, list[int]]]] = {}
+    for rank, theirs in enumerate(described):
+        for name, (shape, dtype, boxes) in theirs.items():
+            known = found.setdefault(name, (shape, dtype, {}))
+            if known[:2] != (shape, dtype):
+                raise PluginError(f"{name} is {dtype} {shape} on rank {rank}, but {known[1]} {known[0]} on another")
+            for offsets, sizes in boxes:
+                known[2].setdefault(Box(tuple(offsets), tuple(sizes)), []).append(rank)
+    entries = {
+        name: Entry(shape=tuple(shape), dtype=getattr(torch, dtype), holders=boxes)
+        for name, (shape, dtype, boxes) in found.items()
+    }
+    _check_cover(entries)
+    return entries
+
+
+def _text(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _check_cover(entries: Mapping[str, Entry]) -> None:
+    for name, entry in entries.items():
+        held, wanted = sum(box.numel for box in entry.holders), math.prod(entry.shape)
+        if held != wanted:
+            what = "overlap" if held > wanted else "leave holes"
+            raise PluginError(
+                f"the pieces of {name} on all ranks {what}: {held} elements of {wanted}; export_state of a plugin must "
+                "declare the layout that its tensors have"
+            )
+
+
+def bring(
+    team: Team,
+    wanted: Sequence[Iterable[str]],
+    state: Mapping[str, Tensor],
+    entries: Mapping[str, Entry],
+    dtypes: Mapping[str, torch.dtype],
+) -> dict[str, Tensor]:
+    """Return the whole tensors ``wanted[team.rank]`` on the CPU, in *dtypes*; collective.
+
+    All ranks exchange the pieces of what all of them want in one all-to-all, so each sends at most what it holds of
+    them, and receives nothing but its own.
+    """
+    outgoing: list[list[Tensor]] = [[] for _ in wanted]
+    incoming: list[list[tuple[str, Box]]] = [[] for _ in wanted]
+    held = {name: dict(pieces(state[name])) for names in wanted for name in names if name in state}
+    for owner, names in enumerate(wanted):
+        for name in names:
+            for box, holders in entries[name].holders.items():
+                sender = owner if owner in holders else holders[owner % len(holders)]
+                if sender == team.rank:
+                    outgoing[owner].append(as_bytes(held[name][box].to(dtypes[name])))
+                if owner == team.rank:
+                    incoming[sender].append((name, box))
+    sizes = [sum(box.numel * dtypes[name].itemsize for name, box in boxes) for boxes in incoming]
+    received = team.exchange(outgoing, sizes)
+    whole = {name: torch.empty(entries[name].shape, dtype=dtypes[name]) for name in wanted[team.rank]}
+    for buffer, boxes in zip(received.split(sizes), incoming, strict=True):
+        start = 0
+        for name, box in boxes:
+            stop = start + box.numel * dtypes[name].itemsize
+            box.of(whole[name]).copy_(buffer[start:stop].clone().view(dtypes[name]).view(box.sizes))
+            start = stop
+    return whole
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """Return the values of *tensor*, in row-major order, as a 1-D uint8 tensor; a view where they lie so already."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8)

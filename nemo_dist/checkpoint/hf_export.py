@@ -1,0 +1,225 @@
+"""Write a model as a plain Hugging Face folder, in parallel on all ranks and never whole on one."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from nemo_dist.checkpoint.atomic_dir import written_beside
+from nemo_dist.checkpoint.chunks import Entry, bring, describe, survey
+from nemo_dist.checkpoint.hf_side_files import write_companions
+from nemo_dist.checkpoint.hf_weight_conversion import Group, Layout, groups, nbytes, refuse_unplain, skeleton
+from nemo_dist.checkpoint.safetensors_writer import DTYPES, SafetensorsFile
+from nemo_dist.checkpoint.state_dict import model_state
+from nemo_dist.mesh.rank_group import Team
+
+if TYPE_CHECKING:
+    from nemo_dist.training.runtime import Runtime
+
+Bring = Callable[[Sequence[Sequence[str]]], dict[str, Tensor]]  # from what each rank wants, to what this one wanted
+
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin*")
+
+
+@attrs.define
+class Bundle:
+    """What one rank writes in one go: groups of parameters, and the one file (or, of a huge group, files) for them."""
+
+    groups: list[Group]
+    files: list[dict[str, Layout]]
+
+
+def export(
+    runtime: Runtime,
+    path: str | os.PathLike[str],
+    dtype: torch.dtype | str | None = None,
+    max_shard_size: int | str = "5GB",
+) -> None:
+    """Write the model of *runtime* to the folder *path*; see :meth:`nemo_dist.Runtime.export`."""
+    team = Team.of(runtime.mesh)
+    with team.agreed("collecting what to export"):
+        target, limit = dtype_of(dtype), bytes_of(max_shard_size)
+        model = runtime.parts[0]
+        refuse_unplain(model)
+        state = model_state(runtime)
+        described = describe(state)
+    entries = survey(team.gather(described))
+    with team.agreed("planning the export"):
+        plan = Plan.of(skeleton(model), entries, target, limit)
+    plan.write(team, path, model, lambda wanted: bring(team, wanted, state, entries, plan.dtypes))
+
+
+@attrs.frozen(kw_only=True)
+class Plan:
+    """What is written: bundles of the parameters of ``bare``, the model on meta, and the dtype of each in the files."""
+
+    bare: Any
+    bundles: list[Bundle]
+    dtypes: Mapping[str, torch.dtype]
+
+    @classmethod
+    def of(cls, bare: Any, entries: Mapping[str, Entry], target: torch.dtype | None, limit: int) -> Plan:
+        """Return the plan for *entries*; the same on every rank."""
+        skipped = bare._keys_to_ignore_on_save or ()
+        dtypes = {
+            name: target if target and entry.dtype.is_floating_point else entry.dtype
+            for name, entry in sorted(entries.items())
+            if name not in skipped
+        }
+        found = groups(bare, {name: (entries[name].shape, kind) for name, kind in dtypes.items()})
+        return cls(bare=bare, bundles=pack(found, limit), dtypes=dtypes)
+
+    def write(self, team: Team, path: str | os.PathLike[str], model: Any, bring: Bring) -> None:
+        """Write the folder at *path*; *bring* gives this rank the whole parameters that it asks for. Collective."""
+        names = file_names(self.bundles)
+        with written_beside(team, path, "the export", stale=_is_weights) as folder:
+            if team.first:
+                _write_index(folder, self.bundles, names)
+                write_companions(folder, model, next((d for d in self.dtypes.values() if d.is_floating_point), None))
+            with _Writer(team, folder, self.bare, names) as writer:
+                writer.write(self.bundles, bring)
+
+
+def pack(found: Sequence[Group], limit: int) -> list[Bundle]:
+    """Fill files of at most *limit* bytes with the groups, in order; only a single larger tensor exceeds it."""
+    bundles: list[Bundle] = []
+    room = 0
+    for group in found:
+        if group.nbytes > limit:
+            bundles.append(Bundle([group], _split(group.saved, limit)))
+            room = 0
+            continue
+        if group.nbytes > room:
+            bundles.append(Bundle([], [{}]))
+            room = limit
+        bundles[-1].groups.append(group)
+        bundles[-1].files[0].update(group.saved)
+        room -= group.nbytes
+    return bundles
+
+
+def _split(saved: Mapping[str, Layout], limit: int) -> list[dict[str, Layout]]:
+    files: list[dict[str, Layout]] = [{}]
+    room = limit
+    for name, layout in saved.items():
+        size = nbytes(layout)
+        if size > room and files[-1]:
+            files.append({})
+            room = limit
+        files[-1][name] = layout
+        room -= size
+    return files
+
+
+def file_names(bundles: Sequence[Bundle]) -> list[list[str]]:
+    """Return the names of the files of each bundle, as ``save_pretrained`` numbers them."""
+    total = sum(len(bundle.files) for bundle in bundles)
+    if total == 1:
+        return [["model.safetensors"]]
+    numbers = iter(range(1, total + 1))
+    return [[f"model-{next(numbers):05d}-of-{total:05d}.safetensors" for _ in bundle.files] for bundle in bundles]
+
+
+class _Writer:
+    """The files of this rank: every bundle is written by one rank, in turn, one group of parameters at a time."""
+
+    def __init__(self, team: Team, folder: Path, bare: Any, names: list[list[str]]) -> None:
+        self._team, self._folder, self._bare, self._names = team, folder, bare, names
+        self._open: dict[str, SafetensorsFile] = {}  # the file of each name in the bundle under way
+        self._stack = ExitStack()
+        self._failure: Exception | None = None
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._stack.__exit__(*exception)
+
+    def write(self, bundles: list[Bundle], bring: Bring) -> None:
+        """Write this rank's bundles; every rank takes part in every exchange, also when its own disk has failed."""
+        world = self._team.size
+        steps = [_steps(range(owner, len(bundles), world), bundles) for owner in range(world)]
+        for turn in range(max(map(len, steps))):
+            wanted = [mine[turn][1].sources if turn < len(mine) else () for mine in steps]
+            whole = bring(wanted)
+            mine = steps[self._team.rank]
+            if turn < len(mine) and self._failure is None:
+                self._try(bundles, *mine[turn], whole)
+        if self._failure is not None:
+            raise self._failure
+
+    def _try(self, bundles: list[Bundle], index: int, group: Group, whole: dict[str, Tensor]) -> None:
+        bundle = bundles[index]
+        try:
+            if group is bundle.groups[0]:
+                self._begin(bundle, self._names[index])
+            for name, tensor in group.convert(self._bare, whole).items():
+                self._open[name].write(name, tensor)
+            if group is bundle.groups[-1]:
+                self._stack.close()
+        except Exception as error:
+            self._failure = error
+            self._stack.pop_all()
+
+    def _begin(self, bundle: Bundle, names: list[str]) -> None:
+        for name, layouts in zip(names, bundle.files, strict=True):
+            file = self._stack.enter_context(SafetensorsFile(self._folder / name, layouts))
+            self._open |= dict.fromkeys(layouts, file)
+
+
+def _steps(owned: Iterable[int], bundles: list[Bundle]) -> list[tuple[int, Group]]:
+    return [(index, group) for index in owned for group in bundles[index].groups]
+
+
+def _write_index(folder: Path, bundles: list[Bundle], names: list[list[str]]) -> None:
+    files = [
+        (name, file)
+        for bundle, own in zip(bundles, names, strict=True)
+        for name, file in zip(own, bundle.files, strict=True)
+    ]
+    if len(files) == 1:
+        return
+    layouts = [layout for _, file in files for layout in file.values()]
+    index = {
+        "metadata": {
+            "total_parameters": sum(torch.Size(shape).numel() for shape, _ in layouts),
+            "total_size": sum(map(nbytes, layouts)),
+        },
+        "weight_map": dict(sorted((saved, name) for name, file in files for saved in file)),
+    }
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _is_weights(name: str) -> bool:
+    return any(fnmatch.fnmatch(name, pattern) for pattern in _WEIGHTS)
+
+
+def dtype_of(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """Return the floating-point dtype of that name; raise ValueError for anything else."""
+    given = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if given is None and dtype is None:
+        return None
+    if not isinstance(given, torch.dtype) or not given.is_floating_point or given not in DTYPES:
+        raise ValueError(f"dtype must be a floating-point dtype such as 'bfloat16' (got {dtype!r})")
+    return given
+
+
+def bytes_of(size: int | str) -> int:
+    """Return a number of bytes, of an int or of text like ``"5GB"``; raise ValueError for anything else."""
+    if isinstance(size, int) and not isinstance(size, bool) and size > 0:
+        return size
+    found = re.fullmatch(r"([0-9.]+) ?([KMG]I?B)", size.strip().upper()) if isinstance(size, str) else None
+    if found is None or float(found[1]) <= 0:
+        raise ValueError(f"max_shard_size must be a positive number of bytes or text like '5GB' (got {size!r})")
+    return int(float(found[1]) * _UNITS[found[2]])

@@ -1,0 +1,60 @@
+"""What lies beside the weights in a Hugging Face folder: the config, and the files of tokenizer and processor."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from transformers.dynamic_module_utils import custom_object_save
+
+from nemo_dist.checkpoint.hf_weight_conversion import plain_config
+
+_COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+)
+
+
+def write_companions(folder: Path, model: Any, dtype: torch.dtype | None = None) -> None:
+    """Write the config and generation config, and copy tokenizer and processor from where the model came from."""
+    plain_config(model, dtype).save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+    if model.is_remote_code():
+        custom_object_save(model, folder, config=model.config)
+    for name in _COMPANIONS:
+        origin = _companion(model.config, name)
+        if origin is not None:
+            shutil.copyfile(origin, folder / name)
+
+
+def _companion(config: Any, name: str) -> Path | None:
+    """Return the file *name* beside the model's origin, a folder or a hub name whose files are cached; None without."""
+    origin = config.name_or_path or ""
+    local = Path(origin) / name
+    if origin and local.is_file():
+        return local
+    if not origin or Path(origin).exists():
+        return None
+    try:
+        cached = try_to_load_from_cache(origin, name, revision=getattr(config, "_commit_hash", None))
+    except HFValidationError:  # a path that is gone is no hub name either
+        return None
+    return Path(cached) if isinstance(cached, str) else None

@@ -1,0 +1,112 @@
+"""Nested state as JSON: what schedulers, data loaders and users keep, without pickle in either direction."""
+
+from __future__ import annotations
+
+import base64
+from collections import Counter, OrderedDict, deque
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from nemo_dist.checkpoint.chunks import as_bytes
+from nemo_dist.checkpoint.safetensors_writer import DTYPES
+
+_KIND = "nemo_dist"  # the key that marks an object that JSON has no form for
+_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+_SEQUENCES: dict[str, Any] = {"tuple": tuple, "set": set, "deque": deque}
+_MAPPINGS: dict[str, Any] = {"dict": dict, "Counter": Counter, "OrderedDict": OrderedDict}
+
+
+def to_json(value: Any, where: str = "extra") -> Any:
+    """Return *value* as JSON that ``from_json`` turns back; *where* names it in errors.
+
+    Takes None, bools, numbers, text, bytes, tensors, NumPy values, and dicts, lists, tuples, sets and deques of them.
+    Raises TypeError for anything else, with its place.
+    """
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if type(value) is list:
+        return [to_json(item, f"{where}[{index}]") for index, item in enumerate(value)]
+    if isinstance(value, Tensor) and not isinstance(value, DTensor):
+        return _tensor(value, where)
+    if isinstance(value, bytes | bytearray):
+        return {_KIND: "bytes", "value": _text(bytes(value))}
+    kind = type(value).__name__
+    if type(value) is _SEQUENCES.get(kind):
+        return {_KIND: kind, "value": [to_json(item, f"{where}[{index}]") for index, item in enumerate(value)]}
+    if type(value) is _MAPPINGS.get(kind):
+        return _mapping(value, kind, where)
+    if type(value).__module__ == "numpy":
+        return _numpy(value, where)
+    raise TypeError(
+        f"{where} is a {kind}, which cannot be saved without pickle; save plain values, tensors, and containers of them"
+    )
+
+
+def _mapping(value: Mapping[Any, Any], kind: str, where: str) -> Any:
+    if kind == "dict" and all(type(key) is str and key != _KIND for key in value):
+        return {key: to_json(item, f"{where}[{key!r}]") for key, item in value.items()}
+    items = [[to_json(key, f"a key of {where}"), to_json(item, f"{where}[{key!r}]")] for key, item in value.items()]
+    return {_KIND: kind, "value": items}
+
+
+def _tensor(value: Tensor, where: str) -> Any:
+    name = str(value.dtype).removeprefix("torch.")
+    if name not in _NAMES:
+        raise TypeError(f"{where} is a tensor of {value.dtype}, which cannot be saved")
+    content = _text(as_bytes(value.detach().cpu()).numpy().tobytes())
+    return {_KIND: "tensor", "dtype": name, "shape": list(value.shape), "value": content}
+
+
+def _numpy(value: Any, where: str) -> Any:
+    import numpy as np
+
+    if not isinstance(value, np.generic | np.ndarray) or value.dtype.hasobject:
+        raise TypeError(f"{where} is a NumPy {type(value).__name__}, which cannot be saved without pickle")
+    kind = "ndarray" if isinstance(value, np.ndarray) else "scalar"
+    return {_KIND: kind, "dtype": value.dtype.str, "shape": list(value.shape), "value": _text(value.tobytes())}
+
+
+def from_json(value: Any) -> Any:
+    """Return what ``to_json`` was given; raise ValueError for JSON that it did not make. No code is run."""
+    if isinstance(value, list):
+        return [from_json(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    kind = value.get(_KIND)
+    if kind is None:
+        return {key: from_json(item) for key, item in value.items()}
+    content: Any = value.get("value")
+    if kind in _SEQUENCES:
+        return _SEQUENCES[kind](from_json(item) for item in content)
+    if kind in _MAPPINGS:
+        return _MAPPINGS[kind](dict(_pair(item) for item in content))  # of pairs, a Counter would count the pairs
+    if not isinstance(content, str):
+        raise ValueError(f"{kind!r} is no kind of saved value")
+    return _raw(kind, base64.b64decode(content), value)
+
+
+def _pair(item: Any) -> Any:
+    key, value = item
+    return from_json(key), from_json(value)
+
+
+def _raw(kind: Any, content: bytes, value: Mapping[str, Any]) -> Any:
+    if kind == "bytes":
+        return content
+    if kind == "tensor":
+        flat = torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else torch.empty(0, dtype=torch.uint8)
+        return flat.view(_NAMES[value["dtype"]]).reshape(value["shape"])
+    if kind in ("ndarray", "scalar"):
+        import numpy as np
+
+        array = np.frombuffer(bytearray(content), dtype=np.dtype(value["dtype"])).reshape(value["shape"])
+        return array if kind == "ndarray" else array[()]
+    raise ValueError(f"{kind!r} is no kind of saved value")
+
+
+def _text(content: bytes) -> str:
+    return base64.b64encode(content).decode()

@@ -1,0 +1,249 @@
+"""Load a run: check all of the checkpoint first, then let every rank read the pieces that it holds."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from nemo_dist.checkpoint import async_save, rng_state
+from nemo_dist.checkpoint.atomic_dir import Staging
+from nemo_dist.checkpoint.chunks import Box, pieces
+from nemo_dist.checkpoint.hf_weight_conversion import plain_class
+from nemo_dist.checkpoint.json_state import from_json
+from nemo_dist.checkpoint.manifest import Manifest, Stored, key
+from nemo_dist.checkpoint.optimizer_state import count_of, fitted, named, options_of_groups, place, restore_scheduler
+from nemo_dist.checkpoint.save import MODEL, OPTIMIZER, topology
+from nemo_dist.checkpoint.state_dict import exported, imported, own_state
+from nemo_dist.errors import CheckpointError
+from nemo_dist.mesh.rank_group import Team
+
+if TYPE_CHECKING:
+    from nemo_dist.training.runtime import Runtime
+
+
+def load(
+    runtime: Runtime,
+    path: str | os.PathLike[str],
+    optimizer: Any = None,
+    *,
+    schedulers: Sequence[Any] = (),
+    data: Any = None,
+) -> Any:
+    """Load the run; see :meth:`nemo_dist.Runtime.load`."""
+    manifest = intact(Team.of(runtime.mesh), path)
+    return load_from(runtime, manifest, optimizer, schedulers=schedulers, data=data)
+
+
+def intact(team: Team, path: str | os.PathLike[str]) -> Manifest:
+    """Return the manifest of the checkpoint at *path* when every byte is what was saved; collective over *team*.
+
+    Each file is read whole by one of the ranks. Raises CheckpointError with the reason, or RankError that quotes it.
+    """
+    async_save.finish()
+    with team.agreed(f"finding the checkpoint at {path}"):
+        if team.first:
+            Staging.beside(path).recover()
+    with team.agreed(f"reading the manifest of {path}"):
+        manifest = Manifest.read(path)
+    with team.agreed(f"verifying {path}"):
+        for index in range(team.rank, len(manifest.files), team.size):
+            manifest.verify(index)
+    return manifest
+
+
+def load_from(
+    runtime: Runtime, manifest: Manifest, optimizer: Any = None, *, schedulers: Sequence[Any] = (), data: Any = None
+) -> Any:
+    """Load the run from an intact checkpoint, after all ranks agreed that it fits; nothing is changed before."""
+    team, path = Team.of(runtime.mesh), manifest.folder
+    with team.agreed(f"comparing {path} with the model"):
+        own = own_state(runtime)
+        names = _check_model(runtime, manifest, own)
+        parameters = _check_optimizer(manifest, optimizer, own)
+        options = options_of_groups(optimizer, parameters, manifest.about["options"]) if optimizer is not None else []
+        _check_rest(manifest, schedulers, data)
+        states = [from_json(state) for state in manifest.about["schedulers"]]
+        fits = [fitted(scheduler, state) for scheduler, state in zip(schedulers, states, strict=True)]
+        mine = _rank_state(runtime, manifest, team)
+        data_state = _data_state(manifest, data, runtime.dp_rank, runtime.dp_size)
+    _check_complete(team, manifest, names)
+    with team.agreed(f"loading {path}"), Reader(manifest) as reader, torch.no_grad():
+        with imported(runtime, own) as canonical:
+            reader.fill(MODEL, canonical)
+        if optimizer is not None:
+            _load_optimizer(runtime, manifest, reader, optimizer, parameters)
+            for group, values in zip(optimizer.param_groups, options, strict=True):
+                group.update(values)
+        for scheduler, state in zip(schedulers, fits, strict=True):
+            restore_scheduler(scheduler, state)
+        if data is not None:
+            data.load_state_dict(data_state)
+        if mine is not None:
+            rng_state.restore(from_json(mine["generators"]))
+        return from_json(manifest.about["extra"])
+
+
+@attrs.define
+class Reader:
+    """The files of a checkpoint, opened when they are needed and read slice by slice."""
+
+    manifest: Manifest
+    _files: dict[int, Any] = attrs.field(factory=dict)
+    _stack: ExitStack = attrs.field(factory=ExitStack)
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._stack.close()
+
+    def fill(self, prefix: str, canonical: Mapping[str, Tensor]) -> None:
+        """Read into every tensor the boxes that this rank holds of it."""
+        for name, tensor in canonical.items():
+            for box, values in pieces(tensor):
+                self.read(prefix + name, box, values)
+
+    def read(self, name: str, wanted: Box, into: Tensor) -> None:
+        """Read the box *wanted* of the stored tensor *name* into the view *into*."""
+        for piece in self.manifest.tensors[name].pieces:
+            common = piece.box.common(wanted)
+            if common is not None:
+                there = common.within(piece.box)
+                spans = tuple(slice(a, a + n) for a, n in zip(there.offsets, there.sizes, strict=True))
+                file, label = self._open(piece.file), key(name, piece.box)
+                found = file.get_tensor(label) if there == _whole(piece.box) else file.get_slice(label)[spans]
+                common.within(wanted).of(into).copy_(found)
+
+    def _open(self, index: int) -> Any:
+        if index not in self._files:
+            path = self.manifest.folder / self.manifest.files[index]["name"]
+            self._files[index] = self._stack.enter_context(safe_open(path, framework="pt"))
+        return self._files[index]
+
+
+def _whole(box: Box) -> Box:
+    return Box((0,) * len(box.sizes), box.sizes)
+
+
+def _check_model(runtime: Runtime, manifest: Manifest, own: Mapping[str, Tensor]) -> list[str]:
+    """Return the names that this rank will read, or raise CheckpointError when they are not those of the checkpoint."""
+    about, kind = manifest.about, plain_class(runtime.parts[0]).__name__
+    if about["model"] != kind:
+        raise CheckpointError(f"{manifest.folder} is of a {about['model']}, but the model is a {kind}")
+    problems = []
+    canonical = exported(runtime, own)
+    for name, tensor in canonical.items():
+        stored = manifest.tensors.get(MODEL + name)
+        if stored is None:
+            problems.append(f"{name} is not in the checkpoint")
+        elif (stored.shape, stored.dtype) != (tuple(tensor.shape), tensor.dtype):
+            own_layout = f"{tensor.dtype} {tuple(tensor.shape)}"
+            problems.append(f"{name} is {stored.dtype} {stored.shape} in the checkpoint, {own_layout} in the model")
+    _raise(manifest, problems)
+    return list(canonical)
+
+
+def _check_complete(team: Team, manifest: Manifest, names: Sequence[str]) -> None:
+    """Refuse a checkpoint with parameters that no rank has."""
+    known = {name for names in team.gather(list(names)) for name in names}
+    stored = {name.removeprefix(MODEL) for name in manifest.tensors if name.startswith(MODEL)}
+    _raise(manifest, [f"{name} is not in the model" for name in sorted(stored - known)])
+
+
+def _raise(manifest: Manifest, problems: Sequence[str], most: int = 10) -> None:
+    if problems:
+        more = f"\n- and {len(problems) - most} more" if len(problems) > most else ""
+        lines = "\n".join(f"- {problem}" for problem in problems[:most])
+        raise CheckpointError(f"{manifest.folder} does not fit the model:\n{lines}{more}")
+
+
+def _check_optimizer(manifest: Manifest, optimizer: Any, own: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
+    if optimizer is None:
+        return {}
+    saved, kind = manifest.about["optimizer"], type(optimizer).__name__
+    if saved != kind:
+        what = "without an optimizer" if saved is None else f"with the optimizer {saved}"
+        raise CheckpointError(f"{manifest.folder} was saved {what}, and the optimizer to load is {kind}")
+    return named(optimizer, {name: p for name, p in own.items() if isinstance(p, nn.Parameter)})
+
+
+def _check_rest(manifest: Manifest, schedulers: Sequence[Any], data: Any) -> None:
+    saved = len(manifest.about["schedulers"])
+    if len(schedulers) != saved:
+        raise CheckpointError(f"{manifest.folder} has {saved} schedulers, but {len(schedulers)} are to be loaded")
+    if data is not None and any(rank["data"] is None for rank in manifest.about["ranks"]):
+        raise CheckpointError(f"{manifest.folder} has no state of data; leave data out")
+
+
+def _rank_state(runtime: Runtime, manifest: Manifest, team: Team) -> Any:
+    """Return what the rank saved that stands for this one: the same rank, or one that read the same batches."""
+    ranks = manifest.about["ranks"]
+    if manifest.about["topology"] == topology(runtime) and len(ranks) == team.size:
+        return ranks[team.rank]
+    return next((rank for rank in ranks if rank["dp_rank"] == runtime.dp_rank), None)
+
+
+def _data_state(manifest: Manifest, data: Any, dp_rank: int, dp_size: int) -> Any:
+    """Return the state for *data* on this rank; where there are more or fewer batches, it must be that of all."""
+    if data is None:
+        return None
+    ranks = manifest.about["ranks"]
+    batches = 1 + max(rank["dp_rank"] for rank in ranks)
+    if batches == dp_size:
+        return from_json(next(rank["data"] for rank in ranks if rank["dp_rank"] == dp_rank))
+    if all(rank["data"] == ranks[0]["data"] for rank in ranks):
+        return from_json(ranks[0]["data"])
+    raise CheckpointError(
+        f"{manifest.folder} has a different state of data for each of {batches} data-parallel ranks, and here are "
+        f"{dp_size}; leave data out and set its position from what you saved as extra"
+    )
+
+
+def _load_optimizer(
+    runtime: Runtime, manifest: Manifest, reader: Reader, optimizer: Any, parameters: Mapping[str, nn.Parameter]
+) -> None:
+    """Give *optimizer* the moments and counts of the checkpoint; nothing of what it had is left."""
+    optimizer.state.clear()
+    kinds = sorted(
+        {name[len(OPTIMIZER) :].partition("/")[0] for name in manifest.tensors if name.startswith(OPTIMIZER)}
+    )
+    for kind in kinds:
+        prefix = f"{OPTIMIZER}{kind}/"
+        stored = {
+            name.removeprefix(prefix): value for name, value in manifest.tensors.items() if name.startswith(prefix)
+        }
+        for name, tensor in _read_moments(runtime, reader, prefix, stored, parameters).items():
+            optimizer.state[parameters[name]][kind] = tensor
+    group_of = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+    counts = count_of(manifest.about["counts"])
+    for name, parameter in parameters.items():
+        for kind, value in counts(name, bool(optimizer.state.get(parameter))).items():
+            optimizer.state[parameter][kind] = place(value, parameter, group_of[id(parameter)])
+
+
+def _read_moments(
+    runtime: Runtime, reader: Reader, prefix: str, stored: Mapping[str, Stored], parameters: Mapping[str, nn.Parameter]
+) -> dict[str, Tensor]:
+    """Return the moments of one kind, laid out like the parameters; of those that had none, none."""
+    moments = {
+        name: torch.empty_like(parameter, dtype=stored[name].dtype if name in stored else None)
+        for name, parameter in parameters.items()
+    }
+    absent = [name for name in exported(runtime, moments) if name not in stored]
+    for name in absent:
+        moments.pop(name, None)
+    with imported(runtime, moments) as canonical:
+        for name, tensor in canonical.items():
+            if name not in stored or stored[name].shape != tuple(tensor.shape):
+                raise CheckpointError(
+                    f"{prefix}{name} of shape {tuple(tensor.shape)} is not in {reader.manifest.folder}"
+                )
+        reader.fill(prefix, canonical)
+    return moments

@@ -1,0 +1,171 @@
+"""The manifest of a checkpoint: what is in it, where, and how to tell that it is whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+from safetensors import SafetensorError, safe_open
+
+from nemo_dist.checkpoint.chunks import Box
+from nemo_dist.checkpoint.safetensors_writer import DTYPES
+from nemo_dist.errors import CheckpointError
+
+FORMAT = 1
+NAME = "manifest.json"
+_FILE = re.compile(r"rank-[0-9]{5}\.safetensors")
+_CHUNK = 1 << 24
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+
+
+@attrs.frozen
+class Piece:
+    """A box of a tensor, and the file (its index in the manifest) that has it."""
+
+    box: Box
+    file: int
+
+
+@attrs.frozen
+class Stored:
+    """A tensor of the checkpoint: its shape, its dtype by name, and its pieces."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+    pieces: Sequence[Piece]
+
+
+def key(name: str, box: Box) -> str:
+    """Return the name in its file of a piece of the tensor *name*."""
+    spans = (f"{start}:{start + size}" for start, size in zip(box.offsets, box.sizes, strict=True))
+    return f"{name}[{','.join(spans)}]"
+
+
+@attrs.frozen(kw_only=True)
+class Manifest:
+    """The manifest of the checkpoint in ``folder``; ``about`` is everything that is not a tensor."""
+
+    folder: Path
+    files: Sequence[Mapping[str, Any]]
+    tensors: Mapping[str, Stored]
+    about: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, folder: str | os.PathLike[str]) -> Manifest:
+        """Read and check the manifest in *folder*, and the sizes of the files that it names.
+
+        Raises CheckpointError that says what is wrong: missing, damaged, of a newer format, or files that are missing
+        or have another size. The content of the files is not read; see ``verify``.
+        """
+        where = Path(folder)
+        content = _parse(where)
+        if not isinstance(content.get("format"), int) or content["format"] > FORMAT:
+            raise CheckpointError(
+                f"{where} has checkpoint format {content.get('format')!r}, and this version reads up to {FORMAT}; "
+                "update nemo_dist"
+            )
+        checksum = content.pop("checksum", None)
+        if checksum != _checksum(content):
+            raise CheckpointError(f"{where / NAME} is damaged: its checksum is {checksum!r}, not {_checksum(content)}")
+        try:
+            tensors = {name: _stored(value) for name, value in content["tensors"].items()}
+            manifest = cls(folder=where, files=content["files"], tensors=tensors, about=content)
+            manifest._check()
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise CheckpointError(f"{where / NAME} is malformed: {type(error).__name__}: {error}") from error
+        return manifest
+
+    def _check(self) -> None:
+        for file in self.files:
+            name, size = str(file["name"]), int(file["bytes"])
+            if not _FILE.fullmatch(name):
+                raise CheckpointError(f"{self.folder / NAME} names the file {name!r}, which is not one of a checkpoint")
+            path = self.folder / name
+            if not path.is_file():
+                raise CheckpointError(f"{path} is missing; the checkpoint is not complete")
+            if path.stat().st_size != size:
+                raise CheckpointError(f"{path} has {path.stat().st_size} bytes, not {size}; it was cut or replaced")
+        for name, stored in self.tensors.items():
+            whole = Box((0,) * len(stored.shape), stored.shape)
+            for piece in stored.pieces:
+                if not 0 <= piece.file < len(self.files) or piece.box.common(whole) != piece.box:
+                    raise ValueError(f"a piece of {name} lies outside the tensor or the files")
+            if sum(piece.box.numel for piece in stored.pieces) != whole.numel:
+                raise ValueError(f"the pieces of {name} do not make the whole tensor")
+
+    def verify(self, index: int) -> None:
+        """Read the file *index*; raise CheckpointError when a byte has changed, or it is not what the manifest says."""
+        file = self.files[index]
+        path, found = self.folder / file["name"], 0
+        with path.open("rb", buffering=0) as stream:
+            buffer = memoryview(bytearray(min(_CHUNK, max(1, file["bytes"]))))
+            while count := stream.readinto(buffer):
+                found = zlib.crc32(buffer[:count], found)
+        if found != file["crc32"]:
+            raise CheckpointError(f"{path} is damaged: its checksum is {found}, not {file['crc32']}")
+        try:
+            with safe_open(path, framework="pt") as stored:
+                self._compare(path, index, stored)
+        except SafetensorError as error:
+            raise CheckpointError(f"{path} is no safetensors file, or lacks a tensor: {error}") from error
+
+    def _compare(self, path: Path, index: int, stored: Any) -> None:
+        """Sums can be forged too: what is read later must have the shapes and dtypes that were agreed on."""
+        for name, tensor in self.tensors.items():
+            for piece in tensor.pieces:
+                if piece.file == index:
+                    found = stored.get_slice(key(name, piece.box))
+                    if (tuple(found.get_shape()), found.get_dtype()) != (piece.box.sizes, DTYPES[tensor.dtype]):
+                        raise CheckpointError(f"{path} has {name} as {found.get_dtype()} {found.get_shape()}")
+
+
+def _parse(where: Path) -> dict[str, Any]:
+    if not where.is_dir():
+        raise CheckpointError(f"there is no checkpoint at {where}")
+    path = where / NAME
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing; {where} is no checkpoint, or not a complete one") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is malformed: it must be a JSON object (got {type(content).__name__})")
+    return content
+
+
+def _stored(value: Any) -> Stored:
+    shape, dtype, listed = value
+    pieces = [
+        Piece(Box(tuple(map(int, offsets)), tuple(map(int, sizes))), int(file)) for file, offsets, sizes in listed
+    ]
+    return Stored(tuple(map(int, shape)), _DTYPES[dtype], pieces)
+
+
+def write(
+    folder: Path, files: Sequence[Mapping[str, Any]], tensors: Mapping[str, Stored], about: Mapping[str, Any]
+) -> None:
+    """Write the manifest into *folder*, durably."""
+    listed = {
+        name: [
+            stored.shape,
+            str(stored.dtype).removeprefix("torch."),
+            [[piece.file, piece.box.offsets, piece.box.sizes] for piece in stored.pieces],
+        ]
+        for name, stored in tensors.items()
+    }
+    content = json.loads(json.dumps({**about, "format": FORMAT, "files": files, "tensors": listed}))
+    with (folder / NAME).open("w") as stream:
+        json.dump({**content, "checksum": _checksum(content)}, stream)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _checksum(content: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(content, sort_keys=True, separators=(",", ":")).encode())

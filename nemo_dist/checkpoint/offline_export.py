@@ -1,0 +1,85 @@
+"""Make a Hugging Face folder of a checkpoint, in one process, without the ranks that wrote it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from nemo_dist.checkpoint.chunks import Box, Entry
+from nemo_dist.checkpoint.hf_export import Plan, bytes_of, dtype_of
+from nemo_dist.checkpoint.load import Reader, intact
+from nemo_dist.checkpoint.manifest import NAME, Manifest
+from nemo_dist.checkpoint.run_folder import RunFolder
+from nemo_dist.checkpoint.save import IDENTITY, MODEL
+from nemo_dist.errors import CheckpointError
+from nemo_dist.mesh.rank_group import Team
+
+
+def export_checkpoint(
+    checkpoint: str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    dtype: torch.dtype | str | None = None,
+    max_shard_size: int | str = "5GB",
+) -> Path:
+    """Write the model in *checkpoint* to the folder *path* as plain Hugging Face files; return which it was.
+
+    *checkpoint* is what ``Runtime.save`` wrote, or a ``RunFolder``, whose newest whole checkpoint is taken. Needs one
+    process and memory for one tensor. ``dtype`` and ``max_shard_size`` are those of ``Runtime.export``. Raises
+    CheckpointError for a checkpoint that is damaged, or whose model class transformers does not have.
+    """
+    target, limit = dtype_of(dtype), bytes_of(max_shard_size)
+    team, where = Team(), _checkpoint(Path(checkpoint))
+    manifest = intact(team, where)
+    model = _identity(manifest)
+    stored = {n.removeprefix(MODEL): tensor for n, tensor in manifest.tensors.items() if n.startswith(MODEL)}
+    entries = {name: Entry(shape=tensor.shape, dtype=tensor.dtype, holders={}) for name, tensor in stored.items()}
+    plan = Plan.of(model, entries, target, limit)
+    with Reader(manifest) as reader:
+
+        def bring(wanted: Sequence[Sequence[str]]) -> dict[str, Tensor]:
+            return {name: _whole(reader, name, entries[name]).to(plan.dtypes[name]) for name in wanted[0]}
+
+        plan.write(team, path, model, bring)
+    return where
+
+
+def _checkpoint(given: Path) -> Path:
+    if (given / NAME).exists():
+        return given
+    newest = RunFolder(given).latest()
+    if newest is None:
+        raise CheckpointError(f"there is no checkpoint at {given}; pass what runtime.save or a RunFolder wrote")
+    return newest
+
+
+def _identity(manifest: Manifest) -> Any:
+    """Return the model of the checkpoint on meta, from its config; its weights are not there, and its code is ours."""
+    folder, name = manifest.folder / IDENTITY, manifest.about["model"]
+    kind: Any = getattr(transformers, str(name), None)
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+        raise CheckpointError(
+            f"{manifest.folder} is of a {name}, which transformers {transformers.__version__} does not have; call "
+            "runtime.export(...) where the model is"
+        )
+    try:
+        config = kind.config_class.from_pretrained(folder)  # type: ignore[union-attr]  # every model class has one
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder} has no config that can be read: {error}") from error
+    with torch.device("meta"):
+        model = kind(config)
+    if model.can_generate() and (folder / "generation_config.json").is_file():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    return model
+
+
+def _whole(reader: Reader, name: str, entry: Entry) -> Tensor:
+    whole = torch.empty(entry.shape, dtype=entry.dtype)
+    if whole.numel():
+        reader.read(MODEL + name, Box((0,) * whole.dim(), tuple(whole.shape)), whole)
+    return whole

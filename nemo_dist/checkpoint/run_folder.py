@@ -1,0 +1,153 @@
+"""The checkpoints of one run: which to keep, which is the newest that is whole, and where to go on."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from nemo_dist.checkpoint import async_save
+from nemo_dist.checkpoint.atomic_dir import Staging, sync
+from nemo_dist.checkpoint.load import intact, load_from
+from nemo_dist.checkpoint.manifest import Manifest
+from nemo_dist.checkpoint.save import save
+from nemo_dist.errors import CheckpointError, RankError
+from nemo_dist.mesh.rank_group import Team
+
+if TYPE_CHECKING:
+    from nemo_dist.training.runtime import Runtime
+
+_NAME = re.compile(r"step-([0-9]+)")
+_LATEST = "latest"
+
+
+def _folder(path: str | os.PathLike[str]) -> Path:
+    return Path(path).expanduser().resolve()
+
+
+def _positive(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise ValueError(f"{attribute.name} must be a positive number or None (got {value!r})")
+
+
+@attrs.frozen
+class RunFolder:
+    """A folder with a checkpoint per saved step, ``step-00000100``, and the name of the newest in ``latest``.
+
+    ``keep_last``: how many of the newest stay; None keeps all. ``keep_every``: those of steps that it divides stay for
+    good. The newest is never removed.
+    """
+
+    path: Path = attrs.field(converter=_folder)
+    keep_last: int | None = attrs.field(default=None, validator=_positive, kw_only=True)
+    keep_every: int | None = attrs.field(default=None, validator=_positive, kw_only=True)
+
+    def save(
+        self,
+        runtime: Runtime,
+        optimizer: Any = None,
+        *,
+        step: int,
+        extra: Any = None,
+        schedulers: Sequence[Any] = (),
+        data: Any = None,
+        asynchronous: bool = False,
+    ) -> async_save.Save:
+        """Save the run as that of *step*, then point ``latest`` at it and remove what need not stay; collective.
+
+        Arguments and errors as for ``Runtime.save``.
+        """
+        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+            raise ValueError(f"step must be a number from 0 (got {step!r})")
+        state: dict[str, Any] = {"extra": extra, "schedulers": schedulers, "data": data, "asynchronous": asynchronous}
+        where = self.path / f"step-{step:08d}"
+        return save(runtime, where, optimizer, step=step, committed=lambda: self._committed(where), **state)
+
+    def resume(
+        self, runtime: Runtime, optimizer: Any = None, *, schedulers: Sequence[Any] = (), data: Any = None
+    ) -> tuple[int, Any] | None:
+        """Load the newest checkpoint that is whole; return its step and ``extra``, or None where there is none yet.
+
+        A damaged one is named in a warning, and the one before it is loaded. Collective; arguments as for
+        ``Runtime.load``. Raises CheckpointError when all are damaged, or when the newest whole one does not fit.
+        """
+        async_save.finish()
+        team = Team.of(runtime.mesh)
+        with team.agreed(f"listing {self.path}"):
+            steps = self.steps()
+        if team.first:
+            steps = self._newest_first(steps)
+        steps = team.tell(f"the checkpoints in {self.path}", steps)[0]
+        for step in steps:
+            try:
+                manifest = intact(team, self._folder(step))
+            except (CheckpointError, RankError) as error:
+                warnings.warn(f"step {step} of {self.path} is left out: {error}", stacklevel=2)
+                continue
+            return step, load_from(runtime, manifest, optimizer, schedulers=schedulers, data=data)
+        if steps:
+            raise CheckpointError(f"none of the checkpoints in {self.path} is whole: steps {steps}")
+        return None
+
+    def steps(self) -> list[int]:
+        """Return the steps of which there is a checkpoint, whole or not, in order."""
+        if not self.path.is_dir():
+            return []
+        names = {entry.name.removeprefix(".").removesuffix(".old") for entry in self.path.iterdir() if entry.is_dir()}
+        return sorted(int(found[1]) for found in map(_NAME.fullmatch, names) if found)
+
+    def latest(self) -> Path | None:
+        """Return the newest checkpoint whose manifest is whole and whose files have their sizes; None without one."""
+        for step in self._newest_first(self.steps()):
+            try:
+                Staging.beside(self._folder(step)).recover()
+                return Manifest.read(self._folder(step)).folder
+            except CheckpointError:
+                continue
+        return None
+
+    def _newest_first(self, steps: list[int]) -> list[int]:
+        """Put the one that ``latest`` names first, and last those after it: the run went back before them."""
+        pointed = _read_name(self.path / _LATEST)
+        return sorted(steps, key=lambda step: (pointed is not None and step > pointed, -step))
+
+    def _folder(self, step: int) -> Path:
+        return self.path / f"step-{step:08d}"
+
+    def _committed(self, where: Path) -> None:
+        beside = self.path / f".{_LATEST}.partial"
+        beside.write_text(where.name + "\n")
+        sync(beside)
+        beside.rename(self.path / _LATEST)
+        sync(self.path)
+        self._prune(int(where.name.removeprefix("step-")))
+        for left in (*self.path.glob(".step-*.removed"), *self.path.glob(".step-*.partial")):
+            if not left.with_suffix(".old").exists():  # else a commit that can still be finished
+                shutil.rmtree(left, ignore_errors=True)
+
+    def _prune(self, newest: int) -> None:
+        if self.keep_last is None:
+            return
+        older = [step for step in self.steps() if step < newest]
+        kept = older[max(0, len(older) - self.keep_last + 1) :]
+        for step in older:
+            if step in kept or (self.keep_every is not None and step % self.keep_every == 0):
+                continue
+            # Not a checkpoint any more before its files go: a removal that is cut short leaves nothing half.
+            doomed = self.path / f".step-{step:08d}.removed"
+            os.rename(self._folder(step), doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _read_name(pointer: Path) -> int | None:
+    try:
+        found = _NAME.fullmatch(pointer.read_text().strip())
+    except (OSError, UnicodeDecodeError):
+        return None
+    return int(found[1]) if found else None

@@ -1,0 +1,188 @@
+"""The demo that every rank runs: train a small byte-level model on real text, export it, and check the export."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import attrs
+import torch
+from torch.utils.data import DataLoader, DistributedSampler
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3MoeConfig
+from transformers.utils.logging import disable_progress_bar
+
+from nemo_dist.cli.demo_config import REPORT, DemoOptions
+from nemo_dist.cli.demo_dataset import Windows, collate
+from nemo_dist.mesh.mesh_context import initialize_distributed
+from nemo_dist.models.auto_model import NeMoAutoModelForCausalLM
+from nemo_dist.training.runtime import Runtime
+
+_TOLERANCE = 1e-4  # relative difference of the losses; float32 sums in another order differ by less
+_PROMPT = b"def "
+_WARMUP = 20  # steps
+
+Report = Callable[[int, float], None]  # is told the step, from 1, and its loss
+
+
+def main() -> None:
+    """Run the demo as one rank; the only argument is its options as JSON."""
+    options = DemoOptions.from_json(sys.argv[1])
+    env = initialize_distributed("gloo" if device_type(options) == "cpu" else None)
+    setup = options.setup(world_size=env.world_size, device_type=device_type(options))
+    torch.manual_seed(options.seed)
+    model: Any = NeMoAutoModelForCausalLM.from_config(config(options.moe), distributed_setup=setup)
+    runtime = setup.runtime(model)
+    with _progress(options.steps, env.is_main) as report:
+        losses = train(runtime, options, report)
+    loss = held_out_loss(runtime, options)
+    runtime.export(options.out)
+    if env.is_main:
+        (options.out / REPORT).write_text(json.dumps({"losses": losses, "held_out_loss": loss}, indent=1) + "\n")
+    torch.distributed.destroy_process_group()
+
+
+def device_type(options: DemoOptions) -> str:
+    """Return "cuda" where every rank gets a card of its own, else "cpu"."""
+    return "cuda" if torch.cuda.device_count() >= options.nproc else "cpu"
+
+
+def config(moe: bool) -> PretrainedConfig:
+    """Return the model of the demo, one token per byte: a Llama of 1.25 M parameters or, with *moe*, 2 M in experts."""
+    sizes: dict[str, Any] = {
+        "vocab_size": 256,
+        "hidden_size": 160,
+        "intermediate_size": 448,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 1024,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
+    if not moe:
+        return LlamaConfig(**sizes)
+    experts: dict[str, Any] = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 112, "head_dim": 20}
+    return Qwen3MoeConfig(**sizes, **experts, norm_topk_prob=True, output_router_logits=True)
+
+
+def train(runtime: Runtime, options: DemoOptions, report: Report) -> list[float]:
+    """Train for ``options.steps`` steps and return the loss of each; the batches are the same for every topology."""
+    optimizer = runtime.optimizer(torch.optim.AdamW, lr=options.lr)
+    losses: list[float] = []
+    for batch in _batches(runtime, options, options.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = options.lr * _pace(len(losses), options.steps)
+        loss = runtime.forward_backward(batch)
+        runtime.clip_grad_norm_(1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        report(len(losses), losses[-1])
+    return losses
+
+
+def _pace(step: int, steps: int) -> float:
+    """Return the share of the learning rate at *step*, from 0: a short rise, and a fall over the last 40 %."""
+    return min(1.0, (step + 1) / _WARMUP, (steps - step) / (0.4 * steps))
+
+
+def held_out_loss(runtime: Runtime, options: DemoOptions) -> float:
+    """Return the mean token loss of the distributed model on the held-out batch; leaves no gradient behind."""
+    (batch,) = _batches(runtime, options, 1, held_out=True)
+    loss = runtime.forward_backward(batch).item()
+    for _, parameter in runtime.named_parameters():
+        parameter.grad = None
+    return loss
+
+
+def _batches(runtime: Runtime, options: DemoOptions, steps: int, held_out: bool = False) -> Iterator[Mapping[str, Any]]:
+    """Yield this data-parallel rank's part of each step's batch."""
+    windows = Windows(steps * options.batch, options.window, options.seed, held_out)
+    sampler: Any = DistributedSampler(windows, num_replicas=runtime.dp_size, rank=runtime.dp_rank, shuffle=False)
+    size = options.batch // runtime.dp_size
+    return iter(DataLoader(windows, batch_size=size, sampler=sampler, collate_fn=collate))
+
+
+@contextmanager
+def _progress(steps: int, shown: bool) -> Iterator[Report]:
+    """Show a progress bar with the loss, and, for those who read a log, a line for every tenth of the way."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    if not shown:
+        yield lambda step, loss: None
+        return
+    columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("loss {task.fields[loss]}"))
+    console = Console()
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=steps, loss="?")
+
+        def report(step: int, loss: float) -> None:
+            bar.update(task, completed=step, loss=f"{loss:.3f}")
+            if step in (1, steps) or step % max(1, steps // 10) == 0:
+                console.print(f"step {step:>4}/{steps}  loss {loss:.3f}", highlight=False)
+
+        yield report
+
+
+@attrs.frozen
+class Verdict:
+    """What plain transformers makes of the export: its loss on the held-out batch beside the ranks', and a sample."""
+
+    first_loss: float
+    last_loss: float
+    distributed: float
+    exported: float
+    sample: str
+
+    @property
+    def difference(self) -> float:
+        """The relative difference of the two losses."""
+        return abs(self.exported - self.distributed) / abs(self.distributed)
+
+    @property
+    def equal(self) -> bool:
+        """Whether the export computes what the ranks computed."""
+        return self.difference <= _TOLERANCE
+
+
+def verify(options: DemoOptions) -> Verdict:
+    """Load the export with plain transformers in this one process, without anything of ours, and compare."""
+    report = json.loads((options.out / REPORT).read_text())
+    disable_progress_bar()  # a bar per file read says nothing here
+    model = AutoModelForCausalLM.from_pretrained(options.out, dtype=torch.float32).eval()
+    windows = Windows(options.batch, options.window, options.seed, held_out=True)
+    with torch.no_grad():
+        loss = model(**collate([windows[index] for index in range(len(windows))])).loss.item()
+    return Verdict(
+        first_loss=report["losses"][0],
+        last_loss=report["losses"][-1],
+        distributed=report["held_out_loss"],
+        exported=loss,
+        sample=_sample(model, options.seed),
+    )
+
+
+def _sample(model: Any, seed: int, length: int = 240) -> str:
+    torch.manual_seed(seed)
+    prompt = torch.tensor([list(_PROMPT)])
+    tokens = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=length,
+        do_sample=True,
+        temperature=0.5,
+        top_k=40,
+        pad_token_id=0,
+    )
+    text = bytes(tokens[0].tolist()).decode("utf-8", errors="replace")
+    # A young model writes control characters too, which a terminal would obey.
+    return "".join(letter if letter.isprintable() or letter == "\n" else "\N{MIDDLE DOT}" for letter in text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""What the demo is asked to do; made by the command line, without torch, and read by every rank."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from nemo_dist.planning.sizes import ParallelismSizes
+from nemo_dist.planning.validation import integer
+from nemo_dist.plugin.registry import Registry
+from nemo_dist.setup.setup import DistributedSetup
+
+REPORT = "demo.json"  # beside the exported weights: the losses, and the mark of a folder that the demo may replace
+_BATCH = 16  # windows of a step over all ranks, unless the data-parallel size does not divide it
+_EXACT = {"param_dtype": "float32", "reduce_dtype": "float32", "output_dtype": "float32"}
+
+
+@attrs.frozen(kw_only=True)
+class DemoOptions:
+    """The demo's settings: ranks, strategy, sizes by the names of :class:`ParallelismSizes`, steps, folder and seed.
+
+    ``moe`` is for a mixture of experts.
+    """
+
+    nproc: int = 4
+    strategy: str = "fsdp2"
+    sizes: dict[str, int] = attrs.field(factory=dict)
+    steps: int = 160
+    out: Path = attrs.field(default=Path("nemo_dist_demo"), converter=Path)
+    seed: int = 0
+    moe: bool = False
+    window: int = 128  # bytes
+    lr: float = 2e-3
+
+    def __attrs_post_init__(self) -> None:
+        integer("nproc", self.nproc)
+        integer("steps", self.steps)
+        integer("seed", self.seed, low=0)
+        if self.sizes.get("ep_size", 1) > 1 and not self.moe:
+            raise ValueError(
+                f"--ep {self.sizes['ep_size']} shares experts, which the Llama of the demo lacks; add --moe"
+            )
+
+    @classmethod
+    def from_json(cls, text: str) -> DemoOptions:
+        """Read what ``to_json`` wrote."""
+        return cls(**json.loads(text))
+
+    def to_json(self) -> str:
+        """Return the options as one line of JSON."""
+        return json.dumps(attrs.asdict(self) | {"out": str(self.out)})
+
+    @property
+    def parallelism_sizes(self) -> ParallelismSizes:
+        """The sizes that were asked for."""
+        return ParallelismSizes(**self.sizes)
+
+    @property
+    def batch(self) -> int:
+        """The windows of a step over all ranks: 16, or the next multiple of the data-parallel size."""
+        dp = self.parallelism_sizes.dp(self.nproc)
+        return -(-_BATCH // dp) * dp
+
+    def setup(self, world_size: int | None = None, device_type: str | None = None) -> DistributedSetup:
+        """Build the setup; every number is float32, so that the export can be compared with what was trained."""
+        config_type: Any = Registry().load(self.strategy).config_type
+        known = attrs.fields_dict(config_type) if attrs.has(config_type) else {}
+        return DistributedSetup.build(
+            strategy=config_type(mp_policy=_EXACT) if "mp_policy" in known else self.strategy,
+            parallelism_sizes=self.parallelism_sizes,
+            pipeline_config=self._pipeline,
+            world_size=self.nproc if world_size is None else world_size,
+            device_type=device_type,
+        )
+
+    @property
+    def _pipeline(self) -> dict[str, int] | None:
+        """Two microbatches per stage, as large as they can be: small ones spend their time in messages."""
+        stages = self.parallelism_sizes.pp_size
+        rows = self.batch // self.parallelism_sizes.dp(self.nproc)
+        return {"pp_microbatch_size": max(1, rows // (2 * stages))} if stages > 1 else None
+
+    def claim_folder(self) -> None:
+        """Raise ValueError when the output folder holds something that the demo did not write."""
+        if self.out.exists() and not self.out.is_dir():
+            raise ValueError(f"--out {self.out} is a file; name a folder")
+        if self.out.is_dir() and any(self.out.iterdir()) and not (self.out / REPORT).is_file():
+            raise ValueError(f"--out {self.out} holds files that the demo did not write; name another folder")

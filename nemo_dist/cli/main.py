@@ -1,0 +1,272 @@
+"""The command line: plan a mesh, list plugins, explain a setup, run the demo; torch is imported by the demo only."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from nemo_dist.cli.demo_config import DemoOptions
+from nemo_dist.cli.tables import groups_table, plan_data, plan_table, plugin_rows, plugins_table, rank_lines
+from nemo_dist.errors import NemoDistError, TopologyError
+from nemo_dist.planning.sizes import ParallelismSizes
+from nemo_dist.plugin.registry import Registry
+from nemo_dist.setup.setup import DistributedSetup
+
+if TYPE_CHECKING:
+    from nemo_dist.cli.demo import Verdict
+
+app = typer.Typer(
+    name="nemo-dist",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,  # a plain --help can be piped and searched
+    pretty_exceptions_enable=False,
+)
+
+
+def _examples(*arguments: str) -> str:
+    """Return the end of a command's help; the control character keeps the lines as they are."""
+    return "\n".join(["\b", "Examples:", *(f"  nemo-dist {line}" for line in arguments)])
+
+
+WorldSize = Annotated[int, typer.Option("--world-size", "-n", help="How many ranks to plan for.", show_default=False)]
+Strategy = Annotated[str, typer.Option(help="A strategy plugin; `nemo-dist plugins` lists them.")]
+Tp = Annotated[int, typer.Option("--tp", help="Tensor-parallel size.")]
+Pp = Annotated[int, typer.Option("--pp", help="Pipeline-parallel size.")]
+Cp = Annotated[int, typer.Option("--cp", help="Context-parallel size.")]
+Ep = Annotated[int, typer.Option("--ep", help="Expert-parallel size.")]
+Dp = Annotated[int | None, typer.Option("--dp", help="Data-parallel size; what is left when omitted.")]
+Replicate = Annotated[int | None, typer.Option("--dp-replicate", help="Replicas of each shard (HSDP).")]
+Config = Annotated[
+    Path | None, typer.Option("--config", help="Take everything from the `distributed:` section of this YAML file.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+@app.callback(invoke_without_command=True)
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+) -> None:
+    """Distributed training of Hugging Face models as a composition of plugins."""
+    if version:
+        typer.echo(importlib.metadata.version("nemo-dist"))
+        raise typer.Exit
+
+
+@app.command(
+    epilog=_examples(
+        "plan --world-size 8",
+        "plan --world-size 16384 --dp-replicate 64",
+        "plan --world-size 8 --strategy ddp --rank 5",
+        "plan --world-size 8 --config recipe.yaml",
+        "plan --world-size 8 --json",
+    )
+)
+def plan(
+    world_size: WorldSize,
+    strategy: Strategy = "fsdp2",
+    tp: Tp = 1,
+    pp: Pp = 1,
+    cp: Cp = 1,
+    ep: Ep = 1,
+    dp: Dp = None,
+    dp_replicate: Replicate = None,
+    rank: Annotated[int | None, typer.Option(help="Also say where this rank stands.")] = None,
+    config: Config = None,
+    as_json: Json = False,
+) -> None:
+    """Show the mesh of a setup: its axes, and which ranks form the groups along each.
+
+    Needs no GPU, no other machine and no torch: plan for 16384 ranks on a laptop.
+    """
+    with _refusals():
+        setup = _build(world_size, strategy, _sizes(tp, pp, cp, ep, dp, dp_replicate), config)
+        if rank is not None:
+            setup.plan.coordinates(rank)  # refuses a rank that the plan does not have
+        if as_json:
+            typer.echo(json.dumps(plan_data(setup, rank), indent=2))
+            return
+    _show(plan_table(setup), groups_table(setup.plan), *([] if rank is None else rank_lines(setup.plan, rank)))
+
+
+@app.command(
+    epilog=_examples(
+        "explain --world-size 8",
+        "explain --world-size 16 --dp-replicate 2",
+        "explain --world-size 4 --strategy ddp",
+        "explain --world-size 8 --config recipe.yaml",
+    )
+)
+def explain(
+    world_size: WorldSize,
+    strategy: Strategy = "fsdp2",
+    tp: Tp = 1,
+    pp: Pp = 1,
+    cp: Cp = 1,
+    ep: Ep = 1,
+    dp: Dp = None,
+    dp_replicate: Replicate = None,
+    config: Config = None,
+) -> None:
+    """Say who claims each axis and what every plugin will do, in order."""
+    with _refusals():
+        setup = _build(world_size, strategy, _sizes(tp, pp, cp, ep, dp, dp_replicate), config)
+        typer.echo(setup.explain())
+
+
+@app.command(epilog=_examples("plugins", "plugins --json"))
+def plugins(as_json: Json = False) -> None:
+    """List the installed plugins; one that fails to import is shown as broken, with the reason."""
+    with _refusals():
+        rows = plugin_rows(Registry())
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+    else:
+        _show(plugins_table(rows))
+
+
+@app.command(
+    epilog=_examples(
+        "demo",
+        "demo --strategy ddp --nproc 2",
+        "demo --dp-replicate 2 --steps 300 --out my_model",
+        "demo --moe --ep 2 --tp 2",
+    )
+)
+def demo(
+    nproc: Annotated[int, typer.Option("--nproc", "-n", help="How many ranks to start on this machine.")] = 4,
+    strategy: Strategy = "fsdp2",
+    tp: Tp = 1,
+    pp: Pp = 1,
+    cp: Cp = 1,
+    ep: Ep = 1,
+    dp: Dp = None,
+    dp_replicate: Replicate = None,
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 160,
+    out: Annotated[Path, typer.Option(help="Where to export the model.")] = Path("nemo_dist_demo"),
+    seed: Annotated[int, typer.Option(help="Seed of the weights and of the text windows.")] = 0,
+    moe: Annotated[bool, typer.Option("--moe", help="Train a small mixture of experts instead.")] = False,
+) -> None:
+    """Train a small Llama on real text on several ranks of this machine, export it, and check the export.
+
+    The text is the source of Python's standard library, byte by byte. Afterwards plain transformers loads the exported
+    folder in one process and must compute the same loss as the ranks did; otherwise the exit code is 1.
+    """
+    with _refusals():
+        sizes = _given(tp, pp, cp, ep, dp, dp_replicate)
+        options = DemoOptions(nproc=nproc, strategy=strategy, sizes=sizes, steps=steps, out=out, seed=seed, moe=moe)
+        options.claim_folder()
+        from nemo_dist.cli.demo import device_type
+
+        typer.echo(options.setup(device_type=device_type(options)).explain())
+    typer.echo(f"starting {nproc} ranks")
+    sys.stdout.flush()
+    from nemo_dist.launcher.launch import launch
+
+    code = launch("nemo_dist.cli.demo", [options.to_json()], nproc)
+    if code:
+        _show_cursor()
+        raise typer.Exit(code)
+    from nemo_dist.cli.demo import verify
+
+    _report(verify(options), options)
+
+
+@app.command(
+    epilog=_examples(
+        "export runs/llama exported",
+        "export runs/llama/step-00001000 exported --dtype bfloat16",
+        "export checkpoint exported --max-shard-size 2GB",
+    )
+)
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or the folder of a run.", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="The folder to write.", show_default=False)],
+    dtype: Annotated[str | None, typer.Option(help="Cast the weights, to bfloat16, say.")] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest file.")] = "5GB",
+) -> None:
+    """Make a plain Hugging Face folder of a checkpoint, in this process, whatever topology wrote it.
+
+    Of the folder of a run, the newest checkpoint that is whole is taken. All checksums are verified first.
+    """
+    with _refusals():
+        from nemo_dist.checkpoint.offline_export import export_checkpoint
+
+        taken = export_checkpoint(checkpoint, out, dtype, max_shard_size)
+    typer.echo(f"exported {taken} to {out}")
+
+
+def _given(tp: int, pp: int, cp: int, ep: int, dp: int | None, dp_replicate: int | None) -> dict[str, int]:
+    """Return the sizes that were given, by their names in ParallelismSizes."""
+    always = {"tp_size": tp, "pp_size": pp, "cp_size": cp, "ep_size": ep}
+    sizes = {**always, "dp_size": dp, "dp_replicate_size": dp_replicate}
+    return {name: size for name, size in sizes.items() if size is not None}
+
+
+def _sizes(tp: int, pp: int, cp: int, ep: int, dp: int | None, dp_replicate: int | None) -> ParallelismSizes:
+    return ParallelismSizes(**_given(tp, pp, cp, ep, dp, dp_replicate))
+
+
+def _build(world_size: int, strategy: str, sizes: ParallelismSizes, config: Path | None) -> DistributedSetup:
+    if config is not None:
+        if strategy != "fsdp2" or sizes != ParallelismSizes():
+            raise ValueError("--config gives the strategy and every size; leave the other options out, or --config")
+        return DistributedSetup.from_yaml(config, world_size)
+    return DistributedSetup.build(strategy=strategy, parallelism_sizes=sizes, world_size=world_size)
+
+
+def _report(verdict: Verdict, options: DemoOptions) -> None:
+    """Print what became of the demo; exit with 1 when the export is not what was trained."""
+    typer.echo(f"training loss {verdict.first_loss:.3f} -> {verdict.last_loss:.3f} in {options.steps} steps")
+    typer.echo(
+        f"held-out loss {verdict.distributed:.6f} on {options.nproc} ranks, {verdict.exported:.6f} in plain "
+        f"transformers from {options.out} (relative difference {verdict.difference:.1e})"
+    )
+    if not verdict.equal:
+        typer.echo("error: the exported model does not compute the loss of the trained one", err=True)
+        raise typer.Exit(1)
+    typer.echo("a sample of what it writes:")
+    typer.echo("\n".join(f"  | {line}" for line in verdict.sample.splitlines()))
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """Turn what the user asked for wrongly into one block on stderr and exit code 2."""
+    try:
+        yield
+    except (NemoDistError, ValueError, TypeError, OSError) as error:
+        count = len(error.problems) if isinstance(error, TopologyError) else 1
+        lines = str(error) if count == 1 else f"{count} problems\n{error}"
+        typer.echo(f"error: {lines.removeprefix('- ')}", err=True)
+        raise typer.Exit(2) from None
+
+
+def _show(*things: Any) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    for thing in things:
+        console.print(thing)
+
+
+def _show_cursor() -> None:
+    """Give the cursor back: a rank that was stopped in the middle of its progress bar could not."""
+    from rich.console import Console
+
+    Console().show_cursor()
+
+
+if __name__ == "__main__":
+    main()

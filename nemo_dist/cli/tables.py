@@ -1,0 +1,165 @@
+"""What the command line shows of plans and plugins, as tables and as data; the data are stable API."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from nemo_dist.errors import PluginError
+from nemo_dist.planning.mesh_plan import MeshPlan, View
+from nemo_dist.plugin.registry import Registry, Stage
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from nemo_dist.setup.setup import DistributedSetup
+
+_FEW = 4  # groups, and ranks of a group, that a table shows
+
+
+def plan_data(setup: DistributedSetup, rank: int | None = None) -> dict[str, Any]:
+    """Return the whole plan of *setup*: views, axes and the plugins that claim them, and every group of ranks."""
+    plan = setup.plan
+    data: dict[str, Any] = {
+        "world_size": plan.world_size,
+        "plugins": [plugin.name for plugin in setup.plugins],
+        "views": [_view_data(setup, view) for view in (plan.dense, *plan.views)],
+        "groups": {name: [list(group) for group in plan.groups(name)] for name in _names(plan)},
+    }
+    if rank is not None:
+        data["rank"] = {
+            "rank": rank,
+            "coordinates": _place(plan, rank),
+            "dp_rank": plan.dp_rank(rank),
+            "batch_ranks": list(plan.batch_ranks(rank)),
+        }
+    return data
+
+
+def _view_data(setup: DistributedSetup, view: View) -> dict[str, Any]:
+    return {
+        "name": view.name,
+        "axes": [
+            {"name": axis.name, "size": axis.size, "plugin": _claimant(setup, axis.name) if axis.size > 1 else None}
+            for axis in view.axes
+        ],
+        "flattened": {name: {"axes": list(run), "size": view.size_of(name)} for name, run in view.flattened.items()},
+    }
+
+
+def _names(plan: MeshPlan) -> list[str]:
+    """Return every axis and flattened name, each once: views may share their leading axes."""
+    views = (plan.dense, *plan.views)
+    return list(dict.fromkeys(name for view in views for name in (*view.names, *view.flattened)))
+
+
+def _claimant(setup: DistributedSetup, axis: str) -> str | None:
+    return next((plugin.name for plugin in setup.plugins if axis in plugin.axes), None)
+
+
+def _place(plan: MeshPlan, rank: int) -> dict[str, int]:
+    place: dict[str, int] = {}
+    for view in (plan.dense, *plan.views):
+        place |= plan.coordinates(rank, view.name)
+    return place
+
+
+def plan_table(setup: DistributedSetup) -> Table:
+    """Return the axes of every view, outermost first, with their sizes and who claims them."""
+    from rich.table import Table
+
+    names = ", ".join(plugin.name for plugin in setup.plugins)
+    table = Table(title=f"{setup.plan.world_size} ranks, plugins: {names}", title_justify="left")
+    for column in ("view", "axis", "size", "claimed by"):
+        table.add_column(column, justify="right" if column == "size" else "left")
+    for view in (setup.plan.dense, *setup.plan.views):
+        for axis in view.axes:
+            claimant = _claimant(setup, axis.name) if axis.size > 1 else None
+            table.add_row(view.name, axis.name, str(axis.size), claimant or "-", style=None if axis.size > 1 else "dim")
+    return table
+
+
+def groups_table(plan: MeshPlan) -> Table:
+    """Return the groups of ranks along every axis and flattened name of more than one rank."""
+    from rich.table import Table
+
+    table = Table(title="groups", title_justify="left")
+    for column in ("along", "groups", "of", "ranks"):
+        table.add_column(column, justify="right" if column in ("groups", "of") else "left")
+    for name in _names(plan):
+        size = plan.size(name)
+        if size > 1:
+            shown = [_shorten(group) for group in islice(plan.groups(name), _FEW)]
+            count = plan.world_size // size
+            table.add_row(name, str(count), str(size), "  ".join(shown) + ("  ..." if count > _FEW else ""))
+    if not table.row_count:
+        table.add_row("-", "0", "-", "every rank is alone")
+    return table
+
+
+def _shorten(group: Iterable[int]) -> str:
+    ranks = list(group)
+    if len(ranks) <= 2 * _FEW:
+        return "[" + " ".join(map(str, ranks)) + "]"
+    return "[" + " ".join(map(str, ranks[:_FEW])) + f" ... {ranks[-1]}]"
+
+
+def rank_lines(plan: MeshPlan, rank: int) -> list[str]:
+    """Say where *rank* stands and with whom it shares its batch."""
+    place = ", ".join(f"{axis} {index}" for axis, index in _place(plan, rank).items())
+    others = [other for other in plan.batch_ranks(rank) if other != rank]
+    alike = f"like {_shorten(others)}" if others else "alone"
+    return [f"rank {rank}: {place}", f"it reads batch {plan.dp_rank(rank)} of {plan.size('dp')}, {alike}"]
+
+
+def plugin_rows(registry: Registry) -> list[dict[str, Any]]:
+    """Return what is known of every installed plugin; ``error`` is None, or why it cannot be used."""
+    return [_plugin_row(registry, name) for name in registry]
+
+
+def _plugin_row(registry: Registry, name: str) -> dict[str, Any]:
+    entry = registry.entry(name)
+    row: dict[str, Any] = {
+        "name": name,
+        "distribution": entry.dist.name if entry.dist else None,
+        "version": entry.dist.version if entry.dist else None,
+        "entry_point": entry.value,
+        "stage": None,
+        "axes": [],
+        "doc": None,
+        "error": None,
+    }
+    try:
+        plugin = registry.load(name)
+    except PluginError as error:
+        return row | {"error": str(error)}
+    doc = (inspect.getdoc(plugin) or "").partition("\n")[0]
+    return row | {"stage": _stage(plugin.stage), "axes": sorted(plugin.axes), "doc": doc}
+
+
+def _stage(stage: int) -> str:
+    try:
+        return Stage(stage).name
+    except ValueError:
+        return str(int(stage))  # a third party may stand between two stages
+
+
+def plugins_table(rows: Iterable[dict[str, Any]]) -> Table:
+    """Return the rows of ``plugin_rows`` as a table."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table()
+    for column in ("plugin", "from", "stage", "axes", "what it does"):
+        table.add_column(column, no_wrap=column == "plugin")
+    for row in rows:
+        origin = f"{row['distribution']} {row['version']}" if row["distribution"] else "?"
+        if row["error"]:
+            table.add_row(row["name"], origin, "BROKEN", "", escape(row["error"]), style="red")
+        else:
+            table.add_row(row["name"], origin, row["stage"], " ".join(row["axes"]) or "-", escape(row["doc"]))
+    if not table.row_count:
+        table.add_row("-", "", "", "", "no plugin is installed")
+    return table

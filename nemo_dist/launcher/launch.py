@@ -1,0 +1,156 @@
+"""Start ranks of one module on this machine, and end all of them at the first failure or signal."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import tempfile
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from nemo_dist.launcher.failures import describe_exit, is_echo
+from nemo_dist.launcher.worker import FOLDER, LAUNCHER
+
+if TYPE_CHECKING:
+    from torch.distributed.launcher.api import LaunchConfig
+
+_SHUTDOWN = 5  # seconds between asking a rank to end and killing it
+_LAST_LINES = 20  # of the error output of a rank that died without a word
+
+
+@attrs.frozen(kw_only=True)
+class Failure:
+    """How one rank failed: in one line, in full, its exit code, and when (seconds since the epoch)."""
+
+    rank: int
+    error: str
+    detail: str = ""
+    code: int = 1
+    at: float = float("inf")
+
+    @property
+    def order(self) -> tuple[int, float]:
+        """Sort the culprit first: what a rank raised, then ranks that were killed, then those that only lost a peer."""
+        if self.at == float("inf"):
+            # An abort is how NCCL's watchdog leaves when a peer is lost, and SIGTERM is the launcher's own.
+            return (3 if self.code in (-signal.SIGABRT, -signal.SIGTERM) else 1, self.at)
+        return (2 if is_echo(self.error) else 0, self.at)
+
+
+def launch(entrypoint: str, args: Sequence[str], nproc: int) -> int:
+    """Run module *entrypoint* with *args* as *nproc* ranks of torch's elastic launcher and return the exit code.
+
+    0 when every rank ended well; the culprit's code when one failed (2 for a :class:`~nemo_dist.errors.NemoDistError`,
+    1 for other exceptions and for signals); 128 plus the signal's number when this process was told to stop. Whatever
+    happens no rank outlives the call. One message on stderr says which rank failed first, and why. Call it on the
+    main thread, as it handles signals.
+    """
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import elastic_launch
+
+    with tempfile.TemporaryDirectory(prefix="nemo_dist_launch_") as name, _surroundings(Path(name), nproc):
+        folder = Path(name)
+        try:
+            elastic_launch(_config(folder, nproc), sys.executable)("-m", "nemo_dist.launcher.worker", entrypoint, *args)
+        except ChildFailedError as error:
+            exits = {rank: failure.exitcode for rank, failure in error.failures.items()}
+            failures = sorted(_failures(folder, exits), key=lambda failure: failure.order)
+            sys.stderr.write(_message(failures, nproc) + "\n")
+            return failures[0].code if failures[0].code > 0 else 1
+        except SignalException as stop:
+            return _stopped(stop.sigval, nproc)
+        except KeyboardInterrupt:  # before the launcher has begun to handle signals
+            return _stopped(signal.SIGINT, nproc)
+    return 0
+
+
+def _config(folder: Path, nproc: int) -> LaunchConfig:
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+    from torch.distributed.launcher.api import LaunchConfig
+
+    # Rank 0 speaks to the terminal; what the others say matters only when one of them fails.
+    redirects: Any = {rank: Std.NONE if rank == 0 else Std.ERR for rank in range(nproc)}
+    return LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=nproc,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr="127.0.0.1",
+        max_restarts=0,
+        monitor_interval=0.1,
+        shutdown_timeout=_SHUTDOWN,
+        logs_specs=DefaultLogsSpecs(log_dir=str(folder), redirects=redirects),
+    )
+
+
+@contextmanager
+def _surroundings(folder: Path, nproc: int) -> Iterator[None]:
+    """Give the ranks their environment, silence the launcher's own log, and put everything back afterwards."""
+    threads = max(1, (os.cpu_count() or 1) // nproc)
+    wanted = {FOLDER: str(folder), LAUNCHER: str(os.getpid())}
+    for name, value in {"OMP_NUM_THREADS": str(threads), "GLOO_SOCKET_IFNAME": "lo"}.items():
+        if name != "GLOO_SOCKET_IFNAME" or sys.platform == "linux":
+            wanted[name] = os.environ.get(name, value)
+    before = dict(os.environ)
+    handlers = {one: signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)}
+    level = logging.root.manager.disable
+    os.environ.update(wanted)
+    # The launcher logs every signal it sends and a banner of all failures; the one message here replaces them.
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(level)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _failures(folder: Path, exits: Mapping[int, int]) -> list[Failure]:
+    """Join what the ranks recorded with how the others of *exits* ended."""
+    found: dict[int, Failure] = {}
+    for path in folder.glob("rank*.json"):
+        rank, record = int(path.stem.removeprefix("rank")), json.loads(path.read_text())
+        found[rank] = Failure(
+            rank=rank, error=record["error"], detail=record["traceback"], code=record["code"], at=record["at"]
+        )
+    for rank, code in exits.items():
+        if rank not in found:
+            found[rank] = Failure(rank=rank, error=describe_exit(code), detail=_last_words(folder, rank), code=code)
+    return list(found.values())
+
+
+def _last_words(folder: Path, rank: int) -> str:
+    for path in folder.glob(f"*/attempt_*/{rank}/stderr.log"):
+        return "\n".join(path.read_text(errors="replace").rstrip().splitlines()[-_LAST_LINES:])
+    return ""
+
+
+def _message(failures: Sequence[Failure], nproc: int) -> str:
+    first = failures[0]
+    said = first.error if first.error.startswith(("was killed", "exited")) else f"failed: {first.error}"
+    lines = [first.detail] if first.detail else []
+    lines.append(f"rank {first.rank} of {nproc} {said}")
+    for failure in failures[1:]:
+        if failure.order[0] < 2:  # a failure of its own, not the loss of a peer
+            lines.append(f"rank {failure.rank} also failed: {failure.error.splitlines()[-1]}")
+    if nproc > 1:
+        lines.append("all ranks were stopped")
+    return "\n".join(lines)
+
+
+def _stopped(number: int, nproc: int) -> int:
+    sys.stderr.write(f"stopped by {signal.Signals(number).name}: all {nproc} ranks have ended\n")
+    return 128 + number

@@ -1,0 +1,265 @@
+"""Draw the initial weights of one process, one tensor at a time, and keep only this rank's slices.
+
+While a model is built under :class:`DeferredInit`, its uninitialised tensors live on the meta device, and what is done
+to them (``normal_``, ``zero_``, a copy, ...) is written down. A random draw is made into a scratch tensor and thrown
+away, so that the generator moves exactly as it would on one process. Later, when the parameters have been sharded,
+``fill`` replays what was written down for one parameter after the other from the recorded generator state. So every
+topology starts from the same bits as a single process, and no rank ever holds more than its shards and one tensor in
+flight.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from functools import wraps
+from typing import Any, cast
+
+import attrs
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_flatten, tree_map_only
+from transformers.initialization import TORCH_INIT_FUNCTIONS
+
+from nemo_dist.loading.hf_weight_loader import filled, slots
+
+_aten = torch.ops.aten
+_FRESH = {_aten.empty.memory_format, _aten.empty_strided.default, _aten.new_empty.default}
+_LARGE = {_aten.zeros.default, _aten.ones.default, _aten.full.default, _aten.randn.default, _aten.rand.default}
+_OVERWRITING = {
+    _aten.normal_.default,
+    _aten.uniform_.default,
+    _aten.zero_.default,
+    _aten.fill_.Scalar,
+    _aten.fill_.Tensor,
+    _aten.copy_.default,
+}
+_LARGE_NUMEL = 1 << 16  # smaller constants are made at once: the tables of rotary embeddings are computed from them
+_INIT_NAMES = (*TORCH_INIT_FUNCTIONS, "_no_grad_trunc_normal_")
+_INIT_HOMES: tuple[dict[str, Any], ...] = (vars(torch.nn.init), TORCH_INIT_FUNCTIONS)
+_RANDOM = torch.Tag.nondeterministic_seeded
+
+
+@attrs.frozen(eq=False)
+class _Call:
+    """One recorded operation on deferred tensors.
+
+    ``generator`` is the CPU generator's state before a random one; ``reads`` and ``writes`` are the deferred storages
+    whose content it uses and changes; ``overwrites`` says that what its target held before is void.
+    """
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    result: Any
+    generator: Tensor | None
+    reads: frozenset[int]
+    writes: frozenset[int]
+    overwrites: bool
+
+    @classmethod
+    def of(
+        cls,
+        function: Any,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        result: Any,
+        generator: Tensor | None,
+        replaces: bool,
+    ) -> _Call:
+        """Note a call; *replaces* says that the function replaces the whole content of its first argument."""
+        used = {_storage(tensor) for tensor in _tensors((args, kwargs)) if tensor.is_meta}
+        changed = {_storage(tensor) for tensor in _tensors(result) if tensor.is_meta}
+        schema = getattr(function, "_schema", None)
+        for argument, value in zip(schema.arguments if schema else (), args, strict=False):
+            if argument.is_write:
+                changed |= {_storage(tensor) for tensor in _tensors(value) if tensor.is_meta}
+        overwrites = replaces and args[0].is_meta and _covers_its_storage(args[0])
+        reads = used - {_storage(args[0])} if overwrites else used
+        return cls(function, args, kwargs, result, generator, frozenset(reads), frozenset(changed), overwrites)
+
+
+class DeferredInit(TorchDispatchMode):
+    """Record what initialises a model; see the module's docstring. Use as a context while the model is built."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._calls: list[_Call] = []
+        self._writers: defaultdict[int, list[int]] = defaultdict(list)  # storage -> indices of the calls that write it
+        self._origin: dict[str, Tensor] = {}
+
+    def __enter__(self) -> DeferredInit:
+        self._originals = [(home, name, home[name]) for home in _INIT_HOMES for name in _INIT_NAMES if name in home]
+        for home, name, function in self._originals:
+            home[name] = self._as_one_call(function)
+        return cast(DeferredInit, super().__enter__())  # type: ignore[no-untyped-call]
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        for home, name, function in self._originals:
+            home[name] = function
+
+    def _as_one_call(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return *function* of ``torch.nn.init``, recorded whole on a deferred tensor.
+
+        Some of them look at what they drew and draw again, and skip a meta tensor silently.
+        """
+
+        @wraps(function)
+        def recorded(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if not tensor.is_meta:
+                return function(tensor, *args, **kwargs)
+            generator = torch.get_rng_state()
+            with _disable_current_modes():
+                _draw_and_forget(function, (tensor, *args), kwargs)
+            self._record(_Call.of(function, (tensor, *args), kwargs, tensor, generator, replaces=True))
+            return tensor
+
+        return recorded
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        deferred = any(tensor.is_meta for tensor in _tensors((args, kwargs)))
+        if not deferred and not _makes_deferrable(function, args, kwargs):
+            return function(*args, **kwargs)
+        if not deferred:
+            kwargs = {**kwargs, "device": torch.device("meta")}
+        generator = torch.get_rng_state() if _RANDOM in function.tags else None
+        if generator is not None:
+            _draw_and_forget(function, args, kwargs)
+        result = function(*args, **kwargs)
+        if not _is_view(function):
+            self._record(_Call.of(function, args, kwargs, result, generator, replaces=function in _OVERWRITING))
+        return result
+
+    def _record(self, call: _Call) -> None:
+        for storage in call.writes:
+            self._writers[storage].append(len(self._calls))
+        self._calls.append(call)
+
+    def hollow(self, model: nn.Module) -> None:
+        """Remember under its name where every parameter comes from, and leave them all on the meta device."""
+        tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+        self._origin = {name: tensor.detach() for name, tensor in tensors}
+        for module, name, parameter in slots(model):
+            if not parameter.is_meta:
+                setattr(
+                    module, name, nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+                )
+
+    @torch.no_grad()
+    def fill(self, part: nn.Module, device: torch.device) -> None:
+        """Give the parameters and buffers of *part* their values on *device*: of a DTensor, this rank's slice."""
+        done: dict[int, nn.Parameter] = {}
+        for prefix, module in part.named_modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                if parameter.is_meta or id(parameter) in done:
+                    path = f"{prefix}.{name}" if prefix else name
+                    if id(parameter) not in done:
+                        done[id(parameter)] = filled(parameter, self.value(path), device)
+                    setattr(module, name, done[id(parameter)])
+            for name, buffer in list(module.named_buffers(recurse=False)):
+                path = f"{prefix}.{name}" if prefix else name
+                value = self.value(path) if buffer.is_meta else buffer
+                module._buffers[name] = value.to(device)
+
+    def value(self, name: str) -> Tensor:
+        """Return the full initial value of the tensor called *name* in the model that was hollowed, on the CPU."""
+        origin = self._origin[name]
+        return self.replay(origin) if origin.is_meta else origin
+
+    @torch.no_grad()
+    def replay(self, origin: Tensor) -> Tensor:
+        """Return the value that a single process would have in the deferred tensor *origin*."""
+        storages: dict[int, Tensor] = {}
+        before = torch.get_rng_state()
+        try:
+            for call in self._history(_storage(origin)):
+                if call.generator is not None:
+                    torch.set_rng_state(call.generator)
+                _run(call, storages)
+        finally:
+            torch.set_rng_state(before)
+        return _view(storages, origin)
+
+    def _history(self, storage: int) -> list[_Call]:
+        """Return the calls that the final content of *storage* depends on, in order."""
+        needed: set[int] = set()
+        open_questions = [(storage, len(self._calls))]
+        while open_questions:
+            wanted, before = open_questions.pop()
+            for index in reversed(self._writers[wanted]):
+                if index >= before:
+                    continue
+                call = self._calls[index]
+                if index not in needed:
+                    needed.add(index)
+                    open_questions += [(read, index) for read in call.reads if read != wanted]
+                if call.overwrites:
+                    break
+        return [self._calls[index] for index in sorted(needed)]
+
+
+def _makes_deferrable(function: Any, args: Any, kwargs: Mapping[str, Any]) -> bool:
+    """Whether *function* makes a CPU tensor that is worth deferring: uninitialised, or a large constant or draw."""
+    device = kwargs.get("device")
+    if device is not None and torch.device(device).type != "cpu":
+        return False
+    dtype = kwargs.get("dtype") or torch.get_default_dtype()
+    if not dtype.is_floating_point:
+        return False
+    if function in _FRESH:
+        return True
+    return function in _LARGE and torch.Size(args[0]).numel() >= _LARGE_NUMEL
+
+
+def _draw_and_forget(function: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
+    """Move the CPU generator as the call would, on scratch tensors."""
+    scratch = tree_map_only(Tensor, lambda tensor: torch.empty_like(tensor, device="cpu"), (args, dict(kwargs)))
+    if "device" in scratch[1]:
+        scratch[1]["device"] = torch.device("cpu")
+    function(*scratch[0], **scratch[1])
+
+
+def _run(call: _Call, storages: dict[int, Tensor]) -> None:
+    args, kwargs = tree_map_only(
+        Tensor, lambda tensor: _view(storages, tensor) if tensor.is_meta else tensor, (call.args, dict(call.kwargs))
+    )
+    if "device" in kwargs:
+        kwargs["device"] = torch.device("cpu")
+    with torch.no_grad():
+        results = _tensors(call.function(*args, **kwargs))
+    for recorded, value in zip(_tensors(call.result), results, strict=True):
+        if recorded.is_meta and _storage(recorded) not in storages:
+            _view(storages, recorded).copy_(value)
+
+
+def _view(storages: dict[int, Tensor], recorded: Tensor) -> Tensor:
+    """Return the real tensor that stands for the meta tensor *recorded*, as a view of its real storage."""
+    key = _storage(recorded)
+    if key not in storages:
+        storages[key] = torch.empty(
+            recorded.untyped_storage().nbytes() // recorded.element_size(), dtype=recorded.dtype
+        )
+    return storages[key].as_strided(recorded.size(), recorded.stride(), recorded.storage_offset())
+
+
+def _is_view(function: Any) -> bool:
+    """Whether the result aliases an argument without a write: views are rebuilt from size, stride and offset."""
+    returns = function._schema.returns
+    return bool(returns) and all(
+        returned.alias_info is not None and not returned.alias_info.is_write for returned in returns
+    )
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)]
+
+
+def _covers_its_storage(tensor: Tensor) -> bool:
+    return tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
+
+
+def _storage(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)

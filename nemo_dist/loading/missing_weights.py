@@ -1,0 +1,102 @@
+"""Draw initial weights alike on every rank, also those that a checkpoint lacks."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import attrs
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from nemo_dist.loading.deferred_init import DeferredInit
+from nemo_dist.loading.hf_weight_loader import filled, slots
+from nemo_dist.mesh.store_consensus import meet
+
+
+@contextmanager
+def shared_draws(ranks: Sequence[int] | None) -> Iterator[None]:
+    """Draw from the CPU generator of the first of *ranks* (None: all) on every one; another state is put back after."""
+    mine = torch.get_rng_state()
+    text = base64.b64encode(mine.numpy().tobytes()).decode()
+    follows = dist.is_initialized() and dist.get_rank() != (ranks[0] if ranks else 0)
+    shared = meet("the generator for the weights", "" if follows else text, lambda states: states[0], ranks)
+    if shared == text:
+        yield
+        return
+    torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(shared)), dtype=torch.uint8))
+    try:
+        yield
+    finally:
+        torch.set_rng_state(mine)
+
+
+@attrs.define
+class Draws:
+    """Draw the weights that a checkpoint lacks, as one process would, on every one of *ranks*."""
+
+    ranks: Sequence[int] | None
+    _whole: Mapping[str, Callable[[], Tensor]] = attrs.field(factory=dict, init=False)
+
+    @torch.no_grad()
+    def foresee(self, model: nn.Module, names: Collection[str], initialise: Callable[[], None]) -> None:
+        """Draw what all parts of a divided model lack, *names*, in the order of the whole *model*, which is on meta.
+
+        A part by itself would not know what others draw before it. Collective over the ranks.
+        """
+        origins: dict[str, Tensor] = {}
+        with shared_draws(self.ranks), DeferredInit() as init:
+            for path, module, name, parameter in _named_slots(model):
+                if path in names:
+                    origins[path] = torch.empty(parameter.shape, dtype=parameter.dtype)
+                    setattr(module, name, nn.Parameter(origins[path], requires_grad=parameter.requires_grad))
+                else:
+                    _mark(parameter)
+            initialise()
+        self._whole = {path: partial(init.replay, origin) for path, origin in origins.items()}
+
+    @torch.no_grad()
+    def draw(self, part: nn.Module, initialise: Callable[[], None]) -> None:
+        """Give *part* the weights that it lacks; *initialise* draws them, and makes the buffers that no file has."""
+        if self._whole:
+            for path, module, name, parameter in _named_slots(part):
+                if path in self._whole and not _marked(parameter):
+                    setattr(module, name, _mark(filled(parameter, self._whole[path](), _local_device(parameter))))
+        missing: dict[int, tuple[nn.Parameter, Tensor]] = {}
+        lacking = [slot for slot in slots(part) if isinstance(slot[2], DTensor) and not _marked(slot[2])]
+        with shared_draws(self.ranks), DeferredInit() as init:
+            for module, name, parameter in lacking:
+                if id(parameter) not in missing:
+                    missing[id(parameter)] = (parameter, torch.empty(parameter.shape, dtype=parameter.dtype))
+                setattr(module, name, nn.Parameter(missing[id(parameter)][1], requires_grad=parameter.requires_grad))
+            initialise()
+        drawn = {
+            key: _mark(filled(parameter, init.replay(whole), _local_device(parameter)))
+            for key, (parameter, whole) in missing.items()
+        }
+        for module, name, parameter in lacking:
+            setattr(module, name, drawn[id(parameter)])
+
+
+def _named_slots(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
+    for prefix, module in model.named_modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            yield f"{prefix}.{name}" if prefix else name, module, name, parameter
+
+
+def _local_device(parameter: nn.Parameter) -> torch.device:
+    return parameter.to_local().device if isinstance(parameter, DTensor) else parameter.device
+
+
+def _mark(parameter: nn.Parameter) -> nn.Parameter:
+    """Mark *parameter* as transformers does: do not draw it again."""
+    setattr(parameter, "_is_hf_initialized", True)  # noqa: B010
+    return parameter
+
+
+def _marked(parameter: nn.Parameter) -> bool:
+    return bool(getattr(parameter, "_is_hf_initialized", False))

@@ -1,0 +1,223 @@
+"""Load a Hugging Face model sharded: build on meta, shard, read only the local slices, wrap."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import transformers
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from transformers import PreTrainedModel
+
+from nemo_dist.errors import RankError
+from nemo_dist.loading.deferred_init import DeferredInit
+from nemo_dist.loading.hf_weight_loader import read_through
+from nemo_dist.loading.missing_weights import Draws, shared_draws
+from nemo_dist.mesh.mesh_context import MeshContext
+from nemo_dist.mesh.store_consensus import report
+from nemo_dist.setup.setup import DistributedSetup
+from nemo_dist.training.peft_adapters import mark_loaded
+from nemo_dist.training.runtime import Runtime
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+_SIZES = "DistributedSetup.build(parallelism_sizes=ParallelismSizes({}=...))"
+_MOVED = {
+    "distributed_config": "DistributedSetup.build(strategy=...)",
+    "moe_config": "DistributedSetup.build(moe_parallel_config=...)",
+    "moe_parallel_config": "DistributedSetup.build(moe_parallel_config=...)",
+    "moe_mesh": "DistributedSetup.build(parallelism_sizes=ParallelismSizes(ep_size=...))",
+    "pipeline_config": "DistributedSetup.build(pipeline_config=...)",
+    "tp_plan": "DistributedSetup.build(strategy=FSDP2Config(tp_plan=...))",
+    "activation_checkpointing": "DistributedSetup.build(activation_checkpointing=...)",
+    "strategy": "DistributedSetup.build(strategy=...)",
+    "parallelism_sizes": "DistributedSetup.build(parallelism_sizes=...)",
+} | {name: _SIZES.format(name) for name in ("tp_size", "pp_size", "cp_size", "ep_size", "dp_size", "dp_replicate_size")}
+
+
+def _setup(
+    loader: str, setup: DistributedSetup | None, device_mesh: DeviceMesh | None, kwargs: dict[str, Any]
+) -> DistributedSetup | None:
+    """Return the setup to load with, or None for a plain load; refuse what the page refuses."""
+    moved = [f"{name} -> {_MOVED[name]}" for name in kwargs if name in _MOVED]
+    if moved:
+        raise TypeError(
+            f"{loader} takes distributed options in one object, distributed_setup=; move {'; '.join(moved)}"
+        )
+    if setup is not None and device_mesh is not None:
+        raise ValueError("pass either distributed_setup or device_mesh, not both; the setup has a mesh of its own")
+    if isinstance(device_mesh, MeshContext):
+        raise TypeError(
+            "device_mesh must be a torch DeviceMesh (got a MeshContext); pass distributed_setup=, or its .device_mesh"
+        )
+    if device_mesh is not None:
+        setup = DistributedSetup.from_mesh(device_mesh)
+    if setup is None:
+        return None
+    if not isinstance(setup, DistributedSetup):
+        raise TypeError(
+            f"distributed_setup must be a DistributedSetup (got {setup!r}); make one with DistributedSetup.build()"
+        )
+    if not setup.mesh_context.holds_this_rank:
+        raise RankError(f"this rank has no place in the mesh over ranks {setup.ranks}; load only on those ranks")
+    return setup
+
+
+def _refuse_placement(kwargs: dict[str, Any]) -> None:
+    """Refuse transformers keywords that place or trust weights in another way than the setup does."""
+    for name in ("device_map", "max_memory", "offload_folder"):
+        if kwargs.get(name) is not None:
+            raise TypeError(f"{name} and distributed_setup both place the weights; leave {name} out")
+    if kwargs.get("weights_only", True) is not True:
+        raise TypeError("weights_only=False would run code from the checkpoint; convert it to safetensors")
+
+
+def _finish(setup: DistributedSetup, parts: list[nn.Module]) -> object:
+    for part in parts:
+        part.distributed_setup = setup  # type: ignore[assignment]  # a plain attribute, so that runtime() can tell
+    model = setup.wrap(parts)
+    mark_loaded(parts)
+    if isinstance(model, PreTrainedModel):
+        own: Any = model
+        own.save_pretrained = partial(
+            _save_pretrained, Runtime(setup=setup, model=model, parts=parts, plugins=()), model.save_pretrained
+        )
+        own.resize_token_embeddings = partial(_resize_token_embeddings, model)
+    return model
+
+
+def _resize_token_embeddings(
+    model: Any, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+) -> Any:
+    """Return the input embedding if it has that size already, and say what to do if not: shards cannot be resized."""
+    embedding = model.get_input_embeddings()
+    tokens = embedding.weight.shape[0]
+    wanted = tokens if new_num_tokens is None else new_num_tokens
+    wanted += -wanted % (pad_to_multiple_of or 1)
+    if wanted != tokens:
+        raise ValueError(
+            f"a sharded model cannot be resized from {tokens} tokens to {wanted}; load it in one process with "
+            "transformers, resize_token_embeddings and save_pretrained there, and load that folder"
+        )
+    return embedding
+
+
+def _save_pretrained(
+    runtime: Runtime,
+    original: Callable[..., None],
+    save_directory: str | os.PathLike[str],
+    is_main_process: bool = True,
+    *,
+    max_shard_size: int | str = "50GB",
+    **others: Any,
+) -> None:
+    """Save a sharded model as ``Runtime.export`` does, or its adapters as transformers does; all ranks call this."""
+    if getattr(runtime.model, "_hf_peft_config_loaded", False):
+        original(save_directory, is_main_process=is_main_process, max_shard_size=max_shard_size, **others)
+        return
+    if others:
+        raise TypeError(
+            f"save_pretrained of a sharded model takes a folder and max_shard_size (got {', '.join(others)}); "
+            "save it, then do the rest with the folder"
+        )
+    runtime.export(save_directory, max_shard_size=max_shard_size)
+
+
+class _Loader:
+    """What the four loaders share; ``auto`` is the transformers class that resolves the model class."""
+
+    auto: ClassVar[Any]
+
+    def __init__(self) -> None:
+        name = type(self).__name__
+        raise TypeError(f"{name} makes models; call {name}.from_pretrained(...) or {name}.from_config(...)")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: Any,
+        *args: Any,
+        distributed_setup: DistributedSetup | None = None,
+        device_mesh: DeviceMesh | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Return the model at a path or hub name, sharded in place; each rank reads only its own slices.
+
+        ``distributed_setup`` or ``device_mesh`` says how; with neither this is transformers' own loader. ``kwargs`` are
+        transformers'; ``dtype`` is that of the stored parameters. The result is a transformers model, or an
+        ``AutoPipeline`` when pp > 1.
+
+        Raises TypeError for a keyword that moved to ``DistributedSetup.build``, CheckpointError for a checkpoint that
+        is missing or damaged, RankError when another rank failed.
+        """
+        setup = _setup(cls.__name__, distributed_setup, device_mesh, kwargs)
+        if setup is None:
+            return cls.auto.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        _refuse_placement(kwargs)
+        if kwargs.get("output_loading_info"):
+            raise TypeError("output_loading_info is not supported with distributed_setup or device_mesh; leave it out")
+        with read_through(setup, pretrained_model_name_or_path, Draws(setup.ranks)) as reading:
+            model = cls.auto.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        return _finish(setup, reading.parts(model))
+
+    @classmethod
+    def from_config(
+        cls,
+        config: PretrainedConfig,
+        *,
+        distributed_setup: DistributedSetup | None = None,
+        device_mesh: DeviceMesh | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Return a new model, sharded in place, with the weights that transformers draws on one process.
+
+        The draws are those of rank 0's default generator, so ``torch.manual_seed`` before the call fixes the weights,
+        the same for every topology. No rank holds more than its shards and one tensor in flight. Keywords and errors as
+        for ``from_pretrained``.
+        """
+        setup = _setup(cls.__name__, distributed_setup, device_mesh, kwargs)
+        if setup is None:
+            return cls.auto.from_config(config, **kwargs)
+        _refuse_placement(kwargs)
+        own = copy.deepcopy(config)  # plugins change it, for one the attention that the model runs
+        with shared_draws(setup.ranks), DeferredInit() as init:
+            model = cls.auto.from_config(own, **kwargs)
+        init.hollow(model)
+        try:
+            parts = setup.shard(model)
+        except Exception as error:
+            report("sharding the model", error, setup.ranks)
+            raise
+        report("sharding the model", None, setup.ranks)
+        for part in parts:
+            init.fill(part, setup.mesh_context.device)
+        return _finish(setup, parts)
+
+
+class NeMoAutoModelForCausalLM(_Loader):
+    """Load a causal language model; see ``from_pretrained`` and ``from_config``."""
+
+    auto = transformers.AutoModelForCausalLM
+
+
+class NeMoAutoModelForImageTextToText(_Loader):
+    """Load a vision-language model; see ``from_pretrained`` and ``from_config``."""
+
+    auto = transformers.AutoModelForImageTextToText
+
+
+class NeMoAutoModelForSequenceClassification(_Loader):
+    """Load a sequence classifier; see ``from_pretrained`` and ``from_config``."""
+
+    auto = transformers.AutoModelForSequenceClassification
+
+
+class NeMoAutoModelForTokenClassification(_Loader):
+    """Load a token classifier; see ``from_pretrained`` and ``from_config``."""
+
+    auto = transformers.AutoModelForTokenClassification

@@ -1,0 +1,137 @@
+"""What the user asked for: one size per mesh axis, before any plan exists."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import attrs
+
+from nemo_dist.planning.validation import FrozenMapping, integer
+
+# An axis that has a field of its own, or that the planner derives, cannot be declared a second time in ``extra``.
+_FIELD_OF = {axis: f"{axis}_size" for axis in ("tp", "pp", "cp", "ep", "dp", "dp_replicate")}
+
+
+def _check_size(_: object, field: attrs.Attribute[Any], value: object) -> None:
+    integer(field.name, value)
+
+
+def _check_optional_size(_: object, field: attrs.Attribute[Any], value: object) -> None:
+    if value is not None:
+        integer(field.name, value)
+
+
+def _frozen_extra(extra: object) -> FrozenMapping[int]:
+    if not isinstance(extra, Mapping):
+        raise TypeError(
+            f"extra must be a mapping from axis names to sizes (got {extra!r} of type {type(extra).__name__}); "
+            "pass extra={'axis': 2}"
+        )
+    return FrozenMapping(extra)
+
+
+def _check_extra(_: object, __: object, extra: Mapping[str, int]) -> None:
+    for axis, size in extra.items():
+        if not isinstance(axis, str):
+            raise TypeError(f"extra must be keyed by axis names (got {axis!r} of type {type(axis).__name__})")
+        if not axis.isidentifier():
+            raise ValueError(f"extra must be keyed by axis names that are Python identifiers (got {axis!r})")
+        if field := _FIELD_OF.get(axis.removesuffix("_size")):
+            raise ValueError(f"extra[{axis!r}] repeats a size that has its own field; pass {field}={size} instead")
+        integer(f"extra[{axis!r}]", size)
+
+
+def _product(sizes: Mapping[str, int]) -> str:
+    """Write the factors and their product: ``pp_size * tp_size = 2 * 4 = 8``."""
+    return f"{' * '.join(sizes)} = {' * '.join(map(str, sizes.values()))} = {math.prod(sizes.values())}"
+
+
+def _nearest_divisors(size: int, whole: int) -> str:
+    """Write ``use 2 or 4, or `` for the proper divisors of *whole* on either side of *size*, 1 and *whole* left out."""
+    below = next((n for n in range(min(size, whole) - 1, 1, -1) if whole % n == 0), None)
+    above = next((n for n in range(size + 1, whole) if whole % n == 0), None)
+    found = " or ".join(str(n) for n in (below, above) if n)
+    return f"use {found}, or " if found else ""
+
+
+@attrs.frozen(kw_only=True)
+class ParallelismSizes:
+    """Ask for a size per axis; sizes are numbers of ranks, and an axis that is left out has size 1.
+
+    ``dp_size=None`` means what is left: ``world_size / (pp_size * cp_size * tp_size)``; ``dp_replicate_size=None``, 1.
+    ``ep_size`` and ``extra`` name axes that are not of the dense mesh: a selected plugin must add a view that has them.
+
+    Raises TypeError for a size that is not an int, ValueError for one below 1; each names its field.
+    """
+
+    tp_size: int = attrs.field(default=1, validator=_check_size)
+    pp_size: int = attrs.field(default=1, validator=_check_size)
+    cp_size: int = attrs.field(default=1, validator=_check_size)
+    ep_size: int = attrs.field(default=1, validator=_check_size)
+    dp_size: int | None = attrs.field(default=None, validator=_check_optional_size)
+    dp_replicate_size: int | None = attrs.field(default=None, validator=_check_optional_size)
+    extra: Mapping[str, int] = attrs.field(factory=FrozenMapping, converter=_frozen_extra, validator=_check_extra)
+
+    @property
+    def model_size(self) -> int:
+        """The ranks that share one replica of the batch: ``pp_size * cp_size * tp_size``."""
+        return self.pp_size * self.cp_size * self.tp_size
+
+    @property
+    def beyond_dense(self) -> Mapping[str, int]:
+        """The axes that the dense mesh does not have, so that a plugin must add them: ``ep`` above 1, and ``extra``."""
+        return FrozenMapping({"ep": self.ep_size, **self.extra} if self.ep_size > 1 else self.extra)
+
+    def dp(self, world_size: int) -> int:
+        """Return the data-parallel size: ``dp_size``, or what *world_size* leaves for it, rounded down, at least 1."""
+        integer("world_size", world_size)
+        return self.dp_size or max(1, world_size // self.model_size)
+
+    def problems(self, world_size: int) -> list[str]:
+        """Return every reason why the sizes do not make *world_size* ranks, one sentence each, with a way out."""
+        integer("world_size", world_size)
+        problems = [*self._world_problems(world_size), *self._dp_problems(world_size)]
+        # What dp is divided into can only be judged where dp itself is known.
+        if self.dp_size is not None or not problems:
+            problems += self._replicate_problems(self.dp(world_size))
+        return problems
+
+    def _world_problems(self, world_size: int) -> list[str]:
+        model = self.model_size
+        if world_size % model == 0:
+            return []
+        below = world_size // model * model
+        worlds = f"{below} or {below + model}" if below else str(model)
+        factors = {"pp_size": self.pp_size, "cp_size": self.cp_size, "tp_size": self.tp_size}
+        reason = (
+            f"world_size {world_size} is not divisible by {_product(factors)}; "
+            f"start {worlds} ranks, or choose sizes whose product divides {world_size}"
+        )
+        return [reason]
+
+    def _dp_problems(self, world_size: int) -> list[str]:
+        if self.dp_size is None or self.dp_size * self.model_size == world_size:
+            return []
+        factors = {"dp_size": self.dp_size, "pp_size": self.pp_size, "cp_size": self.cp_size, "tp_size": self.tp_size}
+        inferred, rest = divmod(world_size, self.model_size)
+        leave = f"leave dp_size out to get {inferred}, or " if not rest else ""
+        return [
+            f"{_product(factors)}, but world_size is {world_size}; {leave}start {self.dp_size * self.model_size} ranks"
+        ]
+
+    def _replicate_problems(self, dp: int) -> list[str]:
+        replicate = self.dp_replicate_size or 1
+        origin = "" if self.dp_size is not None else ", which is world_size / (pp_size * cp_size * tp_size)"
+        if dp % replicate:
+            return [
+                f"dp_replicate_size {replicate} does not divide the data-parallel size {dp}{origin}; "
+                f"{_nearest_divisors(replicate, dp)}leave it out"
+            ]
+        if replicate == dp > 1:
+            return [
+                f"dp_replicate_size {replicate} equals the data-parallel size{origin}: that leaves dp_shard 1, "
+                "which is pure replicas; use strategy 'ddp', or lower dp_replicate_size"
+            ]
+        return []

@@ -1,0 +1,166 @@
+"""A view: one factorisation of all ranks into axes; whole numbers only."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import combinations
+from typing import Any
+
+import attrs
+
+from nemo_dist.planning.validation import FrozenMapping, integer, near
+
+DENSE = "dense"  # the name of the view that every plan has
+
+
+def _check_name(_: object, field: attrs.Attribute[Any], name: object) -> None:
+    if not isinstance(name, str) or not name.isidentifier():
+        raise ValueError(f"the {field.name} of an axis or view must be a Python identifier (got {name!r})")
+
+
+@attrs.frozen
+class Axis:
+    """One axis of a view: its name and its size in ranks."""
+
+    name: str = attrs.field(validator=_check_name)
+    size: int = attrs.field()
+
+    @size.validator
+    def _check_size(self, _: object, size: int) -> None:
+        integer(f"the size of axis {self.name!r}", size)
+
+
+def _tuple(axes: Iterable[Axis]) -> tuple[Axis, ...]:
+    return tuple(axes)
+
+
+def _frozen_runs(runs: Mapping[str, Iterable[str]]) -> FrozenMapping[tuple[str, ...]]:
+    return FrozenMapping({name: tuple(run) for name, run in runs.items()})
+
+
+@attrs.frozen
+class View:
+    """One factorisation of all ranks: axes outermost first, and names for runs of consecutive axes taken as one.
+
+    Raises ValueError for a name that appears twice, and for a flattened name whose axes are not consecutive, in order.
+    """
+
+    name: str = attrs.field(validator=_check_name)
+    axes: tuple[Axis, ...] = attrs.field(converter=_tuple)
+    flattened: Mapping[str, tuple[str, ...]] = attrs.field(factory=FrozenMapping, converter=_frozen_runs)
+
+    @axes.validator
+    def _check_axes(self, _: object, axes: tuple[Axis, ...]) -> None:
+        names = [axis.name for axis in axes]
+        if not axes or len(set(names)) < len(names):
+            raise ValueError(f"view {self.name!r} must have axes, each name once (got {names})")
+
+    @flattened.validator
+    def _check_flattened(self, _: object, flattened: Mapping[str, tuple[str, ...]]) -> None:
+        for name, run in flattened.items():
+            if name in self.names:
+                raise ValueError(f"view {self.name!r}: {name!r} is an axis; give the flattened axes another name")
+            start = self.names.index(run[0]) if run and run[0] in self.names else 0
+            if not run or self.names[start : start + len(run)] != run:
+                raise ValueError(
+                    f"view {self.name!r}: {name!r} must flatten consecutive axes in order (got {run} of {self.names})"
+                )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the axes, outermost first."""
+        return tuple(axis.name for axis in self.axes)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The sizes of the axes, outermost first."""
+        return tuple(axis.size for axis in self.axes)
+
+    @property
+    def size(self) -> int:
+        """The ranks that the view covers: the product of its axes."""
+        return math.prod(self.shape)
+
+    def __contains__(self, axis: object) -> bool:
+        return axis in self.names or axis in self.flattened
+
+    def size_of(self, axis: str) -> int:
+        """Return the size of *axis*, which may be a flattened name; raise ValueError when the view has no such axis."""
+        return self.span(axis)[0]
+
+    def span(self, axis: str) -> tuple[int, int]:
+        """Return the size of *axis*, and the step in ranks from one of its coordinates to the next."""
+        if axis not in self:
+            raise unknown_axis(axis, [self])
+        run = self.flattened.get(axis, (axis,))
+        start = self.names.index(run[0])
+        stop = start + len(run)
+        return math.prod(self.shape[start:stop]), math.prod(self.shape[stop:])
+
+
+def unknown_axis(axis: object, views: Sequence[View]) -> ValueError:
+    """Return the error for an *axis* that none of *views* has: the near match and the names that they have."""
+    names = [*dict.fromkeys(name for view in views for name in (*view.names, *view.flattened))]
+    where = f"view {views[0].name!r}" if len(views) == 1 else "the mesh"
+    return ValueError(f"{where} has no axis {axis!r}{near(str(axis), names)} (axes: {', '.join(names)})")
+
+
+def _clash(one: View, other: View) -> str:
+    """Say which names *one* and *other* may not share, or nothing: shared axes lead both views, with the same sizes."""
+    lead = 0
+    for mine, theirs in zip(one.axes, other.axes, strict=False):
+        if mine != theirs:
+            break
+        lead += 1
+    shared = set(one.names[:lead])
+    wrong = [name for name in (*other.names, *other.flattened) if name in one and name not in shared]
+    if not wrong:
+        return ""
+    return (
+        f"view {other.name!r} {_layout(other)} and view {one.name!r} {_layout(one)} both have {', '.join(wrong)}; "
+        "views may share only their leading axes, with the same sizes: rename the others"
+    )
+
+
+def _layout(view: View) -> str:
+    return "(" + ", ".join(f"{axis.name} {axis.size}" for axis in view.axes) + ")"
+
+
+def layout_problems(views: Sequence[View]) -> list[str]:
+    """Say where *views*, the dense one first, stand in each other's way, one sentence each."""
+    names = [view.name for view in views]
+    twice = dict.fromkeys(name for name in names if names.count(name) > 1)
+    problems = [f"{names.count(name)} views are called {name!r}; give each its own name" for name in twice]
+    return problems + [clash for one, other in combinations(views, 2) if (clash := _clash(one, other))]
+
+
+def coverage_problems(views: Sequence[View], world_size: int) -> list[str]:
+    """Say which of *views* do not hold exactly *world_size* ranks, one sentence each."""
+    return [
+        f"view {view.name!r} {_layout(view)} has {view.size} ranks, but the world has {world_size}; "
+        "the axes of a view must multiply to the world"
+        for view in views
+        if view.size != world_size
+    ]
+
+
+def missing_axes(wanted: Mapping[str, int], dense: View, views: Sequence[View]) -> list[str]:
+    """Say which of the *wanted* axes no further view has, or has with another size, one sentence each."""
+    problems = []
+    for axis, size in wanted.items():
+        found = next((view for view in views if axis in view.names), None)
+        if axis in dense:
+            problems.append(
+                f"extra axis {axis!r} is an axis of the dense mesh, whose sizes have their own fields; rename it"
+            )
+        elif found is None:
+            problems.append(
+                f"axis {axis!r} has size {size}, but no view has it; select a plugin that adds it, or drop it"
+            )
+        elif found.size_of(axis) != size:
+            problems.append(
+                f"axis {axis!r} has size {size}, but view {found.name!r} {_layout(found)} gives it "
+                f"{found.size_of(axis)}; the plugin that adds the view must take the size that was asked for"
+            )
+    return problems

@@ -1,0 +1,147 @@
+"""The hooks a plugin may implement: implement those you need, take the arguments you need.
+
+A plugin is a small attrs class with the attributes of :class:`nemo_dist.plugin.registry.Plugin` and methods marked
+``@hookimpl``. A hook is called once per setup, never in a training step: what a step needs of a plugin is the
+:class:`RuntimePart` that its ``runtime`` hook returns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+import attrs
+from pluggy import HookimplMarker, HookspecMarker
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
+
+    from nemo_dist.mesh.mesh_context import MeshContext
+    from nemo_dist.planning.mesh_plan import MeshPlan, View
+    from nemo_dist.planning.sizes import ParallelismSizes
+    from nemo_dist.plugin.comm_estimate import ModelFacts, Traffic
+    from nemo_dist.plugin.registry import Plugin
+
+hookspec = HookspecMarker("nemo_dist")
+hookimpl = HookimplMarker("nemo_dist")
+
+Batch = Mapping[str, Any]
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class RuntimePart:
+    """What a training step needs of one plugin; leave out what you do not need.
+
+    ``batch`` rewrites the batch of this data-parallel rank into what this rank computes on (a slice of the sequence,
+    say).
+
+    ``no_sync`` returns a context in which a backward leaves gradients unsynchronised, for gradient accumulation.
+
+    ``engine`` replaces the loop over the batches: it gets every batch, already rewritten, and one 0-dim float32 weight
+    each. It runs forward and backward of ``sum(weight * loss)`` and returns that sum, detached, equal on every rank of
+    its own axes. At most one plugin gives an engine. ``survey`` runs only the forwards of the same batches, under
+    ``torch.no_grad``, for losses that need to know all of them before the first backward.
+
+    ``lockstep`` says that the forwards of ranks with different batches wait for each other, module by module, so that
+    all must run the same modules equally often.
+
+    ``optimizer`` takes the optimizer that was made over the local parameters and returns the one that the user steps.
+
+    ``norm_axes`` are the mesh axes along which ranks hold *different* parameters that no DTensor mesh spans, so that
+    a global norm must be summed over them (``pp``). ``norm_skip`` are parameters whose gradient another rank counts.
+
+    ``metrics`` returns figures by name about the steps since it was called last; every rank calls it at the same time.
+    """
+
+    batch: Callable[[Batch], Batch] | None = None
+    no_sync: Callable[[], AbstractContextManager[None]] | None = None
+    engine: Callable[[list[Batch], list[Tensor]], Tensor] | None = None
+    survey: Callable[[list[Batch]], None] | None = None
+    lockstep: bool = False
+    optimizer: Callable[[Optimizer], Optimizer] | None = None
+    norm_axes: tuple[str, ...] = ()
+    norm_skip: Collection[nn.Parameter] = ()
+    metrics: Callable[[], Mapping[str, float]] | None = None
+
+
+class Hooks:
+    """The hook specifications, in the order of a run."""
+
+    # ---- planning: integers only, before any process group; torch is not imported ----
+
+    @hookspec
+    def views(self, sizes: ParallelismSizes, world_size: int) -> list[View] | None:
+        """Return further views of the ranks, each with axes that multiply to *world_size*.
+
+        Called once, on every rank. Return None when *sizes* do not divide, and say so in ``validate``.
+        """
+
+    @hookspec
+    def validate(
+        self, plan: MeshPlan, sizes: ParallelismSizes, plugins: tuple[Plugin, ...], device_type: str | None
+    ) -> list[str] | None:
+        """Say what is wrong, one sentence each; the sentences of all plugins are raised together.
+
+        Called on every rank before a process group exists, so read nothing but the arguments and your own config.
+        *plan* fits *sizes* or, when they do not multiply out, is the nearest plan that does. *plugins* is the whole
+        composition, in stage order. *device_type* is that of the mesh; None is what each rank's process group can use.
+        """
+
+    @hookspec
+    def explain(self, plan: MeshPlan, model: nn.Module | None) -> str | None:
+        """Say in one line what you will do with *plan*, and to which modules of *model*.
+
+        *model* is a transformers model on any device, or None where ``setup.explain()`` was given none.
+        """
+
+    @hookspec
+    def traffic(self, plan: MeshPlan, facts: ModelFacts | None, model: nn.Module | None) -> list[Traffic] | None:
+        """Say which collectives a step will run, one entry for each kind; with bytes where *facts* are known.
+
+        Called by ``setup.explain()``; *facts*, which are those of *model*, are None where it was given no model.
+        """
+
+    @hookspec
+    def agree(self, plan: MeshPlan) -> Mapping[str, str] | None:
+        """Return, by name and as text, what must be the same on every rank besides configs: the content of files, say.
+
+        Called on every rank before the mesh is made; where ranks differ, all are told which and in what.
+        """
+
+    # ---- loading: once, on every rank, after the mesh is live ----
+
+    @hookspec
+    def shard(self, parts: list[nn.Module], mesh: MeshContext, plan: MeshPlan) -> None:
+        """Replace or transform entries of *parts* in place; their parameters are on the meta device.
+
+        The loader then reads, for every parameter that is a DTensor, only this rank's slice.
+        """
+
+    @hookspec
+    def wrap(self, parts: list[nn.Module], mesh: MeshContext, plan: MeshPlan) -> None:
+        """The same, now that the weights are loaded and on their device."""
+
+    @hookspec(firstresult=True)
+    def present(self, parts: list[nn.Module], mesh: MeshContext, plan: MeshPlan) -> object | None:
+        """Return what the loader hands to the user in place of the model; it must offer ``.parts``.
+
+        At most one plugin answers (the pipeline). None means the model itself.
+        """
+
+    # ---- training ----
+
+    @hookspec
+    def runtime(self, parts: list[nn.Module], mesh: MeshContext, plan: MeshPlan, model: object) -> RuntimePart | None:
+        """Return what a step needs of you; called once. *model* is what the loader returned."""
+
+    # ---- checkpoints ----
+
+    @hookspec
+    def export_state(self, state: dict[str, Tensor], parts: list[nn.Module], mesh: MeshContext) -> None:
+        """Rewrite *state* in place to the canonical state: Hugging Face names, global shapes, DTensors."""
+
+    @hookspec
+    def import_state(self, state: dict[str, Tensor], parts: list[nn.Module], mesh: MeshContext) -> None:
+        """The inverse of ``export_state``; plugins are called in reverse order."""

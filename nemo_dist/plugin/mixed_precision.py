@@ -1,0 +1,79 @@
+"""The dtypes to compute and to reduce in: torch's own policy or plain names, judged without importing torch."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from nemo_dist.errors import UnknownNameError
+from nemo_dist.planning.validation import FrozenMapping, near
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+_DTYPES = ("param_dtype", "reduce_dtype", "output_dtype")
+_FIELDS = (*_DTYPES, "cast_forward_inputs")
+_NAMES = ("float32", "bfloat16", "float16", "float64")
+
+
+def is_torch_policy(value: Any, name: str) -> bool:
+    """Whether *value* is an instance of the class *name* of torch's FSDP; if it is, torch is imported already."""
+    module = sys.modules.get("torch.distributed.fsdp")
+    return module is not None and isinstance(value, getattr(module, name))
+
+
+def mixed_precision_fields(value: Any) -> Any:
+    """Return *value* as it is kept in a config: None, torch's policy, or a frozen mapping of dtype names."""
+    if value is None or is_torch_policy(value, "MixedPrecisionPolicy"):
+        return value
+    if not isinstance(value, Mapping):
+        raise TypeError(f"mp_policy must be a MixedPrecisionPolicy or a dict of its fields (got {value!r})")
+    value = without_target(value, "MixedPrecisionPolicy")
+    for field, content in value.items():
+        if field not in _FIELDS:
+            raise UnknownNameError(
+                f"mp_policy has no field {field!r}{near(str(field), _FIELDS)}; valid: {', '.join(_FIELDS)}"
+            )
+        if field in _DTYPES and content is not None and _dtype_name(content) not in _NAMES:
+            name = str(content)
+            raise UnknownNameError(
+                f"mp_policy.{field} must be a dtype name (got {name!r}){near(name, _NAMES)}; valid: {', '.join(_NAMES)}"
+            )
+        if field == "cast_forward_inputs" and not isinstance(content, bool):
+            raise TypeError(f"mp_policy.cast_forward_inputs must be True or False (got {content!r})")
+    return FrozenMapping(
+        {field: _dtype_name(content) if field in _DTYPES else content for field, content in value.items()}
+    )
+
+
+def _dtype_name(value: Any) -> Any:
+    """Return ``"bfloat16"`` for ``"bf16"``, ``"torch.bfloat16"`` and ``torch.bfloat16``."""
+    short = {"bf16": "bfloat16", "fp32": "float32", "fp16": "float16"}
+    name = str(value).removeprefix("torch.")
+    return None if value is None else short.get(name, name)
+
+
+def without_target(value: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Drop the ``_target_`` by which other configurations name torch's class *name*; no other code is named here."""
+    fields = dict(value)
+    target = fields.get("_target_")
+    if target in (name, f"torch.distributed.fsdp.{name}"):
+        del fields["_target_"]
+    return fields
+
+
+def mixed_precision(value: Any) -> MixedPrecisionPolicy:
+    """Return torch's policy for what a config holds; None is bfloat16 compute with float32 reduction."""
+    import torch
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    if isinstance(value, MixedPrecisionPolicy):
+        return value
+    if value is None:
+        return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    fields = {
+        field: getattr(torch, content) if field in _DTYPES and content is not None else content
+        for field, content in value.items()
+    }
+    return MixedPrecisionPolicy(**fields)

@@ -1,0 +1,167 @@
+"""Find plugins by entry point; import one only when it is asked for.
+
+Two groups of entry points exist. ``nemo_dist`` is the catalogue: one name, one plugin class. ``nemo_dist.roles`` names
+the plugin to take when a role is needed and the user chose none: a role is a mesh axis (``tp``) or a keyword of
+``DistributedSetup.build`` (``activation_checkpointing``), its value the name of a plugin in the catalogue.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from enum import IntEnum
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, ClassVar, Protocol, cast, runtime_checkable
+
+import attrs
+
+from nemo_dist.errors import PluginError, UnknownNameError
+from nemo_dist.planning.validation import near
+
+GROUP = "nemo_dist"
+ROLES = "nemo_dist.roles"
+
+
+class Stage(IntEnum):
+    """When a plugin acts on the model, innermost transformation first; a third party may take a value between."""
+
+    SPLIT = 10  # pipeline: one module becomes several parts
+    TENSOR = 20
+    EXPERT = 30
+    CONTEXT = 40
+    RECOMPUTE = 50
+    COMPILE = 60
+    DATA = 70  # FSDP2, DDP, Megatron-FSDP: the outermost, exactly one is selected
+
+
+@runtime_checkable
+class Plugin(Protocol):
+    """What the core asks of a plugin besides its hooks: an ``attrs.frozen(eq=False)`` class with these attributes.
+
+    ``axes`` are the mesh axes that it claims. ``composes_with`` matters for a strategy (stage ``DATA``): the axes and
+    roles of other plugins that it works with. It may have ``delegates`` besides: for an axis, the names of the options
+    of its config that belong to the plugin of that axis. A config class names its plugin in a class variable
+    ``plugin``.
+    """
+
+    name: ClassVar[str]
+    config_type: ClassVar[type]
+    stage: ClassVar[int]
+    axes: ClassVar[frozenset[str]]
+    composes_with: ClassVar[frozenset[str]]
+
+    @property
+    def config(self) -> Any:
+        """The options of this plugin, a ``config_type``."""
+
+
+def normalise(name: str) -> str:
+    """Return *name* as the catalogue spells it: lower case, underscores, NeMo's short name resolved."""
+    plain = name.strip().lower().replace("-", "_")
+    return _ALIASES.get(plain, plain)
+
+
+_ALIASES = {"mfsdp": "megatron_fsdp"}
+
+
+def owner(entry: EntryPoint) -> str:
+    """Return the distribution and version that declares *entry*."""
+    return f"{entry.dist.name} {entry.dist.version}" if entry.dist else "an unknown distribution"
+
+
+def _installed(group: str) -> tuple[EntryPoint, ...]:
+    return tuple(entry_points(group=group))
+
+
+@attrs.frozen
+class Registry:
+    """The installed plugins by name: iterate for the names, ``load`` for a class.
+
+    Raises ``PluginError`` when two distributions declare one name.
+    """
+
+    entries: tuple[EntryPoint, ...] = attrs.field(factory=lambda: _installed(GROUP))
+    roles: tuple[EntryPoint, ...] = attrs.field(factory=lambda: _installed(ROLES))
+
+    @entries.validator
+    def _one_owner_each(self, _: object, entries: tuple[EntryPoint, ...]) -> None:
+        owners: dict[str, EntryPoint] = {}
+        for entry in entries:
+            if entry.name in owners:
+                first = owners[entry.name]
+                raise PluginError(
+                    f"plugin {entry.name!r} is declared by both {owner(first)} ({first.value}) and {owner(entry)} "
+                    f"({entry.value}); uninstall one of them"
+                )
+            owners[entry.name] = entry
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(entry.name for entry in self.entries))
+
+    def entry(self, name: str) -> EntryPoint:
+        """Return the entry point called *name*; raise UnknownNameError (a ValueError) with the near match."""
+        wanted = normalise(name)
+        for entry in self.entries:
+            if entry.name == wanted:
+                return entry
+        raise UnknownNameError(
+            f"no plugin {name!r} is installed{near(wanted, self)} (installed: {', '.join(self) or 'none'})"
+        )
+
+    def load(self, name: str) -> type[Plugin]:
+        """Import and return the plugin class called *name*; raise PluginError that names who ships it."""
+        entry = self.entry(name)
+        try:
+            plugin = entry.load()
+        except Exception as error:
+            raise PluginError(
+                f"plugin {entry.name!r} ({entry.value}, from {owner(entry)}) failed to import: "
+                f"{type(error).__name__}: {error}; repair or uninstall it"
+            ) from error
+        problem = _misfit(plugin, entry)
+        if problem:
+            raise PluginError(f"plugin {entry.name!r} ({entry.value}, from {owner(entry)}) {problem}")
+        return cast(type[Plugin], plugin)
+
+    def role(self, role: str) -> str | None:
+        """Return the name of the plugin that fills *role* by default, or None; two are a PluginError."""
+        found = [entry for entry in self.roles if entry.name == role]
+        if len({entry.value for entry in found}) > 1:
+            who = " and ".join(f"{entry.value!r} of {owner(entry)}" for entry in found)
+            raise PluginError(f"the role {role!r} is declared by {who}; name the one you want in plugins=(...)")
+        return found[0].value if found else None
+
+    def claimants(self, axis: str) -> list[str]:
+        """Return the names of the installed plugins that claim *axis*, broken ones left out, for a message."""
+        return [name for name in self if (plugin := self._load_quietly(name)) and axis in plugin.axes]
+
+    def composing(self, feature: str) -> list[str]:
+        """Return the names of the installed strategies that compose with *feature*, for an error message."""
+        return [
+            name
+            for name in self
+            if (plugin := self._load_quietly(name)) and plugin.stage == Stage.DATA and feature in plugin.composes_with
+        ]
+
+    def stage(self, name: str) -> int | None:
+        """Return the stage of the plugin called *name*, or None when it does not import."""
+        plugin = self._load_quietly(name)
+        return plugin.stage if plugin else None
+
+    def _load_quietly(self, name: str) -> type[Plugin] | None:
+        try:
+            return self.load(name)
+        except PluginError:
+            return None
+
+
+def _misfit(plugin: Any, entry: EntryPoint) -> str:
+    """Say in what *plugin* is not a plugin class, or nothing."""
+    declared: Any = plugin
+    if not isinstance(plugin, type):
+        return f"must be a class (got {type(plugin).__name__})"
+    missing = [name for name in ("name", "config_type", "stage", "axes", "composes_with") if not hasattr(plugin, name)]
+    if missing:
+        return f"lacks the class attribute {', '.join(map(repr, missing))}; see nemo_dist.plugin.registry.Plugin"
+    if declared.name != entry.name:
+        return f"calls itself {declared.name!r}; the entry point and the class must agree"
+    return ""

@@ -1,0 +1,102 @@
+"""What ``build`` was asked for beside sizes and plugins: how many ranks, which of them, and what to recompute."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from nemo_dist.plugin.registry import Plugin
+from nemo_dist.setup.selection import Selection
+
+RECOMPUTE = "activation_checkpointing"
+_MODES: dict[Any, str] = {True: "full", "full": "full", "selective": "selective"}
+
+
+def launched_ranks() -> int:
+    """Return the size of the process group if there is one, else what the launcher says, else 1."""
+    if "torch.distributed" in sys.modules:
+        import torch.distributed as dist
+
+        if dist.is_available() and dist.is_initialized():
+            return dist.get_world_size()
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def mesh_ranks(ranks: Sequence[int] | None, world_size: int, problems: list[str]) -> tuple[tuple[int, ...] | None, int]:
+    """Return the ranks that the mesh is laid over (None: all) and how many they are."""
+    if ranks is None:
+        return None, world_size
+    chosen = tuple(ranks)
+    for rank in chosen:
+        if isinstance(rank, bool) or not isinstance(rank, int):
+            raise TypeError(f"ranks must be ints (got {rank!r})")
+    repeated = sorted({rank for rank in chosen if chosen.count(rank) > 1})
+    if repeated:
+        problems.append(f"ranks names {repeated} more than once; a rank has one place in the mesh")
+    if list(chosen) != sorted(chosen):
+        problems.append(f"ranks must ascend (got {list(chosen)}), as they do in torch's process groups; sort them")
+    outside = sorted({rank for rank in chosen if not 0 <= rank < world_size})
+    if outside:
+        problems.append(f"ranks names {outside}, but the world has ranks 0 to {world_size - 1}")
+    if not chosen:
+        problems.append("ranks is empty; name at least one rank, or leave it out for all")
+    return chosen, max(1, len(chosen))
+
+
+def select_recompute(asked: Any, strategy: Plugin, selection: Selection) -> str | None:
+    """Select the plugin that recomputes activations, if that was asked for anywhere, and return the mode."""
+    config = strategy.config
+    given = selection.filling(RECOMPUTE)
+    mode = given.config.mode if given else _recompute_mode(asked, config, selection.problems)
+    scope = getattr(config, f"{RECOMPUTE}_scope", None)
+    if given and (asked or getattr(config, RECOMPUTE, None) or scope is not None):
+        selection.problems.append(f"{RECOMPUTE} is set both here and in plugins=({given.config!r},); set it once")
+    elif mode and not given:
+        settings = {"mode": mode} if scope is None else {"mode": mode, "scope": scope}
+        selection.role(RECOMPUTE, f"{RECOMPUTE}={mode!r} was asked for", **settings)
+    elif scope is not None:
+        selection.problems.append(
+            f"{type(config).__name__}.{RECOMPUTE}_scope={scope!r} was given, but nothing is recomputed; "
+            f"set {RECOMPUTE}=True, or leave the scope out"
+        )
+    if mode:
+        feature = RECOMPUTE if mode == "full" else f"{RECOMPUTE}:{mode}"
+        selection.judge_feature(strategy, feature, f"{RECOMPUTE}={mode!r} was asked for")
+    return mode
+
+
+def _recompute_mode(asked: Any, config: Any, problems: list[str]) -> str | None:
+    """Return the mode of activation checkpointing from the setup or from the strategy config; they may not conflict."""
+    modes: list[str | None] = []
+    for where, value in (
+        (RECOMPUTE, asked),
+        (f"{type(config).__name__}.{RECOMPUTE}", getattr(config, RECOMPUTE, None)),
+    ):
+        if isinstance(value, bool | str) and value in _MODES:
+            modes.append(_MODES[value])
+        elif value is None or value is False:
+            modes.append(None)
+        else:
+            modes.append(None)
+            problems.append(f"{where} must be False, True, 'full' or 'selective' (got {value!r})")
+    on_setup, on_config = modes
+    if on_setup and on_config and on_setup != on_config:
+        problems.append(
+            f"{RECOMPUTE} is {on_setup!r} on the setup but {on_config!r} on {type(config).__name__}; "
+            "set it in one place"
+        )
+    return on_setup or on_config
+
+
+def judge_runtime_options(device_type: Any, timeout_minutes: Any, problems: list[str]) -> None:
+    """Judge the kind of device and the time limit of collectives."""
+    if device_type is not None and not isinstance(device_type, str):
+        raise TypeError(f"device_type must be 'cpu', 'cuda' or None (got {device_type!r})")
+    if timeout_minutes is None:
+        return
+    if isinstance(timeout_minutes, bool) or not isinstance(timeout_minutes, int | float):
+        raise TypeError(f"timeout_minutes must be a number of minutes (got {timeout_minutes!r})")
+    if not timeout_minutes > 0:
+        problems.append(f"timeout_minutes must be positive (got {timeout_minutes})")

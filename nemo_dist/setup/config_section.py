@@ -1,0 +1,209 @@
+"""The ``distributed:`` section of a configuration: a flat mapping of plain values, read from and written to YAML.
+
+``strategy``, the sizes, the options of the strategy, ``activation_checkpointing``, ``pipeline:`` and ``moe:`` are the
+keys of NeMo AutoModel; ``plugins:`` maps further plugins to their options, and ``device_type``, ``timeout_minutes``
+and ``ranks`` are those of ``DistributedSetup.build``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from nemo_dist.errors import UnknownNameError
+from nemo_dist.planning.sizes import ParallelismSizes
+from nemo_dist.planning.validation import near
+from nemo_dist.plugin.options import from_mapping, option_names
+from nemo_dist.plugin.registry import Registry, Stage
+from nemo_dist.setup.selection import Selection
+
+if TYPE_CHECKING:
+    from nemo_dist.plugin.registry import Plugin
+    from nemo_dist.setup.setup import DistributedSetup
+
+RECOMPUTE = "activation_checkpointing"
+_CONFIGS = {"pipeline": ("pipeline_config", "pp"), "moe": ("moe_parallel_config", "ep")}
+_SIZES = tuple(field.name for field in attrs.fields(ParallelismSizes))
+_OTHER = ("device_type", "timeout_minutes", "ranks")
+
+
+def read_yaml(path: str | os.PathLike[str]) -> Mapping[str, Any]:
+    """Return the ``distributed:`` section of the YAML file at *path*; the rest of the file is somebody else's.
+
+    Raises ValueError for a file that is no YAML, repeats a key, or has no such section.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """Refuse what YAML itself lets pass: the same key twice, of which the last silently wins."""
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+            twice = sorted({str(key) for key in keys if keys.count(key) > 1})
+            if twice:
+                line = node.start_mark.line + 1
+                raise ValueError(f"{path}: {', '.join(twice)} stands twice in the mapping at line {line}; keep one")
+            return super().construct_mapping(node, deep)
+
+    try:
+        content = yaml.load(Path(path).read_text(), Loader)  # derived from SafeLoader
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, Mapping) or not isinstance(content.get("distributed"), Mapping):
+        found = f"the keys {', '.join(map(str, content))}" if isinstance(content, Mapping) else f"{content!r}"
+        raise ValueError(f"{path} has no 'distributed:' section with keys of its own (it has {found})")
+    section: Mapping[str, Any] = content["distributed"]
+    return section
+
+
+def build_keywords(section: Mapping[str, Any], registry: Registry) -> dict[str, Any]:
+    """Return the keywords of ``DistributedSetup.build`` that *section* stands for.
+
+    Raises UnknownNameError (a ValueError) that names every unknown key, each with the near match.
+    """
+    if not isinstance(section, Mapping):
+        raise TypeError(f"the distributed section must be a mapping (got {section!r})")
+    values = {
+        key: None if isinstance(value, str) and value.lower() == "none" else value for key, value in section.items()
+    }
+    strategy = values.pop("strategy", None) or "fsdp2"
+    if not isinstance(strategy, str):
+        raise TypeError(f"strategy must be the name of a strategy (got {strategy!r})")
+    config_type = Selection(registry).strategy_type(strategy).config_type
+    options = [name for name in option_names(config_type) if name != RECOMPUTE]
+    _refuse_unknown(values, strategy, options, registry)
+    keywords: dict[str, Any] = {
+        "strategy": config_type(**{name: values[name] for name in options if name in values}),
+        "parallelism_sizes": ParallelismSizes(**_given(values, _SIZES)),
+        RECOMPUTE: values.get(RECOMPUTE) or False,
+        "plugins": tuple(_extras(values.get("plugins") or {}, registry)),
+        **_given(values, _OTHER),
+    }
+    for key, (keyword, _) in _CONFIGS.items():
+        if values.get(key) is not None:
+            keywords[keyword] = values[key]
+    return keywords
+
+
+def _given(values: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    return {name: values[name] for name in names if values.get(name) is not None}
+
+
+def _refuse_unknown(values: Mapping[str, Any], strategy: str, options: list[str], registry: Registry) -> None:
+    valid = ["strategy", *_SIZES, RECOMPUTE, *_CONFIGS, "plugins", *_OTHER, *options]
+    problems = []
+    for key in values:
+        if key in valid:
+            continue
+        others = [
+            name
+            for name in registry
+            if registry.stage(name) == Stage.DATA and key in option_names(registry.load(name).config_type)
+        ]
+        hint = f"; it is an option of {' and '.join(map(repr, others))}" if others else near(str(key), valid)
+        problems.append(f"unknown key {key!r} for strategy {strategy!r}{hint}")
+    if problems:
+        raise UnknownNameError(
+            "the distributed section has " + "; ".join(problems) + f"; valid keys: {', '.join(valid)}"
+        )
+
+
+def _extras(plugins: Any, registry: Registry) -> Iterator[Any]:
+    """Yield the config of each plugin under ``plugins:``, a mapping from names to options, or a list of names."""
+    named = plugins if isinstance(plugins, Mapping) else dict.fromkeys(plugins)
+    for name, options in named.items():
+        config_type = registry.load(name).config_type
+        yield from_mapping(config_type, options or {}, f"plugins.{name}")
+
+
+def section_of(setup: DistributedSetup, registry: Registry) -> dict[str, Any]:
+    """Return the section that builds *setup* again: plain values, and nothing that is a default.
+
+    Raises ValueError for a setup that no section can describe: a plugin that is not installed, an option that is an
+    object of the user's own.
+    """
+    strategy = setup.strategy
+    if strategy is None:
+        raise ValueError("the setup wraps a device mesh without a strategy, which a section cannot describe")
+    section: dict[str, Any] = {"strategy": _installed(strategy, registry).name}
+    section |= _options(setup.parallelism_sizes, "the sizes")
+    section |= _options(strategy.config, strategy.name, without=(RECOMPUTE,))
+    further: dict[str, Any] = {}
+    for plugin in setup.plugins:
+        if plugin is not strategy:
+            _describe(_installed(plugin, registry), setup, registry, section, further)
+    section |= {"plugins": further} if further else {}
+    return section | {name: _plain(getattr(setup, name), name) for name in _OTHER if getattr(setup, name) is not None}
+
+
+def _describe(
+    plugin: Plugin, setup: DistributedSetup, registry: Registry, section: dict[str, Any], further: dict[str, Any]
+) -> None:
+    """Add *plugin* to the section: under the key of its role where it fills one, else under ``plugins:``."""
+    if registry.role(RECOMPUTE) == plugin.name:
+        scope = getattr(setup.strategy_config, f"{RECOMPUTE}_scope", None)
+        settings = {"mode": setup.activation_checkpointing} | ({} if scope is None else {"scope": scope})
+        if plugin.config == type(plugin.config)(**settings):
+            section[RECOMPUTE] = setup.activation_checkpointing
+            return
+    options = _options(plugin.config, plugin.name)
+    for key, (_, role) in _CONFIGS.items():
+        if registry.role(role) == plugin.name:
+            section |= {key: options} if options else {}
+            return
+    if plugin.config != _default(plugin, setup, registry):
+        further[plugin.name] = options
+
+
+def _default(plugin: Plugin, setup: DistributedSetup, registry: Registry) -> Any:
+    """Return the config that ``build`` gives *plugin* for an axis that nobody was named for; None if it would not."""
+    delegates = getattr(setup.strategy, "delegates", {})
+    usual = type(setup.strategy_config)()
+    for axis in (axis.name for axis in setup.plan.wide if axis.name in plugin.axes):
+        if registry.role(axis) == plugin.name:
+            given = {name: getattr(setup.strategy_config, name) for name in delegates.get(axis, ())}
+            return type(plugin.config)(
+                **{name: value for name, value in given.items() if value != getattr(usual, name)}
+            )
+    return None
+
+
+def _installed(plugin: Plugin, registry: Registry) -> Plugin:
+    if plugin.name not in list(registry) or registry.load(plugin.name) is not type(plugin):
+        raise ValueError(f"plugin {plugin.name!r} is not installed, so a section cannot name it; install it first")
+    return plugin
+
+
+def _options(config: Any, what: str, without: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return the fields of *config* that are not their defaults, as plain values."""
+    if not attrs.has(type(config)):
+        raise ValueError(f"the config of {what} is no attrs class, so its options cannot be read (got {config!r})")
+    default = {field.name: getattr(type(config)(), field.name) for field in attrs.fields(type(config))}
+    return {
+        name: _plain(getattr(config, name), f"{what}.{name}")
+        for name, usual in default.items()
+        if name not in without and getattr(config, name) != usual
+    }
+
+
+def _plain(value: Any, what: str) -> Any:
+    """Return *value* as YAML writes it: names for dtypes, mappings for policies."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item, f"{what}.{key}") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, what) for item in value]
+    if type(value).__name__ == "dtype":
+        return str(value).removeprefix("torch.")
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {
+            field.name: _plain(getattr(value, field.name), f"{what}.{field.name}")
+            for field in dataclasses.fields(value)
+        }
+    raise ValueError(f"{what} is {value!r}, which a section cannot write; use names and numbers instead")

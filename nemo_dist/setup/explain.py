@@ -1,0 +1,69 @@
+"""Say in text what a setup is: its axes, who claims each, what every plugin does, and where this rank stands."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from nemo_dist.plugin.comm_estimate import ModelFacts
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from nemo_dist.setup.setup import DistributedSetup
+
+
+def explanation(setup: DistributedSetup, model: Any = None, rows: int = 1, length: int | None = None) -> str:
+    """Return the explanation of *setup*: a line per axis, per plugin and per kind of collective in a step."""
+    plan = setup.plan
+    lines = [f"{plan.world_size} ranks, strategy {setup.strategy.name if setup.strategy else 'none'}"]
+    for view in (plan.dense, *plan.views):
+        lines.append(f"mesh {view.name!r}, outermost axis first:")
+        for axis in view.axes:
+            lines.append(f"  {axis.name:<12} {axis.size:>6}  {_claimants(setup, axis.name) if axis.size > 1 else '-'}")
+    lines.append("plugins, in the order they act on the model:")
+    lines += [f"  {line}" for line in setup.calls.explain(plan=plan, model=model)]
+    facts = _facts(setup, model, rows, length)
+    sent = [line for found in setup.calls.traffic(plan=plan, facts=facts, model=model) for line in found]
+    if sent:
+        lines.append("collectives of a step" + (", with the bytes that one rank sends:" if model is not None else ":"))
+        lines += [f"  {line}" for line in sent]
+    lines += _place(setup)
+    return "\n".join(lines)
+
+
+def _place(setup: DistributedSetup) -> list[str]:
+    """Say where this rank stands: in the user's own mesh, or by the launcher's word in the plan."""
+    if setup.own_mesh is not None:
+        rank, place, together = _in_own_mesh(setup.own_mesh)
+    else:
+        rank = int(os.environ.get("RANK", "0"))
+        if rank >= setup.plan.world_size or setup.ranks is not None:
+            return []
+        place, together = setup.plan.coordinates(rank), list(setup.plan.batch_ranks(rank))
+        place = {name: index for name, index in place.items() if setup.plan.size(name) > 1}
+    where = ", ".join(f"{name} {index}" for name, index in place.items())
+    return [f"rank {rank}: {where or 'alone'}; reads the same batch as ranks {together}"]
+
+
+def _in_own_mesh(mesh: DeviceMesh) -> tuple[int, dict[str, int], list[int]]:
+    """Return this rank, its coordinates in *mesh*, and the ranks with the same coordinates on the data axes."""
+    place = dict(zip(mesh.mesh_dim_names or (), mesh.get_coordinate() or (), strict=False))
+    here = tuple(index if name.startswith("dp") else slice(None) for name, index in place.items())
+    return mesh.get_rank(), place, sorted(mesh.mesh[here].flatten().tolist())
+
+
+def _claimants(setup: DistributedSetup, axis: str) -> str:
+    return ", ".join(plugin.name for plugin in setup.plugins if axis in plugin.axes)
+
+
+def _facts(setup: DistributedSetup, model: Any, rows: int, length: int | None) -> ModelFacts | None:
+    if model is None:
+        return None
+    return ModelFacts.of(
+        model,
+        rows,
+        length or model.config.get_text_config().max_position_embeddings,
+        getattr(setup.strategy, "compute_dtype", None),
+        setup.activation_checkpointing == "full",
+    )

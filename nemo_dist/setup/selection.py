@@ -1,0 +1,181 @@
+"""Select the plugins of a setup: what the user named, then one for every role that is still open."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import attrs
+
+from nemo_dist.errors import UnknownNameError
+from nemo_dist.planning.sizes import ParallelismSizes
+from nemo_dist.planning.validation import near
+from nemo_dist.plugin.options import from_mapping
+from nemo_dist.plugin.registry import Plugin, Registry, Stage, normalise
+
+Choice = Any  # a plugin name, a config object, or a plugin instance
+
+
+@attrs.define
+class Selection:
+    """The plugins selected so far and the problems met, one sentence each."""
+
+    registry: Registry
+    plugins: list[Plugin] = attrs.field(factory=list)
+    problems: list[str] = attrs.field(factory=list)
+
+    def strategy(self, choice: Choice) -> Plugin:
+        """Select the strategy: a name, a config object, or a plugin instance that need not be installed."""
+        plugin = self._plugin(choice, "strategy")
+        if plugin.stage != Stage.DATA:
+            self.problems.append(
+                f"plugin {plugin.name!r} is no strategy (it acts at stage {plugin.stage}); pass it in plugins=(...), "
+                f"and one of {', '.join(self._strategies())} as strategy"
+            )
+        self.plugins.append(plugin)
+        return plugin
+
+    def strategy_type(self, name: str) -> type[Plugin]:
+        """Return the plugin class of the strategy called *name*; raise UnknownNameError with the near match."""
+        return self._load(name, "strategy")
+
+    def extras(self, choices: Iterable[Choice]) -> None:
+        """Select what the user passed as ``plugins=``."""
+        if isinstance(choices, str):
+            raise TypeError(
+                f"plugins must be a tuple of names, configs or plugins (got {choices!r}); write ({choices!r},)"
+            )
+        for choice in choices:
+            self._add(self._plugin(choice, "plugins"))
+
+    def option(self, role: str, keyword: str, value: Any) -> None:
+        """Select the plugin that *keyword* configures: *value* is its config, or a mapping with the same fields."""
+        if isinstance(value, Mapping):
+            name = self.registry.role(role)
+            if name is None:
+                self.problems.append(f"{keyword} was given, but no installed plugin fills the role {role!r}")
+                return
+            plugin_type = self.registry.load(name)
+            self._add(plugin_type(from_mapping(plugin_type.config_type, value, keyword)))  # type: ignore[call-arg]
+        else:
+            self._add(self._plugin(value, keyword, by_name=False))
+
+    def role(self, role: str, need: str, **settings: Any) -> None:
+        """Select the default plugin for *role*; *need* starts the sentence that says why it is needed."""
+        name = self.registry.role(role)
+        if name is None:
+            others = self.registry.claimants(role)
+            hint = f"; installed plugins that do: {', '.join(others)}" if others else ""
+            chosen = ", ".join(plugin.name for plugin in self.plugins)
+            self.problems.append(f"{need}, but no selected plugin handles it (selected: {chosen}){hint}")
+            return
+        plugin_type = self.registry.load(name)
+        self._add(plugin_type(plugin_type.config_type(**settings)))  # type: ignore[call-arg]
+
+    def filling(self, role: str) -> Plugin | None:
+        """Return the selected plugin that is the default for *role*, if the user passed it."""
+        name = self.registry.role(role)
+        return next((plugin for plugin in self.plugins if plugin.name == name), None)
+
+    def axes(self, sizes: ParallelismSizes, world_size: int) -> None:
+        """Select a plugin for every axis of size > 1 that nobody claims yet; it gets the strategy's options for it."""
+        delegated = {axis: self._delegated(axis) for axis in self._delegates()}
+        for axis, size in _wide(sizes, world_size).items():
+            if not self._claimant(axis):
+                self.role(axis, f"axis {axis!r} has size {size}", **delegated.pop(axis, {}))
+        for axis, given in delegated.items():
+            claimant = self._claimant(axis)
+            for option, value in given.items():
+                way = f"set {axis}_size > 1 or leave it out" if claimant is None else f"set it on {claimant.config!r}"
+                who = (
+                    f"{axis}_size is 1" if claimant is None else f"plugin {claimant.name!r} was given for axis {axis!r}"
+                )
+                self.problems.append(f"{option}={value!r} was given on the strategy, but {who}; {way}")
+
+    def _delegates(self) -> Mapping[str, tuple[str, ...]]:
+        strategy = next((plugin for plugin in self.plugins if plugin.stage == Stage.DATA), None)
+        return getattr(strategy, "delegates", {})
+
+    def _delegated(self, axis: str) -> dict[str, Any]:
+        """Return the options for *axis* that were given on the strategy's config: those that are not the default."""
+        strategy = next(plugin for plugin in self.plugins if plugin.stage == Stage.DATA)
+        default, names = strategy.config_type(), self._delegates()[axis]
+        return {name: value for name in names if (value := getattr(strategy.config, name)) != getattr(default, name)}
+
+    def judge_composition(self, strategy: Plugin, sizes: ParallelismSizes, world_size: int) -> None:
+        """Judge that *strategy* composes with every other claimed axis of size > 1."""
+        for axis, size in _wide(sizes, world_size).items():
+            claimant = self._claimant(axis)
+            if claimant is None or claimant is strategy:
+                continue
+            if axis not in strategy.composes_with and strategy.name not in claimant.composes_with:
+                self.problems.append(self._uncomposed(f"axis {axis!r} has size {size}", axis, strategy))
+
+    def judge_feature(self, strategy: Plugin, feature: str, need: str) -> None:
+        """Judge that *strategy* composes with a *feature* that is no axis."""
+        if feature not in strategy.composes_with:
+            self.problems.append(self._uncomposed(need, feature, strategy))
+
+    def _uncomposed(self, need: str, feature: str, strategy: Plugin) -> str:
+        others = " or ".join(map(repr, self.registry.composing(feature)))
+        way = f"use {others}" if others else "no installed strategy does"
+        return f"{need}, but strategy {strategy.name!r} does not compose with it; {way}"
+
+    def _claimant(self, axis: str) -> Plugin | None:
+        return next((plugin for plugin in self.plugins if axis in plugin.axes), None)
+
+    def _add(self, plugin: Plugin) -> None:
+        if any(plugin.name == other.name for other in self.plugins):
+            self.problems.append(f"plugin {plugin.name!r} is selected twice; name it once")
+        elif plugin.stage == Stage.DATA:
+            self.problems.append(f"plugin {plugin.name!r} is a strategy; a setup has exactly one, in strategy=")
+        else:
+            self.plugins.append(plugin)
+
+    def _plugin(self, choice: Choice, what: str, by_name: bool = True) -> Plugin:
+        """Return the plugin that *choice* names, configures, or is."""
+        if isinstance(choice, type):
+            raise TypeError(f"{what} must be an instance (got the class {choice.__name__}); write {choice.__name__}()")
+        if isinstance(choice, str) and by_name:
+            plugin_type = self._load(choice, what)
+            return plugin_type(plugin_type.config_type())  # type: ignore[call-arg]
+        if isinstance(choice, Plugin):
+            return choice
+        name = getattr(choice, "plugin", None)
+        if not isinstance(name, str):
+            kinds = "a plugin name, a config object or a plugin instance" if by_name else "its config object or a dict"
+            raise TypeError(f"{what} must be {kinds} (got {choice!r}); installed plugins: {', '.join(self.registry)}")
+        plugin_type = self._load(name, what)
+        if not isinstance(choice, plugin_type.config_type):
+            raise TypeError(f"{what}: plugin {name!r} takes a {plugin_type.config_type.__name__} (got {choice!r})")
+        return plugin_type(choice)  # type: ignore[call-arg]
+
+    def _load(self, name: str, what: str) -> type[Plugin]:
+        try:
+            return self.registry.load(name)
+        except UnknownNameError as error:
+            if what != "strategy":
+                raise
+            valid = self._strategies()
+            raise UnknownNameError(
+                f"unknown strategy {name!r}{near(normalise(name), valid)}; valid names: {', '.join(valid)}"
+            ) from error
+
+    def _strategies(self) -> list[str]:
+        return [name for name in self.registry if self.registry.stage(name) == Stage.DATA]
+
+
+def _wide(sizes: ParallelismSizes, world_size: int) -> dict[str, int]:
+    """Return the requested axes of size > 1, outermost first."""
+    replicate = sizes.dp_replicate_size or 1
+    shard = max(1, sizes.dp(world_size) // replicate)
+    axes = {
+        "pp": sizes.pp_size,
+        "dp_replicate": replicate,
+        "dp_shard": shard,
+        "cp": sizes.cp_size,
+        "tp": sizes.tp_size,
+        "ep": sizes.ep_size,
+        **sizes.extra,
+    }
+    return {axis: size for axis, size in axes.items() if size > 1}

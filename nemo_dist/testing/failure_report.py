@@ -1,0 +1,62 @@
+"""What a pool says when ranks fail, die or hang: the culprit first, then the rest in a line each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from nemo_dist.errors import RankError
+from nemo_dist.launcher.failures import is_echo
+from nemo_dist.testing.remote_call import Reply
+
+_LONGEST = 4000  # characters of a rank's output
+
+
+class RankFailure(RankError):
+    """A call failed on some ranks; ``failures`` maps each of them to its traceback or stacks, the culprit first."""
+
+    def __init__(self, message: str, failures: dict[int, str]) -> None:
+        self.failures = failures
+        super().__init__(message)
+
+
+def failure(failed: Mapping[int, Reply], hanging: Sequence[int], what: str, outputs: Mapping[int, Path]) -> RankFailure:
+    """Report that *what* raised, or its process died, on the ranks *failed* while *hanging* still ran."""
+    order = sorted(failed, key=lambda rank: (is_echo(failed[rank].error), failed[rank].at))
+    first, others = order[0], order[1:]
+    lines = [f"rank {first} of {len(outputs)} failed in {what}", "", failed[first].failure.rstrip()]
+    if others:
+        lines += ["", "then failed:"]
+        lines += [f"  rank {rank}: {failed[rank].error.splitlines()[-1]}" for rank in others]
+    if hanging:
+        lines += ["", f"still running when the pool stopped: {_names(hanging)}"]
+    lines += output({first: outputs[first]})
+    return RankFailure("\n".join(lines), {rank: failed[rank].failure for rank in order})
+
+
+def hang(stacks: Mapping[int, str], limit: float, what: str, outputs: Mapping[int, Path]) -> RankFailure:
+    """Report that the ranks of *stacks* did not return from *what* within *limit* seconds."""
+    hanging = sorted(stacks)
+    lines = [f"{_names(hanging)} of {len(outputs)} did not return from {what} within {limit:g} s"]
+    for rank in hanging:
+        lines += ["", f"stacks of rank {rank}:", stacks[rank].rstrip()]
+    lines += output({rank: outputs[rank] for rank in hanging})
+    return RankFailure("\n".join(lines), dict(stacks))
+
+
+def output(outputs: Mapping[int, Path]) -> list[str]:
+    """Return the end of what each rank printed, in lines; nothing for a silent rank."""
+    lines: list[str] = []
+    for rank, path in outputs.items():
+        if text := read(path).rstrip():
+            lines += ["", f"output of rank {rank}:", text[-_LONGEST:]]
+    return lines
+
+
+def read(path: Path) -> str:
+    """Return the text of *path*, empty when it is not there."""
+    return path.read_text(errors="replace") if path.exists() else ""
+
+
+def _names(ranks: Sequence[int]) -> str:
+    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))

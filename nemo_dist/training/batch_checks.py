@@ -1,0 +1,122 @@
+"""Ranks that work on one batch together must have been given the same one: checked once, on the first step.
+
+Ranks with batches of their own may only have to run the same modules: that is checked in the sum of the label counts,
+which every step needs anyway, so it costs no collective.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import attrs
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nemo_dist.errors import RankError
+
+if TYPE_CHECKING:
+    from nemo_dist.mesh.mesh_context import MeshContext
+    from nemo_dist.plugin.hookspecs import Batch
+
+
+@attrs.define(eq=False)
+class BatchCheck:
+    """Compare the batches of the first step; later ones come from the same loader, so they cost nothing."""
+
+    done: bool = False
+
+    def once(self, batches: Sequence[Batch], mesh: MeshContext) -> None:
+        """Raise RankError on every rank when ranks with one data-parallel place got different *batches*.
+
+        Collective over the whole mesh on the first call: three numbers per rank.
+        """
+        if self.done or mesh.device_mesh is None or mesh.device_mesh.size() == mesh.size("dp"):
+            return
+        self.done = True
+        differing = _differences(_everywhere([dist.get_rank(), mesh.rank("dp"), digest(batches)], mesh))
+        if differing:
+            raise RankError(
+                "ranks that share a batch were given different ones:\n"
+                + "\n".join(f"- {line}" for line in differing)
+                + "\nread with DistributedSampler(data, num_replicas=runtime.dp_size, rank=runtime.dp_rank), and seed "
+                "what is drawn by runtime.dp_rank"
+            )
+
+
+# Floating-point inputs of a language model itself; any other is read by a tower that runs only when it is given.
+_OWN = frozenset({"attention_mask", "inputs_embeds", "labels", "shift_labels"})
+
+
+def form(batches: Sequence[Batch]) -> str:
+    """Describe which modules *batches* make a model run: how many there are, and which towers' inputs each has."""
+    media = [
+        sorted(n for n, v in batch.items() if n not in _OWN and isinstance(v, Tensor) and v.is_floating_point())
+        for batch in batches
+    ]
+    return ", then ".join(" and ".join(names) or "text only" for names in media)
+
+
+def tally(count: Tensor, batches: Sequence[Batch]) -> Tensor:
+    """Return integers whose sum over ranks holds the sum of *count* and whether the forms of *batches* are all one."""
+    code = int.from_bytes(hashlib.blake2b(form(batches).encode(), digest_size=2).digest(), "big")
+    numbers = torch.tensor([0, 1, code, code * code], device=count.device)
+    numbers[0] = count
+    return numbers
+
+
+def require_one_form(sums: Tensor, batches: Sequence[Batch]) -> None:
+    """Raise RankError when *sums*, of the tallies of all ranks, say that some would run other modules than this one."""
+    _, ranks, total, squares = sums.tolist()
+    if ranks * squares != total * total:  # the variance of the codes
+        raise RankError(
+            f"the batches of different data-parallel ranks make them run different modules, so they would wait for "
+            f"each other for ever; this rank was given: {form(batches)}. Give every rank equally many batches and, in "
+            f"each, the same kinds of input (a blank image where there is none, its labels -100)"
+        )
+
+
+def digest(batches: Sequence[Batch]) -> int:
+    """Return a number of 64 bits that differs when any name, dtype, shape or value in *batches* does."""
+    state = hashlib.blake2b(digest_size=8)
+    for index, batch in enumerate(batches):
+        for name, value in sorted(batch.items()):
+            if isinstance(value, Tensor):
+                state.update(f"{index} {name} {value.dtype} {tuple(value.shape)}".encode())
+                state.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            else:
+                plain = value is None or isinstance(value, bool | int | float | str)
+                state.update(f"{index} {name} {value if plain else type(value).__name__}".encode())
+    return int.from_bytes(state.digest(), "big", signed=True)
+
+
+def _everywhere(mine: list[int], mesh: MeshContext) -> list[list[int]]:
+    """Return what every rank of the mesh brought: gathered along one axis after the other, so each axis is one hop."""
+    rows = torch.tensor([mine], dtype=torch.int64, device=mesh.device)
+    for axis in (mesh.device_mesh and mesh.device_mesh.mesh_dim_names) or ():
+        group = mesh.group(axis)
+        if group is not None:
+            pieces = [torch.empty_like(rows) for _ in range(mesh.size(axis))]
+            dist.all_gather(pieces, rows, group=group)
+            rows = torch.cat(pieces)
+    found: list[list[int]] = rows.tolist()
+    return found
+
+
+def _differences(rows: list[list[int]]) -> list[str]:
+    """Say, for every data-parallel place, which ranks differ from most of the ranks that share it."""
+    shared: dict[int, dict[int, int]] = {}
+    for rank, place, value in sorted(rows):
+        shared.setdefault(place, {})[rank] = value
+    lines = []
+    for place, values in sorted(shared.items()):
+        usual = Counter(values.values()).most_common(1)[0][0]
+        odd = [rank for rank, value in values.items() if value != usual]
+        if odd:
+            same = [rank for rank in values if rank not in odd]
+            ours, theirs = ", ".join(map(str, odd)), ", ".join(map(str, same))
+            lines.append(f"data-parallel rank {place}: the batch of rank {ours} is not that of rank {theirs}")
+    return lines

@@ -1,0 +1,102 @@
+"""Count the labels that a model's mean loss is a mean over, and refuse a model whose loss is something else.
+
+What a forward makes of its loss is judged by the names in its code, because every model writes that by itself: one that
+adds a term, or takes a mean of its own, would be weighted by its labels all the same, and silently be wrong.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from nemo_dist.plugin.hookspecs import Batch
+
+IGNORED = -100  # torch's and transformers' mark of a label that does not count
+_NEXT_TOKEN = ("ForCausalLM", "ForConditionalGeneration")
+_PER_LABEL = ("ForMaskedLM", "ForTokenClassification", "ForSequenceClassification")
+_REDUCTIONS = ("num_items_in_batch", "ignore_index")  # what transformers' losses take besides labels
+# Names in the code of forwards whose loss is a plain mean over labels. A next-token loss of transformers.loss shifts
+# them; that of a forward which calls torch's cross entropy itself mostly does not.
+_MEANS = {"loss", "loss_function"}
+_CLASSIFIERS = _MEANS | {"loss_fct", "loss_fn", "CrossEntropyLoss", "MSELoss", "BCEWithLogitsLoss"}
+_ROUTERS = {"aux_loss", "load_balancing_loss_func", "router_aux_loss_coef", "aux_loss_coef"}
+_LOGITS = {"z_loss", "z_loss_coefficient"}  # a mean over all tokens, labels or not
+_MASKED = "bbox_first_token_mask"  # leaves labels out of the mean without marking them
+
+
+def judge_loss(model: Any, routers_known: bool) -> None:
+    """Raise ValueError when the forward of *model* makes its loss in a way that is not known to be a mean over labels.
+
+    ``routers_known``: the load balancing loss of its routers, if it adds one, is taken care of. A model whose type of
+    loss is unknown passes; ``count_labels`` will refuse its batches.
+    """
+    kind, names = getattr(model, "loss_type", None), _loss_names(model)
+    if _predicts_next_token(model, kind):
+        known = (_MEANS if "loss_function" in names else set()) | (_ROUTERS if routers_known else set())
+        if not getattr(model, "z_loss_coefficient", 1):
+            known = known | _LOGITS
+    elif kind in _PER_LABEL:
+        known = _CLASSIFIERS
+    else:
+        return
+    strange = sorted(names - known) or ([] if names else ["a part of it"])
+    if strange:
+        way_out = (
+            "load it with z_loss_coefficient=0" if strange == sorted(_LOGITS) else "train it in a loop of your own"
+        )
+        raise ValueError(
+            f"{class_name(model)} makes a loss of its own (from {', '.join(strange)}) that is not known to be the mean "
+            f"over the labels, so ranks and batches cannot be weighted by theirs; {way_out}"
+        )
+
+
+def class_name(model: Any) -> str:
+    """Return the name of the model's class as transformers knows it, below what sharding made of it."""
+    kinds = [kind for kind in type(model).__mro__ if kind.__module__.startswith("transformers")]
+    return (kinds or [type(model)])[0].__name__
+
+
+def _loss_names(model: Any) -> set[str]:
+    """Return the names with a loss in them, of the nearest forward of *model*'s classes that has any."""
+    for kind in type(model).__mro__:
+        forward = vars(kind).get("forward")
+        code = getattr(inspect.unwrap(forward), "__code__", None) if forward else None
+        names = {*code.co_names, *code.co_varnames} if code else set()
+        found = {name for name in names if "loss" in name.lower() or name == _MASKED}
+        if found:
+            return found
+    return set()
+
+
+def count_labels(model: nn.Module, batch: Batch) -> Tensor:
+    """Return how many labels of *batch* count in the loss of *model*: a 0-dim float32 tensor on the labels' device.
+
+    Next-token losses leave out the first label of a sequence unless ``shift_labels`` are given; labels of -100 never
+    count; float labels (regression, multi-label classification) all do, element by element. This is how
+    ``transformers.loss`` averages. Raises ValueError for a batch without labels, or a model whose loss is none of
+    these.
+    """
+    for name in _REDUCTIONS:
+        if batch.get(name) is not None:
+            raise ValueError(f"the batch has {name!r}, which changes what the loss is a mean over; leave it out")
+    labels: Tensor | None = batch.get("shift_labels", batch.get("labels"))
+    if labels is None:
+        raise ValueError(f"the batch has no labels (it has {sorted(batch)}); add 'labels', -100 where none counts")
+    kind = getattr(model, "loss_type", None)
+    if labels.is_floating_point():
+        return torch.tensor(float(labels.numel()), device=labels.device)
+    if _predicts_next_token(model, kind):
+        labels = labels if "shift_labels" in batch else labels[..., 1:]
+    elif kind not in _PER_LABEL:
+        known = ", ".join((*_NEXT_TOKEN, *_PER_LABEL))
+        raise ValueError(f"{class_name(model)} has a loss of type {kind!r}, whose mean is not known; known: {known}")
+    return (labels != IGNORED).sum().float()
+
+
+def _predicts_next_token(model: Any, kind: str | None) -> bool:
+    return kind in _NEXT_TOKEN and not model.config.is_encoder_decoder

@@ -1,0 +1,254 @@
+"""The load balancing loss of routers, over all the tokens of a step.
+
+transformers adds to a model's loss ``coefficient * experts * sum_e f_e * P_e``, with f_e the share of the routed tokens
+that chose expert e and P_e the mean probability that routers gave it (Switch Transformer, arXiv:2101.03961). It is a
+product of two means over tokens, so that its mean over ranks or microbatches is not its value on the whole batch, nor
+does it count labels. Here the model leaves it out, hooks on the routers sum up what it needs, the sums are added over
+all ranks, and every router's backward gets the gradient of the whole: f_e is a constant to it, so it is linear in the
+local probabilities.
+
+What transformers records as router logits is private to it and read here only; ``tests/test_routing.py`` holds the
+contract: thirty model families have the one formula, and any other is refused.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers.utils.output_capturing import OutputRecorder
+
+from nemo_dist.training.loss_weighting import class_name
+
+if TYPE_CHECKING:
+    from nemo_dist.mesh.mesh_context import MeshContext
+    from nemo_dist.plugin.hookspecs import Batch
+
+SWITCH = "output_router_logits"  # the argument, and the config's field, that turns the loss on
+# In a batch, optional: which tokens of (rows, length) count, where that is not what attention_mask says. Whoever
+# appends tokens or rows of its own gives it; the model does not get it.
+COUNTED = "counted_tokens"
+_FORMULA = "load_balancing_loss_func"
+# The numbers that models hand to it, under the names that they have for them.
+_EXPERTS = ("num_experts", "num_local_experts", "moe_num_experts", "n_routed_experts")
+_TOP_K = ("num_experts_per_tok",)
+_COEFFICIENT = ("router_aux_loss_coef", "aux_loss_coef")
+_ARGUMENTS = ("gate_logits", "num_experts", "top_k", "attention_mask")
+
+
+@attrs.define(eq=False)
+class RouterLoss:
+    """The load balancing loss of one model, whose routers are hooked; idle outside of ``step``."""
+
+    experts: int
+    top_k: int
+    coefficient: float
+    default: bool
+    device: torch.device
+    groups: Sequence[dist.ProcessGroup]
+    unknown: str = ""  # why the loss cannot be had, where it is off by default and its form is not known
+    _active: bool = False
+    _counting: bool = False
+    _mask: Tensor | None = None
+    _sums: Tensor = attrs.field(init=False)  # per expert the choices and the probabilities, and the number of rows
+    _slope: Tensor = attrs.field(init=False)  # the gradient of the loss by the sum of each expert's probabilities
+
+    def __attrs_post_init__(self) -> None:
+        self._clear()
+
+    @classmethod
+    def of(cls, parts: Sequence[nn.Module], mesh: MeshContext) -> RouterLoss | None:
+        """Hook the routers of *parts*; None where the model has no load balancing loss.
+
+        Ranks of ``dp_cp`` route different tokens and ranks of ``pp`` hold different routers, so what they count is
+        added; ranks of ``tp`` route the same tokens.
+
+        Raises ValueError when it has one that is turned on, and its form is not known.
+        """
+        model: Any = parts[0]
+        formula = _formula(model)
+        if formula is None:
+            return None
+        config = model.config.get_text_config()
+        default = bool(getattr(config, SWITCH, False))
+        experts, top_k, coefficient = (_number(model, config, names) for names in (_EXPERTS, _TOP_K, _COEFFICIENT))
+        known = tuple(inspect.signature(formula).parameters) == _ARGUMENTS and not config.is_encoder_decoder
+        if not known or experts is None or top_k is None or coefficient is None or not _recorders_known(model):
+            unknown = (
+                f"{class_name(model)} has a router loss whose form is not known, so it cannot be summed over ranks; "
+                f"load it with {SWITCH}=False"
+            )
+            if default:
+                raise ValueError(unknown)
+            return cls(0, 0, 0.0, default, mesh.device, (), unknown)
+        groups = [group for axis in ("dp_cp", "pp") if (group := mesh.group(axis)) is not None]
+        loss = cls(int(experts), int(top_k), float(coefficient), default, mesh.device, groups)
+        for part in parts:
+            loss._hook(part)
+        return loss
+
+    def wanted(self, batches: Iterable[Batch]) -> bool:
+        """Whether *batches* ask for the loss; raise ValueError when only some of them do, or its form is not known."""
+        asked = {bool(self.default if batch.get(SWITCH) is None else batch[SWITCH]) for batch in batches}
+        if len(asked) > 1:
+            raise ValueError(f"{SWITCH} is True in some batches of a step and False in others; give them one value")
+        if self.unknown and True in asked:
+            raise ValueError(self.unknown)
+        return asked == {True}
+
+    @staticmethod
+    def without(batch: Batch) -> dict[str, Any]:
+        """Return *batch* for a forward in which the model adds no router loss, and which says what counts in ours."""
+        counted = batch.get(COUNTED, batch.get("attention_mask"))
+        if counted is None:
+            tokens = batch["input_ids"] if batch.get("input_ids") is not None else batch["inputs_embeds"]
+            counted = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+        return {**batch, SWITCH: False, COUNTED: counted}
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Within the context, routers count from the start until ``settle``, and backwards add the loss's gradient."""
+        self._clear()
+        self._active = self._counting = True
+        try:
+            yield
+        finally:
+            self._active = self._counting = False
+            self._mask = None
+
+    @contextmanager
+    def survey(self) -> Iterator[None]:
+        """Within the context, forwards only count: no gradients, and the random numbers are given back.
+
+        So the forwards that follow draw the same dropout, and choose the same experts.
+        """
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), torch.no_grad():
+            yield
+
+    def settle(self, scale: float) -> Tensor:
+        """Add up what was counted and return the loss of all tokens, a 0-dim float32 tensor, equal on every rank.
+
+        Backwards from now on add *scale* times its gradient.
+        """
+        self._counting = False
+        for group in self.groups:
+            dist.all_reduce(self._sums, group=group)
+        rows = self._sums[-1].clamp(min=1)
+        chosen, mass = self._sums[: self.experts] / rows, self._sums[self.experts : -1] / rows
+        weight = self.coefficient * self.experts
+        self._slope = scale * weight * chosen / rows
+        return weight * (chosen * mass).sum()
+
+    def _clear(self) -> None:
+        self._sums = torch.zeros(2 * self.experts + 1, device=self.device)
+        self._slope = torch.zeros(self.experts, device=self.device)
+
+    def _hook(self, part: nn.Module) -> None:
+        part.register_forward_pre_hook(self._note_mask, with_kwargs=True, prepend=True)
+        for module, index in _routers(part).items():
+            module.register_forward_hook(partial(self._route, index))
+
+    def _note_mask(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        if not self._active:
+            return None
+        counted = kwargs.pop(COUNTED, None)  # a forward without it is not one of this step
+        self._mask = None if counted is None else counted.reshape(-1).float()
+        return args, kwargs
+
+    def _route(self, index: int, module: nn.Module, args: Any, output: Any) -> Any:
+        """Count what a router chose, and tie the loss to one of its other outputs; called after its forward."""
+        mask = self._mask if self._active else None
+        values = output if isinstance(output, tuple) else (output,)
+        index = index if isinstance(output, tuple) else 0  # as transformers reads what it records
+        if mask is None or values[index] is None:
+            return None
+        logits: Tensor = values[index]
+        if self._counting:
+            self._count(logits.detach(), mask)
+        if not torch.is_grad_enabled() or not logits.requires_grad:
+            return None
+        # The logits themselves may end here: what the model goes on with carries the gradient back, if there is more.
+        others = [i for i, value in enumerate(values) if i != index and _differentiable(value)]
+        at = others[0] if others else index
+        tied = _Tied.apply(values[at], logits, mask, self)  # type: ignore[no-untyped-call]
+        return (*values[:at], tied, *values[at + 1 :]) if isinstance(output, tuple) else tied
+
+    def _count(self, logits: Tensor, mask: Tensor) -> None:
+        if mask.numel() != logits.shape[0]:
+            raise ValueError(
+                f"a router got {logits.shape[0]} tokens, but {mask.numel()} of the batch are known; pass an "
+                "attention_mask of shape (rows, length), or none"
+            )
+        probabilities = torch.softmax(logits, dim=-1)
+        choices = torch.topk(probabilities, self.top_k, dim=-1).indices
+        self._sums[: self.experts].scatter_add_(0, choices.reshape(-1), mask.repeat_interleave(self.top_k))
+        self._sums[self.experts : -1] += (probabilities.float() * mask.unsqueeze(-1)).sum(0)
+        self._sums[-1] += mask.sum()
+
+
+def _differentiable(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.requires_grad
+
+
+class _Tied(torch.autograd.Function):
+    """The identity on a tensor, whose backward adds the gradient of the router loss to the logits."""
+
+    @staticmethod
+    def forward(ctx: Any, carrier: Tensor, logits: Tensor, mask: Tensor, loss: RouterLoss) -> Tensor:
+        ctx.save_for_backward(logits)
+        # The mask belongs to this forward: a recomputation may run while another microbatch's is current.
+        ctx.mask, ctx.loss = mask, loss
+        return carrier.view_as(carrier)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        with torch.enable_grad():
+            logits = ctx.saved_tensors[0].detach().requires_grad_()
+            probabilities = torch.softmax(logits, dim=-1).float()
+            (slope,) = torch.autograd.grad((probabilities @ ctx.loss._slope * ctx.mask).sum(), logits)
+        return grad, slope, None, None
+
+
+def _formula(model: nn.Module) -> Any:
+    """Return the function with which transformers computes the load balancing loss of *model*, or None."""
+    if SWITCH not in inspect.signature(type(model).forward).parameters:
+        return None
+    modules = (sys.modules.get(base.__module__) for base in type(model).__mro__)
+    return next((found for module in modules if (found := getattr(module, _FORMULA, None))), None)
+
+
+def _number(model: nn.Module, config: Any, names: Sequence[str]) -> Any:
+    """Return the number that goes by one of *names*, of the model before its config; None where there is none."""
+    owners = [(owner, name) for owner in (model, config) for name in names]
+    return next((value for owner, name in owners if (value := getattr(owner, name, None)) is not None), None)
+
+
+def _recorders_known(model: nn.Module) -> bool:
+    """Whether every module that transformers records router logits of is found by ``_routers``."""
+    declared = [r for owner in model.modules() for r in _recorders(owner)]
+    return bool(declared) and all(isinstance(r, OutputRecorder) and r.target_class is not None for r in declared)
+
+
+def _recorders(owner: nn.Module) -> list[Any]:
+    found = (getattr(owner, "_can_record_outputs", None) or {}).get("router_logits", [])
+    return found if isinstance(found, list) else [found]
+
+
+def _routers(part: nn.Module) -> dict[nn.Module, int]:
+    """Return the modules of *part* that transformers records router logits of, and where they are in the output."""
+    found: dict[nn.Module, int] = {}
+    for owner in part.modules():
+        for recorder in _recorders(owner):
+            for name, module in owner.named_modules():
+                if isinstance(module, recorder.target_class) and (recorder.layer_name or "") in name:
+                    found.setdefault(module, recorder.index)
+    return found

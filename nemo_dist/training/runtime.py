@@ -1,0 +1,313 @@
+"""What a training loop holds: one object for every topology, with no plugin frame in a step."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_
+from torch.optim import Optimizer
+
+from nemo_dist.mesh.mesh_context import MeshContext
+from nemo_dist.plugin.hookspecs import Batch, RuntimePart
+from nemo_dist.training.batch_checks import BatchCheck, require_one_form, tally
+from nemo_dist.training.grad_norm import by_mesh, global_norm, one_mesh_per_group
+from nemo_dist.training.loss_weighting import count_labels, judge_loss
+from nemo_dist.training.peft_adapters import adapted, adapters
+from nemo_dist.training.router_aux_loss import SWITCH, RouterLoss
+
+if TYPE_CHECKING:
+    from nemo_dist.checkpoint.async_save import Save
+    from nemo_dist.setup.setup import DistributedSetup
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Runtime:
+    """Train a sharded model like a single process would; make one with ``setup.runtime(model)``.
+
+    Gradients: after ``forward_backward`` every gradient is that of the global token-weighted mean loss, the same as on
+    one process that sees the whole batch. Strategies average gradients over the ranks that see different tokens
+    (``dp_cp``); the loss is scaled for that here, once.
+    """
+
+    setup: DistributedSetup
+    model: Any
+    parts: Sequence[nn.Module]
+    plugins: Sequence[RuntimePart]
+    router_loss: RouterLoss | None = None
+    _agreement: BatchCheck = attrs.field(factory=BatchCheck, init=False)
+
+    @classmethod
+    def assemble(cls, setup: DistributedSetup, model: Any) -> Runtime:
+        """Return the runtime of *model*, which a loader returned for *setup*; raise ValueError for another one."""
+        parts = [model] if isinstance(model, nn.Module) else list(getattr(model, "parts", ()))
+        for part in parts or [None]:
+            owner = getattr(part, "distributed_setup", None)
+            if owner is not setup:
+                made = "another setup" if owner is not None else "no setup"
+                raise ValueError(f"the model was loaded with {made}; load it with distributed_setup=<this setup> first")
+        within = [adapted(part) for part in parts]
+        router_loss = RouterLoss.of(within, setup.mesh_context)
+        judge_loss(within[-1], routers_known=router_loss is not None)
+        added = adapters(setup, parts)  # or refuses them, before plugins meet a model that they do not know
+        plugins = [*setup.runtime_parts(parts, model), *added]
+        return cls(setup=setup, model=model, parts=parts, plugins=plugins, router_loss=router_loss)
+
+    @property
+    def mesh(self) -> MeshContext:
+        """The live mesh."""
+        return self.setup.mesh_context
+
+    @property
+    def dp_size(self) -> int:
+        """The number of different batches in a step: ``num_replicas`` of a ``DistributedSampler``."""
+        return self.mesh.size("dp")
+
+    @property
+    def dp_rank(self) -> int:
+        """Which of them is this rank's: ``rank`` of a ``DistributedSampler``."""
+        return self.mesh.rank("dp")
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the local parameters, each once, under their names in the full model."""
+        seen: set[int] = set()
+        for part in self.parts:
+            for name, parameter in part.named_parameters():
+                if id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    yield name, parameter
+
+    def optimizer(self, optimizer_type: type[Optimizer], params: Iterable[Any] | None = None, **options: Any) -> Any:
+        """Return one optimizer over all local parts.
+
+        ``params``: parameters or parameter groups, by default all that require gradients. ``options`` are the
+        optimizer's.
+        """
+        if params is None:
+            params = [parameter for _, parameter in self.named_parameters() if parameter.requires_grad]
+        optimizer = optimizer_type(one_mesh_per_group(params), **options)
+        for part in self.plugins:
+            optimizer = part.optimizer(optimizer) if part.optimizer else optimizer
+        return optimizer
+
+    def batch(self, batch: Batch) -> dict[str, Any]:
+        """Return what this rank computes of the *batch* of its data-parallel rank, on its device."""
+        for part in self.plugins:
+            batch = part.batch(batch) if part.batch else batch
+        device = self.mesh.device
+        return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+
+    def forward_backward(self, batches: Batch | Sequence[Batch]) -> Tensor:
+        """Run forward and backward and return the loss: a 0-dim float32 tensor, equal on every rank.
+
+        ``batches``: this data-parallel rank's batch, a mapping of tensors with ``labels``; or a list of them, whose
+        gradients are accumulated with one synchronisation. The loss is the sum of the token losses over all ranks and
+        batches divided by the number of labels that are not -100, exactly what one process computes on all of it. No
+        unmasked label anywhere gives a loss of 0 and zero gradients. Where the model adds a load balancing loss of its
+        routers (``output_router_logits``), it is that of all tokens of the step. A list of batches then costs one more
+        forward each, because what the experts got in total must be known before the first backward.
+
+        Raises ValueError for a batch without labels or an empty list, RankError on the first step when ranks that work
+        on one batch together were given different ones, and where the strategy shards the model, when ranks were given
+        different numbers of batches or only some of them images.
+        """
+        given = [batches] if isinstance(batches, Mapping) else list(batches)
+        if not given:
+            raise ValueError("forward_backward got an empty list; pass at least one batch")
+        self._agreement.once(given, self.mesh)
+        local: list[Batch] = [self.batch(batch) for batch in given]
+        counts = torch.stack([count_labels(self._last, batch) for batch in local])
+        total = self._total(counts.sum(), given)
+        weights = counts / total.clamp(min=1)
+        # The strategy will average gradients over these ranks, each of which contributes a sum.
+        scale = 1 if self._token_group is None else self._token_group.size()
+        routers = self.router_loss
+        if routers is None or not routers.wanted(local):
+            return self._sum_over_batches(self._engine(local, list(weights * scale)) / scale)
+        with routers.step():
+            loss, balance = self._balanced(routers, [routers.without(batch) for batch in local], weights, scale)
+            return self._sum_over_batches(loss / scale) + balance
+
+    def _balanced(
+        self, routers: RouterLoss, batches: list[Batch], weights: Tensor, scale: int
+    ) -> tuple[Tensor, Tensor]:
+        """Run forward and backward with the router loss; return the weighted model losses and the router loss."""
+        settled: list[Tensor] = []
+
+        def settle() -> None:
+            if not settled:
+                settled.append(routers.settle(scale))
+
+        engine = next((part for part in self.plugins if part.engine is not None), None)
+        if engine is not None or len(batches) > 1:
+            self._survey(engine, routers, batches)
+            settle()
+        return self._engine(batches, list(weights * scale), before_backward=settle), settled[0]
+
+    def _survey(self, engine: RuntimePart | None, routers: RouterLoss, batches: list[Batch]) -> None:
+        """Run every forward once without gradients, for what the routers of all of them choose."""
+        if engine is not None and engine.survey is None:
+            raise ValueError(
+                f"the plugin that runs the batches cannot run them without a backward, which a router loss needs; "
+                f"turn the loss off with {SWITCH}=False"
+            )
+        with routers.survey():
+            if engine is not None and engine.survey is not None:
+                engine.survey(batches)
+            else:
+                for batch in batches:
+                    self.model(**batch)
+
+    def _engine(
+        self, batches: list[Batch], weights: list[Tensor], before_backward: Callable[[], None] | None = None
+    ) -> Tensor:
+        for part in self.plugins:
+            if part.engine is not None:
+                return part.engine(batches, weights)
+        return self._accumulate(batches, weights, before_backward)
+
+    def _accumulate(
+        self, batches: list[Batch], weights: list[Tensor], before_backward: Callable[[], None] | None
+    ) -> Tensor:
+        total = torch.zeros((), device=self.mesh.device)
+        for index, (batch, weight) in enumerate(zip(batches, weights, strict=True)):
+            last = index == len(batches) - 1
+            with nullcontext() if last else self.no_sync():
+                loss = self.model(**batch).loss * weight
+                if before_backward is not None:
+                    before_backward()
+                loss.backward()
+            # Without an unmasked label the model's mean is 0/0; its gradient is zero all the same, and so is its share.
+            total += torch.where(weight > 0, loss.detach().float(), total.new_zeros(()))
+        return total
+
+    @cached_property  # looking a group up on a mesh costs half a millisecond, too much for every step
+    def _token_group(self) -> dist.ProcessGroup | None:
+        """The ranks that see different tokens, all data-parallel and context-parallel ones; None when there is one."""
+        return self.mesh.group("dp_cp")
+
+    @cached_property
+    def _last(self) -> nn.Module:
+        return adapted(self.parts[-1])
+
+    def _total(self, count: Tensor, given: Sequence[Batch]) -> Tensor:
+        """Sum the label *count* over the ranks that see different tokens, and refuse batches that would not meet."""
+        if self._token_group is None:
+            return count
+        sums = tally(count, given)
+        dist.all_reduce(sums, group=self._token_group)
+        # On a device reading the sums waits for it, so only where ranks may well differ.
+        if self._lockstep and (sums.device.type == "cpu" or len(given) > 1 or self._has_towers):
+            require_one_form(sums, given)
+        return sums[0].float()
+
+    @cached_property
+    def _lockstep(self) -> bool:
+        return any(part.lockstep for part in self.plugins)
+
+    @cached_property
+    def _has_towers(self) -> bool:
+        return any(len(getattr(part.config, "sub_configs", ())) > 1 for part in self.parts)
+
+    def _sum_over_batches(self, value: Tensor) -> Tensor:
+        """Sum over the ranks that see different tokens."""
+        value = value.detach().clone().float()
+        if self._token_group is not None:
+            dist.all_reduce(value, group=self._token_group)
+        return value
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Within the context a backward leaves gradients unsynchronised, for accumulation in a loop of your own."""
+        with ExitStack() as stack:
+            for part in self.plugins:
+                if part.no_sync is not None:
+                    stack.enter_context(part.no_sync())
+            yield
+
+    def metrics(self) -> dict[str, float]:
+        """Return what the plugins measured since the last call, by name; collective, and the same on every rank."""
+        return {name: value for part in self.plugins if part.metrics for name, value in part.metrics().items()}
+
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
+        """Scale all gradients to a global norm of at most *max_norm*; return the norm before, equal on every rank.
+
+        The norm is over every parameter of the whole model once, across all meshes, stages and experts.
+        """
+        skipped = {id(parameter) for part in self.plugins for parameter in part.norm_skip}
+        parameters = [parameter for _, parameter in self.named_parameters() if parameter.grad is not None]
+        counted = [parameter.grad for parameter in parameters if id(parameter) not in skipped]
+        axes = tuple(axis for part in self.plugins for axis in part.norm_axes)
+        norm = global_norm([grad for grad in counted if grad is not None], norm_type, axes, self.mesh)
+        for group in by_mesh(parameters).values():
+            clip_grads_with_norm_(group, max_norm, norm)
+        return norm
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        optimizer: Optimizer | None = None,
+        *,
+        extra: Any = None,
+        schedulers: Sequence[Any] = (),
+        data: Any = None,
+        asynchronous: bool = False,
+    ) -> Save:
+        """Save the run to the folder *path*, so that any strategy and topology can go on; collective over all ranks.
+
+        Saved are the weights, the optimizer by parameter name, the learning-rate ``schedulers``, the generators of
+        every rank, ``extra`` and, for every data-parallel rank, ``data.state_dict()``. ``extra`` and the state dicts
+        hold plain values, tensors, and containers of them; nothing is pickled. The folder appears when all of it is
+        durable; until then what was at *path* stays. With ``asynchronous`` the call returns when the state is copied to
+        host memory; an error then is raised by ``wait()`` of the returned handle, by the next save or load, or at exit.
+
+        Raises CheckpointError where the disk fails, RankError on the other ranks, TypeError for what JSON and
+        safetensors cannot hold.
+        """
+        from nemo_dist.checkpoint.save import save
+
+        return save(self, path, optimizer, extra=extra, schedulers=schedulers, data=data, asynchronous=asynchronous)
+
+    def load(
+        self,
+        path: str | os.PathLike[str],
+        optimizer: Optimizer | None = None,
+        *,
+        schedulers: Sequence[Any] = (),
+        data: Any = None,
+    ) -> Any:
+        """Load what ``save`` wrote under any topology, and return its ``extra``; collective over all ranks.
+
+        Weights and moments are those saved, bit for bit; every rank reads only what it holds. Generators are restored
+        where the topology is the same, and by data-parallel rank where it is not. All files are checked before anything
+        is changed, and no code in them is run.
+
+        Raises CheckpointError that says what is damaged, missing or does not fit, RankError that quotes it on the other
+        ranks.
+        """
+        from nemo_dist.checkpoint.load import load
+
+        return load(self, path, optimizer, schedulers=schedulers, data=data)
+
+    def export(
+        self, path: str | os.PathLike[str], dtype: torch.dtype | str | None = None, max_shard_size: int | str = "5GB"
+    ) -> None:
+        """Write a plain Hugging Face folder that transformers loads; collective over all ranks.
+
+        ``dtype`` casts the floating-point weights. No file is larger than ``max_shard_size``, in bytes or like
+        ``"5GB"``, except for a single tensor that is. Ranks write different files at the same time, and hold one whole
+        tensor at a time. The folder appears when it is complete; weights that were there before go, and other files
+        stay. It may be the folder that the model was loaded from. Tokenizer and processor files are copied from there.
+
+        Raises CheckpointError where the disk fails or the model is quantized or has adapters, RankError on the others.
+        """
+        from nemo_dist.checkpoint.hf_export import export
+
+        export(self, path, dtype, max_shard_size)

@@ -1,0 +1,92 @@
+"""Split a model on the meta device into this rank's stages, and present them, loaded, as an AutoPipeline."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+from torch import nn
+
+from nemo_dist.mesh.store_consensus import report
+from nemo_dist_pipeline.partition.model_structure import Anatomy
+from nemo_dist_pipeline.partition.stage_model import StageInfo, carve, judge_handing_through
+from nemo_dist_pipeline.runtime.auto_pipeline import AutoPipeline
+from nemo_dist_pipeline.runtime.tied_embedding import TiedWeight
+
+if TYPE_CHECKING:
+    from nemo_dist.mesh.mesh_context import MeshContext
+    from nemo_dist_pipeline.config import PipelineConfig
+    from nemo_dist_pipeline.schedule.stage_placement import Placement
+
+
+def split(parts: list[nn.Module], rank: int, placement: Placement, config: PipelineConfig) -> None:
+    """Edit the one model in *parts* into the first stage of pipeline *rank*, and append the others.
+
+    Raises ValueError for a model that cannot be cut, or not so.
+    """
+    model: Any = parts[0]
+    anatomy = Anatomy.of(model)
+    judge_handing_through(model, anatomy)
+    division = _division(model, anatomy, placement, config)
+    owned = placement.stage_ids(rank, len(division))
+    mine = [StageInfo(index=index, division=division, tied=anatomy.tied) for index in owned]
+    parts += [copy.deepcopy(model) for _ in mine[1:]]
+    for part, stage in zip(parts, mine, strict=True):
+        carve(part, stage, anatomy)
+
+
+def _division(
+    model: Any, anatomy: Anatomy, placement: Placement, config: PipelineConfig
+) -> tuple[tuple[str, ...], ...]:
+    if config.parts is not None:
+        return anatomy.checked(model, config.parts)
+    stages = placement.stage_count(config, len(anatomy.layers)) or 0
+    return anatomy.divide(model, stages, by_count=config.layers_per_stage is not None)
+
+
+def present(parts: list[nn.Module], mesh: MeshContext, placement: Placement, config: PipelineConfig) -> AutoPipeline:
+    """Return the pipeline of the loaded *parts*."""
+    report("tying the embedding", _untied(parts))
+    for part in parts[1:]:
+        part.train(parts[0].training)
+    group = mesh["pp"].get_group()
+    return AutoPipeline(
+        parts=parts,
+        config=config,
+        placement=placement,
+        group=group,
+        device=mesh.device,
+        cp_size=mesh.size("cp"),
+        tied=_tied_weight(parts, placement, group),
+    )
+
+
+def _untied(parts: list[nn.Module]) -> Exception | None:
+    """Return what is wrong when a checkpoint holds two different tensors for what the config says is one."""
+    for part in parts:
+        stage: Any = part.pipeline_stage
+        if stage.tied and stage.is_last:
+            head, embedding = (part.get_parameter(name) for name in stage.tied)
+            if head is not embedding:
+                return ValueError(
+                    f"the config ties {stage.tied[0]} to {stage.tied[1]}, but the checkpoint holds different tensors "
+                    "for them; set tie_word_embeddings=False to train both"
+                )
+    return None
+
+
+def _tied_weight(parts: list[nn.Module], placement: Placement, group: dist.ProcessGroup) -> TiedWeight | None:
+    stages: list[Any] = [part.pipeline_stage for part in parts]
+    if stages[0].tied is None:
+        return None
+    ends = sorted(
+        ((stage, part) for stage, part in zip(stages, parts, strict=True) if stage.is_first or stage.is_last),
+        key=lambda end: end[0].index,
+    )
+    replicas = tuple(part.get_parameter(stage.tied[1]) for stage, part in ends)
+    if not replicas or not replicas[0].requires_grad:
+        return None
+    other = None if len(ends) == 2 else (stages[0].count - 1 if ends[0][0].is_first else 0)
+    peer = None if other is None else dist.get_global_rank(group, placement.rank_of(other, stages[0].count))
+    return TiedWeight(replicas=replicas, counted=ends[0][0].is_first, peer=peer, group=group)

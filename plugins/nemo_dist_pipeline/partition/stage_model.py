@@ -1,0 +1,139 @@
+"""Make a stage of a whole transformers model: what it does not own hands through its input."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Collection
+from functools import partial
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from nemo_dist_pipeline.partition.model_structure import Anatomy
+
+
+@attrs.frozen(kw_only=True)
+class StageInfo:
+    """A stage of the pipeline: its ``index``, and the full names of the modules that every stage owns.
+
+    ``tied``: the name of the head's weight and that of the embedding's, where the two are one.
+    """
+
+    index: int
+    division: tuple[tuple[str, ...], ...]
+    tied: tuple[str, str] | None = None
+
+    @property
+    def count(self) -> int:
+        """The number of stages over all ranks."""
+        return len(self.division)
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The full names of the modules that this stage owns."""
+        return self.division[self.index]
+
+    @property
+    def is_first(self) -> bool:
+        """Whether it has the embedding."""
+        return self.index == 0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether it has the head, and so the loss."""
+        return self.index == self.count - 1
+
+
+class Elsewhere(nn.Module):
+    """Stand for a module of another stage: return the first argument."""
+
+    def __init__(self, replaced: nn.Module) -> None:
+        super().__init__()
+        # A model's forward may ask a layer what it is (``attention_type``), even when somebody else runs it.
+        plain = {name: value for name, value in vars(replaced).items() if isinstance(value, str | int | float)}
+        self.__dict__.update({name: value for name, value in plain.items() if not name.startswith("_")})
+
+    def forward(self, first: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return *first*."""
+        return first
+
+
+def carve(model: Any, stage: StageInfo, anatomy: Anatomy) -> None:
+    """Edit *model* in place into *stage*; parameters keep their names in the full model.
+
+    Between stages travel hidden states, fed through ``inputs_embeds``. A stage without the head ends with its base
+    model. The last stage keeps a tied embedding for its weight, which is the head's.
+    """
+    kept = set(stage.modules)
+    if stage.tied and stage.is_last:
+        kept.add(str(anatomy.owner(stage.tied[1])))
+    _replace(model, [unit for unit in anatomy.units if unit not in kept])
+    if stage.tied and not stage.is_last:
+        model.all_tied_weights_keys = {}  # nothing to tie here: the head is on the last stage
+    elif stage.tied:
+        _tie(model, *stage.tied)
+    if not stage.is_first:
+        model.base_model.register_forward_pre_hook(_take_embeddings, with_kwargs=True)
+    if not stage.is_last:
+        forward: Any = partial(_hidden_states, model)
+        forward.__signature__ = inspect.signature(model.forward)  # others ask what the model takes
+        model.forward = forward
+    model.pipeline_stage = stage
+
+
+def _tie(model: nn.Module, head: str, embedding: str) -> None:
+    """Tie now what transformers ties after loading, or a strategy would shard it twice.
+
+    The embedding never runs here, and FSDP2 cannot finish a backward without synchronisation for what never ran.
+    """
+    owner, _, name = head.rpartition(".")
+    setattr(model.get_submodule(owner), name, model.get_parameter(embedding))
+
+
+def _replace(model: nn.Module, names: Collection[str]) -> None:
+    for name in names:
+        model.set_submodule(name, Elsewhere(model.get_submodule(name)))
+
+
+def _take_embeddings(base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Leave the token ids to the head (a classifier looks for padding in them): a base model takes one or the other."""
+    if kwargs.get("inputs_embeds") is None:
+        return None
+    if args and args[0] is not None:
+        args = (None, *args[1:])
+    return args, {**kwargs, **({"input_ids": None} if "input_ids" in kwargs else {})}
+
+
+def _hidden_states(model: Any, **inputs: Any) -> Tensor:
+    hidden: Tensor = model.base_model(**inputs).last_hidden_state
+    return hidden
+
+
+@torch.no_grad()
+def judge_handing_through(model: Any, anatomy: Anatomy) -> None:
+    """Raise ValueError when the base model does something to its input besides its modules.
+
+    Every stage runs the base model's whole forward, so what stands between the modules (a scaled embedding, added
+    positions) would be done once per stage. Run on a copy that owns nothing, it must return exactly what it gets.
+    """
+    kind = type(model).__name__
+    hollow = copy.deepcopy(model.base_model)
+    prefix = next(name for name, module in model.named_modules() if module is model.base_model)
+    _replace(hollow, [unit.removeprefix(f"{prefix}.") for unit in anatomy.units if unit.startswith(f"{prefix}.")])
+    hollow.to_empty(device="cpu").eval()
+    given = torch.linspace(-1, 1, 4 * hollow.config.hidden_size, device="cpu").view(1, 4, -1)
+    try:
+        found = hollow(inputs_embeds=given, use_cache=False).last_hidden_state
+    except Exception as error:
+        raise ValueError(
+            f"{kind} does not run with its layers in other stages ({type(error).__name__}: {error}), so it cannot be a "
+            "pipeline"
+        ) from error
+    if found.shape != given.shape or not torch.equal(found, given):
+        raise ValueError(
+            f"{kind} changes inputs_embeds in its forward, besides its modules (a scaled embedding, say), which every "
+            "stage would do again; it cannot be a pipeline"
+        )

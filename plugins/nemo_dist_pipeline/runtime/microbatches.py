@@ -1,0 +1,116 @@
+"""Split batches into microbatches of one size, with the weight of each in the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from nemo_dist.plugin.hookspecs import Batch
+from nemo_dist.training.loss_weighting import IGNORED, count_labels
+from nemo_dist.training.router_aux_loss import COUNTED
+
+_LABELS = ("labels", "shift_labels")
+
+
+@attrs.frozen(eq=False)
+class Microbatches:
+    """The inputs of one run of a schedule.
+
+    ``inputs`` are tensors of ``count * size`` rows (what has no rows is passed to every microbatch as it is);
+    ``weights`` is the weight of each microbatch's mean loss, a float32 tensor of ``count``.
+    """
+
+    inputs: Mapping[str, Any]
+    weights: Tensor
+    count: int
+    rows: int
+
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        """What two runs must have in common to use the same buffers."""
+        shapes = tuple((name, value.shape[1:]) for name, value in self.inputs.items() if isinstance(value, Tensor))
+        return self.count, shapes
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Return the inputs of microbatch *index*."""
+        size = self.rows // self.count
+        return {
+            name: value[index * size : (index + 1) * size] if _has_rows(value, self.rows) else value
+            for name, value in self.inputs.items()
+        }
+
+    @classmethod
+    def of(cls, model: nn.Module, batch: Batch, weight: Tensor, size: int, least: int) -> Microbatches:
+        """Split *batch* into microbatches of *size* rows, *least* of them or more.
+
+        Where rows are missing, copies of the first one fill up, with labels that do not count. The mean loss of a
+        microbatch weighs what its labels are of the batch's, so that together they make *weight* times the mean loss of
+        the batch, however the labels are spread.
+        """
+        rows = _rows(batch)
+        count = max(least, -(-rows // size))
+        filled = _filled({name: _aligned(name, value, rows) for name, value in batch.items()}, rows, count * size)
+        whole = cls(filled, weight.new_empty(0), count, count * size)
+        counts = torch.stack([count_labels(model, whole[index]) for index in range(count)])
+        weights = weight.float() * counts.to(weight.device) / counts.sum().clamp(min=1).to(weight.device)
+        return attrs.evolve(whole, weights=weights)
+
+    @classmethod
+    def joined(cls, runs: Sequence[Microbatches]) -> Microbatches:
+        """Return one run of all the microbatches of *runs*, whose shapes are equal."""
+        first, rows = runs[0], sum(run.rows for run in runs)
+        inputs = {
+            name: torch.cat([run.inputs[name] for run in runs]) if _has_rows(value, first.rows) else value
+            for name, value in first.inputs.items()
+        }
+        return cls(inputs, torch.cat([run.weights for run in runs]), sum(run.count for run in runs), rows)
+
+
+def _rows(batch: Batch) -> int:
+    for name in ("input_ids", "inputs_embeds", "labels"):
+        if isinstance(batch.get(name), Tensor):
+            return int(batch[name].shape[0])
+    raise ValueError(f"the batch has neither input_ids nor labels (it has {sorted(batch)}), so its rows are not known")
+
+
+def _has_rows(value: Any, rows: int) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == rows
+
+
+def _aligned(name: str, value: Any, rows: int) -> Any:
+    """Return *value* with one row per row of the batch: a single row (of positions, say) stands for all."""
+    if not isinstance(value, Tensor) or value.ndim == 0 or value.shape[0] == rows:
+        return value
+    if value.shape[0] == 1:
+        return value.expand(rows, *value.shape[1:])
+    raise ValueError(
+        f"the batch's {name!r} has {value.shape[0]} rows, but input_ids {rows}; a pipeline splits a batch by rows, so "
+        "every tensor needs as many"
+    )
+
+
+def _filled(inputs: dict[str, Any], rows: int, wanted: int) -> dict[str, Any]:
+    missing = wanted - rows
+    if missing == 0:
+        return inputs
+    filled = {}
+    for name, value in inputs.items():
+        if not _has_rows(value, rows):
+            filled[name] = value
+            continue
+        if name in _LABELS and value.is_floating_point():
+            raise ValueError(
+                f"the batch has {rows} rows, and filling it up to {wanted} needs labels that do not count, which float "
+                "labels have none of; pass batches that divide into microbatches (drop_last=True in the DataLoader)"
+            )
+        more = value[:1].expand(missing, *value.shape[1:])
+        if name in _LABELS:
+            more = torch.full_like(more, IGNORED)
+        elif name == COUNTED:
+            more = torch.zeros_like(more)
+        filled[name] = torch.cat([value, more])
+    return filled

@@ -1,0 +1,96 @@
+"""Options that contradict each other or those of other plugins, as far as that is known without a model; no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from nemo_dist import Plugin, Stage
+from nemo_dist_pipeline.config import PipelineConfig
+from nemo_dist_pipeline.schedule.stage_placement import Placement
+
+
+def contradictions(config: PipelineConfig, placement: Placement, plugins: tuple[Plugin, ...]) -> list[str]:
+    """Say what in *config* does not fit itself, the *placement* that it asks for, or the *plugins* beside it."""
+    return [
+        *_pairs(config),
+        *_counts(config, placement),
+        *_stages(config, placement),
+        *_others(placement, plugins),
+    ]
+
+
+def _pairs(config: PipelineConfig) -> list[str]:
+    pairs = (
+        ("pp_schedule", "pp_schedule_csv", "the file is the schedule"),
+        ("layers_per_stage", "module_fqns_per_model_part", "the list says what every stage takes"),
+        ("layers_per_stage", "pp_schedule_csv", "the file says how many stages there are"),
+    )
+    problems = [
+        f"{one} and {other} are both given; leave one out, as {why}"
+        for one, other, why in pairs
+        if getattr(config, one) is not None and getattr(config, other) is not None
+    ]
+    if config.round_virtual_stages_to_pp_multiple is not None and config.layers_per_stage is None:
+        problems.append("round_virtual_stages_to_pp_multiple rounds what layers_per_stage makes, which is not given")
+    return problems
+
+
+def _counts(config: PipelineConfig, placement: Placement) -> list[str]:
+    rows, size = config.pp_batch_size, config.pp_microbatch_size
+    if rows is None:
+        return []
+    if rows % size:
+        below = rows // size * size
+        return [
+            f"pp_batch_size {rows} is not divisible by pp_microbatch_size {size}; use "
+            f"{f'{below} or ' if below else ''}{below + size}"
+        ]
+    problem = placement.microbatch_problem(rows // size)
+    ways = f"pp_batch_size {rows} / pp_microbatch_size {size}"
+    return [f"{problem}, which is {ways}; change one of them or the schedule"] if problem else []
+
+
+def _stages(config: PipelineConfig, placement: Placement) -> list[str]:
+    parts = config.parts
+    if parts is None:
+        return []
+    given, size, where = len(parts), placement.pp_size, "module_fqns_per_model_part"
+    names = [name for part in parts for name in part]
+    # A module without parameters may stand in every stage, as NeMo's lists have it; which do, the model knows.
+    twice = sorted({name for name in names if 1 < names.count(name) < given})
+    problems = [f"{where} names {name!r} more than once; a module belongs to one stage" for name in twice]
+    if placement.stages not in (None, given):
+        problems.append(f"{where} has {given} stages, but pp_schedule_csv {placement.stages}")
+    elif given % size:
+        problems.append(f"{where} has {given} stages, which is no multiple of the {size} pipeline ranks")
+    elif placement.schedule and (problem := placement.schedule.stages_problem(given // size)):
+        problems.append(f"{where} has {given} stages on {size} ranks: {problem}")
+    return problems
+
+
+def _others(placement: Placement, plugins: tuple[Plugin, ...]) -> list[str]:
+    """Refuse options of other plugins, by their names in any config, that come out wrong or nobody has proven."""
+
+    def given(option: str, which: Iterable[Plugin] = plugins) -> list[Any]:
+        return [value for plugin in which if (value := getattr(plugin.config, option, None)) is not None]
+
+    problems = []
+    if placement.splits:
+        reason = (
+            f"under schedule {placement.name!r}, whose backward is in two parts; use '1F1B' or 'Interleaved1F1B', or"
+        )
+        if any(given("reshard_after_forward")):
+            problems.append(f"reshard_after_forward loses gradients {reason} leave it out")
+        if "selective" in given("mode", [plugin for plugin in plugins if plugin.stage == Stage.RECOMPUTE]):
+            problems.append(f"activation_checkpointing='selective' does not run {reason} take 'full'")
+    if any(given("enable_compile")):
+        problems.append("enable_compile is not proven with a pipeline; leave it out, or set pp_size to 1")
+    if given("offload_policy"):
+        problems.append("offload_policy is not proven with a pipeline; leave it out, or set pp_size to 1")
+    if False in given("defer_fsdp_grad_sync"):
+        problems.append(
+            "defer_fsdp_grad_sync=False asks to reduce gradients in every backward, but a pipeline reduces them once, "
+            "after its last microbatch; leave it out"
+        )
+    return problems

@@ -1,0 +1,126 @@
+"""The repeated blocks of a model: where its regions are, and whether their tokens can be cut between regions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import attrs
+from torch import nn
+
+from nemo_dist_tensor.collectives import Peers
+from nemo_dist_tensor.layers import summed
+from nemo_dist_tensor.parallel_regions import Region, Stack
+from nemo_dist_tensor.styles import ROW
+from nemo_dist_tensor.tp_plan import Rules, generic
+
+
+@attrs.frozen(eq=False)
+class Blocks:
+    """The blocks of *model* with a rule in them, by name, in the order in which they run."""
+
+    model: Any
+    rules: Rules
+    blocks: Mapping[str, nn.Module]
+
+    @classmethod
+    def of(cls, model: Any, rules: Rules) -> Blocks:
+        """Find the outermost modules of the classes that *model* declares indivisible."""
+        names = set(getattr(model, "_no_split_modules", None) or ())
+        found: dict[str, nn.Module] = {}
+        for name, module in model.named_modules():
+            # A block that a strategy has sharded is of another class, derived from its own.
+            kinds = {kind.__name__ for kind in type(module).__mro__}
+            if kinds & names and not any(name.startswith(f"{block}.") for block in found):
+                found[name] = module
+        planned = [*rules.modules, *rules.parameters]
+        used = {name: block for name, block in found.items() if any(rule.startswith(f"{name}.") for rule in planned)}
+        return cls(model, rules, used)
+
+    def ruled(self, name: str) -> list[str]:
+        """Return the modules and parameters in the module *name*, itself included, that have a rule."""
+        return [rule for rule in (*self.rules.modules, *self.rules.parameters) if f"{rule}.".startswith(f"{name}.")]
+
+    def _regions(self) -> Iterator[tuple[str, nn.Module]]:
+        for block, module in self.blocks.items():
+            for child, inner in module.named_children():
+                if self.ruled(f"{block}.{child}"):
+                    yield f"{block}.{child}", inner
+
+    def between(self) -> Iterator[tuple[str, nn.Module]]:
+        """Yield the modules of the blocks that have parameters and lie between the regions."""
+        regions = dict(self._regions())
+        for block, module in self.blocks.items():
+            for name, inner in module.named_modules(prefix=block):
+                inside = any(f"{name}.".startswith(f"{region}.") for region in regions)
+                if not inside and any(True for _ in inner.parameters(recurse=False)):
+                    yield name, inner
+
+    def exits(self) -> dict[str, str | None]:
+        """Return the regions by name, each with the projection whose output is that of the region, if there is one."""
+        return {name: self._exit(name, module) for name, module in self._regions()}
+
+    def styles_in(self, region: str) -> dict[str, str]:
+        """Return the rules for modules in *region*, by name."""
+        return {name: self.rules.modules[name] for name in self.ruled(region) if name in self.rules.modules}
+
+    def ends_its_block(self, region: str) -> bool:
+        """Whether nothing that keeps its input for the backward follows *region* in its block."""
+        block = region.rpartition(".")[0]
+        mine = [name for name, _ in self._regions() if name.rpartition(".")[0] == block]
+        normed = any(name.startswith("post_feedforward") for name, _ in self.blocks[block].named_children())
+        return region == mine[-1] and not normed
+
+    def problems(self) -> list[str]:
+        """Say why the tokens between the regions cannot be cut, one sentence each."""
+        kind = type(self.model).__name__
+        if not self.blocks:
+            return [f"sequence_parallel: {kind} declares no blocks (_no_split_modules); use sequence_parallel=False"]
+        found = {
+            f"sequence_parallel: {generic(name)} is planned but stands alone in its block, not in an attention or "
+            "feed-forward module; use sequence_parallel=False"
+            for name, _ in self._regions()
+            if name in self.rules.modules and isinstance(self.model.get_submodule(name), nn.Linear)
+        }
+        found |= {
+            f"sequence_parallel: {generic(name)} ({type(inner).__name__}) is neither in the plan nor a norm, so its "
+            "tokens cannot be cut; give it a rule in tp_plan or use sequence_parallel=False"
+            for name, inner in self.between()
+            if any(parameter.ndim != 1 for parameter in inner.parameters(recurse=False)) or name in self.blocks
+        }
+        return sorted(found)
+
+    def install(self, peers: Peers, sequence: bool) -> dict[str, Region]:
+        """Install the regions, and with *sequence* cut the tokens between them; return the region of every rule."""
+        stacks: dict[str, Stack] = {}
+        regions: dict[str, Region] = {}
+        if sequence:
+            stacks = self._stacks(peers)
+            for _, inner in self.between():
+                summed(inner, peers)
+        for name, module in self._regions():
+            stack = stacks.get(name.rpartition(".")[0].rpartition(".")[0])
+            region = Region(name, peers, stack, self._exit(name, module))
+            region.install(module)
+            regions |= dict.fromkeys(self.ruled(name), region)
+        return regions
+
+    def _stacks(self, peers: Peers) -> dict[str, Stack]:
+        """Cut the tokens of every list of blocks from its first block to its last."""
+        lists: dict[str, list[nn.Module]] = {}
+        for name, block in self.blocks.items():
+            lists.setdefault(name.rpartition(".")[0], []).append(block)
+        stacks = {}
+        for name, members in lists.items():
+            stacks[name] = Stack(peers)
+            stacks[name].open(members[0])
+            stacks[name].close(members[-1])
+        return stacks
+
+    def _exit(self, name: str, module: nn.Module) -> str | None:
+        """Return the projection whose output is that of the region *name*: its only row-wise one, nothing after it."""
+        rows = [rule for rule in self.ruled(name) if self.rules.modules.get(rule) in ROW]
+        plain = not any(isinstance(inner, nn.Dropout) for inner in module.modules())
+        direct = len(rows) == 1 and rows[0].rpartition(".")[0] == name and plain
+        experts = any(self.rules.modules.get(rule) == "moe_tp_experts" for rule in self.ruled(name))
+        return rows[0] if direct and not experts else None

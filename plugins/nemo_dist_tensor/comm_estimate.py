@@ -1,0 +1,151 @@
+"""What tensor-parallel ranks send each other in a step, added up along the plan as the forwards carry it out.
+
+The sums mirror ``layers`` and ``regions``: whoever changes a collective there changes its line here, and
+``tests/test_traffic.py`` compares both.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import attrs
+from torch import nn
+
+from nemo_dist.plugin.comm_estimate import Traffic, shared
+from nemo_dist_tensor.attention_heads import is_key_value
+from nemo_dist_tensor.block_structure import Blocks
+from nemo_dist_tensor.comm_listing import (
+    GATHER_GRADIENTS,
+    GATHER_INPUTS,
+    JOIN_GRADIENTS,
+    JOIN_OUTPUTS,
+    KINDS,
+    LOSS,
+    SCATTER_GRADIENTS,
+    SCATTER_OUTPUTS,
+    SUM_GRADIENTS,
+    SUM_OUTPUTS,
+    SUM_PARAMETERS,
+    Kind,
+    entry,
+)
+from nemo_dist_tensor.styles import COLUMN, GATHERED, ROW, WHOLE_INPUT
+from nemo_dist_tensor.tp_plan import Rules
+
+if TYPE_CHECKING:
+    from nemo_dist.planning.mesh_plan import MeshPlan
+    from nemo_dist.plugin.comm_estimate import ModelFacts
+
+_LOSS_NUMBERS = 3  # of a token, in float32: the greatest logit, the sum of exponentials, the label's own
+_LOSS_BYTES = 4
+
+
+def measured(model: Any, rules: Rules, plan: MeshPlan, facts: ModelFacts, sequence: bool) -> list[Traffic]:
+    """Return the same of *model* with the bytes that one rank sends; of a pipeline, of an average stage."""
+    sums: Counter[Kind] = Counter()
+    for kind, amount in Step(model, rules, plan, facts, sequence).collectives():
+        twice = 2 if kind[0] == "all-reduce" else 1
+        sums[kind] += twice * shared(plan.size("tp"), amount) // plan.size("pp")
+    return [entry(kind, sums[kind]) for kind in KINDS if kind in sums]
+
+
+@attrs.frozen(eq=False)
+class Step:
+    """One step of *model*, whose collectives are enumerated with the bytes that each shares out."""
+
+    model: Any
+    rules: Rules
+    plan: MeshPlan
+    facts: ModelFacts
+    sequence: bool
+
+    def collectives(self) -> Iterator[tuple[Kind, float]]:
+        """Yield the kind of every collective and the bytes of the whole tensor that it is about."""
+        blocks = Blocks.of(self.model, self.rules)
+        for name, style in self.rules.modules.items():
+            yield from self._outside(name, self.model.get_submodule(name), style)
+        if self.sequence:
+            yield from self._between(blocks)
+        for region, exit_rule in blocks.exits().items():
+            yield from self._region(blocks, region, exit_rule)
+
+    @property
+    def _tokens(self) -> float:
+        """The tokens of this rank's part of the sequence, all of which a region computes."""
+        return self.facts.tokens / self.plan.size("cp")
+
+    @property
+    def _pieces(self) -> float:
+        """The bytes of hidden states that are gathered or scattered: ranks send equally much, so they are padded."""
+        ranks, length = self.plan.size("tp"), self.facts.length / self.plan.size("cp")
+        return self.facts.rows * -(-length // ranks) * ranks * self.facts.hidden * self.facts.computed
+
+    def _again(self, last: bool) -> int:
+        """Return how often a collective of a forward runs: recomputation stops short of the last one of a block."""
+        return 2 if self.facts.recomputes and not last else 1
+
+    def _outside(self, name: str, module: nn.Module, style: str) -> Iterator[tuple[Kind, float]]:
+        """Yield what embedding, head and single parameters cost, whatever region they are in."""
+        hidden = self._tokens * self.facts.hidden * self.facts.computed
+        if style == "embedding_rowwise":
+            yield SUM_OUTPUTS, hidden
+        elif style == "embedding_colwise":
+            yield JOIN_OUTPUTS, hidden
+        elif style in COLUMN and module is self.model.get_output_embeddings():
+            yield LOSS, self._tokens * _LOSS_NUMBERS * _LOSS_BYTES
+            yield SUM_GRADIENTS, hidden
+        elif style == "replicated_with_grad_allreduce" or self._stays_whole(name, style):
+            yield from self._parameters(module)
+
+    def _parameters(self, module: nn.Module) -> Iterator[tuple[Kind, float]]:
+        for parameter in module.parameters(recurse=False):
+            yield SUM_PARAMETERS, parameter.numel() * self.facts.computed
+
+    def _stays_whole(self, name: str, style: str) -> bool:
+        return style == "colwise" and is_key_value(name) and self.facts.key_heads % self.plan.size("tp") != 0
+
+    def _between(self, blocks: Blocks) -> Iterator[tuple[Kind, float]]:
+        """Yield what cutting the tokens costs beside the regions: at both ends of the blocks, and for the norms."""
+        yield GATHER_GRADIENTS, self._pieces  # of the first block's input
+        yield GATHER_INPUTS, self._pieces  # joined after the last block, not recomputed
+        for _, module in blocks.between():
+            yield from self._parameters(module)
+
+    def _region(self, blocks: Blocks, region: str, exit_rule: str | None) -> Iterator[tuple[Kind, float]]:
+        """Yield what entering and leaving attention or feed-forward costs, and what the rules inside it do."""
+        styles, again = blocks.styles_in(region), self._again(last=False)
+        if self.sequence:
+            yield GATHER_INPUTS, self._pieces * again
+        if COLUMN & set(styles.values()):
+            whole = self._tokens * self.facts.hidden * self.facts.computed
+            yield (SCATTER_GRADIENTS, self._pieces) if self.sequence else (SUM_GRADIENTS, whole)
+        for name, style in styles.items():
+            module = self.model.get_submodule(name)
+            if style in WHOLE_INPUT and isinstance(module, nn.Linear):
+                yield JOIN_GRADIENTS, self._tokens * module.in_features * self.facts.computed
+            if self.sequence and name == exit_rule:
+                yield from self._exit(module, self._again(blocks.ends_its_block(region)))
+            else:
+                yield from self._inside(module, style, self._again(blocks.ends_its_block(region)))
+        if self.sequence and exit_rule is None:
+            yield GATHER_GRADIENTS, self._pieces
+
+    def _exit(self, module: nn.Module, times: int) -> Iterator[tuple[Kind, float]]:
+        """Yield what the projection that ends a region costs when each rank keeps its own tokens of the sum."""
+        yield SCATTER_OUTPUTS, self._pieces * times
+        yield GATHER_GRADIENTS, self._pieces
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            yield SUM_PARAMETERS, module.bias.numel() * self.facts.computed
+
+    def _inside(self, module: nn.Module, style: str, times: int) -> Iterator[tuple[Kind, float]]:
+        one = self._tokens * self.facts.computed  # a number for each token
+        if style in ROW and isinstance(module, nn.Linear):
+            yield SUM_OUTPUTS, one * module.out_features * times
+        elif style in GATHERED and isinstance(module, nn.Linear):
+            yield JOIN_OUTPUTS, one * module.out_features * self._again(last=False)
+        elif style == "moe_tp_experts":  # the weights of a token's experts are used differently too
+            chosen = getattr(self.model.config.get_text_config(), "num_experts_per_tok", 0)
+            yield SUM_OUTPUTS, one * self.facts.hidden * times
+            yield SUM_GRADIENTS, one * (self.facts.hidden + chosen)

@@ -1,0 +1,87 @@
+"""Cut parameters along the tensor-parallel mesh: every one becomes a DTensor on meta, tied ones stay one parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from torch import nn
+from torch.distributed.tensor import Placement, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import _StridedShard  # torch has no public name for a packed cut yet
+
+from nemo_dist_tensor.collectives import Peers
+from nemo_dist_tensor.styles import COLUMN, ROW
+from nemo_dist_tensor.tp_plan import generic
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+HALVES = 2  # gate and up projection in one matrix
+
+
+def of_module(style: str, parameter: str) -> Placement | None:
+    """Return how a module's *style* cuts its own *parameter*; None leaves it whole."""
+    if style in COLUMN or style == "embedding_rowwise":
+        return Shard(0)
+    if style in ROW:
+        return Shard(1) if parameter == "weight" else None  # a bias is added once, after the sum
+    if style == "embedding_colwise":
+        return Shard(1)
+    return None
+
+
+def of_parameter(style: str, tensor: Tensor) -> Placement | None:
+    """Return how a rule of its own cuts a bare parameter: (..., out, in), whatever the dims before."""
+    out, into = max(tensor.ndim - 2, 0), tensor.ndim - 1
+    placements: dict[str, Placement] = {
+        "colwise": Shard(out),
+        "packed_colwise": _StridedShard(out, split_factor=HALVES),
+        "rowwise": Shard(into),
+        "packed_rowwise": _StridedShard(into, split_factor=HALVES),
+    }
+    return placements.get(style)
+
+
+def packed_problem(name: str, tensor: Tensor, placement: Placement, ranks: int) -> str:
+    """Say why a packed parameter cannot be cut, or nothing."""
+    if not isinstance(placement, _StridedShard):
+        return ""
+    size = tensor.shape[placement.dim]
+    if placement.dim == 0:  # fully_shard cuts dim 0 too, and places a packed cut below its own one wrongly
+        return (
+            f"{generic(name)} has {tensor.ndim} dims, but a packed style fits experts' parameters of 3 dims; use "
+            "'colwise_gather_output' for it and 'rowwise_split_input' for what reads its halves"
+        )
+    if size % (HALVES * ranks):
+        return (
+            f"{generic(name)} packs two projections of {size // HALVES} features, which do not divide over {ranks} "
+            "tensor-parallel ranks; use a tp_size that divides them"
+        )
+    return ""
+
+
+def tie_problems(model: nn.Module, placements: Mapping[str, Placement | None]) -> list[str]:
+    """Say which tied parameters a plan would cut in two ways, one sentence each: they are never untied."""
+    slots: dict[int, dict[str, Placement | None]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        slots.setdefault(id(parameter), {})[name] = placements.get(name)
+    return [
+        f"{' and '.join(names)} are one tied parameter, but the plan cuts it as {' and '.join(map(str, cuts))}; "
+        "give its modules rules that cut it alike"
+        for names in slots.values()
+        if len(cuts := list(dict.fromkeys(names.values()))) > 1
+    ]
+
+
+def cut(model: nn.Module, placements: Mapping[str, Placement | None], peers: Peers) -> None:
+    """Replace the parameters of *model* that *placements* names, wherever each is used, by DTensors on meta."""
+    done: dict[int, nn.Parameter] = {}
+    for prefix, module in model.named_modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            placement = placements.get(f"{prefix}.{name}" if prefix else name)
+            if placement is None:
+                continue
+            if id(parameter) not in done:
+                whole = distribute_tensor(parameter.detach(), peers.mesh, [placement], src_data_rank=None)
+                done[id(parameter)] = nn.Parameter(whole, requires_grad=parameter.requires_grad)
+            module._parameters[name] = done[id(parameter)]

@@ -1,0 +1,93 @@
+"""The plan of a model: its own rules from transformers, the user's over them, each matched to modules or parameters."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import attrs
+
+from nemo_dist.planning.validation import near
+from nemo_dist_tensor.styles import PARAMETER, STYLES
+
+
+@attrs.frozen(eq=False)
+class Rules:
+    """What a plan comes to in one model: the style of every module and bare parameter that it names.
+
+    ``unused`` are the user's rules that name nothing here, each with the near match.
+    """
+
+    modules: Mapping[str, str]
+    parameters: Mapping[str, str]
+    unused: Mapping[str, str]
+
+
+def generic(name: str) -> str:
+    """Return *name* with its layer numbers replaced by ``*``, as the rules of a plan are written."""
+    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
+
+
+def match(model: Any, override: Mapping[str, str], stage: bool = False, skip_experts: bool = False) -> Rules:
+    """Match the plan of *model*, with the rules of *override* over it, to its modules and parameters.
+
+    A rule names a module or parameter as ``model.layers.*.mlp.up_proj``, with or without the prefix of the base model,
+    or one layer with its number. ``stage``: *model* is a stage of a pipeline, in which modules without parameters stand
+    for those of other stages. ``skip_experts`` leaves out what belongs to experts, which another plugin shards.
+    """
+    modules = dict(model.named_modules())
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    names = dict.fromkeys((*modules, *parameters))
+    known = names.keys() | {generic(name) for name in names}
+    prefix = f"{model.base_model_prefix}."
+    plan, unused = dict(model.tp_plan or {}), {}
+    for rule, style in override.items():
+        found = next((name for name in (rule, prefix + rule) if name in known), None)
+        if found is None and generic(rule) not in plan and prefix + generic(rule) not in plan:
+            unused[rule] = near(rule, {name.removeprefix(prefix) for name in map(generic, names)} | set(plan))
+        else:
+            plan[found or rule] = style
+    styles: dict[str, str] = {}
+    for name in names:
+        found = plan.get(name, plan.get(generic(name)))
+        elsewhere = stage and name in modules and not any(True for _ in modules[name].parameters())
+        if found is not None and not elsewhere:
+            styles[name] = found
+    experts = [name + "." for name, style in styles.items() if style == "moe_tp_experts"] if skip_experts else []
+    kept = {n: s for n, s in styles.items() if not any(f"{n}.".startswith(expert) for expert in experts)}
+    # A module without parameters stands for one that another stage of a pipeline has.
+    held = {name for name, module in modules.items() if next(module.parameters(), None) is not None}
+    return Rules(
+        modules={name: style for name, style in kept.items() if name in held},
+        parameters={name: style for name, style in kept.items() if name in parameters},
+        unused=unused,
+    )
+
+
+def problems(model: Any, rules: Rules) -> list[str]:
+    """Say why *rules* cannot be carried out in *model*, whatever the number of ranks, one sentence each."""
+    kind = type(model).__name__
+    if not any("*" in generic(name) for name in (*rules.modules, *rules.parameters)):
+        return [
+            f"{kind} has no tensor-parallel plan for its blocks; pass one, say FSDP2Config(tp_plan={{"
+            "'layers.*.mlp.up_proj': 'colwise', 'layers.*.mlp.down_proj': 'rowwise'}), or use tp_size=1"
+        ]
+    found = []
+    for name, style in {**rules.modules, **rules.parameters}.items():
+        if style not in STYLES:
+            found.append(f"the plan of {kind} gives {generic(name)!r} the style {style!r}, {unknown_style(style)}")
+        elif name in rules.modules and style in ("packed_colwise", "packed_rowwise"):
+            found.append(
+                f"the plan of {kind} gives the module {generic(name)!r} the style {style!r}, which fits experts' "
+                "parameters only; use 'colwise_gather_output' and, for what reads its halves, 'rowwise_split_input'"
+            )
+        elif name in rules.parameters and style not in PARAMETER:
+            valid = ", ".join(sorted(PARAMETER))
+            found.append(f"the plan of {kind} gives the parameter {generic(name)!r} the style {style!r}; use {valid}")
+    return list(dict.fromkeys(found))
+
+
+def unknown_style(style: str) -> str:
+    """Return the end of a sentence about a *style* that this plugin does not carry out."""
+    return f"which is not supported{near(style, STYLES)}; valid styles: {', '.join(sorted(STYLES))}"
