@@ -1,5 +1,6 @@
 """Schedules, stages and files on paper: no torch but where ours is held against it."""
 
+import pkgutil
 import subprocess
 import sys
 
@@ -7,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import nemo_dist_pipeline.schedule
 from nemo_dist import PipelineConfig
 from nemo_dist_pipeline import SCHEDULES, named, stage_ids_this_rank, virtual_stages
 from nemo_dist_pipeline.partition.balance import balanced
@@ -180,6 +182,13 @@ def test_an_svg_picture_has_a_box_per_action():
     assert drawn.startswith("<svg ") and all(f">{label}<" in drawn for label in ("F0", "B0", "I0", "W0"))
     with pytest.raises(ValueError, match="form must be 'text' or 'svg'"):
         picture(order, "png")
+
+
+def test_the_schedule_package_imports_no_torch():
+    found = pkgutil.iter_modules(nemo_dist_pipeline.schedule.__path__, "nemo_dist_pipeline.schedule.")
+    names = ", ".join(module.name for module in found)
+    code = f"import sys, {names}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_planning_and_explaining_a_pipeline_import_no_torch():

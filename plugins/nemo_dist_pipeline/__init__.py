@@ -10,8 +10,8 @@ import attrs
 from nemo_dist import MeshPlan, Plugin, RuntimePart, Stage, hookimpl
 from nemo_dist_pipeline.config import PipelineConfig
 from nemo_dist_pipeline.schedule.schedules import SCHEDULES, Schedule, named, stage_ids_this_rank, virtual_stages
-from nemo_dist_pipeline.schedule.stage_placement import Placement
-from nemo_dist_pipeline.validation import contradictions
+from nemo_dist_pipeline.schedule.stage_placement import StagePlacement
+from nemo_dist_pipeline.validation import option_problems
 
 if TYPE_CHECKING:
     from torch import nn
@@ -49,12 +49,12 @@ class Pipeline:
         size = plan.size("pp")
         if size == 1:
             return ["plugin 'pipeline' was selected, but pp_size is 1; set pp_size > 1 or leave it out"]
-        placement, problems = Placement.of(self.config, size)
-        return problems or contradictions(self.config, placement, plugins)
+        placement, problems = StagePlacement.of(self.config, size)
+        return problems or option_problems(self.config, placement, plugins)
 
     @hookimpl
     def explain(self, plan: MeshPlan) -> str:
-        placement, _ = Placement.of(self.config, plan.size("pp"))
+        placement, _ = StagePlacement.of(self.config, plan.size("pp"))
         count = placement.microbatches or self.config.microbatches or 4 * placement.pp_size
         total = placement.stage_count(self.config)
         stages = "stages" if total is None else f"{total} stages"
@@ -68,24 +68,24 @@ class Pipeline:
     def traffic(self, plan: MeshPlan, facts: ModelFacts | None) -> list[Traffic]:
         from nemo_dist_pipeline.comm_estimate import traffic
 
-        return traffic(plan, facts, Placement.of(self.config, plan.size("pp"))[0], self.config)
+        return traffic(plan, facts, StagePlacement.of(self.config, plan.size("pp"))[0], self.config)
 
     @hookimpl
     def agree(self, plan: MeshPlan) -> Mapping[str, str]:
-        order = Placement.of(self.config, plan.size("pp"))[0].order
+        order = StagePlacement.of(self.config, plan.size("pp"))[0].order
         return {f"line {number} of pp_schedule_csv": ",".join(map(str, line)) for number, line in enumerate(order, 1)}
 
     @hookimpl
     def shard(self, parts: list[nn.Module], mesh: MeshContext, plan: MeshPlan) -> None:
         from nemo_dist_pipeline.partition.split import split
 
-        split(parts, mesh.rank("pp"), Placement.of(self.config, plan.size("pp"))[0], self.config)
+        split(parts, mesh.rank("pp"), StagePlacement.of(self.config, plan.size("pp"))[0], self.config)
 
     @hookimpl
     def present(self, parts: list[nn.Module], mesh: MeshContext, plan: MeshPlan) -> AutoPipeline:
         from nemo_dist_pipeline.partition.split import present
 
-        return present(parts, mesh, Placement.of(self.config, plan.size("pp"))[0], self.config)
+        return present(parts, mesh, StagePlacement.of(self.config, plan.size("pp"))[0], self.config)
 
     @hookimpl
     def runtime(self, model: Any) -> RuntimePart:

@@ -7,10 +7,12 @@ from itertools import pairwise
 from nemo_dist import MeshPlan
 from nemo_dist.plugin.comm_estimate import ModelFacts, Traffic, bytes_of
 from nemo_dist_pipeline.config import PipelineConfig
-from nemo_dist_pipeline.schedule.stage_placement import Placement
+from nemo_dist_pipeline.schedule.stage_placement import StagePlacement
 
 
-def traffic(plan: MeshPlan, facts: ModelFacts | None, placement: Placement, config: PipelineConfig) -> list[Traffic]:
+def traffic(
+    plan: MeshPlan, facts: ModelFacts | None, placement: StagePlacement, config: PipelineConfig
+) -> list[Traffic]:
     """Return the sends of a step; the bytes are those of the rank that sends most, as the ends send one way only."""
     forward = backward = tied = None
     if facts is not None:
@@ -33,7 +35,7 @@ def traffic(plan: MeshPlan, facts: ModelFacts | None, placement: Placement, conf
     ]
 
 
-def crossings(placement: Placement, stages: int) -> list[tuple[int, int]]:
+def crossings(placement: StagePlacement, stages: int) -> list[tuple[int, int]]:
     """Return, for every pipeline rank, how many of its stages send forward and how many send back to another rank."""
     where = [placement.rank_of(stage, stages) for stage in range(stages)]
     over = [(here, there) for here, there in pairwise(where) if here != there]
@@ -43,7 +45,7 @@ def crossings(placement: Placement, stages: int) -> list[tuple[int, int]]:
     ]
 
 
-def _bytes_over_a_border(plan: MeshPlan, facts: ModelFacts, placement: Placement, config: PipelineConfig) -> int:
+def _bytes_over_a_border(plan: MeshPlan, facts: ModelFacts, placement: StagePlacement, config: PipelineConfig) -> int:
     """Return the bytes of the hidden states of all microbatches, those of rows that fill up included."""
     least = placement.microbatches or config.microbatches
     rows = max(least, -(-facts.rows // config.pp_microbatch_size)) * config.pp_microbatch_size

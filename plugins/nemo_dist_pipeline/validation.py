@@ -7,10 +7,10 @@ from typing import Any
 
 from nemo_dist import Plugin, Stage
 from nemo_dist_pipeline.config import PipelineConfig
-from nemo_dist_pipeline.schedule.stage_placement import Placement
+from nemo_dist_pipeline.schedule.stage_placement import StagePlacement
 
 
-def contradictions(config: PipelineConfig, placement: Placement, plugins: tuple[Plugin, ...]) -> list[str]:
+def option_problems(config: PipelineConfig, placement: StagePlacement, plugins: tuple[Plugin, ...]) -> list[str]:
     """Say what in *config* does not fit itself, the *placement* that it asks for, or the *plugins* beside it."""
     return [
         *_pairs(config),
@@ -36,7 +36,7 @@ def _pairs(config: PipelineConfig) -> list[str]:
     return problems
 
 
-def _counts(config: PipelineConfig, placement: Placement) -> list[str]:
+def _counts(config: PipelineConfig, placement: StagePlacement) -> list[str]:
     rows, size = config.pp_batch_size, config.pp_microbatch_size
     if rows is None:
         return []
@@ -51,7 +51,7 @@ def _counts(config: PipelineConfig, placement: Placement) -> list[str]:
     return [f"{problem}, which is {ways}; change one of them or the schedule"] if problem else []
 
 
-def _stages(config: PipelineConfig, placement: Placement) -> list[str]:
+def _stages(config: PipelineConfig, placement: StagePlacement) -> list[str]:
     parts = config.parts
     if parts is None:
         return []
@@ -69,7 +69,7 @@ def _stages(config: PipelineConfig, placement: Placement) -> list[str]:
     return problems
 
 
-def _others(placement: Placement, plugins: tuple[Plugin, ...]) -> list[str]:
+def _others(placement: StagePlacement, plugins: tuple[Plugin, ...]) -> list[str]:
     """Refuse options of other plugins, by their names in any config, that come out wrong or nobody has proven."""
 
     def given(option: str, which: Iterable[Plugin] = plugins) -> list[Any]:

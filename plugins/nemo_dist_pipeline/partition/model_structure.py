@@ -12,7 +12,7 @@ from nemo_dist_pipeline.partition.balance import balanced
 
 
 @attrs.frozen(kw_only=True)
-class Anatomy:
+class ModelStructure:
     """The modules of a model that belong to one stage each, by full name, in the order of the forward.
 
     ``tied``: the output head shares its weight, called ``shared``, with the embedding.
@@ -29,8 +29,8 @@ class Anatomy:
         return (*self.before, *self.layers, *self.after)
 
     @classmethod
-    def of(cls, model: Any) -> Anatomy:
-        """Read the anatomy from ``base_model_pp_plan``; raise ValueError for a model that cannot be cut."""
+    def of(cls, model: Any) -> ModelStructure:
+        """Read the structure from ``base_model_pp_plan``; raise ValueError for a model that cannot be cut."""
         kind, base = type(model).__name__, model.base_model
         plan = getattr(base.config, "base_model_pp_plan", None)
         if not plan or base is model:
@@ -45,13 +45,13 @@ class Anatomy:
         names = list(plan)
         cut = names.index(rows[0])
         heads = [name for name, child in model.named_children() if child is not base]
-        anatomy = cls(
+        structure = cls(
             before=tuple(f"{prefix}.{name}" for name in names[:cut]),
             layers=tuple(f"{prefix}.{rows[0]}.{index}" for index in range(len(getattr(base, rows[0])))),
             after=(*(f"{prefix}.{name}" for name in names[cut + 1 :]), *heads),
         )
-        anatomy._judge_rest(model)
-        return attrs.evolve(anatomy, tied=anatomy._tie(model))
+        structure._judge_rest(model)
+        return attrs.evolve(structure, tied=structure._tie(model))
 
     def _judge_rest(self, model: nn.Module) -> None:
         inside = tuple(f"{unit}." for unit in self.units)

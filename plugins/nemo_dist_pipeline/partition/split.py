@@ -9,43 +9,45 @@ import torch.distributed as dist
 from torch import nn
 
 from nemo_dist.mesh.store_consensus import report
-from nemo_dist_pipeline.partition.model_structure import Anatomy
-from nemo_dist_pipeline.partition.stage_model import StageInfo, carve, judge_handing_through
+from nemo_dist_pipeline.partition.model_structure import ModelStructure
+from nemo_dist_pipeline.partition.stage_model import StageInfo, keep_stage, require_plain_forward
 from nemo_dist_pipeline.runtime.auto_pipeline import AutoPipeline
 from nemo_dist_pipeline.runtime.tied_embedding import TiedWeight
 
 if TYPE_CHECKING:
     from nemo_dist.mesh.mesh_context import MeshContext
     from nemo_dist_pipeline.config import PipelineConfig
-    from nemo_dist_pipeline.schedule.stage_placement import Placement
+    from nemo_dist_pipeline.schedule.stage_placement import StagePlacement
 
 
-def split(parts: list[nn.Module], rank: int, placement: Placement, config: PipelineConfig) -> None:
+def split(parts: list[nn.Module], rank: int, placement: StagePlacement, config: PipelineConfig) -> None:
     """Edit the one model in *parts* into the first stage of pipeline *rank*, and append the others.
 
     Raises ValueError for a model that cannot be cut, or not so.
     """
     model: Any = parts[0]
-    anatomy = Anatomy.of(model)
-    judge_handing_through(model, anatomy)
-    division = _division(model, anatomy, placement, config)
+    structure = ModelStructure.of(model)
+    require_plain_forward(model, structure)
+    division = _division(model, structure, placement, config)
     owned = placement.stage_ids(rank, len(division))
-    mine = [StageInfo(index=index, division=division, tied=anatomy.tied) for index in owned]
+    mine = [StageInfo(index=index, division=division, tied=structure.tied) for index in owned]
     parts += [copy.deepcopy(model) for _ in mine[1:]]
     for part, stage in zip(parts, mine, strict=True):
-        carve(part, stage, anatomy)
+        keep_stage(part, stage, structure)
 
 
 def _division(
-    model: Any, anatomy: Anatomy, placement: Placement, config: PipelineConfig
+    model: Any, structure: ModelStructure, placement: StagePlacement, config: PipelineConfig
 ) -> tuple[tuple[str, ...], ...]:
     if config.parts is not None:
-        return anatomy.checked(model, config.parts)
-    stages = placement.stage_count(config, len(anatomy.layers)) or 0
-    return anatomy.divide(model, stages, by_count=config.layers_per_stage is not None)
+        return structure.checked(model, config.parts)
+    stages = placement.stage_count(config, len(structure.layers)) or 0
+    return structure.divide(model, stages, by_count=config.layers_per_stage is not None)
 
 
-def present(parts: list[nn.Module], mesh: MeshContext, placement: Placement, config: PipelineConfig) -> AutoPipeline:
+def present(
+    parts: list[nn.Module], mesh: MeshContext, placement: StagePlacement, config: PipelineConfig
+) -> AutoPipeline:
     """Return the pipeline of the loaded *parts*."""
     report("tying the embedding", _untied(parts))
     for part in parts[1:]:
@@ -76,7 +78,7 @@ def _untied(parts: list[nn.Module]) -> Exception | None:
     return None
 
 
-def _tied_weight(parts: list[nn.Module], placement: Placement, group: dist.ProcessGroup) -> TiedWeight | None:
+def _tied_weight(parts: list[nn.Module], placement: StagePlacement, group: dist.ProcessGroup) -> TiedWeight | None:
     stages: list[Any] = [part.pipeline_stage for part in parts]
     if stages[0].tied is None:
         return None

@@ -12,7 +12,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from nemo_dist_pipeline.partition.model_structure import Anatomy
+from nemo_dist_pipeline.partition.model_structure import ModelStructure
 
 
 @attrs.frozen(kw_only=True)
@@ -47,7 +47,29 @@ class StageInfo:
         return self.index == self.count - 1
 
 
-class Elsewhere(nn.Module):
+@attrs.frozen(kw_only=True, eq=False)
+class PipelineInfo:
+    """What this rank has of the pipeline: ``stages`` in order, and the model of each in ``model_parts``."""
+
+    schedule: str
+    stages: tuple[StageInfo, ...]
+    model_parts: tuple[nn.Module, ...]
+    num_stages: int
+    pp_rank: int
+    pp_size: int
+
+    @property
+    def has_first_stage(self) -> bool:
+        """Whether this rank has the embedding."""
+        return any(stage.is_first for stage in self.stages)
+
+    @property
+    def has_last_stage(self) -> bool:
+        """Whether this rank has the head, and so the loss and the logits."""
+        return any(stage.is_last for stage in self.stages)
+
+
+class ModuleOfOtherStage(nn.Module):
     """Stand for a module of another stage: return the first argument."""
 
     def __init__(self, replaced: nn.Module) -> None:
@@ -61,7 +83,7 @@ class Elsewhere(nn.Module):
         return first
 
 
-def carve(model: Any, stage: StageInfo, anatomy: Anatomy) -> None:
+def keep_stage(model: Any, stage: StageInfo, structure: ModelStructure) -> None:
     """Edit *model* in place into *stage*; parameters keep their names in the full model.
 
     Between stages travel hidden states, fed through ``inputs_embeds``. A stage without the head ends with its base
@@ -69,8 +91,8 @@ def carve(model: Any, stage: StageInfo, anatomy: Anatomy) -> None:
     """
     kept = set(stage.modules)
     if stage.tied and stage.is_last:
-        kept.add(str(anatomy.owner(stage.tied[1])))
-    _replace(model, [unit for unit in anatomy.units if unit not in kept])
+        kept.add(str(structure.owner(stage.tied[1])))
+    _replace(model, [unit for unit in structure.units if unit not in kept])
     if stage.tied and not stage.is_last:
         model.all_tied_weights_keys = {}  # nothing to tie here: the head is on the last stage
     elif stage.tied:
@@ -95,7 +117,7 @@ def _tie(model: nn.Module, head: str, embedding: str) -> None:
 
 def _replace(model: nn.Module, names: Collection[str]) -> None:
     for name in names:
-        model.set_submodule(name, Elsewhere(model.get_submodule(name)))
+        model.set_submodule(name, ModuleOfOtherStage(model.get_submodule(name)))
 
 
 def _take_embeddings(base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -113,7 +135,7 @@ def _hidden_states(model: Any, **inputs: Any) -> Tensor:
 
 
 @torch.no_grad()
-def judge_handing_through(model: Any, anatomy: Anatomy) -> None:
+def require_plain_forward(model: Any, structure: ModelStructure) -> None:
     """Raise ValueError when the base model does something to its input besides its modules.
 
     Every stage runs the base model's whole forward, so what stands between the modules (a scaled embedding, added
@@ -122,7 +144,7 @@ def judge_handing_through(model: Any, anatomy: Anatomy) -> None:
     kind = type(model).__name__
     hollow = copy.deepcopy(model.base_model)
     prefix = next(name for name, module in model.named_modules() if module is model.base_model)
-    _replace(hollow, [unit.removeprefix(f"{prefix}.") for unit in anatomy.units if unit.startswith(f"{prefix}.")])
+    _replace(hollow, [unit.removeprefix(f"{prefix}.") for unit in structure.units if unit.startswith(f"{prefix}.")])
     hollow.to_empty(device="cpu").eval()
     given = torch.linspace(-1, 1, 4 * hollow.config.hidden_size, device="cpu").view(1, 4, -1)
     try:

@@ -14,15 +14,13 @@ from torch import Tensor, nn
 
 from nemo_dist.plugin.hookspecs import Batch
 from nemo_dist.training.router_aux_loss import COUNTED
-from nemo_dist_pipeline.partition.info import PipelineInfo
-from nemo_dist_pipeline.partition.stage_model import StageInfo
-from nemo_dist_pipeline.runtime.feed import Feed
+from nemo_dist_pipeline.partition.stage_model import PipelineInfo, StageInfo
 from nemo_dist_pipeline.runtime.forward_only import forward_only
-from nemo_dist_pipeline.runtime.microbatches import Microbatches
+from nemo_dist_pipeline.runtime.microbatches import Microbatches, MicrobatchSplitter
 from nemo_dist_pipeline.runtime.tied_embedding import TiedWeight, set_aside
 from nemo_dist_pipeline.runtime.torch_stage import Build, ModelStage, TorchSchedule, reshard, run_part, torch_order
 from nemo_dist_pipeline.schedule.actions import Order
-from nemo_dist_pipeline.schedule.stage_placement import Placement
+from nemo_dist_pipeline.schedule.stage_placement import StagePlacement
 from nemo_dist_pipeline.schedule.visualize import picture, summary
 
 if TYPE_CHECKING:
@@ -43,7 +41,7 @@ class AutoPipeline:
 
     parts: list[nn.Module]
     config: PipelineConfig
-    placement: Placement
+    placement: StagePlacement
     group: dist.ProcessGroup
     device: torch.device
     cp_size: int = 1
@@ -69,10 +67,10 @@ class AutoPipeline:
         return tuple(part.pipeline_stage for part in self.parts)  # type: ignore[misc]
 
     @property
-    def _feed(self) -> Feed:
+    def _splitter(self) -> MicrobatchSplitter:
         base: Any = self.parts[0].base_model
         hidden = base.config.hidden_size
-        return Feed(config=self.config, placement=self.placement, cp_size=self.cp_size, hidden=hidden)
+        return MicrobatchSplitter(config=self.config, placement=self.placement, cp_size=self.cp_size, hidden=hidden)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield the parameters of this rank's stages under their names in the full model."""
@@ -106,10 +104,10 @@ class AutoPipeline:
 
         The batches run through the schedule together where their shapes, and the schedule's memory, allow.
         """
-        runs = [self._feed.run(self.parts[-1], *given) for given in zip(batches, weights, strict=True)]
+        runs = [self._splitter.split(self.parts[-1], *given) for given in zip(batches, weights, strict=True)]
         total = torch.zeros((), device=self.device)
         with set_aside(self.tied.replicas) if self.tied else nullcontext():
-            for run in self._feed.joined(runs):
+            for run in self._splitter.joined(runs):
                 total += self._train(run)
             if self.tied:
                 self.tied.sum_gradients()
@@ -119,7 +117,7 @@ class AutoPipeline:
     def survey(self, batches: Sequence[Batch]) -> None:
         """Run the forwards that :meth:`run` would run, without gradients, in the mode that the stages are in."""
         for batch in batches:
-            self._pass(self._feed.run(self.parts[-1], batch, torch.ones((), device=self.device)))
+            self._pass(self._splitter.split(self.parts[-1], batch, torch.ones((), device=self.device)))
 
     def _train(self, run: Microbatches) -> Tensor:
         losses: list[Tensor] = []
@@ -134,7 +132,7 @@ class AutoPipeline:
     def schedule(self, run: Microbatches) -> TorchSchedule:
         """Return torch's schedule for the shapes of *run*; call its ``step(target=run.weights, **run.inputs)``."""
         if run.shape not in self._built:
-            hidden = torch.empty(self._feed.hidden_shape(run), dtype=self._boundary_dtype(run), device=self.device)
+            hidden = torch.empty(self._splitter.hidden_shape(run), dtype=self._boundary_dtype(run), device=self.device)
             stages = [
                 ModelStage(part, stage, hidden, self.group, self.config.loss_fn)
                 for part, stage in zip(self.parts, self._stages, strict=True)
@@ -172,10 +170,10 @@ class AutoPipeline:
             inputs = {name: value for name, value in run[0].items() if name != COUNTED}  # this forward is no step's
             hidden: Tensor = run_part(self.parts[0], self._stages[0], None, inputs, None)
         reshard(self.parts[:1])
-        if hidden.shape != self._feed.hidden_shape(run):
+        if hidden.shape != self._splitter.hidden_shape(run):
             raise ValueError(
                 f"the first stage makes hidden states of shape {tuple(hidden.shape)} of inputs that should give "
-                f"{self._feed.hidden_shape(run)}; sequence-sharded activations do not travel between stages"
+                f"{self._splitter.hidden_shape(run)}; sequence-sharded activations do not travel between stages"
             )
         return hidden
 
@@ -212,7 +210,7 @@ class AutoPipeline:
 
     @torch.no_grad()
     def _pass(self, run: Microbatches) -> list[Any]:
-        hidden = torch.empty(self._feed.hidden_shape(run), dtype=self._boundary_dtype(run), device=self.device)
+        hidden = torch.empty(self._splitter.hidden_shape(run), dtype=self._boundary_dtype(run), device=self.device)
         loss = self.config.loss_fn if "labels" in run.inputs else None
         outputs = forward_only(self.parts, self._stages, run, hidden, self.placement, self.group, loss)
         reshard(self.parts)

@@ -14,7 +14,7 @@ from nemo_dist_pipeline.runtime.microbatches import Microbatches
 from nemo_dist_pipeline.runtime.torch_stage import Loss, run_part
 
 if TYPE_CHECKING:
-    from nemo_dist_pipeline.schedule.stage_placement import Placement
+    from nemo_dist_pipeline.schedule.stage_placement import StagePlacement
 
 
 def forward_only(
@@ -22,7 +22,7 @@ def forward_only(
     stages: Sequence[StageInfo],
     run: Microbatches,
     hidden: Tensor,
-    placement: Placement,
+    placement: StagePlacement,
     group: dist.ProcessGroup,
     loss: Loss | None,
 ) -> list[Any]:
@@ -57,7 +57,7 @@ def forward_only(
     return outputs
 
 
-def _peer(neighbour: int, stage: StageInfo, placement: Placement, group: dist.ProcessGroup) -> int | None:
+def _peer(neighbour: int, stage: StageInfo, placement: StagePlacement, group: dist.ProcessGroup) -> int | None:
     """Return the pipeline rank of the stage *neighbour*; None when there is none, or it is here."""
     if not 0 <= neighbour < stage.count:
         return None

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @attrs.frozen(kw_only=True)
-class Placement:
+class StagePlacement:
     """A schedule on ``pp_size`` ranks: one of torch's, or the user's own ``order`` from a file (``schedule`` None).
 
     ``microbatches``: how many it takes, None for any number that fits.
@@ -26,7 +26,7 @@ class Placement:
     order: Order = ()
 
     @classmethod
-    def of(cls, config: PipelineConfig, pp_size: int) -> tuple[Placement, list[str]]:
+    def of(cls, config: PipelineConfig, pp_size: int) -> tuple[StagePlacement, list[str]]:
         """Return the placement that *config* asks for on *pp_size* ranks, and what is wrong with it."""
         if config.pp_schedule_csv is None:
             return cls(pp_size=pp_size, schedule=named(config.pp_schedule or "1F1B")), []

@@ -9,13 +9,13 @@ from nemo_dist_pipeline.schedule.actions import Order
 from nemo_dist_pipeline.schedule.simulation import Slot, Timeline, play
 
 if TYPE_CHECKING:
-    from nemo_dist_pipeline.schedule.stage_placement import Placement
+    from nemo_dist_pipeline.schedule.stage_placement import StagePlacement
 
 _FILL = {"F": "#4c78c8", "B": "#5aa469", "I": "#5aa469", "W": "#d9a441"}
 _WHAT = {"F": "forward", "B": "backward", "I": "backward, inputs", "W": "backward, weights"}
 
 
-def summary(division: Sequence[Sequence[str]], placement: Placement, parts: Sequence[Any], order: Order) -> str:
+def summary(division: Sequence[Sequence[str]], placement: StagePlacement, parts: Sequence[Any], order: Order) -> str:
     """Return a table of all stages, with the parameters of this rank's, and the schedule with its bubble."""
     counts = {part.pipeline_stage.index: sum(p.numel() for p in part.parameters()) for part in parts}
     lines = [f"{'stage':>5}  {'rank':>4}  {'parameters':>12}  modules"]
