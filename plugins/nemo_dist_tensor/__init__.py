@@ -46,7 +46,7 @@ class TensorConfig:
 
 
 @attrs.frozen(eq=False)
-class Tensor:
+class TensorParallel:
     """Cut matrices, vocabulary and loss along ``tp``; with sequence parallelism the activations between them too."""
 
     name: ClassVar[str] = "tensor"
@@ -79,10 +79,10 @@ class Tensor:
 
     @hookimpl
     def shard(self, parts: list[nn.Module], mesh: MeshContext) -> None:
-        from nemo_dist_tensor.apply import parallelise
+        from nemo_dist_tensor.apply import apply_tensor_parallelism
 
         if mesh.tp_size > 1:
-            parallelise(parts, mesh, self.config)
+            apply_tensor_parallelism(parts, mesh, self.config)
 
     @hookimpl
     def explain(self, plan: MeshPlan, model: nn.Module | None) -> str:
@@ -90,7 +90,7 @@ class Tensor:
         what = "attention, feed-forward, embedding and head by the model's own plan"
         what += f" and {count} rules of tp_plan" if count else ""
         if model is not None:
-            from nemo_dist_tensor.comm_listing import described
+            from nemo_dist_tensor.tp_plan import described
 
             what = described(self._rules(model, plan))
         tokens = f"; between attention and feed-forward a rank keeps 1/{ranks} of the tokens"
@@ -101,12 +101,10 @@ class Tensor:
     def traffic(self, plan: MeshPlan, facts: ModelFacts | None, model: nn.Module | None) -> list[Traffic]:
         if plan.size("tp") == 1:
             return []
+        from nemo_dist_tensor.comm_estimate import measured, unmeasured
+
         if facts is None or model is None:
-            from nemo_dist_tensor.comm_listing import unmeasured
-
             return unmeasured(self.config.sequence_parallel)
-        from nemo_dist_tensor.comm_estimate import measured
-
         return measured(model, self._rules(model, plan), plan, facts, self.config.sequence_parallel)
 
     def _rules(self, model: nn.Module, plan: MeshPlan) -> Rules:
@@ -114,3 +112,6 @@ class Tensor:
 
         axes = {axis.name for view in plan.views for axis in view.axes}
         return match(model, self.config.tp_plan or {}, skip_experts="ep" in axes)
+
+
+Tensor = TensorParallel  # TEMPORARY, remove once reinstalled: installed metadata still names nemo_dist_tensor:Tensor

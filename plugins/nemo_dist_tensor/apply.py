@@ -1,23 +1,36 @@
-"""Make the parts of a model tensor-parallel: match the plan, refuse what does not fit, cut."""
+"""Make the parts of a model tensor-parallel in place: match the plan, check it, cut parameters, replace forwards."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import inspect
+from collections.abc import Mapping
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
+import attrs
 from torch import nn
+from torch.distributed.tensor import Placement
 
 from nemo_dist.errors import TopologyError
 from nemo_dist.mesh.store_consensus import meet
+from nemo_dist_tensor import layers, parameter_sharding
+from nemo_dist_tensor.attention_heads import AttentionHeads
+from nemo_dist_tensor.block_structure import Blocks
 from nemo_dist_tensor.collectives import Peers
-from nemo_dist_tensor.surgery import Surgery
-from nemo_dist_tensor.tp_plan import Rules, match, problems
+from nemo_dist_tensor.parallel_regions import Region
+from nemo_dist_tensor.styles import COLUMN, EMBEDDING, GATHERED, ROW
+from nemo_dist_tensor.tp_plan import Rules, generic, is_key_value, match, problems
+from nemo_dist_tensor.vocab_parallel_loss import VocabularyParallelLoss, can_stay_cut
 
 if TYPE_CHECKING:
     from nemo_dist.mesh.mesh_context import MeshContext
     from nemo_dist_tensor import TensorConfig
 
+_INSIDE = ("output_hidden_states", "output_attentions")  # what would come out in pieces
+_RANDOM = ("attention_dropout", "attn_dropout", "dropout", "hidden_dropout", "jitter_noise")  # of modules
 
-def parallelise(parts: list[nn.Module], mesh: MeshContext, config: TensorConfig) -> None:
+
+def apply_tensor_parallelism(parts: list[nn.Module], mesh: MeshContext, config: TensorConfig) -> None:
     """Cut the *parts*, transformers models on meta, in place; raise TopologyError (a ValueError) with every reason."""
     peers = Peers.along(mesh["tp"])
     stage, experts = mesh.pp_size > 1, mesh.ep_size > 1
@@ -28,7 +41,7 @@ def parallelise(parts: list[nn.Module], mesh: MeshContext, config: TensorConfig)
     if found:
         raise TopologyError(found)
     for part, rules in zip(parts, matched, strict=True):
-        Surgery(part, rules, peers, config.sequence_parallel).run()
+        Parallelizer(part, rules, peers, config.sequence_parallel).run()
 
 
 def _unused(matched: list[Rules], mesh: MeshContext) -> list[str]:
@@ -41,3 +54,156 @@ def _unused(matched: list[Rules], mesh: MeshContext) -> list[str]:
         f"tp_plan has a rule for {rule!r}, which names no module or parameter of the model{hints.get(rule, '')}"
         for rule in mine
     ]
+
+
+@attrs.frozen(eq=False)
+class Parallelizer:
+    """One model, the rules that it is cut by, and the ranks."""
+
+    model: Any
+    rules: Rules
+    peers: Peers
+    sequence: bool
+
+    def run(self) -> None:
+        """Change the model in place; raise TopologyError with every reason before anything is changed."""
+        blocks = Blocks.of(self.model, self.rules)
+        placements = self._placements()
+        problems = [
+            *self._misfits(),
+            *self._packed(placements),
+            *parameter_sharding.tie_problems(self.model, placements),
+            *self._random(),
+            *(blocks.problems() if self.sequence else ()),
+        ]
+        if problems:
+            raise TopologyError(problems)
+        regions = blocks.install(self.peers, self.sequence)
+        parameter_sharding.cut(self.model, placements, self.peers)
+        state = self._keep_logits_cut()
+        for name, style in self.rules.modules.items():
+            self._install(name, style, regions.get(name) or Region(name, self.peers, None, None), state)
+        self.model.register_forward_pre_hook(self._refuse_pieces, with_kwargs=True)
+
+    def _module(self, name: str) -> Any:
+        return self.model.get_submodule(name)
+
+    @cached_property
+    def _whole_keys(self) -> Mapping[str, AttentionHeads]:
+        """The key and value projections that stay whole on every rank, with the heads of their attention."""
+        found = {}
+        for name, style in self.rules.modules.items():
+            if style == "colwise" and is_key_value(name):
+                heads = AttentionHeads.of(self._module(name.rpartition(".")[0]), self.peers.size)
+                if heads is not None and heads.whole_keys:
+                    found[name] = heads
+        return found
+
+    def _placements(self) -> dict[str, Placement | None]:
+        """Return how every parameter that a rule names is cut."""
+        placements: dict[str, Placement | None] = {}
+        for name, style in self.rules.modules.items():
+            if name not in self._whole_keys:
+                for parameter, _ in self._module(name).named_parameters(recurse=False):
+                    placements[f"{name}.{parameter}"] = parameter_sharding.of_module(style, parameter)
+        for name, style in self.rules.parameters.items():
+            placements[name] = parameter_sharding.of_parameter(style, self.model.get_parameter(name))
+        return placements
+
+    def _misfits(self) -> list[str]:
+        """Say which modules the rules do not fit, and which head counts the ranks."""
+        found = []
+        for name, style in self.rules.modules.items():
+            module = self._module(name)
+            kind = nn.Linear if style in COLUMN | ROW else nn.Embedding if style in EMBEDDING else nn.Module
+            if not isinstance(module, kind):
+                found.append(
+                    f"{generic(name)} is a {type(module).__name__}, which the style {style!r} does not fit; "
+                    f"it fits nn.{kind.__name__}"
+                )
+            elif isinstance(module, nn.Embedding) and (module.max_norm or module.scale_grad_by_freq or module.sparse):
+                found.append(f"{generic(name)} uses max_norm, scale_grad_by_freq or sparse, so it cannot be cut")
+            elif style == "colwise":
+                heads = AttentionHeads.of(self._module(name.rpartition(".")[0]), self.peers.size)
+                found += [f"{type(self.model).__name__}: {heads.problem}"] if heads and heads.problem else []
+        return found
+
+    def _packed(self, placements: Mapping[str, Placement | None]) -> list[str]:
+        problems = [
+            parameter_sharding.packed_problem(name, self.model.get_parameter(name), cut, self.peers.size)
+            for name, cut in placements.items()
+            if cut is not None
+        ]
+        return [problem for problem in problems if problem]
+
+    def _random(self) -> list[str]:
+        """Say what draws random numbers in the forward: the ranks would draw different ones where they must agree."""
+        found = {
+            f"{generic(name)}.{option}"
+            for name, module in self.model.named_modules()
+            for option in (("p",) if isinstance(module, nn.Dropout) else _RANDOM)
+            if isinstance(value := getattr(module, option, None), float) and value > 0
+        }
+        return [
+            f"{name} is the probability of a random choice, which tensor-parallel ranks would make differently; set it "
+            "to 0 in the model's config"
+            for name in sorted(found)
+        ]
+
+    def _install(self, name: str, style: str, region: Region, state: layers.LMHead | None) -> None:
+        module = self._module(name)
+        if state is not None and module is self.model.get_output_embeddings():
+            layers.head(module, region, state)
+        elif style in COLUMN:
+            heads = self._whole_keys.get(name)
+            layers.column(module, style, region, heads)
+            if heads is not None:
+                self._module(name.rpartition(".")[0]).num_key_value_groups = heads.local_groups(self.peers.rank)
+        elif style in ROW:
+            layers.row(module, name, style, region)
+        elif style == "embedding_rowwise":
+            layers.vocabulary(module, self.peers)
+        elif style == "embedding_colwise":
+            layers.features(module, self.peers)
+        elif style == "replicated_with_grad_allreduce":
+            layers.summed(module, self.peers)
+        elif style == "moe_tp_experts":
+            layers.experts(module, self.peers)
+        elif style == "mla_kv_a_proj":
+            layers.latent(module, self.model.config.get_text_config().qk_rope_head_dim, self.peers)
+        elif style == "local_params":
+            layers.local_only(module)
+
+    def _keep_logits_cut(self) -> layers.LMHead | None:
+        """Let the logits stay cut along the vocabulary whenever the model is called with labels and computes the loss.
+
+        Returns None where the head is gathered always: it is not in the plan, or the loss is not a next-token loss.
+        """
+        name = next((n for n, m in self.model.named_modules() if m is self.model.get_output_embeddings()), None)
+        forward = inspect.unwrap(type(self.model).forward)
+        calls_loss = "loss_function" in forward.__code__.co_names
+        if self.rules.modules.get(name or "") not in GATHERED or not calls_loss:
+            return None
+        if not can_stay_cut(self.model.loss_function):
+            return None
+        self.model.loss_function = VocabularyParallelLoss(self.peers, self.model.loss_function)
+        state, signature = layers.LMHead(), inspect.signature(self.model.forward)
+
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            state.stays_cut = signature.bind_partial(*args, **kwargs).arguments.get("labels") is not None
+
+        def after(*_: Any) -> None:
+            state.stays_cut = False
+
+        self.model.register_forward_pre_hook(before, with_kwargs=True)
+        self.model.register_forward_hook(after, always_call=True)
+        return state
+
+    def _refuse_pieces(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for option in _INSIDE:
+            asked = kwargs.get(option)
+            if asked or (asked is None and getattr(self.model.config, option, False)):
+                raise ValueError(
+                    f"{option} is not available with tp_size={self.peers.size}: no rank has more than its own heads or "
+                    f"tokens; leave it out"
+                )

@@ -8,11 +8,9 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-_KEY_VALUE = ("k_proj", "v_proj")
-
 
 @attrs.frozen
-class Heads:
+class AttentionHeads:
     """The heads of one attention module: query heads, how many of them share a key head, and the ranks."""
 
     queries: int
@@ -20,7 +18,7 @@ class Heads:
     ranks: int
 
     @classmethod
-    def of(cls, attention: Any, ranks: int) -> Heads | None:
+    def of(cls, attention: Any, ranks: int) -> AttentionHeads | None:
         """Return the heads of the module *attention*, or None when it is no attention with heads to cut."""
         size = getattr(attention, "head_dim", None) or getattr(attention, "head_size", None)
         if not isinstance(size, int):
@@ -66,12 +64,7 @@ class Heads:
         return self.queries // self.ranks // len(self.needed(rank))
 
 
-def is_key_value(name: str) -> bool:
-    """Whether the module called *name* projects to keys or values."""
-    return name.rpartition(".")[2] in _KEY_VALUE
-
-
-def pick(parameter: Tensor, heads: Heads, rank: int) -> Tensor:
+def pick(parameter: Tensor, heads: AttentionHeads, rank: int) -> Tensor:
     """Return the rows of a key or value projection, or its bias, that make the heads which *rank* computes."""
     needed = heads.needed(rank)
     by_head: Tensor = parameter.unflatten(0, (heads.keys, -1))

@@ -1,5 +1,7 @@
 """What tensor-parallel ranks send each other in a step, added up along the plan as the forwards carry it out.
 
+It imports torch only when a model is given, so that planning does not.
+
 The sums mirror ``layers`` and ``regions``: whoever changes a collective there changes its line here, and
 ``tests/test_traffic.py`` compares both.
 """
@@ -8,38 +10,57 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import attrs
-from torch import nn
 
 from nemo_dist.plugin.comm_estimate import Traffic, shared
-from nemo_dist_tensor.attention_heads import is_key_value
-from nemo_dist_tensor.block_structure import Blocks
-from nemo_dist_tensor.comm_listing import (
-    GATHER_GRADIENTS,
-    GATHER_INPUTS,
-    JOIN_GRADIENTS,
-    JOIN_OUTPUTS,
-    KINDS,
-    LOSS,
-    SCATTER_GRADIENTS,
-    SCATTER_OUTPUTS,
-    SUM_GRADIENTS,
-    SUM_OUTPUTS,
-    SUM_PARAMETERS,
-    Kind,
-    entry,
-)
 from nemo_dist_tensor.styles import COLUMN, GATHERED, ROW, WHOLE_INPUT
-from nemo_dist_tensor.tp_plan import Rules
+from nemo_dist_tensor.tp_plan import Rules, is_key_value
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from nemo_dist.planning.mesh_plan import MeshPlan
     from nemo_dist.plugin.comm_estimate import ModelFacts
+    from nemo_dist_tensor.block_structure import Blocks
+
+Kind = tuple[str, str, str]
+
+# (collective, of, often) of every kind, in the order in which they are told.
+SUM_OUTPUTS = ("all-reduce", "outputs of row-wise projections and of the embedding", "in the forward")
+GATHER_INPUTS = ("all-gather", "the tokens that attention and feed-forward read", "in the forward")
+SCATTER_OUTPUTS = ("reduce-scatter", "their outputs", "in the forward")
+JOIN_OUTPUTS = ("all-gather", "outputs that the plan wants whole", "in the forward")
+LOSS = ("all-reduce", "3 numbers per token, for the loss", "in the forward")
+SUM_GRADIENTS = ("all-reduce", "gradients of what column-wise projections read", "in the backward")
+GATHER_GRADIENTS = ("all-gather", "gradients of those outputs", "in the backward")
+SCATTER_GRADIENTS = ("reduce-scatter", "gradients of those tokens", "in the backward")
+SUM_PARAMETERS = ("all-reduce", "gradients of parameters that every rank has whole", "in the backward")
+JOIN_GRADIENTS = ("all-gather", "gradients of whole inputs that row-wise projections cut", "in the backward")
+KINDS = (
+    SUM_OUTPUTS,
+    GATHER_INPUTS,
+    SCATTER_OUTPUTS,
+    JOIN_OUTPUTS,
+    LOSS,
+    SUM_GRADIENTS,
+    GATHER_GRADIENTS,
+    SCATTER_GRADIENTS,
+    JOIN_GRADIENTS,
+    SUM_PARAMETERS,
+)
 
 _LOSS_NUMBERS = 3  # of a token, in float32: the greatest logit, the sum of exponentials, the label's own
 _LOSS_BYTES = 4
+
+
+def unmeasured(sequence: bool) -> list[Traffic]:
+    """Return the kinds of collectives that every model has, without bytes."""
+    inside = (GATHER_INPUTS, SCATTER_OUTPUTS) if sequence else ()
+    back = (GATHER_GRADIENTS, SCATTER_GRADIENTS, SUM_PARAMETERS) if sequence else ()
+    kinds = (SUM_OUTPUTS, *inside, LOSS, SUM_GRADIENTS, *back)
+    return [entry(kind, None) for kind in kinds]
 
 
 def measured(model: Any, rules: Rules, plan: MeshPlan, facts: ModelFacts, sequence: bool) -> list[Traffic]:
@@ -49,6 +70,12 @@ def measured(model: Any, rules: Rules, plan: MeshPlan, facts: ModelFacts, sequen
         twice = 2 if kind[0] == "all-reduce" else 1
         sums[kind] += twice * shared(plan.size("tp"), amount) // plan.size("pp")
     return [entry(kind, sums[kind]) for kind in KINDS if kind in sums]
+
+
+def entry(kind: tuple[str, str, str], sent: int | None) -> Traffic:
+    """Return the entry of a *kind* along tp."""
+    collective, what, often = kind
+    return Traffic(axis="tp", collective=collective, of=what, often=often, sent=sent)
 
 
 @attrs.frozen(eq=False)
@@ -63,6 +90,8 @@ class Step:
 
     def collectives(self) -> Iterator[tuple[Kind, float]]:
         """Yield the kind of every collective and the bytes of the whole tensor that it is about."""
+        from nemo_dist_tensor.block_structure import Blocks
+
         blocks = Blocks.of(self.model, self.rules)
         for name, style in self.rules.modules.items():
             yield from self._outside(name, self.model.get_submodule(name), style)
@@ -123,7 +152,7 @@ class Step:
             yield (SCATTER_GRADIENTS, self._pieces) if self.sequence else (SUM_GRADIENTS, whole)
         for name, style in styles.items():
             module = self.model.get_submodule(name)
-            if style in WHOLE_INPUT and isinstance(module, nn.Linear):
+            if style in WHOLE_INPUT and _is_linear(module):
                 yield JOIN_GRADIENTS, self._tokens * module.in_features * self.facts.computed
             if self.sequence and name == exit_rule:
                 yield from self._exit(module, self._again(blocks.ends_its_block(region)))
@@ -136,16 +165,22 @@ class Step:
         """Yield what the projection that ends a region costs when each rank keeps its own tokens of the sum."""
         yield SCATTER_OUTPUTS, self._pieces * times
         yield GATHER_GRADIENTS, self._pieces
-        if isinstance(module, nn.Linear) and module.bias is not None:
+        if _is_linear(module) and module.bias is not None:
             yield SUM_PARAMETERS, module.bias.numel() * self.facts.computed
 
     def _inside(self, module: nn.Module, style: str, times: int) -> Iterator[tuple[Kind, float]]:
         one = self._tokens * self.facts.computed  # a number for each token
-        if style in ROW and isinstance(module, nn.Linear):
+        if style in ROW and _is_linear(module):
             yield SUM_OUTPUTS, one * module.out_features * times
-        elif style in GATHERED and isinstance(module, nn.Linear):
+        elif style in GATHERED and _is_linear(module):
             yield JOIN_OUTPUTS, one * module.out_features * self._again(last=False)
         elif style == "moe_tp_experts":  # the weights of a token's experts are used differently too
             chosen = getattr(self.model.config.get_text_config(), "num_experts_per_tok", 0)
             yield SUM_OUTPUTS, one * self.facts.hidden * times
             yield SUM_GRADIENTS, one * (self.facts.hidden + chosen)
+
+
+def _is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    from torch import nn
+
+    return isinstance(module, nn.Linear)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import attrs
@@ -10,21 +11,51 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
-from nemo_dist_tensor.attention_heads import Heads, pick
+from nemo_dist_tensor.attention_heads import AttentionHeads, pick
 from nemo_dist_tensor.collectives import Peers, enter, gather, reduce, split
-from nemo_dist_tensor.local import local, parameters_as, replace_forward
 from nemo_dist_tensor.parallel_regions import Region
 from nemo_dist_tensor.styles import GATHERED, WHOLE_INPUT
 
+Forward = Callable[..., Any]
+Change = Callable[[Tensor], Tensor | None]
+
+
+def local(parameter: Tensor) -> Tensor:
+    """Return what this rank holds of *parameter*; gradients flow back to it."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def replace_forward(module: nn.Module, forward: Forward) -> None:
+    """Let calls of *module* run *forward*, inside its hooks."""
+    module.forward = forward
+
+
+@contextmanager
+def parameters_as(
+    module: nn.Module, change: Change = local, special: Mapping[str, Change] | None = None
+) -> Iterator[None]:
+    """Within the context the own parameters of *module* are ``change(parameter)``, or ``special[name](parameter)``.
+
+    They are looked up on entry, so that what a strategy has gathered for this forward is what is used.
+    """
+    changes = special or {}
+    originals = {name: parameter for name, parameter in module._parameters.items() if parameter is not None}
+    registered: Any = module._parameters  # holds Parameters; what stands in for one is a tensor computed from it
+    registered.update({name: changes.get(name, change)(parameter) for name, parameter in originals.items()})
+    try:
+        yield
+    finally:
+        registered.update(originals)
+
 
 @attrs.define(eq=False)
-class Head:
+class LMHead:
     """The output projection of a language model: with ``stays_cut`` its logits are not gathered."""
 
     stays_cut: bool = False
 
 
-def column(module: nn.Linear, style: str, region: Region, whole_keys: Heads | None = None) -> None:
+def column(module: nn.Linear, style: str, region: Region, whole_keys: AttentionHeads | None = None) -> None:
     """Compute this rank's output features; of keys and values that do not divide, those of the heads it needs."""
     peers, original, width = region.peers, module.forward, module.out_features
     special: dict[str, Callable[[Tensor], Tensor | None]] = {}
@@ -40,7 +71,7 @@ def column(module: nn.Linear, style: str, region: Region, whole_keys: Heads | No
     replace_forward(module, forward)
 
 
-def head(module: nn.Linear, region: Region, state: Head) -> None:
+def head(module: nn.Linear, region: Region, state: LMHead) -> None:
     """Compute this rank's part of the vocabulary; gather it unless the loss takes the logits as they lie."""
     peers, original, width = region.peers, module.forward, module.out_features
 

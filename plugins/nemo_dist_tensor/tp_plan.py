@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import attrs
 
 from nemo_dist.planning.validation import near
 from nemo_dist_tensor.styles import PARAMETER, STYLES
+
+_KEY_VALUE = ("k_proj", "v_proj")
 
 
 @attrs.frozen(eq=False)
@@ -27,6 +29,11 @@ class Rules:
 def generic(name: str) -> str:
     """Return *name* with its layer numbers replaced by ``*``, as the rules of a plan are written."""
     return re.sub(r"\.\d+(?=\.|$)", ".*", name)
+
+
+def is_key_value(name: str) -> bool:
+    """Whether the module called *name* projects to keys or values."""
+    return name.rpartition(".")[2] in _KEY_VALUE
 
 
 def match(model: Any, override: Mapping[str, str], stage: bool = False, skip_experts: bool = False) -> Rules:
@@ -91,3 +98,22 @@ def problems(model: Any, rules: Rules) -> list[str]:
 def unknown_style(style: str) -> str:
     """Return the end of a sentence about a *style* that this plugin does not carry out."""
     return f"which is not supported{near(style, STYLES)}; valid styles: {', '.join(sorted(STYLES))}"
+
+
+def described(rules: Rules) -> str:
+    """Return the styles of *rules* and the modules and parameters that each is carried out on."""
+    found: dict[str, dict[str, None]] = {}
+    for name, style in {**rules.modules, **rules.parameters}.items():
+        found.setdefault(style, {})[generic(name)] = None
+    return "; ".join(f"{style}: {', '.join(_joined(names))}" for style, names in found.items())
+
+
+def _joined(names: Mapping[str, None]) -> Iterator[str]:
+    """Yield the *names*, those of one parent together: ``mlp.{gate_proj, up_proj}``."""
+    parents: dict[str, list[str]] = {}
+    for name in names:
+        parent, _, own = name.rpartition(".")
+        parents.setdefault(parent, []).append(own)
+    for parent, children in parents.items():
+        dot = "." if parent else ""
+        yield f"{parent}{dot}{children[0]}" if len(children) == 1 else f"{parent}{dot}{{{', '.join(children)}}}"
