@@ -24,8 +24,8 @@ from nemo_dist import (
 )
 from nemo_dist.testing.equivalence import Task, assert_equivalent, checkpoint
 from nemo_dist.testing.tiny_models import SPECIMENS
-from nemo_dist_context.batch import Splitter, sequence_ids
-from nemo_dist_context.layout import Layout
+from nemo_dist_context.batch import SequenceSplitter, sequence_ids
+from nemo_dist_context.sequence_layout import SequenceLayout
 
 FP32 = {"param_dtype": "float32", "reduce_dtype": "float32", "output_dtype": "float32"}
 METHODS = ("all_gather", "ulysses")
@@ -42,7 +42,7 @@ def options(world, cp, replicate=None, method="all_gather", balance=None, mode=F
 
 # ---- which tokens a rank holds ----
 
-layouts = st.builds(Layout, size=st.integers(1, 9), rank=st.just(0), balanced=st.booleans())
+layouts = st.builds(SequenceLayout, size=st.integers(1, 9), rank=st.just(0), balanced=st.booleans())
 
 
 @given(layouts, st.integers(1, 200))
@@ -58,7 +58,7 @@ def test_the_parts_of_all_ranks_are_the_sequence(layout, length):
 
 @given(st.integers(2, 9), st.integers(1, 20))
 def test_balanced_ranks_attend_to_equally_many_keys(size, step):
-    layout = Layout(size=size, rank=0, balanced=True)
+    layout = SequenceLayout(size=size, rank=0, balanced=True)
     length = layout.chunks * step
     seen = [sum(index + 1 for index in layout.indices(length, rank)) for rank in range(size)]
     assert len(set(seen)) == 1
@@ -69,7 +69,10 @@ def test_balanced_ranks_attend_to_equally_many_keys(size, step):
 
 def splitters(size, balanced=True, **facts):
     facts = {"shifts": True, "counts": True, "causal": True, "caches": False, **facts}
-    return [Splitter(layout=Layout(size=size, rank=rank, balanced=balanced), **facts) for rank in range(size)]
+    return [
+        SequenceSplitter(layout=SequenceLayout(size=size, rank=rank, balanced=balanced), **facts)
+        for rank in range(size)
+    ]
 
 
 def test_labels_are_shifted_before_the_split():

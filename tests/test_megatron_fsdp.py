@@ -529,14 +529,14 @@ def test_a_missing_package_says_how_to_install_it(monkeypatch):
     def missing(name):
         raise importlib.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr("nemo_dist_megatron_fsdp.package.version", missing)
+    monkeypatch.setattr("nemo_dist_megatron_fsdp.version_check.version", missing)
     message = refused()
     assert "needs the package megatron-fsdp 0.6.*" in message and "pip install 'nemo-dist[megatron-fsdp]'" in message
 
 
 @pytest.mark.parametrize("version", ["0.5.2", "0.7.0", "1.6"])
 def test_a_version_that_is_not_tested_is_named(monkeypatch, version):
-    monkeypatch.setattr("nemo_dist_megatron_fsdp.package.version", lambda name: version)
+    monkeypatch.setattr("nemo_dist_megatron_fsdp.version_check.version", lambda name: version)
     assert f"megatron-fsdp 0.6.* (got {version})" in refused()
 
 

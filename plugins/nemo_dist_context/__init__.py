@@ -59,14 +59,14 @@ class Context:
 
     @hookimpl
     def shard(self, parts: list[nn.Module], mesh: MeshContext) -> None:
-        from nemo_dist_context.model import share
+        from nemo_dist_context.apply import apply_context_parallelism
 
         for part in parts:
-            share(part, mesh, self.config)
+            apply_context_parallelism(part, mesh, self.config)
 
     @hookimpl
     def runtime(self, parts: list[nn.Module], mesh: MeshContext) -> RuntimePart | None:
-        from nemo_dist_context.model import splitter
+        from nemo_dist_context.apply import splitter
 
         if mesh.size("cp") == 1:
             return None

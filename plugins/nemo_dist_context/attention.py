@@ -28,7 +28,7 @@ from nemo_dist_context.collectives import gather_sequence, to_heads, to_sequence
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-    from nemo_dist_context.layout import Layout
+    from nemo_dist_context.sequence_layout import SequenceLayout
 
 _names = count()
 
@@ -52,7 +52,7 @@ class SharedAttention:
     says that its loss was given labels that were shifted before the split.
     """
 
-    layout: Layout
+    layout: SequenceLayout
     group: ProcessGroup
     method: str
     sequences: Tensor | None = None

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from nemo_dist.training.router_aux_loss import COUNTED
-from nemo_dist_context.layout import Layout
+from nemo_dist_context.sequence_layout import SequenceLayout
 
 SEQUENCES = "sequence_ids"  # the mark of a split batch, which the model's forward hook takes out again
 APPENDED = -1  # the sequence id of the tokens appended to make the length divide
@@ -27,7 +27,7 @@ _FILL = {
 
 
 @attrs.frozen(kw_only=True)
-class Splitter:
+class SequenceSplitter:
     """Split the batches of one model.
 
     ``shifts``: its loss compares a token's output with the next label. ``counts``: it numbers positions from 0 where
@@ -35,7 +35,7 @@ class Splitter:
     apart only where the forward makes no cache: ``caches`` is what it does where the batch does not say.
     """
 
-    layout: Layout
+    layout: SequenceLayout
     shifts: bool
     counts: bool
     causal: bool

@@ -10,7 +10,7 @@ import attrs
 from nemo_dist import MeshPlan, RuntimePart, Stage, hookimpl
 from nemo_dist.planning.validation import FrozenMapping
 from nemo_dist.plugin.options import boolean, one_of, options
-from nemo_dist_megatron_fsdp.package import problems
+from nemo_dist_megatron_fsdp.version_check import problems
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -119,7 +119,7 @@ class MegatronFSDP:
 
     @hookimpl
     def shard(self, parts: list[nn.Module], mesh: MeshContext) -> None:
-        from nemo_dist_megatron_fsdp.loading import refuse_device, spread
+        from nemo_dist_megatron_fsdp.sharding import refuse_device, spread
 
         refuse_device(mesh)
         for part in parts:
@@ -127,7 +127,7 @@ class MegatronFSDP:
 
     @hookimpl
     def wrap(self, parts: list[nn.Module], mesh: MeshContext) -> None:
-        from nemo_dist_megatron_fsdp.loading import take_over
+        from nemo_dist_megatron_fsdp.sharding import take_over
 
         for part in parts:
             take_over(part, mesh, self.config)

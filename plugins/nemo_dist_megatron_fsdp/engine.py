@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
-from nemo_dist_megatron_fsdp.layout import Layout
+from nemo_dist_megatron_fsdp.row_layout import RowLayout
 
 _HOME = "_nemo_dist_megatron_fsdp"  # in the model's __dict__, so that it is no submodule
 
@@ -29,7 +29,7 @@ class Engine:
     """
 
     wrapper: Any
-    layout: Layout
+    layout: RowLayout
     shards: dict[str, Any]
     used: set[str] = attrs.field(factory=set)
     synchronise: bool = True
@@ -39,7 +39,7 @@ class Engine:
     stale: bool = True
 
     @classmethod
-    def start(cls, model: nn.Module, wrapper: Any, layout: Layout) -> None:
+    def start(cls, model: nn.Module, wrapper: Any, layout: RowLayout) -> None:
         """Attach an engine to *model*."""
         engine = cls(wrapper=wrapper, layout=layout, shards=dict(model.named_parameters()))
         model.__dict__[_HOME] = engine

@@ -9,7 +9,7 @@ import attrs
 from nemo_dist import Axis, MeshPlan, ParallelismSizes, Plugin, RuntimePart, Stage, View, hookimpl
 from nemo_dist.plugin.mixed_precision import mixed_precision_fields
 from nemo_dist.plugin.options import boolean, one_of, optional, options
-from nemo_dist_moe.traffic import BETWEEN, dispatch, shards
+from nemo_dist_moe.comm_estimate import BETWEEN, dispatch, shards
 
 if TYPE_CHECKING:
     from torch import nn
@@ -122,9 +122,9 @@ class MoE:
 
     @hookimpl
     def runtime(self, parts: list[nn.Module], mesh: MeshContext) -> RuntimePart:
-        from nemo_dist_moe.balance import Balance
+        from nemo_dist_moe.expert_load import ExpertLoad
 
-        return RuntimePart(metrics=Balance.watch(parts, mesh).metrics)
+        return RuntimePart(metrics=ExpertLoad.watch(parts, mesh).metrics)
 
     @hookimpl
     def traffic(self, plan: MeshPlan, facts: ModelFacts | None) -> list[Traffic]:

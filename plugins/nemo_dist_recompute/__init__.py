@@ -67,7 +67,7 @@ class Recompute:
 
     @hookimpl
     def shard(self, parts: list[nn.Module]) -> None:
-        from nemo_dist_recompute.layers import recompute
+        from nemo_dist_recompute.apply import recompute
 
         for part in parts:
             recompute(part, self.config)
@@ -77,7 +77,7 @@ class Recompute:
         scope = "" if self.config.scope == ("all",) else f" in the {' and '.join(self.config.scope)} layers"
         layers = ""
         if model is not None:
-            from nemo_dist_recompute.layers import kinds
+            from nemo_dist_recompute.apply import kinds
 
             layers = f" of {kinds(model)}"
         return f"recompute ({self.config.mode}){layers}: {_KEEPS[self.config.mode]}{scope}"

@@ -15,7 +15,7 @@ _LAYERS = {"full_attention", "sliding_attention"}
 _ROPES_BY_LENGTH = {"dynamic", "longrope"}
 
 
-def require_fit(model: Any, method: str, ranks: int, tensor_ranks: int) -> None:
+def require_splittable(model: Any, method: str, ranks: int, tensor_ranks: int) -> None:
     """Raise ValueError with every reason why *model* cannot be split over *ranks* along the sequence."""
     reasons = [*_structure(model), *_loss(model)]
     if method == "ulysses":

@@ -66,7 +66,7 @@ def _names(mesh: DeviceMesh) -> tuple[str, ...]:
 
 
 @attrs.frozen(kw_only=True)
-class Cut:
+class RowCut:
     """How one parameter is cut: ``rows`` per data-parallel rank.
 
     ``whole`` is the parameter on meta before data parallelism, ``own`` the one that Megatron-FSDP made of it.
@@ -78,16 +78,16 @@ class Cut:
 
 
 @attrs.frozen(kw_only=True)
-class Layout:
+class RowLayout:
     """The cuts of all parameters by name, a tied one under each of its names."""
 
-    cuts: Mapping[str, Cut]
+    cuts: Mapping[str, RowCut]
     mesh: DeviceMesh
     group: dist.ProcessGroup | None
     rank: int
 
     @classmethod
-    def of(cls, parameters: Mapping[str, DTensor], whole: Mapping[str, nn.Parameter], mesh: DeviceMesh) -> Layout:
+    def of(cls, parameters: Mapping[str, DTensor], whole: Mapping[str, nn.Parameter], mesh: DeviceMesh) -> RowLayout:
         """Ask every data-parallel rank how many rows it holds of each parameter; collective over them."""
         data = mesh[_names(mesh)[_DATA]]
         group = data.get_group() if data.size() > 1 else None
@@ -97,7 +97,7 @@ class Layout:
             table = [torch.empty_like(counts) for _ in range(data.size())]
             dist.all_gather(table, counts, group=group)
         cuts = {
-            name: Cut(rows=rows, whole=whole[name], own=parameters[name])
+            name: RowCut(rows=rows, whole=whole[name], own=parameters[name])
             for name, rows in zip(parameters, torch.stack(table, dim=1).tolist(), strict=True)
         }
         return cls(cuts=cuts, mesh=mesh, group=group, rank=data.get_local_rank())

@@ -17,23 +17,23 @@ if TYPE_CHECKING:
 
 
 @attrs.frozen(eq=False)
-class Balance:
+class ExpertLoad:
     """The tokens that each expert of each local layer got since the last report: [experts], one tensor per layer."""
 
     mesh: MeshContext
     counts: dict[nn.Module, Tensor] = attrs.field(factory=dict)
 
     @classmethod
-    def watch(cls, parts: list[nn.Module], mesh: MeshContext) -> Balance:
+    def watch(cls, parts: list[nn.Module], mesh: MeshContext) -> ExpertLoad:
         """Count from now on, in the forward of every expert layer of *parts*."""
-        balance = cls(mesh)
+        load = cls(mesh)
         for part in parts:
             for module in placements(part):
                 experts = int(getattr(module, "num_experts", 0)) * mesh.size("ep")
                 if experts:
-                    balance.counts[module] = torch.zeros(experts, device=mesh.device)
-                    module.register_forward_pre_hook(balance._count, with_kwargs=True)
-        return balance
+                    load.counts[module] = torch.zeros(experts, device=mesh.device)
+                    module.register_forward_pre_hook(load._count, with_kwargs=True)
+        return load
 
     def metrics(self) -> Mapping[str, float]:
         """Return ``expert_load_max_over_mean``, the worst over all layers, and start anew; 1 is perfect balance.

@@ -11,7 +11,7 @@ import attrs
 
 
 @attrs.frozen(kw_only=True)
-class Layout:
+class SequenceLayout:
     """How ``size`` ranks share sequences: in contiguous slices or, ``balanced``, in a chunk of head and one of tail."""
 
     size: int

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_dist.training.router_aux_loss import COUNTED
 from nemo_dist_context.attention import SharedAttention
-from nemo_dist_context.batch import SEQUENCES, Splitter
-from nemo_dist_context.fitness import counts_positions, is_causal, predicts_next_token, require_fit
-from nemo_dist_context.layout import Layout
+from nemo_dist_context.batch import SEQUENCES, SequenceSplitter
+from nemo_dist_context.model_check import counts_positions, is_causal, predicts_next_token, require_splittable
+from nemo_dist_context.sequence_layout import SequenceLayout
 
 if TYPE_CHECKING:
     from torch import nn
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from nemo_dist_context import ContextConfig
 
 
-def share(part: Any, mesh: MeshContext, config: ContextConfig) -> None:
+def apply_context_parallelism(part: Any, mesh: MeshContext, config: ContextConfig) -> None:
     """Make *part* compute split batches as the whole would; anything else it computes as before."""
     group = mesh.group("cp")
     if group is None:
         return
-    require_fit(part, config.method, mesh.size("cp"), mesh.size("tp"))
+    require_splittable(part, config.method, mesh.size("cp"), mesh.size("tp"))
     attention = SharedAttention(layout=layout_of(part, mesh, config), group=group, method=config.method)
     part.set_attn_implementation(attention.register())
     part.register_forward_pre_hook(partial(_begin, attention), with_kwargs=True)
@@ -32,9 +32,9 @@ def share(part: Any, mesh: MeshContext, config: ContextConfig) -> None:
         part.loss_function = partial(_next_token_loss, part.loss_function, attention)
 
 
-def splitter(part: Any, mesh: MeshContext, config: ContextConfig) -> Splitter:
+def splitter(part: Any, mesh: MeshContext, config: ContextConfig) -> SequenceSplitter:
     """Return what splits the batches of the model that *part* is of."""
-    return Splitter(
+    return SequenceSplitter(
         layout=layout_of(part, mesh, config),
         shifts=predicts_next_token(part),
         counts=counts_positions(part),
@@ -43,10 +43,10 @@ def splitter(part: Any, mesh: MeshContext, config: ContextConfig) -> Splitter:
     )
 
 
-def layout_of(part: nn.Module, mesh: MeshContext, config: ContextConfig) -> Layout:
+def layout_of(part: nn.Module, mesh: MeshContext, config: ContextConfig) -> SequenceLayout:
     """Return how the cp ranks share a sequence: balanced where attention is causal, unless the user said otherwise."""
     balanced = is_causal(part) if config.balance is None else config.balance
-    return Layout(size=mesh.size("cp"), rank=mesh.rank("cp"), balanced=balanced)
+    return SequenceLayout(size=mesh.size("cp"), rank=mesh.rank("cp"), balanced=balanced)
 
 
 def _begin(attention: SharedAttention, part: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:

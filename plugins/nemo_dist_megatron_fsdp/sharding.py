@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from nemo_dist.errors import TopologyError
 from nemo_dist_megatron_fsdp.engine import Engine
-from nemo_dist_megatron_fsdp.layout import Layout, even, even_rows, tensor_dim
+from nemo_dist_megatron_fsdp.row_layout import RowLayout, even, even_rows, tensor_dim
 
 if TYPE_CHECKING:
     from nemo_dist.mesh.mesh_context import MeshContext
@@ -37,7 +37,7 @@ def refuse_device(mesh: MeshContext) -> None:
 
 
 def spread(model: nn.Module, mesh: MeshContext) -> None:
-    """Cut every parameter of *model*, on meta, evenly over the data-parallel ranks, so that only shards are read.
+    """RowCut every parameter of *model*, on meta, evenly over the data-parallel ranks, so that only shards are read.
 
     Raises TopologyError with every parameter that cannot be cut.
     """
@@ -103,7 +103,7 @@ def take_over(model: nn.Module, mesh: MeshContext, config: MegatronFSDPConfig) -
     # A sum with a factor is a reduction of NCCL's only: scale before it everywhere, which is what the tests prove.
     wrapper.ddp_config.gradient_reduce_div_fusion = False
     own: dict[str, Any] = dict(model.named_parameters())
-    layout = Layout.of(own, whole, own_mesh)
+    layout = RowLayout.of(own, whole, own_mesh)
     with torch.no_grad():
         for name in list(own):
             own[name].to_local().copy_(layout.own_part(name, sources.pop(name)))
