@@ -13,7 +13,7 @@ from nemo_dist import PipelineConfig
 from nemo_dist_pipeline import SCHEDULES, named, stage_ids_this_rank, virtual_stages
 from nemo_dist_pipeline.partition.balance import balanced
 from nemo_dist_pipeline.schedule.actions import Action, order_of, parse, problems_of
-from nemo_dist_pipeline.schedule.simulation import play
+from nemo_dist_pipeline.schedule.simulation import simulate
 from nemo_dist_pipeline.schedule.visualize import picture
 
 
@@ -129,12 +129,13 @@ def orders():
 def test_every_torch_order_is_complete_and_runs_through():
     for schedule, pp, count, order in orders():
         assert problems_of(order) == [], (schedule.name, pp, count)
-        assert not play(order).stuck
+        assert not simulate(order).stuck
 
 
 def test_the_theoretical_bubble_is_that_of_torchs_orders():
     for schedule, pp, count, order in orders():
-        assert schedule.bubble(pp, schedule.per_rank, count) == pytest.approx(play(order).bubble), (schedule.name, pp)
+        simulated = simulate(order).bubble
+        assert schedule.bubble(pp, schedule.per_rank, count) == pytest.approx(simulated), (schedule.name, pp)
 
 
 def test_the_microbatch_rules_are_torchs():
@@ -161,7 +162,7 @@ def test_actions_read_as_torch_prints_them():
 
 
 def test_a_deadlock_says_where_ranks_wait():
-    stuck = play(order_of([["0F0", "0B0"], ["1F1", "1F0", "1B0"]])).stuck
+    stuck = simulate(order_of([["0F0", "0B0"], ["1F1", "1F0", "1B0"]])).stuck
     assert stuck == {0: Action(0, "B", 0), 1: Action(1, "F", 1)}
 
 

@@ -1,4 +1,4 @@
-"""Share every sequence between ranks (context parallelism): each computes a part of the tokens, exactly."""
+"""Context parallelism: split every sequence over the ``cp`` ranks, each of which computes its part of the tokens."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def _method(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
 
 @options(plugin="context")
 class ContextConfig:
-    """How the ranks of the cp axis share attention; pass it as ``plugins=(ContextConfig(...),)``.
+    """How the ranks of ``cp`` compute attention together; pass it as ``plugins=(ContextConfig(...),)``.
 
     ``method``: "all_gather" gathers all keys and values on every rank, layer by layer, as Llama 3 was trained
-    (arXiv:2407.21783); it works with any number of heads. "ulysses" exchanges parts of the sequence for shares of the
-    heads (DeepSpeed-Ulysses, arXiv:2309.14509); heads must divide. ``balance``: give every rank a piece of the head and
-    one of the tail of a sequence, so that causal attention is the same work for all; None is True for causal models.
+    (arXiv:2407.21783); it works with any number of heads. "ulysses" exchanges parts of the sequence for parts of the
+    heads (DeepSpeed-Ulysses, arXiv:2309.14509); heads must divide. ``balance``: give every rank a chunk from the start
+    and one from the end of a sequence, so that causal attention is equal work for all; None is True for causal models.
     """
 
     method: str = attrs.field(default="all_gather", validator=_method)
@@ -47,7 +47,7 @@ class ContextConfig:
 
 @attrs.frozen(eq=False)
 class Context:
-    """Split batches along the sequence, and let attention see the whole of it."""
+    """Split batches along the sequence, and compute attention over the whole sequence."""
 
     name: ClassVar[str] = "context"
     config_type: ClassVar[type] = ContextConfig

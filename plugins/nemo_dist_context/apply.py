@@ -1,4 +1,4 @@
-"""Prepare a model for split batches: its attention, its forward and its loss."""
+"""Prepare a model for batches that are split along the sequence: its attention, its forward and its loss."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def apply_context_parallelism(part: Any, mesh: MeshContext, config: ContextConfig) -> None:
-    """Make *part* compute split batches as the whole would; anything else it computes as before."""
+    """Make *part* compute a split batch as one process computes the whole one; other batches run as before."""
     group = mesh.group("cp")
     if group is None:
         return
@@ -33,7 +33,7 @@ def apply_context_parallelism(part: Any, mesh: MeshContext, config: ContextConfi
 
 
 def splitter(part: Any, mesh: MeshContext, config: ContextConfig) -> SequenceSplitter:
-    """Return what splits the batches of the model that *part* is of."""
+    """Return the function that splits the batches of the model that *part* belongs to."""
     return SequenceSplitter(
         layout=layout_of(part, mesh, config),
         shifts=predicts_next_token(part),
@@ -50,7 +50,7 @@ def layout_of(part: nn.Module, mesh: MeshContext, config: ContextConfig) -> Sequ
 
 
 def _begin(attention: SharedAttention, part: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-    """Take the mark of a split batch out of the arguments, and tell transformers how long the whole sequence is."""
+    """Take the sequence ids of a split batch out of the arguments; pass a mask of the whole sequence in their place."""
     ids = kwargs.pop(SEQUENCES, None)
     kwargs.pop(COUNTED, None)
     attention.sequences = ids
@@ -61,6 +61,7 @@ def _begin(attention: SharedAttention, part: nn.Module, args: Any, kwargs: dict[
 
 
 def _end(attention: SharedAttention, part: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+    """End a split batch; raise ValueError when its loss was computed from labels that were not shifted before."""
     split, attention.sequences = attention.sequences is not None, None
     unshifted = predicts_next_token(part) and not attention.shifted
     if split and unshifted and kwargs.get("labels") is not None and getattr(output, "loss", None) is not None:
@@ -71,6 +72,6 @@ def _end(attention: SharedAttention, part: nn.Module, args: Any, kwargs: dict[st
 
 
 def _next_token_loss(original: Any, attention: SharedAttention, *args: Any, **kwargs: Any) -> Any:
-    """Run the model's loss function, and note that it was given the labels that were shifted before the split."""
+    """Run the model's loss function, and record whether it was given labels that were shifted before the split."""
     attention.shifted = kwargs.get("shift_labels") is not None
     return original(*args, **kwargs)

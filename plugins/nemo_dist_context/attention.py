@@ -1,8 +1,8 @@
-"""Attention over a sequence that several ranks share, as an attention function and a mask function of transformers.
+"""Compute attention over a sequence that is split over ranks, as a mask and an attention function for transformers.
 
-Both are registered under one new name per loaded model. Outside of a split batch (generation, evaluation on whole
-sequences) they are transformers' own ``sdpa``; what a layer does, also when it recomputes later, is decided by the mask
-that it was given.
+Both are registered under one new name per loaded model. Without a split batch (generation, evaluation on whole
+sequences) they call transformers' own ``sdpa``. The mask that a layer is given decides which one runs, so that a layer
+which is recomputed later does the same again.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ _names = count()
 
 @attrs.frozen(kw_only=True, eq=False)
 class Visible:
-    """What the queries of a split batch may attend to; travels through the model in the place of a mask.
+    """What the queries of a split batch may attend to; passed through the model in place of a mask.
 
-    ``allowed``: (rows, 1, queries, keys) of bool, or None: everything, or, if ``causal``, everything before.
+    ``allowed``: (rows, 1, queries, keys) of bool. None allows all keys or, if ``causal``, those up to the query.
     """
 
     allowed: Tensor | None
@@ -46,10 +46,10 @@ class Visible:
 
 @attrs.define(kw_only=True, eq=False)
 class SharedAttention:
-    """Attention of one loaded model over the ranks of *group*.
+    """Attention of one loaded model, computed together by the ranks of *group*.
 
-    ``sequences`` are the sequence ids of the split batch that is being computed, None between such batches; ``shifted``
-    says that its loss was given labels that were shifted before the split.
+    ``sequences`` are the sequence ids of the split batch in the forward, None without one; ``shifted`` says that the
+    loss was given labels that were shifted before the split.
     """
 
     layout: SequenceLayout
@@ -73,7 +73,7 @@ class SharedAttention:
         if use_vmap:
             raise ValueError("context parallelism cannot split a mask function of the model's own; use cp_size=1")
         causal = mask_function is causal_mask_function
-        # A causal query never sees what was appended at the end.
+        # A causal query never attends to padding at the end.
         whole = (ids == 1) | (ids == APPENDED) if causal else ids == 1
         if whole.all() and (causal or mask_function is bidirectional_mask_function):
             return Visible(allowed=None, causal=causal)
@@ -89,7 +89,7 @@ class SharedAttention:
         head = torch.zeros((1, 1, 1, 1), dtype=torch.long, device=ids.device)
         pattern = mask_function(row, head, queries[None, None, :, None], keys[None, None, None, :])
         of_query, of_key = ids[:, None, queries, None], ids[:, None, None, :]
-        # A hidden token sees what transformers lets it see, whole rows; nobody sees it.
+        # A masked token attends to what transformers allows it, the whole row; no token attends to it.
         allowed: Tensor = pattern & (of_key > 0) & ((of_query <= 0) | (of_query == of_key))
         return allowed
 
@@ -106,23 +106,23 @@ class SharedAttention:
         return exchange(module, query, key, value, attention_mask, options), None
 
     def _gathered(self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Visible, options: Any) -> Tensor:
-        """Gather every key and value; attend with this rank's queries, chunk by chunk to what stands before each."""
+        """Gather all keys and values from the cp ranks; attend with this rank's queries, one causal chunk at a time."""
         length = key.shape[2] * self.layout.size
         pair = gather_sequence(torch.cat((key, value), dim=-1), self.group)
         order = torch.tensor(self.layout.restoring(length), device=key.device)
         key, value = pair.index_select(2, order).split((key.shape[-1], value.shape[-1]), dim=-1)
         if mask.allowed is not None or not mask.causal:
             return _sdpa(_like(module), query, key, value, mask.allowed, is_causal=False, **options)
-        parts, done = [], 0
+        parts, first = [], 0
         for start, stop in self.layout.spans(length):
-            own = query[:, :, done : done + stop - start]
+            own = query[:, :, first : first + stop - start]
             bias = _lower_right(stop - start, stop, key.device)
             parts.append(_masked(_like(module), own, key[:, :, :stop], value[:, :, :stop], bias, **options))
-            done += stop - start
+            first += stop - start
         return torch.cat(parts, dim=1)
 
     def _exchanged(self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Visible, options: Any) -> Tensor:
-        """Exchange parts of the sequence for shares of the heads, attend to whole sequences, and exchange back."""
+        """Exchange sequence parts for head parts between the cp ranks, attend to whole sequences, and exchange back."""
         length = query.shape[2] * self.layout.size
         key, value = _shared_heads(key, self.layout.size), _shared_heads(value, self.layout.size)
         order = torch.tensor(self.layout.restoring(length), device=query.device)
@@ -153,7 +153,7 @@ def _sdpa(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **o
 
 
 def _masked(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Tensor:
-    """Return the same with a *mask*, but on the CPU without repeating shared keys and values, as transformers does."""
+    """Return ``_sdpa`` with a *mask*; on the CPU without repeating keys and values that several heads share."""
     if query.device.type != "cpu":
         return _sdpa(module, query, key, value, mask, **options)
     dropout, scale, shared = options.get("dropout", 0.0), options.get("scaling"), query.shape[1] != key.shape[1]
@@ -162,11 +162,11 @@ def _masked(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, *
 
 
 def _like(module: Any, groups: int | None = None) -> Any:
-    """Return what transformers' ``sdpa`` reads of *module*, with *groups* query heads per key head."""
+    """Return a stand-in for *module* with what transformers' ``sdpa`` reads: *groups* query heads per key head."""
     own = getattr(module, "num_key_value_groups", 1)
     return SimpleNamespace(num_key_value_groups=own if groups is None else groups, training=module.training)
 
 
 def _shared_heads(heads: Tensor, size: int) -> Tensor:
-    """Repeat each of fewer key heads than ranks, so that every rank gets the one that its query heads use."""
+    """Repeat the key heads where they are fewer than ranks, so that every rank gets the one its query heads use."""
     return heads if heads.shape[1] % size == 0 else heads.repeat_interleave(size // heads.shape[1], dim=1)

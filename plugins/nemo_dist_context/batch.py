@@ -13,8 +13,8 @@ from torch.nn.functional import pad
 from nemo_dist.training.router_aux_loss import COUNTED
 from nemo_dist_context.sequence_layout import SequenceLayout
 
-SEQUENCES = "sequence_ids"  # the mark of a split batch, which the model's forward hook takes out again
-APPENDED = -1  # the sequence id of the tokens appended to make the length divide
+SEQUENCES = "sequence_ids"  # only a split batch has it; the model's forward pre-hook takes it out again
+APPENDED = -1  # the sequence id of padding that makes the length divide
 _IGNORED = -100
 _FILL = {
     "input_ids": 0,
@@ -30,9 +30,9 @@ _FILL = {
 class SequenceSplitter:
     """Split the batches of one model.
 
-    ``shifts``: its loss compares a token's output with the next label. ``counts``: it numbers positions from 0 where
-    the batch has none. ``causal``: positions that restart mean packed sequences, as in transformers, which keeps them
-    apart only where the forward makes no cache: ``caches`` is what it does where the batch does not say.
+    ``shifts``: the model's loss compares a token's output with the next label. ``counts``: the model numbers positions
+    from 0 where the batch has none. ``causal``: positions that restart mean packed sequences; transformers keeps these
+    apart only in a forward without a cache. ``caches``: whether the model makes a cache when the batch does not say.
     """
 
     layout: SequenceLayout
@@ -44,23 +44,23 @@ class SequenceSplitter:
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Return this rank's part of *batch*: tensors of (rows, length, ...) -> (rows, padded length / size, ...).
 
-        ``sequence_ids`` (rows, padded length) says of every token, here and elsewhere, to which sequence of its row it
-        belongs: from 1 up, 0 for what ``attention_mask`` hides, -1 for what was appended; ``counted_tokens`` (rows,
-        padded length / size) says which of the tokens here are neither. Raises ValueError for a
-        tensor that cannot be split.
+        ``sequence_ids`` (rows, padded length) gives, for the tokens of all ranks, the sequence of the row that each
+        belongs to: from 1 up, 0 where ``attention_mask`` is 0, -1 for padding. ``counted_tokens`` (rows, padded length
+        / size) says which tokens of this rank are neither masked nor padding. Raises ValueError for a tensor that
+        cannot be split.
         """
         rows, length = _shape(batch)
         tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
         _refuse(tensors, rows, length)
         mask = tensors.pop("attention_mask", None)
-        some = next(iter(tensors.values()))
+        device = next(iter(tensors.values())).device
         if "position_ids" not in tensors:
             if not self.counts:
                 raise ValueError(
                     "this model numbers the positions of its tokens itself, which a rank cannot do for a part of the "
                     "sequence; add position_ids of shape (rows, length) to the batch"
                 )
-            tensors["position_ids"] = torch.arange(length, device=some.device).unsqueeze(0)
+            tensors["position_ids"] = torch.arange(length, device=device).unsqueeze(0)
         ids = sequence_ids(mask, tensors["position_ids"], self.causal).expand(rows, length)
         if mask is None and batch.get("use_cache", self.caches) and (ids > 1).any():
             raise ValueError(
@@ -71,7 +71,7 @@ class SequenceSplitter:
             tensors.setdefault("shift_labels", pad(tensors["labels"], (0, 1), value=_IGNORED)[:, 1:])
             tensors["labels"] = tensors["shift_labels"]  # the loss function reads only the shifted ones
         whole = self.layout.padded(length)
-        index = torch.tensor(self.layout.indices(whole), device=some.device)
+        index = torch.tensor(self.layout.indices(whole), device=device)
         parts = {name: _padded(value, whole, _FILL[name]).index_select(1, index) for name, value in tensors.items()}
         others = {name: value for name, value in batch.items() if not isinstance(value, Tensor)}
         ids = _padded(ids, whole, APPENDED)
@@ -81,7 +81,7 @@ class SequenceSplitter:
 def sequence_ids(mask: Tensor | None, positions: Tensor, causal: bool) -> Tensor:
     """Return the sequence ids, int32, of a batch: from its mask, or from positions (rows, length) that restart.
 
-    As in transformers, positions count only where there is no mask and attention is causal.
+    As in transformers, positions matter only where there is no mask and attention is causal.
     """
     if mask is not None:
         return (mask != 0).int()
@@ -100,7 +100,7 @@ def _shape(batch: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def _refuse(tensors: Mapping[str, Tensor], rows: int, length: int) -> None:
-    """Raise ValueError for tensors that are not one value, or one vector, per token."""
+    """Raise ValueError for tensors that do not have one value, or one vector, per token."""
     problems = []
     for name, value in tensors.items():
         dims = 3 if name == "inputs_embeds" else 2

@@ -1,6 +1,6 @@
-"""The collectives along the cp axis, differentiable: the one place that names torch's functional collectives.
+"""Run differentiable collectives along the cp axis; all cp ranks take part in each.
 
-The functional kind is used because selective activation checkpointing can see and keep its results.
+They are torch's functional collectives, whose results selective activation checkpointing can see and keep.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _ops = torch.ops._c10d_functional
 
 
 class _Gather(torch.autograd.Function):
-    """All ranks' parts, one after the other along dim 0; backward sums each part's gradients onto its rank."""
+    """Gather all ranks' parts along dim 0; the backward sums the gradients of each part on its rank."""
 
     @staticmethod
     def forward(ctx: Any, part: Tensor, group: ProcessGroup) -> Tensor:
@@ -32,7 +32,7 @@ class _Gather(torch.autograd.Function):
 
 
 class _Exchange(torch.autograd.Function):
-    """Send the i-th slice along dim 0 to rank i, and stack what the ranks sent here; backward sends it back."""
+    """Send the i-th slice along dim 0 to rank i, and stack what the ranks sent here; the backward sends it back."""
 
     @staticmethod
     def forward(ctx: Any, slices: Tensor, group: ProcessGroup) -> Tensor:
@@ -66,7 +66,7 @@ def gather_sequence(part: Tensor, group: ProcessGroup) -> Tensor:
 
 
 def to_heads(part: Tensor, group: ProcessGroup) -> Tensor:
-    """Exchange a part of the sequence with all heads for all parts with this rank's share of the heads.
+    """Exchange this rank's part of the sequence with all heads for the whole sequence with a part of the heads.
 
     (batch, heads, part, width) -> (batch, heads/size, size*part, width), parts in rank order; all cp ranks take part.
     """
@@ -75,6 +75,6 @@ def to_heads(part: Tensor, group: ProcessGroup) -> Tensor:
 
 
 def to_sequence(heads: Tensor, group: ProcessGroup) -> Tensor:
-    """The inverse of ``to_heads``."""
+    """Undo ``to_heads``; all cp ranks take part."""
     slices = torch.stack(heads.chunk(group.size(), dim=2))
     return torch.cat(_apply(_Exchange, slices, group).unbind(0), dim=1)

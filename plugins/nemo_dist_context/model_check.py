@@ -1,4 +1,4 @@
-"""Judge whether a model can be computed on parts of a sequence: what is not proven exact is refused, with reasons."""
+"""Check whether a model can be computed on parts of a sequence; what is not known to be exact is refused."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def predicts_next_token(model: Any) -> bool:
 
 
 def is_causal(model: Any) -> bool:
-    """Whether tokens attend only to what stands before them."""
+    """Whether tokens attend only to earlier ones."""
     causal = [bool(module.is_causal) for module in model.modules() if hasattr(module, "is_causal")]
     return bool(causal) and all(causal) and getattr(model.config, "is_causal", True) is not False
 
 
 def counts_positions(model: nn.Module) -> bool:
-    """Whether *model* numbers tokens 0, 1, 2, ... where a batch has no positions; only rotary models surely do."""
+    """Whether *model* numbers tokens 0, 1, 2, ... where a batch has no positions; known only of rotary models."""
     return any(name.endswith("inv_freq") for name, _ in model.named_buffers())
 
 
@@ -70,7 +70,7 @@ def _structure(model: Any) -> Iterator[str]:
 
 
 def _mixing(model: Any) -> Iterator[str]:
-    """Yield the classes of modules, in blocks, that do something along the sequence other than attention."""
+    """Yield the classes of modules, in blocks, that mix tokens of a sequence other than by attention."""
     for block in (module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)):
         if not any(hasattr(module, "is_causal") for module in block.modules()):
             yield type(block).__name__

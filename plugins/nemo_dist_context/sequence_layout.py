@@ -1,8 +1,8 @@
-"""Which tokens of a sequence a rank holds; whole numbers only.
+"""Tell which tokens of a sequence a rank holds; integers only, no torch.
 
-A causal query attends to what stands before it, so equal contiguous slices are unequal work: the last of 8 ranks would
+A causal query attends to earlier tokens only, so equal contiguous slices are unequal work: the last of 8 ranks would
 compute 15 times what the first does. The balanced layout cuts the sequence into twice as many chunks as there are
-ranks and gives rank r the r-th from the head and the r-th from the tail, as Llama 3 was trained (arXiv:2407.21783).
+ranks and gives rank r the r-th from the start and the r-th from the end, as Llama 3 was trained (arXiv:2407.21783).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import attrs
 
 @attrs.frozen(kw_only=True)
 class SequenceLayout:
-    """How ``size`` ranks share sequences: in contiguous slices or, ``balanced``, in a chunk of head and one of tail."""
+    """How ``size`` ranks split sequences: in contiguous slices or, ``balanced``, one chunk from each end."""
 
     size: int
     rank: int
@@ -39,11 +39,11 @@ class SequenceLayout:
         return [index for start, stop in self.spans(length, rank) for index in range(start, stop)]
 
     def gathered(self, length: int) -> list[int]:
-        """Return the positions of all tokens when the parts of all ranks stand one after the other."""
+        """Return the positions of all tokens when the parts of all ranks are concatenated in rank order."""
         return [index for rank in range(self.size) for index in self.indices(length, rank)]
 
     def restoring(self, length: int) -> list[int]:
-        """Return the inverse of ``gathered``: where the gathered parts have the token of each position."""
+        """Return the inverse of ``gathered``: the index in the concatenated parts of the token at each position."""
         places = [0] * length
         for place, position in enumerate(self.gathered(length)):
             places[position] = place

@@ -23,7 +23,7 @@ class DDPConfig:
     """Options of torch's ``DistributedDataParallel``, under its names and with its defaults.
 
     ``find_unused_parameters``: None turns it on for models of several towers, where a forward may leave some out.
-    ``static_graph`` synchronises every batch of a list.
+    ``static_graph`` synchronises gradients after every batch of a list.
     ``bucket_cap_mb`` is the size of a gradient bucket in MiB. ``activation_checkpointing`` is the same as on
     ``DistributedSetup.build``; ``activation_checkpointing_scope`` restricts it to parts of a model of several towers:
     one or more of "language", "vision", "audio" and "multimodal"; None is all.

@@ -1,4 +1,4 @@
-"""DistributedDataParallel in place, through torch's composable ``replicate``: the model stays what it was."""
+"""Apply DistributedDataParallel in place, through torch's composable ``replicate``; the model keeps its class."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def replicate(part: nn.Module, mesh: MeshContext, options: dict[str, Any]) -> No
 
 @contextmanager
 def unsynchronised(parts: list[nn.Module]) -> Iterator[None]:
-    """Within the context, leave the gradients of *parts* local."""
+    """Within the context, leave gradients of *parts* local: a backward communicates nothing."""
     replicated = [part for part in parts if hasattr(part, "set_requires_gradient_sync")]
     for part in replicated:
         part.set_requires_gradient_sync(False)  # type: ignore[operator]

@@ -30,7 +30,7 @@ def _reshard(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None
 
 
 def _frozen(value: Any) -> Any:
-    """Return a plan as it is kept in a config; the plugin that carries it out judges what is in it."""
+    """Return a frozen copy of a plan; the plugin of the ``tp`` axis checks what is in it."""
     return FrozenMapping(value) if isinstance(value, dict) else value
 
 
@@ -41,8 +41,8 @@ class FSDP2Config:
     ``mp_policy``: torch's ``MixedPrecisionPolicy``, or its fields as a dict of dtype names; None computes in bfloat16
     and reduces gradients in float32. ``offload_policy``: torch's ``CPUOffloadPolicy``, or "cpu", or its ``pin_memory``
     in a dict; None keeps the shards on the device. ``reshard_after_forward``: free the gathered parameters of a block
-    after its forward; an int reshards to that many ranks; None is True for blocks and False for what the end of the
-    forward needs, and for the stages of a pipeline. ``defer_fsdp_grad_sync``: reduce gradients once per
+    after its forward; an int reshards to that many ranks; None is True for blocks, but False for what the end of the
+    forward needs and in the stages of a pipeline. ``defer_fsdp_grad_sync``: reduce gradients once per
     ``forward_backward``, not once per batch of a list (faster, but holds whole gradients).
     ``forward_prefetch_depth``, ``backward_prefetch_depth``: how many blocks ahead are gathered.
     ``enable_compile``: run ``torch.compile`` on every block. ``activation_checkpointing`` is the same as on
@@ -123,7 +123,7 @@ class FSDP2:
 
     @property
     def compute_dtype(self) -> str | None:
-        """The name of the dtype of parameters in a forward; None is that in which they are stored."""
+        """The name of the dtype of parameters in a forward; None is the dtype that they are stored in."""
         return self._dtypes[0]
 
     @property

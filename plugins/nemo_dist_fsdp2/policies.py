@@ -1,4 +1,4 @@
-"""The offload policy of FSDP2 in a config: torch's own object or plain fields, judged without importing torch."""
+"""Check the offload policy of FSDP2 in a config, torch's object or plain fields, without importing torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def offload_fields(value: Any) -> Any:
-    """Return *value* as it is kept in a config: None, torch's policy, or a frozen mapping of its fields."""
+    """Return *value* as a config holds it: None, torch's policy, or a frozen mapping of its fields."""
     if value is None or is_torch_policy(value, "CPUOffloadPolicy"):
         return value
     if is_torch_policy(value, "OffloadPolicy"):  # torch's base class offloads nothing
@@ -34,7 +34,7 @@ def offload_fields(value: Any) -> Any:
 
 
 def offload(value: Any) -> OffloadPolicy:
-    """Return torch's policy for what a config holds; memory is pinned where there is a device to copy to."""
+    """Return torch's policy for the value in a config; memory is pinned by default where there is a CUDA device."""
     import torch
     from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 

@@ -1,4 +1,4 @@
-"""Apply ``fully_shard`` along a transformers model's own structure."""
+"""Apply ``fully_shard`` to the blocks, embedding and head of a transformers model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def shard(model: nn.Module, mesh: MeshContext, config: FSDP2Config) -> None:
     """Shard *model* in place: a group per block, one for the embedding, one for norm and head, the root for the rest.
 
-    A module that shares a parameter with another one (a tied embedding) stays in the root's group, which is gathered
+    A module that shares a parameter with another one (a tied embedding) stays in the root's group, which stays gathered
     from the first use to the last, so that the tied parameter has one shard and one gradient.
     """
     options: dict[str, Any] = {
@@ -33,7 +33,7 @@ def shard(model: nn.Module, mesh: MeshContext, config: FSDP2Config) -> None:
         "offload_policy": offload(config.offload_policy),
     }
     reshard = config.reshard_after_forward
-    # A stage of a pipeline runs many microbatches forward before the first goes back: gather its blocks once for all.
+    # A pipeline stage runs several forwards before the first backward: gather its blocks once for all of them.
     block_reshard = mesh.size("pp") == 1 if reshard is None else reshard
     _shard_placed(model, options, bool(block_reshard))
     blocks = _blocks(model)
@@ -43,7 +43,7 @@ def shard(model: nn.Module, mesh: MeshContext, config: FSDP2Config) -> None:
         fully_shard(block, reshard_after_forward=block_reshard, **options)
     for embedding in _untied(model, _embeddings(model)):
         fully_shard(embedding, reshard_after_forward=block_reshard, **options)
-    # The backward starts with what the forward ended with, so freeing it in between would only gather it twice.
+    # The backward starts where the forward ends, so freeing norm and head in between would only gather them twice.
     tail = _untied(model, _tail(model))
     if tail:
         fully_shard(tail, reshard_after_forward=bool(reshard), **options)
@@ -52,7 +52,7 @@ def shard(model: nn.Module, mesh: MeshContext, config: FSDP2Config) -> None:
 
 
 def described(model: nn.Module) -> str:
-    """Return the classes of the modules of *model* that are gathered on their own, and how many of each there are."""
+    """Return the classes of the modules that are gathered one by one, and how many of each there are."""
     sharded: list[nn.Module] = [module for module in model.modules() if isinstance(module, FSDPModule)]
     ends = [*_untied(model, _embeddings(model)), *_untied(model, _tail(model))]
     names = Counter(_own_class(module) for module in sharded or [*_blocks(model), *ends, model])
@@ -65,7 +65,7 @@ def _own_class(module: nn.Module) -> str:
 
 
 def _shard_placed(model: nn.Module, options: dict[str, Any], reshard: bool) -> None:
-    """Shard the modules that another plugin wants elsewhere, before the blocks that hold them."""
+    """Shard the modules for which another plugin overrides how, before the blocks that contain them."""
     for module, placement in placements(model).items():
         own: dict[str, Any] = {"reshard_after_forward": reshard, "shard_placement_fn": _along(placement, module)}
         if placement.reshard_after_forward is not None:
@@ -78,21 +78,22 @@ def _shard_placed(model: nn.Module, options: dict[str, Any], reshard: bool) -> N
         if placement.mesh is None:
             continue
         placed.set_gradient_divide_factor(float(placement.grad_divisor))
-        # Other divisors than the size of the group take a premultiplied sum, which gloo lacks, so sum and divide here.
-        # A shard axis of one rank sums nothing: FSDP2 has divided already, and would divide twice.
+        # For a divisor other than the group size FSDP2 takes a premultiplied sum, which gloo lacks: sum, then divide.
+        # With a shard axis of one rank there is no reduction, and forcing a sum would divide twice.
         placed.set_force_sum_reduction_for_comms(placement.mesh.size(-1) > 1)
 
 
 def _along(placement: Placement, module: nn.Module) -> Callable[[nn.Parameter], Shard]:
+    """Return the function by which ``fully_shard`` finds the dim to shard of every parameter of *module*."""
     dims = {parameter: placement.dims.get(name, 0) for name, parameter in module.named_parameters()}
     return lambda parameter: Shard(dims[parameter])
 
 
 def data_mesh(mesh: MeshContext) -> DeviceMesh:
-    """Return the mesh to shard over: all ranks that see different tokens, the replicas of HSDP as an outer axis.
+    """Return the mesh to shard over: all ranks that see different tokens, with the replicas of HSDP as outer axis.
 
-    Where no other axis cuts the parameters it is the same group under the name "fsdp", by which PEFT tells a module
-    that computes on whole parameters from one that computes on its shard.
+    Where no other axis shards the parameters the mesh is named "fsdp", by which PEFT tells a module that computes on
+    whole, gathered parameters from one that computes on its shard.
     """
     if mesh.size("dp_replicate") > 1:
         return mesh["dp_replicate", "dp_shard_cp"]
@@ -141,7 +142,7 @@ def _tail(model: Any) -> list[nn.Module]:
 
 
 def _untied(model: nn.Module, modules: Iterable[nn.Module]) -> list[nn.Module]:
-    """Leave out what is sharded already, has no parameters, or shares one with a module outside itself."""
+    """Leave out modules that are sharded already, have no parameters, or share one with a module outside."""
     uses = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     sharded = {inner for module in model.modules() if isinstance(module, FSDPModule) for inner in module.modules()}
     kept = []
@@ -153,7 +154,7 @@ def _untied(model: nn.Module, modules: Iterable[nn.Module]) -> list[nn.Module]:
 
 
 def _prefetch(blocks: list[FSDPModule], config: FSDP2Config) -> None:
-    """Gather further ahead than the one block that FSDP2 gathers by itself."""
+    """Prefetch more blocks ahead than the one that FSDP2 prefetches by itself."""
     for index, block in enumerate(blocks):
         if config.forward_prefetch_depth > 1:
             block.set_modules_to_forward_prefetch(blocks[index + 1 : index + 1 + config.forward_prefetch_depth])

@@ -21,7 +21,7 @@ _SHARDED = {1: "optimizer state", 2: "optimizer state and gradients", 3: "optimi
 
 
 def _class_names(value: Any) -> tuple[str, ...] | None:
-    """Return the names as a tuple; a string is one name too many times a letter."""
+    """Return the names as a tuple; refuse a string, which would be read as a list of letters."""
     if value is None:
         return None
     if isinstance(value, str) or not isinstance(value, Iterable):
@@ -119,11 +119,11 @@ class MegatronFSDP:
 
     @hookimpl
     def shard(self, parts: list[nn.Module], mesh: MeshContext) -> None:
-        from nemo_dist_megatron_fsdp.sharding import refuse_device, spread
+        from nemo_dist_megatron_fsdp.sharding import refuse_device, shard_evenly
 
         refuse_device(mesh)
         for part in parts:
-            spread(part, mesh)
+            shard_evenly(part, mesh)
 
     @hookimpl
     def wrap(self, parts: list[nn.Module], mesh: MeshContext) -> None:

@@ -1,4 +1,4 @@
-"""What a training step needs of Megatron-FSDP, around the model that it acts on."""
+"""Drive Megatron-FSDP in a training step, through hooks on the transformers model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from nemo_dist_megatron_fsdp.row_layout import RowLayout
 
-_HOME = "_nemo_dist_megatron_fsdp"  # in the model's __dict__, so that it is no submodule
+_ENGINE = "_nemo_dist_megatron_fsdp"  # key in the model's __dict__, so that the engine is no submodule
 
 
 @attrs.define(kw_only=True, eq=False)
@@ -25,7 +25,7 @@ class Engine:
 
     The wrapper's own forward only swaps the shards, which the optimizer and the user see, for the parameters that the
     model computes with. Hooks on the model do the same, so the model needs no wrapping. Outside of a forward and a
-    backward the model shows its shards, so that who asks for gradients there gets those.
+    backward the parameters of the model are its shards, and their ``grad`` the shards of the gradients.
     """
 
     wrapper: Any
@@ -42,7 +42,7 @@ class Engine:
     def start(cls, model: nn.Module, wrapper: Any, layout: RowLayout) -> None:
         """Attach an engine to *model*."""
         engine = cls(wrapper=wrapper, layout=layout, shards=dict(model.named_parameters()))
-        model.__dict__[_HOME] = engine
+        model.__dict__[_ENGINE] = engine
         for name, shard in engine.shards.items():
             layout.correct(name, shard)
         model.register_forward_pre_hook(engine._before_forward, prepend=True)
@@ -54,17 +54,17 @@ class Engine:
     @staticmethod
     def of(model: nn.Module) -> Engine:
         """Return the engine of *model*."""
-        engine: Engine = model.__dict__[_HOME]
+        engine: Engine = model.__dict__[_ENGINE]
         return engine
 
     def _before_forward(self, model: nn.Module, args: Any) -> None:
-        self.in_backward = False  # of a backward that failed half-way
+        self.in_backward = False  # a backward that failed leaves it True
         self._refuse_thawed()
         self._install_changed_weights()
         self.wrapper._replace_param_with_raw_if_needed()
 
     def _refuse_thawed(self) -> None:
-        """Refuse to train what was frozen when the package took over: it has no place for such gradients."""
+        """Refuse to train what was frozen when the package took over: it has no buffer for such gradients."""
         raw = self.wrapper.raw_param
         thawed = [name for name, shard in self.shards.items() if shard.requires_grad and not raw[name].requires_grad]
         if thawed:
@@ -74,21 +74,21 @@ class Engine:
             )
 
     def _install_changed_weights(self) -> None:
-        """Compute with what the shards hold, also after a load or an edit in place; the package sees only its steps."""
+        """Copy changed shards to the parameters of the forward; the package notices only its own optimizer steps."""
         if self._edits() != self.installed:
             self.wrapper.install_optimized_model_weights()
             self.stale = True
         if self.stale and not self.wrapper.ddp_config.overlap_param_gather:
-            self.wrapper.start_param_sync()  # gathers all parameters and waits; nobody else would gather them again
+            self.wrapper.start_param_sync()  # gathers all parameters; nothing else would
         self.stale = False
         self.installed = self._edits()  # now, because a gather may write to what the shards are views of
 
     def _edits(self) -> int:
-        """Count what was written to the shards, but not by an optimizer: to DTensors, which counts elsewhere."""
+        """Count writes to the local shards; those of an optimizer, to the DTensors, are not among them."""
         return sum(shard.to_local()._version for shard in self.shards.values())
 
     def _continue_accumulating(self) -> None:
-        """Start a backward after a synchronised one: go on from its gradients, unless they have been dropped."""
+        """Prepare a backward after a synchronised one: accumulate on its gradients, unless they were set to None."""
         if all(shard.grad is None for shard in self.shards.values()):
             self.wrapper.zero_grad_buffer()
             self.used.clear()
@@ -101,13 +101,13 @@ class Engine:
 
     def _after_forward(self, model: nn.Module, args: Any, output: Any) -> None:
         if not torch.is_grad_enabled() and self.wrapper.ddp_config.overlap_param_gather:
-            self.wrapper.synchronize_param_gather()  # shows the shards again; no backward will
+            self.wrapper.synchronize_param_gather()  # puts the shards back; no backward will do it
             return
         self.wrapper._replace_param_with_distributed_if_needed()
         if not torch.is_grad_enabled():
             return
         tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
-        # The package hooks onto a root that returns tensors; a transformers model returns a ModelOutput.
+        # The package's own hook needs a model that returns tensors; a transformers model returns a ModelOutput.
         torch.autograd.graph.register_multi_grad_hook(tensors, self._before_backward, mode="any")
 
     def _before_backward(self, gradients: Any) -> None:
@@ -142,9 +142,9 @@ class Engine:
         self.wrapper.model_auto_sync = self.wrapper.is_last_microbatch = reduce
 
     def _settle_gradients(self) -> None:
-        """Give a shard without rows its empty gradient, and a parameter that took no part none, as on one process.
+        """Set an empty gradient on shards without rows, and None on parameters that were not used, as on one process.
 
-        The package has it the other way round, and knows nothing of parameters that were frozen after it took over.
+        The package does the opposite, and does not know of parameters that were frozen after it took over.
         All data-parallel ranks take part: whether a parameter was used on any of them decides.
         """
         names = list(self.shards)
@@ -179,7 +179,7 @@ class Engine:
             yield
 
     def adopt(self, optimizer: Optimizer) -> Optimizer:
-        """Let *optimizer* step the shards; its state and the weights stay as they are.
+        """Let *optimizer* step the shards, without changing its state or the weights now.
 
         ``fully_shard_optimizer`` takes a real step to allocate the state, which moves every weight by the weight decay
         and counts as the first step. It gets a step that does nothing, and replaces it by its own.

@@ -1,8 +1,8 @@
-"""Two ways to cut the rows of a parameter into shards, and how to go from one to the other.
+"""Convert between two layouts of a parameter's rows over data-parallel ranks: Megatron-FSDP's and DTensor's.
 
-Megatron-FSDP cuts the flat bucket that a parameter lies in, so a shard has any number of rows, none included. DTensor,
-and with it the canonical state and the weight loader, cuts every parameter into even chunks. Both cut along dim 0 of
-what a tensor-parallel rank holds, and give the rows to the data-parallel ranks in order.
+Megatron-FSDP splits the flat bucket that contains a parameter, so a shard has any number of rows, even none. DTensor,
+and with it checkpoints and the weight loader, splits every parameter into even chunks. Both split dim 0 of what a
+tensor-parallel rank holds, and give the rows to the data-parallel ranks in order.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _DATA = 0  # the first dim of the mesh that parameters are sharded over; the sec
 
 
 def even_rows(rows: int, ranks: int) -> list[int]:
-    """Return how many of *rows* each of *ranks* holds in DTensor's cut: equal chunks, the last ones short or empty."""
+    """Return how many of *rows* each of *ranks* holds in DTensor's layout: equal chunks, the last short or empty."""
     chunk = -(-rows // ranks)
     return [max(0, min(chunk, rows - rank * chunk)) for rank in range(ranks)]
 
@@ -38,12 +38,12 @@ def even(tensor: Tensor, local: Tensor, mesh: DeviceMesh) -> DTensor:
         return DTensor.from_local(local, mesh[_names(mesh)[_DATA]], [data], run_check=False, shape=shape, stride=stride)
     (across,) = tensor.placements
     if across.is_shard(0) or (isinstance(across, _StridedShard) and across.dim == 0):
-        data = _StridedShard(0, split_factor=mesh.size(1))  # the tensor-parallel ranks cut first
+        data = _StridedShard(0, split_factor=mesh.size(1))  # the tensor-parallel ranks split dim 0 first
     return DTensor.from_local(local, mesh, [data, across], run_check=False, shape=shape, stride=stride)
 
 
 def tensor_dim(tensor: DTensor) -> int:
-    """Return the dim along which *tensor* is cut over the tensor-parallel ranks."""
+    """Return the dim along which *tensor* is sharded over the tensor-parallel ranks."""
     (placement,) = tensor.placements
     dim: int = placement.dim  # type: ignore[attr-defined]
     return dim
@@ -56,7 +56,7 @@ def gather_rows(local: Tensor, rows: Sequence[int], group: dist.ProcessGroup | N
     longest = torch.zeros(max(rows), *local.shape[1:], dtype=local.dtype, device=local.device)
     longest[: len(local)] = local
     gathered = [torch.empty_like(longest) for _ in rows]
-    # Every data-parallel rank takes part, also one that holds no row: it needs its rows of the other cut.
+    # Every data-parallel rank takes part, also one that holds no row: it may have rows in the other layout.
     dist.all_gather(gathered, longest, group=group)
     return torch.cat([part[:count] for part, count in zip(gathered, rows, strict=True)])
 
@@ -66,8 +66,8 @@ def _names(mesh: DeviceMesh) -> tuple[str, ...]:
 
 
 @attrs.frozen(kw_only=True)
-class RowCut:
-    """How one parameter is cut: ``rows`` per data-parallel rank.
+class RowSplit:
+    """How the rows of one parameter are split: ``rows`` has their number on each data-parallel rank.
 
     ``whole`` is the parameter on meta before data parallelism, ``own`` the one that Megatron-FSDP made of it.
     """
@@ -79,9 +79,9 @@ class RowCut:
 
 @attrs.frozen(kw_only=True)
 class RowLayout:
-    """The cuts of all parameters by name, a tied one under each of its names."""
+    """How the rows of all parameters are split, by name; a tied parameter is under each of its names."""
 
-    cuts: Mapping[str, RowCut]
+    splits: Mapping[str, RowSplit]
     mesh: DeviceMesh
     group: dist.ProcessGroup | None
     rank: int
@@ -96,40 +96,41 @@ class RowLayout:
         if group is not None:
             table = [torch.empty_like(counts) for _ in range(data.size())]
             dist.all_gather(table, counts, group=group)
-        cuts = {
-            name: RowCut(rows=rows, whole=whole[name], own=parameters[name])
+        splits = {
+            name: RowSplit(rows=rows, whole=whole[name], own=parameters[name])
             for name, rows in zip(parameters, torch.stack(table, dim=1).tolist(), strict=True)
         }
-        return cls(cuts=cuts, mesh=mesh, group=group, rank=data.get_local_rank())
+        return cls(splits=splits, mesh=mesh, group=group, rank=data.get_local_rank())
 
     def own_part(self, name: str, source: DTensor) -> Tensor:
-        """Return this rank's rows, as Megatron-FSDP cuts them, of the evenly cut *source*."""
-        rows = self.cuts[name].rows
+        """Return Megatron-FSDP's rows on this rank of the evenly split *source*; a data-parallel collective."""
+        rows = self.splits[name].rows
         self._check(name, source)
         whole = gather_rows(source.to_local(), even_rows(sum(rows), len(rows)), self.group)
         part: Tensor = whole.split(list(rows))[self.rank]
         return part
 
     def _check(self, name: str, source: DTensor) -> None:
-        """Raise when a rank holds other rows than the formula says: the gather would misplace them."""
-        rows = self.cuts[name].rows
+        """Raise RuntimeError when this rank holds other rows than DTensor's layout: a gather would misplace them."""
+        rows = self.splits[name].rows
         wanted, found = even_rows(sum(rows), len(rows))[self.rank], len(source.to_local())
         if found != wanted:
             raise RuntimeError(f"{name} should have {wanted} rows on data-parallel rank {self.rank} (got {found})")
 
     def even_part(self, name: str, own: DTensor) -> DTensor:
-        """Return the evenly cut DTensor of what this rank holds as *own*."""
-        cut = self.cuts[name]
-        whole = gather_rows(own.to_local(), cut.rows, self.group)
-        local = whole.split(even_rows(len(whole), len(cut.rows)))[self.rank].clone()  # or the whole would stay alive
-        return even(cut.whole, local, self.mesh)
+        """Return the evenly split DTensor of which this rank holds *own*; a data-parallel collective."""
+        split = self.splits[name]
+        whole = gather_rows(own.to_local(), split.rows, self.group)
+        # Cloned, because a view would keep the whole tensor alive.
+        local = whole.split(even_rows(len(whole), len(split.rows)))[self.rank].clone()
+        return even(split.whole, local, self.mesh)
 
     def correct(self, name: str, own: Any) -> None:
-        """Make ``full_tensor`` of *own*, a parameter or a gradient, right, and refuse ``redistribute``.
+        """Replace ``full_tensor`` of *own*, a parameter or a gradient, by a correct one, and refuse ``redistribute``.
 
-        Those of torch assume even chunks, and would silently return rows in the wrong places. Like them ``full_tensor``
-        is collective; unlike them it is not differentiable. What is derived from *own* (``detach()``, a moment of the
-        optimizer) has torch's again.
+        torch's methods assume even chunks, and would silently return rows in the wrong places. The new ``full_tensor``
+        is collective too, but not differentiable. Tensors derived from *own* (``detach()``, a moment of the optimizer)
+        have torch's methods again.
         """
 
         def full_tensor(*, grad_placements: Any = None) -> Tensor:
@@ -144,14 +145,14 @@ class RowLayout:
         own.full_tensor, own.redistribute = full_tensor, redistribute
 
     def to_even(self, state: dict[str, Tensor]) -> None:
-        """Replace the tensors of *state* that are cut like parameters by evenly cut ones; collective, in its order."""
-        for name, tensor in self._cut_like_parameters(state):
+        """Convert tensors of *state* in the layout of parameters to even chunks; collective, in their order."""
+        for name, tensor in self._like_parameters(state):
             state[name] = self.even_part(name, tensor)
 
     def from_even(self, state: dict[str, Tensor]) -> None:
-        """Replace evenly cut tensors of *state* by ones that are cut like the parameters; collective, in its order."""
-        for name, tensor in self._cut_like_parameters(state):
-            own = self.cuts[name].own
+        """Convert tensors of *state* in even chunks to the layout of parameters; collective, in their order."""
+        for name, tensor in self._like_parameters(state):
+            own = self.splits[name].own
             state[name] = DTensor.from_local(
                 self.own_part(name, tensor).clone(),
                 own.device_mesh,
@@ -161,7 +162,7 @@ class RowLayout:
                 stride=own.stride(),
             )
 
-    def _cut_like_parameters(self, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Any]]:
+    def _like_parameters(self, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Any]]:
         for name, tensor in list(state.items()):
-            if name in self.cuts and isinstance(tensor, DTensor) and tensor.shape == self.cuts[name].own.shape:
+            if name in self.splits and isinstance(tensor, DTensor) and tensor.shape == self.splits[name].own.shape:
                 yield name, tensor

@@ -1,4 +1,4 @@
-"""Load into the shards of Megatron-FSDP: cut evenly while the weights are read, then hand over bucket by bucket."""
+"""Shard a model with Megatron-FSDP: into even chunks while the weights are read, then into the package's buckets."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from nemo_dist.mesh.mesh_context import MeshContext
     from nemo_dist_megatron_fsdp import MegatronFSDPConfig
 
-_WHOLE = "_nemo_dist_megatron_fsdp_whole"  # the parameters on meta before they are cut, until the weights are loaded
+_WHOLE = "_nemo_dist_megatron_fsdp_whole"  # the parameters on meta before sharding, kept until the weights are loaded
 
 
 def refuse_device(mesh: MeshContext) -> None:
@@ -36,10 +36,10 @@ def refuse_device(mesh: MeshContext) -> None:
         )
 
 
-def spread(model: nn.Module, mesh: MeshContext) -> None:
-    """RowCut every parameter of *model*, on meta, evenly over the data-parallel ranks, so that only shards are read.
+def shard_evenly(model: nn.Module, mesh: MeshContext) -> None:
+    """Shard every parameter of *model*, on meta, evenly over data-parallel ranks, so that only shards are read.
 
-    Raises TopologyError with every parameter that cannot be cut.
+    Raises TopologyError with every parameter that cannot be sharded.
     """
     own_mesh = mesh["dp_shard_cp", "tp"]
     whole = dict(model.named_parameters())
@@ -48,13 +48,13 @@ def spread(model: nn.Module, mesh: MeshContext) -> None:
         raise TopologyError(problems)
     model.__dict__[_WHOLE] = whole
     ranks, rank = own_mesh.size(0), own_mesh.get_local_rank(0)
-    cut: dict[int, nn.Parameter] = {}
+    shards: dict[int, nn.Parameter] = {}
     for module, name, parameter in _slots(model):
-        if id(parameter) not in cut:
+        if id(parameter) not in shards:
             local = _local(parameter)
             shard = even(parameter, local.split(even_rows(len(local), ranks))[rank], own_mesh)
-            cut[id(parameter)] = nn.Parameter(shard, requires_grad=parameter.requires_grad)
-        setattr(module, name, cut[id(parameter)])
+            shards[id(parameter)] = nn.Parameter(shard, requires_grad=parameter.requires_grad)
+        setattr(module, name, shards[id(parameter)])
 
 
 def _problems(name: str, parameter: Tensor) -> list[str]:
@@ -71,23 +71,23 @@ def _problems(name: str, parameter: Tensor) -> list[str]:
 
 
 def take_over(model: nn.Module, mesh: MeshContext, config: MegatronFSDPConfig) -> None:
-    """Hand the loaded *model* to Megatron-FSDP, in place: it stays the transformers model that it was.
+    """Let Megatron-FSDP shard the loaded *model* in place; the model keeps its class.
 
-    The package copies whole parameters into its buckets, one bucket after the other. It is given parameters without
-    memory, and the weights go into its shards afterwards, one tensor in flight.
+    The package copies whole parameters into its buckets. To save memory it gets parameters without storage, and the
+    weights are copied into its shards afterwards, one tensor at a time.
     """
     own_mesh = mesh["dp_shard_cp", "tp"]
     sources: dict[str, Any] = {name: parameter.detach() for name, parameter in model.named_parameters()}
     data, tensor = own_mesh.mesh_dim_names or ()
     units = unit_classes(model, config)
     whole = model.__dict__.pop(_WHOLE)
-    _hollow(model, sources, whole)
+    _replace_by_zeros(model, sources, whole)
     wrapper: Any = fully_shard_model(
         model,
         device_mesh=own_mesh,
         dp_shard_dim=data,
         tp_dim=tensor,
-        expt_device_mesh=own_mesh,  # the package tells experts by their names, and shards them over this one
+        expt_device_mesh=own_mesh,  # the package finds experts by name and shards them over this mesh
         device=mesh.device,
         fsdp_unit_modules=units,
         zero_dp_strategy=config.zero_dp_strategy,
@@ -98,9 +98,9 @@ def take_over(model: nn.Module, mesh: MeshContext, config: MegatronFSDPConfig) -
         fsdp_double_buffer=config.fsdp_double_buffer,
         report_nan_in_param_grad=config.report_nan_in_param_grad,
     )
-    # Given to the package, it would ask for expert groups, which only Megatron-LM has.
+    # Set here, because as an argument the package would ask for expert groups, which only Megatron-LM has.
     wrapper.ddp_config.average_in_collective = config.average_in_collective
-    # A sum with a factor is a reduction of NCCL's only: scale before it everywhere, which is what the tests prove.
+    # Only NCCL can scale inside a reduction: scale before it on every backend, as the tests do.
     wrapper.ddp_config.gradient_reduce_div_fusion = False
     own: dict[str, Any] = dict(model.named_parameters())
     layout = RowLayout.of(own, whole, own_mesh)
@@ -141,25 +141,25 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _hollow(model: nn.Module, sources: Mapping[str, Tensor], whole: Mapping[str, nn.Parameter]) -> None:
-    """Replace the parameters by ones of full size over data parallelism that take no memory: one zero, repeated."""
+def _replace_by_zeros(model: nn.Module, sources: Mapping[str, Tensor], whole: Mapping[str, nn.Parameter]) -> None:
+    """Replace the parameters by ones of their full data-parallel size without storage: one zero, expanded."""
     made: dict[int, nn.Parameter] = {}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for module, slot, parameter in _slots(model):
         if id(parameter) not in made:
             name = names[id(parameter)]
             zero = torch.zeros((), dtype=sources[name].dtype, device=_local(sources[name]).device)
-            hollow = nn.Parameter(zero.expand(_local(whole[name]).shape), requires_grad=parameter.requires_grad)
-            _mark(hollow, whole[name])
-            made[id(parameter)] = hollow
+            replaced = nn.Parameter(zero.expand(_local(whole[name]).shape), requires_grad=parameter.requires_grad)
+            _mark(replaced, whole[name])
+            made[id(parameter)] = replaced
         setattr(module, slot, made[id(parameter)])
 
 
 def _mark(parameter: nn.Parameter, whole: Tensor) -> None:
-    """Say as Megatron-LM does how *parameter* is cut along tp.
+    """Mark how *parameter* is sharded over ``tp``, with Megatron-LM's attributes.
 
-    A DTensor would say it too, but the package gives its rows the length that they have in the global tensor, so one
-    that is cut along another dim than 0 comes out wrong.
+    A DTensor would say it too, but the package takes the row length of the global tensor, which is wrong for a
+    parameter that is sharded along another dim than 0.
     """
     if isinstance(whole, DTensor):
         marks: Any = parameter

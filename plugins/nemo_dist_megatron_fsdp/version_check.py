@@ -1,4 +1,4 @@
-"""The version of megatron-fsdp that this plugin is tested with, judged without importing it or torch."""
+"""Check the installed version of megatron-fsdp, without importing it or torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ INSTALL = "pip install 'nemo-dist[megatron-fsdp]'"
 
 
 def problems() -> list[str]:
-    """Say that the package is missing or of another series, and how to install it."""
+    """Say when the package is missing or of an untested version, and how to install it."""
     try:
         found = version(DISTRIBUTION)
     except PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""Give each rank of ``ep`` a share of the experts of a mixture-of-experts model, and send the tokens to them."""
+"""Expert parallelism: each rank of ``ep`` holds a part of the experts of a model, and tokens are sent to them."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class MoEParallelizerConfig:
     """Options of expert parallelism.
 
     ``dispatcher``: ``"all_to_all"`` sends every token to the ranks of its experts; ``"all_reduce"`` runs the local
-    experts on all tokens and adds up, which needs ranks that hold the same tokens (ep = tp); ``"auto"`` sends in
-    training and adds up where no gradient is needed. ``reshard_after_forward``: free the gathered experts of a block
-    after its forward; None does as the strategy does. ``mp_policy``: the dtypes for the experts, in place of the
-    strategy's; torch's ``MixedPrecisionPolicy`` or its fields as a dict of dtype names. ``lm_head_precision``: the
+    experts on all tokens and sums the outputs, which needs ranks that hold the same tokens (ep = tp); ``"auto"`` takes
+    the first in training, the second where no gradient is needed. ``reshard_after_forward``: free the gathered experts
+    of a block after its forward; None does as the strategy does. ``mp_policy``: the dtypes for the experts, in place of
+    the strategy's; torch's ``MixedPrecisionPolicy`` or its fields as a dict of dtype names. ``lm_head_precision``: the
     dtype to compute the output head in, "float32" say; None is the strategy's.
     """
 
@@ -49,23 +49,23 @@ class MoEParallelizerConfig:
 
 @attrs.frozen(eq=False)
 class MoE:
-    """Shard experts by expert over ``ep``, and leave their shards over ``ep_shard`` to the strategy."""
+    """Distribute whole experts over ``ep``; the strategy shards them further over ``ep_shard``."""
 
     name: ClassVar[str] = "moe"
     config_type: ClassVar[type] = MoEParallelizerConfig
     stage: ClassVar[int] = Stage.EXPERT
     axes: ClassVar[frozenset[str]] = frozenset({"ep", "ep_shard", BETWEEN, _WITHIN})
-    # The other axes and roles that this is proven with, against one process.
+    # The axes of other plugins with which tests compare this with one process.
     composes_with: ClassVar[frozenset[str]] = frozenset({"cp", "dp_replicate", "dp_shard", "pp", "tp"})
 
     config: MoEParallelizerConfig = attrs.field(factory=MoEParallelizerConfig)
 
     @hookimpl
     def views(self, sizes: ParallelismSizes, world_size: int) -> list[View] | None:
-        """Factor the ranks of a pipeline stage into ``ep_shard`` copies of ``ep`` ranks that share the experts.
+        """Divide the ranks of a pipeline stage into ``ep_shard`` groups of ``ep`` ranks, each with all experts.
 
-        With replicas (HSDP), the copies of an expert are shards within a replica and equal between replicas, as far as
-        the ranks that share the experts fit into one replica.
+        With replicas (HSDP), an expert is sharded over the groups within a replica, and replicated between replicas,
+        where whole groups fit into one replica.
         """
         ranks = _stage_ranks(sizes, world_size)
         if ranks % sizes.ep_size:

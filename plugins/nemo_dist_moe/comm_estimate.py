@@ -1,4 +1,4 @@
-"""What expert parallelism sends in a step: tokens to their experts and back, and the shards of experts."""
+"""Estimate what expert parallelism sends in a step: tokens to their experts and back, and the shards of experts."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ _COUNT = 8  # bytes of the number of tokens for one expert
 
 
 def dispatch(plan: MeshPlan, facts: ModelFacts | None, config: MoEParallelizerConfig) -> list[Traffic]:
-    """Return what the layers with experts send of their tokens, if every rank of ``ep`` gets as many.
+    """Return what the layers with experts send of their tokens, if every rank of ``ep`` gets equally many.
 
-    Where they do not, some ranks send more and some less; the sum over all ranks is the same.
+    With uneven routing some ranks send more and some less, but the sum over all ranks is the same.
     """
     ep, tp = plan.size("ep"), plan.size("tp")
     if facts is None:
         return _listed(ep, tp, config.dispatcher, (None, None, None, None), "")
-    local = facts.tokens / plan.size("cp")
+    tokens = facts.tokens / plan.size("cp")
     layers = facts.expert_layers / plan.size("pp")
     forwards = layers * (2 if facts.recomputes else 1)
     width = facts.hidden * facts.computed
     weights = facts.experts_per_token * facts.computed
-    sent = shared(ep, local / tp * facts.experts_per_token * width)
+    sent = shared(ep, tokens / tp * facts.experts_per_token * width)
     amounts = (
         round((2 * forwards + 2 * layers) * sent),
         round(forwards * shared(ep, facts.experts * _COUNT)),
-        round(forwards * shared(tp, local * width) + layers * shared(tp, local * (width + weights))),
-        round(2 * (forwards * shared(ep, local * width) + layers * shared(ep, local * (width + weights)))),
+        round(forwards * shared(tp, tokens * width) + layers * shared(tp, tokens * (width + weights))),
+        round(2 * (forwards * shared(ep, tokens * width) + layers * shared(ep, tokens * (width + weights)))),
     )
     held = f", of {facts.experts // ep} experts a rank, {readable(4 * sent)} a layer"
     return _listed(ep, tp, config.dispatcher, amounts, held)
@@ -60,18 +60,18 @@ def _listed(
 
 
 def shards(plan: MeshPlan, facts: ModelFacts | None, config: MoEParallelizerConfig) -> list[Traffic]:
-    """Return what the ranks that hold the same experts send of parameters and gradients, which they share."""
+    """Return what ranks with shards of the same experts send each other of parameters and gradients."""
     between = plan.size(BETWEEN) if BETWEEN in plan.view_of("ep") else 1
     within = plan.size("ep_shard") // between
     gathered = reduced = averaged = None
-    again = config.reshard_after_forward is not False
+    regathers = config.reshard_after_forward is not False
     if facts is not None:
         held = facts.expert_parameters / plan.size("ep") / plan.size("pp")
         compute, reduction = _sizes(config.mp_policy, facts.computed)
-        gathered = shared(within, held * compute * (2 if again else 1))
+        gathered = shared(within, held * compute * (2 if regathers else 1))
         reduced = shared(within, held * reduction)
         averaged = 2 * shared(between, held * reduction / within)
-    often = "once, and again in the backward" if again else "once"
+    often = "once, and again in the backward" if regathers else "once"
     found = []
     if within > 1:
         found += [
@@ -94,7 +94,7 @@ def shards(plan: MeshPlan, facts: ModelFacts | None, config: MoEParallelizerConf
 
 
 def _sizes(policy: Any, computed: int) -> tuple[int, int]:
-    """Return the bytes of an expert's parameter in a matmul and of its gradient in a reduction, float32 by default."""
+    """Return the bytes per number of an expert's parameter in a matmul, and of its gradient in a reduction."""
     if policy is None:
         return computed, bytes_of("float32")
     get = policy.get if isinstance(policy, Mapping) else lambda name: getattr(policy, name)

@@ -1,4 +1,4 @@
-"""Count the tokens that every expert gets."""
+"""Count the tokens that are routed to every expert."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 @attrs.frozen(eq=False)
 class ExpertLoad:
-    """The tokens that each expert of each local layer got since the last report: [experts], one tensor per layer."""
+    """How many tokens each expert of each local layer got since the last report: [experts], one tensor per layer."""
 
     mesh: MeshContext
     counts: dict[nn.Module, Tensor] = attrs.field(factory=dict)
 
     @classmethod
     def watch(cls, parts: list[nn.Module], mesh: MeshContext) -> ExpertLoad:
-        """Count from now on, in the forward of every expert layer of *parts*."""
+        """Start counting, in the forward of every layer of experts in *parts*."""
         load = cls(mesh)
         for part in parts:
             for module in placements(part):
@@ -36,9 +36,10 @@ class ExpertLoad:
         return load
 
     def metrics(self) -> Mapping[str, float]:
-        """Return ``expert_load_max_over_mean``, the worst over all layers, and start anew; 1 is perfect balance.
+        """Return ``expert_load_max_over_mean``, the worst over all layers, and reset the counts; 1 is perfect balance.
 
-        Collective: ranks of ``dp_cp`` routed different tokens, those of ``pp`` have other layers.
+        Collective: counts are summed over the ranks of ``dp_cp``, which route different tokens, and the worst is taken
+        over those of ``pp``, which have other layers.
         """
         worst = torch.zeros((), device=self.mesh.device)
         for counts in self.counts.values():

@@ -1,4 +1,4 @@
-"""Shard the experts of transformers models; the one place that touches transformers' expert parallelism."""
+"""Shard the experts of transformers models, through transformers' own expert parallelism."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _DISPATCH, _BY_EXPERT = "ep_dispatch_experts", "grouped_gemm"
 def shard_experts(
     parts: list[nn.Module], mesh: MeshContext, config: MoEParallelizerConfig, experts_everywhere: bool
 ) -> None:
-    """Shard the experts of *parts* over ``ep``, install the dispatch of tokens, and say where to shard further.
+    """Shard the experts of *parts* over ``ep``, install the dispatch of tokens, and mark how to shard further.
 
-    ``experts_everywhere``: every part has experts, because the model was not split. Raises TopologyError for a model
-    without experts, or with experts that do not fit the mesh; no weight has been read then.
+    ``experts_everywhere``: every part must have experts, because the model was not split into stages. Raises
+    TopologyError, before a weight is read, for a model without experts or with experts that do not fit the mesh.
     """
     ep = mesh.size("ep")
     for part in parts:
@@ -36,16 +36,16 @@ def shard_experts(
         experts = {name: part.get_submodule(name) for name, style in plan.items() if style == _DISPATCH}
         _refuse_misfits(part, experts, ep)
         apply_expert_parallelism(part, mesh["ep"], mesh["tp"], plan, config.dispatcher)
-        over = _copies(mesh)
+        shard_mesh = _shard_mesh(mesh)
         for name, module in experts.items():
             module.forward = partial(_not_a_view, module.forward)
-            dims = {key: _dim(f"{name}.{key}", p, part, over.size(-1)) for key, p in module.named_parameters()}
+            dims = {key: _dim(f"{name}.{key}", p, part, shard_mesh.size(-1)) for key, p in module.named_parameters()}
             place(
                 module,
                 Placement(
-                    mesh=over,
-                    # Each copy of an expert adds up the tokens of all ranks of dp, cp and, each with its own part of
-                    # the tokens, tp: its gradient is the sum over the same batches that the dense mesh averages over.
+                    mesh=shard_mesh,
+                    # An expert sees the tokens of all ranks of dp and cp, also where tp ranks dispatch a part of them
+                    # each, so its gradients sum over the same batches that dense parameters average over.
                     grad_divisor=mesh.size("dp_cp"),
                     dims=dims,
                     reshard_after_forward=config.reshard_after_forward,
@@ -55,7 +55,7 @@ def shard_experts(
 
 
 def shard_head(parts: list[nn.Module], precision: str) -> None:
-    """Have the output head computed in *precision*; raise TopologyError when it is tied to the embedding."""
+    """Compute the output head in *precision*; raise TopologyError when it is tied to the embedding."""
     for part in parts:
         model: Any = part
         head = model.get_output_embeddings()
@@ -102,13 +102,13 @@ def _refuse_misfits(part: nn.Module, experts: dict[str, nn.Module], ep: int) -> 
 
 
 def _not_a_view(forward: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-    """Run *forward* and copy what is a view: FSDP2 hooks the output, and an in-place sum on a view would lose that."""
+    """Run *forward* and copy an output that is a view: FSDP2 hooks it, and an in-place sum would lose the hook."""
     output = forward(*args, **kwargs)
     return output.clone() if output._is_view() else output
 
 
-def _copies(mesh: MeshContext) -> DeviceMesh:
-    """Return the mesh of the ranks that hold the same experts; with replicas, they are its outer axis."""
+def _shard_mesh(mesh: MeshContext) -> DeviceMesh:
+    """Return the mesh of the ranks with shards of the same experts; with replicas, these are its outer axis."""
     if mesh.size("ep_between_replicas") > 1:
         return mesh["ep_between_replicas", "ep_within_replica"]
     return mesh["ep_shard"]
@@ -117,8 +117,8 @@ def _copies(mesh: MeshContext) -> DeviceMesh:
 def _dim(name: str, parameter: nn.Parameter, part: Any, shards: int) -> int:
     """Return the dim along which to shard an expert parameter [experts, ...] over *shards* ranks.
 
-    Whole experts where they divide evenly. Else the hidden size: unlike the intermediate size it is never the
-    concatenation of gate and up, which checkpoints may hold apart.
+    This is dim 0, the experts, where they divide evenly; else the hidden size, as the intermediate size may be a
+    concatenation of gate and up, which checkpoints may store as two tensors.
     """
     local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
     hidden = part.config.get_text_config().hidden_size

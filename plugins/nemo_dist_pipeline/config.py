@@ -1,4 +1,4 @@
-"""The options of pipeline parallelism, under NeMo's names; no torch."""
+"""Define the options of pipeline parallelism, under NeMo's names; no torch."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ class PipelineConfig:
     ``pp_schedule``: the name of a torch schedule, however it is spelled ("1f1b", "interleaved_1f1b", "zero_bubble" for
     InterleavedZeroBubble, "zbv" for ZBVZeroBubble, ...); None is "1f1b". ``pp_schedule_csv``: a file with a schedule of
     your own in its place, a line per rank. ``pp_microbatch_size``: rows in a microbatch. ``pp_batch_size``: rows that a
-    data-parallel rank passes at once; smaller batches are filled up with rows that do not count, larger ones refused;
-    None takes every batch as it comes. ``layers_per_stage``: makes as many stages as layers divided by it, rounded to a
-    multiple of the ranks as ``round_virtual_stages_to_pp_multiple`` says ("up" or "down"), and deals layers by count;
-    None makes one stage per rank, two for looped and V schedules, balanced by bytes and FLOPs.
+    data-parallel rank passes at once; smaller batches are padded with rows whose labels are ignored, larger ones are
+    refused; None takes batches of any size. ``layers_per_stage``: makes as many stages as layers divided by it, rounded
+    to a multiple of the ranks as ``round_virtual_stages_to_pp_multiple`` says ("up" or "down"), and divides the layers
+    by count; None makes one stage per rank, two for looped and V schedules, balanced by bytes and FLOPs.
     ``module_fqns_per_model_part``: the modules of every stage by full name, in place of that. ``loss_fn``: a function
     of logits and labels that returns the mean over the labels that are not -100, as the model's own loss does; None is
-    the model's own. ``dtype``: of the hidden states between stages; None is what the first stage makes.
+    the model's own. ``dtype``: of the hidden states between stages; None is that of the first stage's output.
     ``pp_seq_len``: the length of every sequence, others are refused; None takes any. ``scale_grads_in_schedule``: sum
     gradients over microbatches and divide once at the end, not in the loss; the gradients come out the same.
     """
@@ -93,5 +93,5 @@ class PipelineConfig:
 
     @property
     def microbatches(self) -> int:
-        """The microbatches that ``pp_batch_size`` makes, to which smaller batches are filled up; 0 without it."""
+        """The microbatches that ``pp_batch_size`` makes, to which smaller batches are padded; 0 without it."""
         return (self.pp_batch_size or 0) // self.pp_microbatch_size

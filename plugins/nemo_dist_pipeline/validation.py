@@ -1,4 +1,4 @@
-"""Options that contradict each other or those of other plugins, as far as that is known without a model; no torch."""
+"""Find options that contradict each other or those of other plugins, before there is a model; no torch."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from nemo_dist_pipeline.schedule.stage_placement import StagePlacement
 def option_problems(config: PipelineConfig, placement: StagePlacement, plugins: tuple[Plugin, ...]) -> list[str]:
     """Say what in *config* does not fit itself, the *placement* that it asks for, or the *plugins* beside it."""
     return [
-        *_pairs(config),
-        *_counts(config, placement),
-        *_stages(config, placement),
-        *_others(placement, plugins),
+        *_exclusive_options(config),
+        *_batch_size(config, placement),
+        *_module_lists(config, placement),
+        *_other_plugins(placement, plugins),
     ]
 
 
-def _pairs(config: PipelineConfig) -> list[str]:
+def _exclusive_options(config: PipelineConfig) -> list[str]:
     pairs = (
         ("pp_schedule", "pp_schedule_csv", "the file is the schedule"),
         ("layers_per_stage", "module_fqns_per_model_part", "the list says what every stage takes"),
@@ -36,7 +36,7 @@ def _pairs(config: PipelineConfig) -> list[str]:
     return problems
 
 
-def _counts(config: PipelineConfig, placement: StagePlacement) -> list[str]:
+def _batch_size(config: PipelineConfig, placement: StagePlacement) -> list[str]:
     rows, size = config.pp_batch_size, config.pp_microbatch_size
     if rows is None:
         return []
@@ -47,17 +47,17 @@ def _counts(config: PipelineConfig, placement: StagePlacement) -> list[str]:
             f"{f'{below} or ' if below else ''}{below + size}"
         ]
     problem = placement.microbatch_problem(rows // size)
-    ways = f"pp_batch_size {rows} / pp_microbatch_size {size}"
-    return [f"{problem}, which is {ways}; change one of them or the schedule"] if problem else []
+    division = f"pp_batch_size {rows} / pp_microbatch_size {size}"
+    return [f"{problem}, which is {division}; change one of them or the schedule"] if problem else []
 
 
-def _stages(config: PipelineConfig, placement: StagePlacement) -> list[str]:
+def _module_lists(config: PipelineConfig, placement: StagePlacement) -> list[str]:
     parts = config.parts
     if parts is None:
         return []
     given, size, where = len(parts), placement.pp_size, "module_fqns_per_model_part"
     names = [name for part in parts for name in part]
-    # A module without parameters may stand in every stage, as NeMo's lists have it; which do, the model knows.
+    # NeMo's lists name modules without parameters for every stage; only the model tells which those are.
     twice = sorted({name for name in names if 1 < names.count(name) < given})
     problems = [f"{where} names {name!r} more than once; a module belongs to one stage" for name in twice]
     if placement.stages not in (None, given):
@@ -69,8 +69,8 @@ def _stages(config: PipelineConfig, placement: StagePlacement) -> list[str]:
     return problems
 
 
-def _others(placement: StagePlacement, plugins: tuple[Plugin, ...]) -> list[str]:
-    """Refuse options of other plugins, by their names in any config, that come out wrong or nobody has proven."""
+def _other_plugins(placement: StagePlacement, plugins: tuple[Plugin, ...]) -> list[str]:
+    """Refuse options of other plugins, found by name in any config, that give wrong results or are not proven here."""
 
     def given(option: str, which: Iterable[Plugin] = plugins) -> list[Any]:
         return [value for plugin in which if (value := getattr(plugin.config, option, None)) is not None]

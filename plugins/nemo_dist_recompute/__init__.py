@@ -1,4 +1,4 @@
-"""Keep fewer activations: recompute the layers of a model during the backward instead (activation checkpointing)."""
+"""Activation checkpointing: keep fewer activations, and recompute layers during the backward."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def _scopes(value: Any) -> tuple[str, ...]:
 class RecomputeConfig:
     """What to recompute.
 
-    ``mode``: "full" keeps only the inputs of every layer; "selective" also keeps what is dear to compute again:
-    attention, collectives and every second matmul (the policy is that of torchtitan). ``scope``: of a model of several
+    ``mode``: "full" keeps only the inputs of every layer; "selective" also keeps what is expensive to recompute:
+    attention, collectives and every second matmul (the policy is that of torchtitan). ``scope``: in a model of several
     towers, those whose layers are recomputed: "all", or one or more of "language", "vision", "audio" and "multimodal"
     (every tower but the language model), as in NeMo AutoModel. Raises ValueError for an unknown name.
     """

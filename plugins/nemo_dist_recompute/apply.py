@@ -24,7 +24,7 @@ def recompute(model: Any, config: RecomputeConfig) -> None:
     """Make the layers of *model* recompute during the backward.
 
     transformers recomputes only in training mode, and what ``from_pretrained`` returns is in evaluation mode; here a
-    layer recomputes whenever gradients are recorded, so that switching dropout and saving memory stay two decisions.
+    layer recomputes whenever gradients are recorded, so that saving memory does not depend on dropout being on.
 
     Raises ValueError for a model without such layers, and for a scope that it does not have.
     """
@@ -57,7 +57,7 @@ def kinds(model: nn.Module) -> str:
 
 
 def _forward(layer: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run *layer*, recomputed later if gradients are recorded; transformers itself does that in training mode."""
+    """Run *layer*, to be recomputed if gradients are recorded; in training mode transformers does that itself."""
     forward = type(layer).forward  # looked up late: FSDP2 gives the layer another class
     if layer.training or not torch.is_grad_enabled() or any(_filled(kwargs.get(name)) for name in _CACHES):
         return forward(layer, *args, **kwargs)
@@ -86,7 +86,7 @@ def _in_scope(model: Any, layers: Iterable[nn.Module], scope: tuple[str, ...]) -
         )
     wanted = {kind for kind, _ in towers if kind in scope or (kind != "language" and "multimodal" in scope)}
     tower_of: dict[nn.Module, str] = {}
-    for module in model.modules():  # from the outside in, so that the innermost tower has the last word
+    for module in model.modules():  # outer modules come first, so the innermost tower of a layer wins
         for kind, config in towers:
             if isinstance(module, PreTrainedModel) and module.config is config:
                 tower_of.update(dict.fromkeys(module.modules(), kind))

@@ -1,4 +1,4 @@
-"""What selective activation checkpointing keeps: the one place that lists operators by name."""
+"""List the operators whose results selective activation checkpointing keeps."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-# Every second one is kept: the policy of torchtitan, which halves both their memory and their recomputation.
+# Every second one is kept, as in torchtitan, which halves both their memory and their recomputation.
 _MATMULS = (
     "aten::mm",
     "aten::addmm",
@@ -29,12 +29,12 @@ _ALWAYS = (
     "_c10d_functional::all_reduce",
     "_c10d_functional::all_to_all_single",
     "_c10d_functional::reduce_scatter_tensor",
-    "aten::topk",  # a router that decided anew would send another number of tokens to an expert
+    "aten::topk",  # recomputed, a router might choose other experts
 )
 
 
 def _operators(names: tuple[str, ...]) -> frozenset[Any]:
-    """Return the default overloads of *names*, without those that this build of torch lacks."""
+    """Return the default overloads of the operators *names* that this build of torch has."""
     found = set()
     for name in names:
         namespace, _, operator = name.partition("::")
@@ -45,7 +45,7 @@ def _operators(names: tuple[str, ...]) -> frozenset[Any]:
 
 
 class _Copies(TorchDispatchMode):
-    """Hand out copies of a router's choice, because routers scale the weights that they chose in place."""
+    """Return copies of the result of ``topk``, because routers scale the weights that they chose in place."""
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = function(*args, **(kwargs or {}))
@@ -60,12 +60,12 @@ def _copying(kept: AbstractContextManager[Any]) -> Iterator[None]:
 
 
 def selective_contexts(routed: bool = False) -> Any:
-    """Return the two contexts, for the forward and for the recomputation of one layer, that keep what is dear.
+    """Return the two contexts, for the forward and for the recomputation of one layer, that keep the listed results.
 
-    ``routed``: the layer may have experts, whose choice is kept.
+    ``routed``: the layer may have experts, and the router's choice is kept.
     """
     matmuls, always = _operators(_MATMULS), _operators(_ALWAYS)
-    # The forward and the recomputation count apart, so that the same matmul is judged the same in both.
+    # The forward and the recomputation count separately, so that both decide the same for each matmul.
     seen: Counter[bool] = Counter()
 
     def keep(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

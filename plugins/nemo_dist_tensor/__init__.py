@@ -1,4 +1,4 @@
-"""Share every matrix of a model out over the tensor-parallel ranks, by the model's own plan from transformers."""
+"""Tensor parallelism: shard every matrix of a model over the ``tp`` ranks, by the model's plan from transformers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def _rules(value: Any) -> FrozenMapping[str]:
-    """Return a plan as it is kept in a config: a frozen mapping from rules to styles."""
+    """Return the frozen mapping from module names to styles that a config holds."""
     if value is None:
         return FrozenMapping()
     if not isinstance(value, Mapping) or not all(isinstance(text, str) for item in value.items() for text in item):
@@ -32,11 +32,11 @@ def _rules(value: Any) -> FrozenMapping[str]:
 
 @options(plugin="tensor")
 class TensorConfig:
-    """Options of tensor parallelism; a strategy that has them too hands them over.
+    """Options of tensor parallelism; a strategy that has the same options passes its values on.
 
-    ``tp_plan``: rules over the model's own, each from a module name (``"layers.*.mlp.up_proj"``) to a style
+    ``tp_plan``: rules that override the model's own, each from a module name (``"layers.*.mlp.up_proj"``) to a style
     (``"colwise"``); see ``nemo_dist_tensor.styles``. ``sequence_parallel``: between attention and feed-forward every
-    rank keeps its own tokens only. ``enable_async_tensor_parallel``: overlap its collectives with the matrix products
+    rank holds only its own tokens. ``enable_async_tensor_parallel``: overlap its collectives with the matrix products
     around them; refused, with the reason, where that is not proven.
     """
 
@@ -47,7 +47,7 @@ class TensorConfig:
 
 @attrs.frozen(eq=False)
 class TensorParallel:
-    """Cut matrices, vocabulary and loss along ``tp``; with sequence parallelism the activations between them too."""
+    """Shard matrices, vocabulary and loss over ``tp``; with sequence parallelism also the activations between them."""
 
     name: ClassVar[str] = "tensor"
     config_type: ClassVar[type] = TensorConfig

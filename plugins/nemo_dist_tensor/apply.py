@@ -1,4 +1,4 @@
-"""Make the parts of a model tensor-parallel in place: match the plan, check it, cut parameters, replace forwards."""
+"""Make the parts of a model tensor-parallel in place: match the plan, check it, shard parameters, replace forwards."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
     from nemo_dist.mesh.mesh_context import MeshContext
     from nemo_dist_tensor import TensorConfig
 
-_INSIDE = ("output_hidden_states", "output_attentions")  # what would come out in pieces
-_RANDOM = ("attention_dropout", "attn_dropout", "dropout", "hidden_dropout", "jitter_noise")  # of modules
+_SHARDED_OUTPUTS = ("output_hidden_states", "output_attentions")  # no rank has these whole
+_RANDOM = ("attention_dropout", "attn_dropout", "dropout", "hidden_dropout", "jitter_noise")  # attributes of modules
 
 
 def apply_tensor_parallelism(parts: list[nn.Module], mesh: MeshContext, config: TensorConfig) -> None:
-    """Cut the *parts*, transformers models on meta, in place; raise TopologyError (a ValueError) with every reason."""
+    """Shard the *parts*, transformers models on meta, in place; raise TopologyError with every reason not to."""
     peers = Peers.along(mesh["tp"])
     stage, experts = mesh.pp_size > 1, mesh.ep_size > 1
     matched = [match(part, config.tp_plan or {}, stage=stage, skip_experts=experts) for part in parts]
@@ -45,20 +45,20 @@ def apply_tensor_parallelism(parts: list[nn.Module], mesh: MeshContext, config: 
 
 
 def _unused(matched: list[Rules], mesh: MeshContext) -> list[str]:
-    """Say which of the user's rules name nothing in any part, on any stage of a pipeline."""
+    """Say which of the user's rules match nothing in any part; the ranks of all pipeline stages take part."""
     hints = {rule: hint for rules in matched for rule, hint in rules.unused.items()}
-    mine = sorted(rule for rule in hints if all(rule in rules.unused for rules in matched))
+    unused = sorted(rule for rule in hints if all(rule in rules.unused for rules in matched))
     if mesh.pp_size > 1:
-        mine = meet("the tensor-parallel plan", mine, lambda lists: sorted(set.intersection(*map(set, lists))))
+        unused = meet("the tensor-parallel plan", unused, lambda lists: sorted(set.intersection(*map(set, lists))))
     return [
         f"tp_plan has a rule for {rule!r}, which names no module or parameter of the model{hints.get(rule, '')}"
-        for rule in mine
+        for rule in unused
     ]
 
 
 @attrs.frozen(eq=False)
 class Parallelizer:
-    """One model, the rules that it is cut by, and the ranks."""
+    """Make one model tensor-parallel by its rules, over the ranks *peers*."""
 
     model: Any
     rules: Rules
@@ -79,18 +79,18 @@ class Parallelizer:
         if problems:
             raise TopologyError(problems)
         regions = blocks.install(self.peers, self.sequence)
-        parameter_sharding.cut(self.model, placements, self.peers)
+        parameter_sharding.shard(self.model, placements, self.peers)
         state = self._keep_logits_cut()
         for name, style in self.rules.modules.items():
             self._install(name, style, regions.get(name) or Region(name, self.peers, None, None), state)
-        self.model.register_forward_pre_hook(self._refuse_pieces, with_kwargs=True)
+        self.model.register_forward_pre_hook(self._refuse_sharded_outputs, with_kwargs=True)
 
     def _module(self, name: str) -> Any:
         return self.model.get_submodule(name)
 
     @cached_property
     def _whole_keys(self) -> Mapping[str, AttentionHeads]:
-        """The key and value projections that stay whole on every rank, with the heads of their attention."""
+        """The key and value projections that every rank keeps whole, with the heads of their attention."""
         found = {}
         for name, style in self.rules.modules.items():
             if style == "colwise" and is_key_value(name):
@@ -100,7 +100,7 @@ class Parallelizer:
         return found
 
     def _placements(self) -> dict[str, Placement | None]:
-        """Return how every parameter that a rule names is cut."""
+        """Return how every parameter that a rule names is sharded; None leaves it whole."""
         placements: dict[str, Placement | None] = {}
         for name, style in self.rules.modules.items():
             if name not in self._whole_keys:
@@ -111,7 +111,7 @@ class Parallelizer:
         return placements
 
     def _misfits(self) -> list[str]:
-        """Say which modules the rules do not fit, and which head counts the ranks."""
+        """Say which modules do not fit their rule, and which numbers of heads do not divide over the ranks."""
         found = []
         for name, style in self.rules.modules.items():
             module = self._module(name)
@@ -129,15 +129,16 @@ class Parallelizer:
         return found
 
     def _packed(self, placements: Mapping[str, Placement | None]) -> list[str]:
+        """Say which packed parameters cannot be sharded."""
         problems = [
-            parameter_sharding.packed_problem(name, self.model.get_parameter(name), cut, self.peers.size)
-            for name, cut in placements.items()
-            if cut is not None
+            parameter_sharding.packed_problem(name, self.model.get_parameter(name), placement, self.peers.size)
+            for name, placement in placements.items()
+            if placement is not None
         ]
         return [problem for problem in problems if problem]
 
     def _random(self) -> list[str]:
-        """Say what draws random numbers in the forward: the ranks would draw different ones where they must agree."""
+        """Say what draws random numbers in the forward: ranks would draw different ones for what must be equal."""
         found = {
             f"{generic(name)}.{option}"
             for name, module in self.model.named_modules()
@@ -175,11 +176,12 @@ class Parallelizer:
             layers.local_only(module)
 
     def _keep_logits_cut(self) -> layers.LMHead | None:
-        """Let the logits stay cut along the vocabulary whenever the model is called with labels and computes the loss.
+        """Keep the logits sharded along the vocabulary whenever the model is called with labels and computes the loss.
 
-        Returns None where the head is gathered always: it is not in the plan, or the loss is not a next-token loss.
+        Returns None where the logits are always gathered: the plan does not gather them, or the loss is another one.
         """
-        name = next((n for n, m in self.model.named_modules() if m is self.model.get_output_embeddings()), None)
+        head = self.model.get_output_embeddings()
+        name = next((name for name, module in self.model.named_modules() if module is head), None)
         forward = inspect.unwrap(type(self.model).forward)
         calls_loss = "loss_function" in forward.__code__.co_names
         if self.rules.modules.get(name or "") not in GATHERED or not calls_loss:
@@ -199,8 +201,9 @@ class Parallelizer:
         self.model.register_forward_hook(after, always_call=True)
         return state
 
-    def _refuse_pieces(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        for option in _INSIDE:
+    def _refuse_sharded_outputs(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Raise ValueError when the caller asks for outputs of which every rank has only a part."""
+        for option in _SHARDED_OUTPUTS:
             asked = kwargs.get(option)
             if asked or (asked is None and getattr(self.model.config, option, False)):
                 raise ValueError(

@@ -1,4 +1,4 @@
-"""Attention heads on tensor-parallel ranks: which of them a rank computes, and which it must not be asked to."""
+"""Tell which attention heads a tensor-parallel rank computes, and which numbers of heads do not fit."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 @attrs.frozen
 class AttentionHeads:
-    """The heads of one attention module: query heads, how many of them share a key head, and the ranks."""
+    """The heads of one attention module over ``ranks``: query heads, and how many of them share a key head (groups)."""
 
     queries: int
     groups: int
@@ -19,7 +19,7 @@ class AttentionHeads:
 
     @classmethod
     def of(cls, attention: Any, ranks: int) -> AttentionHeads | None:
-        """Return the heads of the module *attention*, or None when it is no attention with heads to cut."""
+        """Return the heads of the module *attention*, or None when it is not an attention with heads."""
         size = getattr(attention, "head_dim", None) or getattr(attention, "head_size", None)
         if not isinstance(size, int):
             return None
@@ -32,12 +32,12 @@ class AttentionHeads:
 
     @property
     def keys(self) -> int:
-        """How many key heads there are."""
+        """The number of key heads."""
         return self.queries // self.groups
 
     @property
     def problem(self) -> str:
-        """Say why the query heads cannot be cut, or nothing."""
+        """Why the query heads do not divide over the ranks, or an empty string."""
         if self.queries % self.ranks == 0:
             return ""
         fitting = [str(n) for n in range(2, self.queries + 1) if self.queries % n == 0]
@@ -48,11 +48,11 @@ class AttentionHeads:
 
     @property
     def whole_keys(self) -> bool:
-        """Whether every rank keeps all key and value heads, because they do not divide, and computes those it needs."""
+        """Whether every rank holds the weights of all key heads, which do not divide, and computes those it needs."""
         return self.keys % self.ranks != 0
 
     def needed(self, rank: int) -> list[int]:
-        """Return the key heads that *rank* computes, in the order of its query heads, equally many queries to each."""
+        """Return the key heads that *rank* computes, in query order and repeated where needed to serve equally many."""
         mine = self.queries // self.ranks
         wanted = [query // self.groups for query in range(rank * mine, (rank + 1) * mine)]
         distinct = sorted(set(wanted))
@@ -60,12 +60,12 @@ class AttentionHeads:
         return distinct if even else wanted
 
     def local_groups(self, rank: int) -> int:
-        """Return how many query heads of *rank* share one of the key heads that it computes."""
+        """Return how many query heads of *rank* share each key head that it computes."""
         return self.queries // self.ranks // len(self.needed(rank))
 
 
 def pick(parameter: Tensor, heads: AttentionHeads, rank: int) -> Tensor:
-    """Return the rows of a key or value projection, or its bias, that make the heads which *rank* computes."""
+    """Return the rows of a key or value projection, or of its bias, for the heads that *rank* computes."""
     needed = heads.needed(rank)
     by_head: Tensor = parameter.unflatten(0, (heads.keys, -1))
     if needed == list(range(needed[0], needed[-1] + 1)):

@@ -1,4 +1,4 @@
-"""The repeated blocks of a model: where its regions are, and whether their tokens can be cut between regions."""
+"""Find the repeated blocks of a model and their regions, and check whether tokens can be sharded between regions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nemo_dist_tensor.tp_plan import Rules, generic
 
 @attrs.frozen(eq=False)
 class Blocks:
-    """The blocks of *model* with a rule in them, by name, in the order in which they run."""
+    """The blocks of *model* that contain a rule, by name, in the order in which they run."""
 
     model: Any
     rules: Rules
@@ -29,7 +29,7 @@ class Blocks:
         names = set(getattr(model, "_no_split_modules", None) or ())
         found: dict[str, nn.Module] = {}
         for name, module in model.named_modules():
-            # A block that a strategy has sharded is of another class, derived from its own.
+            # A block that a strategy has sharded has a subclass of its own class.
             kinds = {kind.__name__ for kind in type(module).__mro__}
             if kinds & names and not any(name.startswith(f"{block}.") for block in found):
                 found[name] = module
@@ -38,7 +38,7 @@ class Blocks:
         return cls(model, rules, used)
 
     def ruled(self, name: str) -> list[str]:
-        """Return the modules and parameters in the module *name*, itself included, that have a rule."""
+        """Return the modules and parameters with a rule in the module *name*, itself included."""
         return [rule for rule in (*self.rules.modules, *self.rules.parameters) if f"{rule}.".startswith(f"{name}.")]
 
     def _regions(self) -> Iterator[tuple[str, nn.Module]]:
@@ -57,7 +57,7 @@ class Blocks:
                     yield name, inner
 
     def exits(self) -> dict[str, str | None]:
-        """Return the regions by name, each with the projection whose output is that of the region, if there is one."""
+        """Return the regions by name, each with the projection whose output is the region's output, or None."""
         return {name: self._exit(name, module) for name, module in self._regions()}
 
     def styles_in(self, region: str) -> dict[str, str]:
@@ -65,14 +65,14 @@ class Blocks:
         return {name: self.rules.modules[name] for name in self.ruled(region) if name in self.rules.modules}
 
     def ends_its_block(self, region: str) -> bool:
-        """Whether nothing that keeps its input for the backward follows *region* in its block."""
+        """Whether nothing after *region* in its block needs its output in the backward."""
         block = region.rpartition(".")[0]
-        mine = [name for name, _ in self._regions() if name.rpartition(".")[0] == block]
+        regions = [name for name, _ in self._regions() if name.rpartition(".")[0] == block]
         normed = any(name.startswith("post_feedforward") for name, _ in self.blocks[block].named_children())
-        return region == mine[-1] and not normed
+        return region == regions[-1] and not normed
 
     def problems(self) -> list[str]:
-        """Say why the tokens between the regions cannot be cut, one sentence each."""
+        """Say why the tokens between the regions cannot be sharded, one sentence each."""
         kind = type(self.model).__name__
         if not self.blocks:
             return [f"sequence_parallel: {kind} declares no blocks (_no_split_modules); use sequence_parallel=False"]
@@ -91,7 +91,7 @@ class Blocks:
         return sorted(found)
 
     def install(self, peers: Peers, sequence: bool) -> dict[str, Region]:
-        """Install the regions, and with *sequence* cut the tokens between them; return the region of every rule."""
+        """Install the regions, and with *sequence* shard the tokens between them; return the region of every rule."""
         stacks: dict[str, Stack] = {}
         regions: dict[str, Region] = {}
         if sequence:
@@ -106,7 +106,7 @@ class Blocks:
         return regions
 
     def _stacks(self, peers: Peers) -> dict[str, Stack]:
-        """Cut the tokens of every list of blocks from its first block to its last."""
+        """Shard the tokens of every list of blocks, from the input of its first block to the output of its last."""
         lists: dict[str, list[nn.Module]] = {}
         for name, block in self.blocks.items():
             lists.setdefault(name.rpartition(".")[0], []).append(block)
@@ -118,7 +118,7 @@ class Blocks:
         return stacks
 
     def _exit(self, name: str, module: nn.Module) -> str | None:
-        """Return the projection whose output is that of the region *name*: its only row-wise one, nothing after it."""
+        """Return the projection whose output is that of the region *name*: its only row-wise one, at the end."""
         rows = [rule for rule in self.ruled(name) if self.rules.modules.get(rule) in ROW]
         plain = not any(isinstance(inner, nn.Dropout) for inner in module.modules())
         direct = len(rows) == 1 and rows[0].rpartition(".")[0] == name and plain

@@ -1,13 +1,13 @@
-"""What the ranks of a tensor-parallel group do together, each with the backward that keeps gradients exact.
+"""Run the collectives of a tensor-parallel group, each with the backward that keeps gradients exact.
 
-Two kinds of gradient occur. Of a tensor that all ranks hold equal copies of and use in the *same* way, every rank
-computes the whole gradient. Of one that the ranks use in *different* ways (each multiplies it by its own columns),
-every rank computes a part, and the parts must be summed. ``enter`` marks the change from the first kind to the second;
-the other functions keep the kind. A dim that does not divide is cut like ``torch.chunk`` does, so that only the tail is
-short or empty, and padding a rank's piece to the first one's size is undone by dropping the end.
+All ranks of the group take part in each. Gradients are of two kinds. If all ranks hold equal copies of a tensor and use
+it in the *same* way, every rank computes the whole gradient. If they use it in *different* ways (each multiplies it by
+its own columns), every rank computes a partial gradient, and the sum is the whole one. ``enter`` marks the change from
+the first kind to the second; the other functions keep the kind. A dim that does not divide is split as ``torch.chunk``
+does, so only the last pieces are short or empty; they are padded for a collective, and the padding is dropped again.
 
-torch's functional collectives are semi-private, and only touched here: ``torch.compile`` and selective checkpointing
-know them.
+torch's functional collectives, which are not public, are used because ``torch.compile`` and selective checkpointing
+know them; no other module of this plugin calls them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @attrs.frozen(eq=False)
 class Peers:
-    """The ranks that hold the parts of the same matrices: their mesh, how many they are, and which one this is."""
+    """The tensor-parallel ranks that share the same matrices: their mesh and group, and this rank among them."""
 
     mesh: DeviceMesh
     group: dist.ProcessGroup
@@ -61,7 +61,7 @@ class Peers:
         most = -(-total // self.size)
         padded = _padded(piece, dim, most).movedim(dim, 0).contiguous()
         joined: Tensor = functional.wait_tensor(functional.all_gather_single(padded, 0, self.group))
-        # A copy even where a view would do: what a block returns, FSDP2 wants to own.
+        # Always a copy: FSDP2 cannot hook a view that a block returns.
         return joined.narrow(0, 0, total).movedim(0, dim).clone(memory_format=torch.contiguous_format)
 
     def reduce_scatter(self, value: Tensor, dim: int) -> Tensor:
@@ -87,12 +87,12 @@ def enter(value: Tensor, peers: Peers) -> Tensor:
 
 
 def reduce(value: Tensor, peers: Peers) -> Tensor:
-    """Return the sum of the ranks' *value*; the backward hands each of them the whole gradient."""
+    """Return the sum of the ranks' *value*; in the backward every rank gets the whole gradient."""
     return _one(_Reduce, value, peers)
 
 
 def gather(piece: Tensor, dim: int, total: int, peers: Peers) -> Tensor:
-    """Return the whole tensor, which every rank will use alike; the backward keeps this rank's piece."""
+    """Return the whole tensor, which every rank will use the same way; the backward keeps this rank's piece."""
     return _one(_Gather, piece, dim, total, peers)
 
 
@@ -107,14 +107,14 @@ def reduce_scatter(value: Tensor, dim: int, peers: Peers) -> Tensor:
 
 
 def fork(value: Tensor, peers: Peers) -> tuple[Tensor, Tensor]:
-    """Return *value* twice: for uses that are alike on all ranks, and for uses that differ (see ``enter``)."""
+    """Return *value* twice: for uses that are the same on all ranks, and for uses that differ (see ``enter``)."""
     return _two(_Fork, value, peers)
 
 
 def gather_fork(piece: Tensor, dim: int, total: int, peers: Peers) -> tuple[Tensor, Tensor]:
-    """Return the whole tensor twice: for uses that are alike on all ranks (see ``gather``), and for uses that differ.
+    """Return the whole tensor twice: for uses that are the same on all ranks (see ``gather``), and that differ.
 
-    Of the second one the partial gradients are summed and cut up in one reduce-scatter.
+    The partial gradients of the second one are summed and split by one reduce-scatter.
     """
     return _two(_GatherFork, piece, dim, total, peers)
 

@@ -1,9 +1,7 @@
-"""What tensor-parallel ranks send each other in a step, added up along the plan as the forwards carry it out.
+"""Estimate what tensor-parallel ranks send each other in a step, by following the plan as the forwards do.
 
-It imports torch only when a model is given, so that planning does not.
-
-The sums mirror ``layers`` and ``regions``: whoever changes a collective there changes its line here, and
-``tests/test_traffic.py`` compares both.
+torch is imported only when there is a model, so that planning needs none. The sums mirror ``layers`` and
+``parallel_regions``: change a collective there, and change its line here; ``tests/test_traffic.py`` compares both.
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ if TYPE_CHECKING:
 
 Kind = tuple[str, str, str]
 
-# (collective, of, often) of every kind, in the order in which they are told.
+# (collective, of, often) of every kind, in the order in which they are listed.
 SUM_OUTPUTS = ("all-reduce", "outputs of row-wise projections and of the embedding", "in the forward")
 GATHER_INPUTS = ("all-gather", "the tokens that attention and feed-forward read", "in the forward")
 SCATTER_OUTPUTS = ("reduce-scatter", "their outputs", "in the forward")
@@ -64,7 +62,7 @@ def unmeasured(sequence: bool) -> list[Traffic]:
 
 
 def measured(model: Any, rules: Rules, plan: MeshPlan, facts: ModelFacts, sequence: bool) -> list[Traffic]:
-    """Return the same of *model* with the bytes that one rank sends; of a pipeline, of an average stage."""
+    """Return the collectives of *model* with the bytes that one rank sends, averaged over pipeline stages."""
     sums: Counter[Kind] = Counter()
     for kind, amount in Step(model, rules, plan, facts, sequence).collectives():
         twice = 2 if kind[0] == "all-reduce" else 1
@@ -73,14 +71,14 @@ def measured(model: Any, rules: Rules, plan: MeshPlan, facts: ModelFacts, sequen
 
 
 def entry(kind: tuple[str, str, str], sent: int | None) -> Traffic:
-    """Return the entry of a *kind* along tp."""
+    """Return the entry for *kind* along tp."""
     collective, what, often = kind
     return Traffic(axis="tp", collective=collective, of=what, often=often, sent=sent)
 
 
 @attrs.frozen(eq=False)
 class Step:
-    """One step of *model*, whose collectives are enumerated with the bytes that each shares out."""
+    """One training step of *model*, as the list of its tensor-parallel collectives."""
 
     model: Any
     rules: Rules
@@ -89,7 +87,7 @@ class Step:
     sequence: bool
 
     def collectives(self) -> Iterator[tuple[Kind, float]]:
-        """Yield the kind of every collective and the bytes of the whole tensor that it is about."""
+        """Yield the kind of every collective and the bytes of the whole tensor that it works on."""
         from nemo_dist_tensor.block_structure import Blocks
 
         blocks = Blocks.of(self.model, self.rules)
@@ -107,12 +105,12 @@ class Step:
 
     @property
     def _pieces(self) -> float:
-        """The bytes of hidden states that are gathered or scattered: ranks send equally much, so they are padded."""
+        """The bytes of hidden states that a gather or scatter works on, with the padding to equal pieces."""
         ranks, length = self.plan.size("tp"), self.facts.length / self.plan.size("cp")
         return self.facts.rows * -(-length // ranks) * ranks * self.facts.hidden * self.facts.computed
 
     def _again(self, last: bool) -> int:
-        """Return how often a collective of a forward runs: recomputation stops short of the last one of a block."""
+        """Return how often a collective of a forward runs: recomputation repeats all but the last one of a block."""
         return 2 if self.facts.recomputes and not last else 1
 
     def _outside(self, name: str, module: nn.Module, style: str) -> Iterator[tuple[Kind, float]]:
@@ -136,14 +134,14 @@ class Step:
         return style == "colwise" and is_key_value(name) and self.facts.key_heads % self.plan.size("tp") != 0
 
     def _between(self, blocks: Blocks) -> Iterator[tuple[Kind, float]]:
-        """Yield what cutting the tokens costs beside the regions: at both ends of the blocks, and for the norms."""
+        """Yield what sharding the tokens costs outside of regions: at both ends of the blocks, and for the norms."""
         yield GATHER_GRADIENTS, self._pieces  # of the first block's input
-        yield GATHER_INPUTS, self._pieces  # joined after the last block, not recomputed
+        yield GATHER_INPUTS, self._pieces  # of the last block's output, not recomputed
         for _, module in blocks.between():
             yield from self._parameters(module)
 
     def _region(self, blocks: Blocks, region: str, exit_rule: str | None) -> Iterator[tuple[Kind, float]]:
-        """Yield what entering and leaving attention or feed-forward costs, and what the rules inside it do."""
+        """Yield the collectives at both ends of attention or feed-forward, and those of the rules inside it."""
         styles, again = blocks.styles_in(region), self._again(last=False)
         if self.sequence:
             yield GATHER_INPUTS, self._pieces * again
@@ -174,7 +172,7 @@ class Step:
             yield SUM_OUTPUTS, one * module.out_features * times
         elif style in GATHERED and _is_linear(module):
             yield JOIN_OUTPUTS, one * module.out_features * self._again(last=False)
-        elif style == "moe_tp_experts":  # the weights of a token's experts are used differently too
+        elif style == "moe_tp_experts":  # a token's expert weights have partial gradients too
             chosen = getattr(self.model.config.get_text_config(), "num_experts_per_tok", 0)
             yield SUM_OUTPUTS, one * self.facts.hidden * times
             yield SUM_GRADIENTS, one * (self.facts.hidden + chosen)

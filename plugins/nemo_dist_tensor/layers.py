@@ -1,4 +1,4 @@
-"""What each style makes of a module's forward: plain tensors in, this rank's share of the work, plain tensors out."""
+"""Replace the forward of a module as its style asks: plain tensors in and out, and this rank's share of the work."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def local(parameter: Tensor) -> Tensor:
 
 
 def replace_forward(module: nn.Module, forward: Forward) -> None:
-    """Let calls of *module* run *forward*, inside its hooks."""
+    """Replace the forward of *module*; its hooks still run around it."""
     module.forward = forward
 
 
@@ -34,13 +34,13 @@ def replace_forward(module: nn.Module, forward: Forward) -> None:
 def parameters_as(
     module: nn.Module, change: Change = local, special: Mapping[str, Change] | None = None
 ) -> Iterator[None]:
-    """Within the context the own parameters of *module* are ``change(parameter)``, or ``special[name](parameter)``.
+    """Within the context, replace the own parameters of *module* by ``change(it)`` or ``special[name](it)``.
 
-    They are looked up on entry, so that what a strategy has gathered for this forward is what is used.
+    They are looked up on entry, so that the parameters that a strategy has gathered for this forward are used.
     """
     changes = special or {}
     originals = {name: parameter for name, parameter in module._parameters.items() if parameter is not None}
-    registered: Any = module._parameters  # holds Parameters; what stands in for one is a tensor computed from it
+    registered: Any = module._parameters  # typed to hold Parameters, but here tensors computed from them
     registered.update({name: changes.get(name, change)(parameter) for name, parameter in originals.items()})
     try:
         yield
@@ -50,13 +50,13 @@ def parameters_as(
 
 @attrs.define(eq=False)
 class LMHead:
-    """The output projection of a language model: with ``stays_cut`` its logits are not gathered."""
+    """The state of the output projection of a language model: with ``stays_cut`` its logits are not gathered."""
 
     stays_cut: bool = False
 
 
 def column(module: nn.Linear, style: str, region: Region, whole_keys: AttentionHeads | None = None) -> None:
-    """Compute this rank's output features; of keys and values that do not divide, those of the heads it needs."""
+    """Compute this rank's output features; with *whole_keys*, those of the key or value heads that this rank needs."""
     peers, original, width = region.peers, module.forward, module.out_features
     special: dict[str, Callable[[Tensor], Tensor | None]] = {}
     if whole_keys is not None:
@@ -72,7 +72,7 @@ def column(module: nn.Linear, style: str, region: Region, whole_keys: AttentionH
 
 
 def head(module: nn.Linear, region: Region, state: LMHead) -> None:
-    """Compute this rank's part of the vocabulary; gather it unless the loss takes the logits as they lie."""
+    """Compute the logits of this rank's part of the vocabulary; gather them unless the loss takes them sharded."""
     peers, original, width = region.peers, module.forward, module.out_features
 
     def forward(value: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ def head(module: nn.Linear, region: Region, state: LMHead) -> None:
 
 
 def row(module: nn.Linear, name: str, style: str, region: Region) -> None:
-    """Multiply this rank's input features and sum over the ranks; the bias is added once, to the sum."""
+    """Multiply this rank's input features, and sum the products over the ranks; the bias is added once, to the sum."""
     peers, original = region.peers, module.forward
 
     def forward(value: Tensor) -> Tensor:
@@ -102,14 +102,14 @@ def row(module: nn.Linear, name: str, style: str, region: Region) -> None:
 
 
 def vocabulary(module: nn.Embedding, peers: Peers) -> None:
-    """Look up the words that this rank holds, and sum over the ranks."""
-    original, words, padding = module.forward, module.num_embeddings, module.padding_idx
-    start, length = peers.bounds(words)
+    """Look up the tokens whose rows this rank holds, and sum over the ranks."""
+    original, vocabulary_size, padding = module.forward, module.num_embeddings, module.padding_idx
+    start, length = peers.bounds(vocabulary_size)
     own_padding = padding - start if padding is not None and start <= padding < start + length else None
 
     def forward(ids: Tensor) -> Tensor:
-        if ids.device.type == "cpu" and bool(((ids < 0) | (ids >= words)).any()):
-            raise IndexError(f"a token id lies outside of the vocabulary of {words}")
+        if ids.device.type == "cpu" and bool(((ids < 0) | (ids >= vocabulary_size)).any()):
+            raise IndexError(f"a token id lies outside of the vocabulary of {vocabulary_size}")
         elsewhere = (ids < start) | (ids >= start + length)
         module.padding_idx = own_padding  # its row gets no gradient
         try:
@@ -123,13 +123,13 @@ def vocabulary(module: nn.Embedding, peers: Peers) -> None:
 
 
 def _at_least_one_row(weight: Tensor) -> Tensor:
-    """Return a rank's rows; a rank without words looks up a row of zeros, which is masked."""
+    """Return a rank's rows; a rank without any looks up a row of zeros, which is masked."""
     rows = local(weight)
     return rows if len(rows) else torch.nn.functional.pad(rows, (0, 0, 0, 1))
 
 
 def features(module: nn.Embedding, peers: Peers) -> None:
-    """Look up this rank's features of every word, and gather the rest."""
+    """Look up this rank's features of every token, and gather those of the other ranks."""
     original, width = module.forward, module.embedding_dim
 
     def forward(ids: Tensor) -> Tensor:
@@ -151,7 +151,7 @@ def summed(module: nn.Module, peers: Peers) -> None:
 
 
 def local_only(module: nn.Module) -> None:
-    """Give the forward of *module* its own parameters as plain tensors."""
+    """Run the forward of *module* on its own parameters as plain local tensors."""
     original: Callable[..., Any] = module.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -162,7 +162,7 @@ def local_only(module: nn.Module) -> None:
 
 
 def experts(module: nn.Module, peers: Peers) -> None:
-    """Run every expert on this rank's features of it, and sum; hidden states and weights get partial gradients."""
+    """Run every expert on this rank's part of its features, and sum; inputs get partial gradients, which are summed."""
     original: Callable[..., Any] = module.forward
 
     def partial(value: Any) -> Any:
@@ -177,12 +177,12 @@ def experts(module: nn.Module, peers: Peers) -> None:
 
 
 def latent(module: nn.Linear, rotary: int, peers: Peers) -> None:
-    """Mark the last *rotary* outputs, which every rank gives to heads of its own, so that their gradient is summed."""
+    """Sum the gradient of the last *rotary* outputs, which every rank uses for heads of its own."""
     original = module.forward
 
     def forward(value: Tensor) -> Tensor:
         output = original(value)
-        passed, turned = output.split([output.shape[-1] - rotary, rotary], dim=-1)
-        return torch.cat([passed, enter(turned, peers)], dim=-1)
+        compressed, rotated = output.split([output.shape[-1] - rotary, rotary], dim=-1)
+        return torch.cat([compressed, enter(rotated, peers)], dim=-1)
 
     replace_forward(module, forward)

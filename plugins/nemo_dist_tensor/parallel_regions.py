@@ -1,9 +1,9 @@
-"""Regions: the parts of a block, attention and feed-forward, in which tensor-parallel ranks do different work.
+"""Run the collectives at the ends of regions: attention and feed-forward, where tensor-parallel ranks work apart.
 
-Between regions the ranks hold equal activations or, with sequence parallelism, each its own tokens. A region is entered
-and left by one collective each, whatever the number of projections in it that read its input: the input is handed to
-them in a copy whose partial gradients are summed once. Any other use of the input, by a router or a gate, gets a copy
-whose gradient is whole on every rank, so that a region is exact whatever it does inside.
+Between regions the ranks hold equal activations or, with sequence parallelism, each its own tokens. A region starts
+and ends with one collective, however many projections in it read its input: they share one copy of the input, whose
+partial gradients are summed once. Any other use of the input, by a router or a gate, reads a second copy whose gradient
+is whole on every rank, so that gradients are exact whatever a region does inside.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ SEQUENCE = 1  # hidden states are (batch, sequence, features)
 
 @attrs.define(eq=False)
 class Stack:
-    """The blocks between whose regions each rank holds only its own tokens; ``length`` counts those of the batch."""
+    """Blocks between whose regions each rank holds only its own tokens; ``length`` is that of the whole sequence."""
 
     peers: Peers
     length: int = 0
 
     def open(self, first: nn.Module) -> None:
-        """Let each rank keep its own tokens of what goes into the block *first*."""
+        """Keep only this rank's tokens of the input of the block *first*."""
 
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             hidden = _hidden(args, kwargs)
@@ -47,7 +47,7 @@ class Stack:
         first.register_forward_pre_hook(hook, with_kwargs=True)
 
     def close(self, last: nn.Module) -> None:
-        """Join the tokens of all ranks in what comes out of the block *last*."""
+        """Gather the tokens of all ranks in the output of the block *last*."""
 
         def hook(_: nn.Module, args: Any, output: Any) -> Any:
             hidden = output[0] if isinstance(output, tuple) else output
@@ -57,7 +57,7 @@ class Stack:
         last.register_forward_hook(hook)
 
     def check(self, hidden: Tensor, name: str) -> None:
-        """Raise RuntimeError when *hidden* is not this rank's part of the batch that is under way."""
+        """Raise RuntimeError when *hidden* does not have the shape of this rank's tokens of the current batch."""
         expected = self.peers.bounds(self.length)[1]
         if hidden.dim() != 3 or hidden.shape[SEQUENCE] != expected:
             raise RuntimeError(
@@ -69,7 +69,7 @@ class Stack:
 
 @attrs.define(eq=False)
 class Region:
-    """One region. ``exit`` is the projection whose output is the region's own, when there is one such."""
+    """One region. ``exit`` is the projection whose output is the region's output, if there is one."""
 
     name: str
     peers: Peers
@@ -80,7 +80,7 @@ class Region:
     _left: Tensor | None = None
 
     def install(self, module: nn.Module) -> None:
-        """Make the forward of *module* enter and leave this region."""
+        """Run the forward of *module* between the collectives of this region."""
         original = module.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -105,13 +105,13 @@ class Region:
         return self._alike
 
     def entered(self, value: Tensor) -> Tensor:
-        """Return *value* for a use that differs between ranks; the region's own input needs no collective for it."""
+        """Return *value* for a use that differs between ranks; the region's input needs no further collective."""
         if value is self._alike and self._differing is not None:
             return self._differing
         return enter(value, self.peers)
 
     def leave(self, partial: Tensor, projection: str, bias: Tensor | None) -> Tensor:
-        """Return the ranks' *partial* output of *projection*, summed, plus *bias*; of the exit, this rank's tokens."""
+        """Return the sum of the ranks' *partial* outputs plus *bias*; at the exit, only this rank's tokens of it."""
         if self.stack is None or projection != self.exit:
             whole = reduce(partial, self.peers)
             return whole if bias is None else whole + bias

@@ -1,4 +1,4 @@
-"""Cut parameters along the tensor-parallel mesh: every one becomes a DTensor on meta, tied ones stay one parameter."""
+"""Shard parameters on meta over the tensor-parallel mesh, as DTensors; tied parameters stay tied."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 from torch.distributed.tensor import Placement, Shard, distribute_tensor
-from torch.distributed.tensor.placement_types import _StridedShard  # torch has no public name for a packed cut yet
+from torch.distributed.tensor.placement_types import _StridedShard  # torch has no public name for a packed shard yet
 
 from nemo_dist_tensor.collectives import Peers
 from nemo_dist_tensor.styles import COLUMN, ROW
@@ -20,7 +20,7 @@ HALVES = 2  # gate and up projection in one matrix
 
 
 def of_module(style: str, parameter: str) -> Placement | None:
-    """Return how a module's *style* cuts its own *parameter*; None leaves it whole."""
+    """Return how the *style* of a module shards its own *parameter*; None leaves it whole."""
     if style in COLUMN or style == "embedding_rowwise":
         return Shard(0)
     if style in ROW:
@@ -31,7 +31,7 @@ def of_module(style: str, parameter: str) -> Placement | None:
 
 
 def of_parameter(style: str, tensor: Tensor) -> Placement | None:
-    """Return how a rule of its own cuts a bare parameter: (..., out, in), whatever the dims before."""
+    """Return how the *style* of a bare parameter shards it: a *tensor* of (..., out, in); None leaves it whole."""
     out, into = max(tensor.ndim - 2, 0), tensor.ndim - 1
     placements: dict[str, Placement] = {
         "colwise": Shard(out),
@@ -43,11 +43,11 @@ def of_parameter(style: str, tensor: Tensor) -> Placement | None:
 
 
 def packed_problem(name: str, tensor: Tensor, placement: Placement, ranks: int) -> str:
-    """Say why a packed parameter cannot be cut, or nothing."""
+    """Say why a packed parameter cannot be sharded, or return an empty string."""
     if not isinstance(placement, _StridedShard):
         return ""
     size = tensor.shape[placement.dim]
-    if placement.dim == 0:  # fully_shard cuts dim 0 too, and places a packed cut below its own one wrongly
+    if placement.dim == 0:  # fully_shard shards dim 0 too, and misplaces the rows of a packed shard there
         return (
             f"{generic(name)} has {tensor.ndim} dims, but a packed style fits experts' parameters of 3 dims; use "
             "'colwise_gather_output' for it and 'rowwise_split_input' for what reads its halves"
@@ -61,7 +61,7 @@ def packed_problem(name: str, tensor: Tensor, placement: Placement, ranks: int) 
 
 
 def tie_problems(model: nn.Module, placements: Mapping[str, Placement | None]) -> list[str]:
-    """Say which tied parameters a plan would cut in two ways, one sentence each: they are never untied."""
+    """Say which tied parameters a plan would shard in two ways, one sentence each: they are never untied."""
     slots: dict[int, dict[str, Placement | None]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         slots.setdefault(id(parameter), {})[name] = placements.get(name)
@@ -73,8 +73,8 @@ def tie_problems(model: nn.Module, placements: Mapping[str, Placement | None]) -
     ]
 
 
-def cut(model: nn.Module, placements: Mapping[str, Placement | None], peers: Peers) -> None:
-    """Replace the parameters of *model* that *placements* names, wherever each is used, by DTensors on meta."""
+def shard(model: nn.Module, placements: Mapping[str, Placement | None], peers: Peers) -> None:
+    """Replace the parameters of *model* that *placements* names by DTensors on meta, in every module that uses them."""
     done: dict[int, nn.Parameter] = {}
     for prefix, module in model.named_modules():
         for name, parameter in list(module.named_parameters(recurse=False)):

@@ -1,15 +1,15 @@
-"""The names of transformers' tensor-parallel styles that this plugin carries out; no torch here, so `build` can judge.
+"""List transformers' tensor-parallel styles that this plugin supports; no torch, so that `build` can check a plan.
 
 ====================================  ================================================================================
-style                                 what is cut, and what crosses the ranks
+style                                 what is sharded, and what is communicated
 ====================================  ================================================================================
-``colwise``                           output features of a linear layer; the output stays cut
+``colwise``                           output features of a linear layer; the output stays sharded
 ``colwise_gather_output`` (``_rep``)  the same; the output is gathered
-``rowwise``                           input features of a linear layer, whose input is cut; the output is summed
-``rowwise_split_input`` (``_rep``)    the same for an input that is whole
+``rowwise``                           input features of a linear layer with sharded input; the output is summed
+``rowwise_split_input`` (``_rep``)    the same for a whole input
 ``embedding_rowwise``                 the vocabulary of an embedding; the output is summed
 ``embedding_colwise``                 the features of an embedding; the output is gathered
-``replicated_with_grad_allreduce``    nothing; what the ranks do with it differs, so its gradients are summed
+``replicated_with_grad_allreduce``    nothing; the ranks use it in different ways, so its gradients are summed
 ``moe_tp_experts``                    the experts' parameters, by rules of their own; the output is summed
 ``mla_kv_a_proj``                     nothing; the gradients of its last ``qk_rope_head_dim`` outputs are summed
 ``packed_colwise`` (``_rowwise``)     of experts' parameters that hold two projections: each half

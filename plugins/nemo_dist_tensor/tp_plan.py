@@ -1,4 +1,4 @@
-"""The plan of a model: its own rules from transformers, the user's over them, each matched to modules or parameters."""
+"""Match a tensor-parallel plan, transformers' rules and the user's over them, to modules and parameters of a model."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _KEY_VALUE = ("k_proj", "v_proj")
 
 @attrs.frozen(eq=False)
 class Rules:
-    """What a plan comes to in one model: the style of every module and bare parameter that it names.
+    """A plan matched to one model: the style of every module and bare parameter that it names.
 
-    ``unused`` are the user's rules that name nothing here, each with the near match.
+    ``unused`` are the user's rules that match nothing here, each with the nearest name.
     """
 
     modules: Mapping[str, str]
@@ -37,11 +37,11 @@ def is_key_value(name: str) -> bool:
 
 
 def match(model: Any, override: Mapping[str, str], stage: bool = False, skip_experts: bool = False) -> Rules:
-    """Match the plan of *model*, with the rules of *override* over it, to its modules and parameters.
+    """Match the plan of *model*, overridden by the rules in *override*, to its modules and parameters.
 
     A rule names a module or parameter as ``model.layers.*.mlp.up_proj``, with or without the prefix of the base model,
-    or one layer with its number. ``stage``: *model* is a stage of a pipeline, in which modules without parameters stand
-    for those of other stages. ``skip_experts`` leaves out what belongs to experts, which another plugin shards.
+    or one layer with its number. ``stage``: *model* is a stage of a pipeline, in which modules without parameters
+    replace those of other stages. ``skip_experts`` leaves out what belongs to experts, which another plugin shards.
     """
     modules = dict(model.named_modules())
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -58,12 +58,12 @@ def match(model: Any, override: Mapping[str, str], stage: bool = False, skip_exp
     styles: dict[str, str] = {}
     for name in names:
         found = plan.get(name, plan.get(generic(name)))
-        elsewhere = stage and name in modules and not any(True for _ in modules[name].parameters())
-        if found is not None and not elsewhere:
+        on_other_stage = stage and name in modules and not any(True for _ in modules[name].parameters())
+        if found is not None and not on_other_stage:
             styles[name] = found
     experts = [name + "." for name, style in styles.items() if style == "moe_tp_experts"] if skip_experts else []
     kept = {n: s for n, s in styles.items() if not any(f"{n}.".startswith(expert) for expert in experts)}
-    # A module without parameters stands for one that another stage of a pipeline has.
+    # A module without parameters has nothing to shard; it may replace one of another pipeline stage.
     held = {name for name, module in modules.items() if next(module.parameters(), None) is not None}
     return Rules(
         modules={name: style for name, style in kept.items() if name in held},
@@ -73,7 +73,7 @@ def match(model: Any, override: Mapping[str, str], stage: bool = False, skip_exp
 
 
 def problems(model: Any, rules: Rules) -> list[str]:
-    """Say why *rules* cannot be carried out in *model*, whatever the number of ranks, one sentence each."""
+    """Say why *rules* do not work in *model*, whatever the number of ranks, one sentence each."""
     kind = type(model).__name__
     if not any("*" in generic(name) for name in (*rules.modules, *rules.parameters)):
         return [
@@ -96,12 +96,12 @@ def problems(model: Any, rules: Rules) -> list[str]:
 
 
 def unknown_style(style: str) -> str:
-    """Return the end of a sentence about a *style* that this plugin does not carry out."""
+    """Return the end of a sentence about a *style* that this plugin does not support."""
     return f"which is not supported{near(style, STYLES)}; valid styles: {', '.join(sorted(STYLES))}"
 
 
 def described(rules: Rules) -> str:
-    """Return the styles of *rules* and the modules and parameters that each is carried out on."""
+    """Return the styles of *rules* as text, each with its modules and parameters."""
     found: dict[str, dict[str, None]] = {}
     for name, style in {**rules.modules, **rules.parameters}.items():
         found.setdefault(style, {})[generic(name)] = None

@@ -1,6 +1,6 @@
-"""Next-token cross entropy of logits that lie cut along the vocabulary, without ever joining them.
+"""Compute the next-token cross entropy of logits that are sharded along the vocabulary, without gathering them.
 
-After Megatron-LM (Shoeybi et al. 2019, section 3): three numbers per token cross the ranks, not a row of the
+As in Megatron-LM (Shoeybi et al. 2019, section 3), the ranks exchange three numbers per token, not a row of the
 vocabulary.
 """
 
@@ -29,7 +29,7 @@ def can_stay_cut(loss: LossFunction) -> bool:
 
 @attrs.frozen(eq=False)
 class VocabularyParallelLoss:
-    """transformers' ``ForCausalLMLoss`` for logits cut along the vocabulary (a DTensor); others go to *whole*."""
+    """transformers' ``ForCausalLMLoss`` for logits sharded along the vocabulary (a DTensor); *whole* takes others."""
 
     peers: Peers
     whole: LossFunction
@@ -64,7 +64,7 @@ class VocabularyParallelLoss:
 
 
 def _refuse_foreign(targets: Tensor, vocabulary: int, ignored: int) -> None:
-    """Raise, as on one process, for a label that is no token: no rank would claim it."""
+    """Raise, as on one process, for a label outside of the vocabulary, which is in no rank's piece."""
     wrong = (targets != ignored) & ((targets < 0) | (targets >= vocabulary))
     if targets.device.type != "cpu":
         torch._assert_async(~wrong.any())  # reading the answer here would make the device wait
@@ -83,24 +83,24 @@ class _TokenLosses(Function):
 
     @staticmethod
     def forward(ctx: Any, scores: Tensor, targets: Tensor, counts: Tensor, peers: Peers) -> Tensor:
-        words = scores.shape[1]  # 0 where there are more ranks than words
-        highest = scores.max(dim=1).values if words else scores.new_full((len(scores),), -torch.inf)
+        local_size = scores.shape[1]  # 0 where the vocabulary has fewer tokens than there are ranks
+        highest = scores.max(dim=1).values if local_size else scores.new_full((len(scores),), -torch.inf)
         highest = peers.all_reduce(highest, "max")
         shifted = scores - highest.unsqueeze(1)
-        mine = counts & (targets >= 0) & (targets < words)
-        columns = targets.clamp(0, max(words - 1, 0)).unsqueeze(1)
+        is_here = counts & (targets >= 0) & (targets < local_size)
+        columns = targets.clamp(0, max(local_size - 1, 0)).unsqueeze(1)
         nothing = torch.zeros_like(highest)
-        chosen = torch.where(mine, shifted.gather(1, columns).squeeze(1), nothing) if words else nothing
+        chosen = torch.where(is_here, shifted.gather(1, columns).squeeze(1), nothing) if local_size else nothing
         exponentials = shifted.exp_()
         total, chosen = peers.all_reduce(torch.stack([exponentials.sum(dim=1), chosen])).unbind()
-        ctx.save_for_backward(exponentials, total, counts, mine, columns)
+        ctx.save_for_backward(exponentials, total, counts, is_here, columns)
         return torch.where(counts, total.log() - chosen, nothing)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        exponentials, total, counts, mine, columns = ctx.saved_tensors
+        exponentials, total, counts, is_here, columns = ctx.saved_tensors
         share = torch.where(counts, grad, torch.zeros_like(grad))
         result = exponentials * (share / total).unsqueeze(1)
         if result.shape[1]:
-            result.scatter_add_(1, columns, -torch.where(mine, share, torch.zeros_like(share)).unsqueeze(1))
+            result.scatter_add_(1, columns, -torch.where(is_here, share, torch.zeros_like(share)).unsqueeze(1))
         return result, None, None, None

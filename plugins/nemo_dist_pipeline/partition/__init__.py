@@ -1,1 +1,1 @@
-"""Cut a model into stages: what it is made of, how the layers are dealt, and how a stage is made of the whole."""
+"""Cut a model into stages: find its layers, divide them evenly, and turn copies of the model into stages."""

@@ -1,4 +1,4 @@
-"""Divide a row of layers into stages so that the dearest stage is as cheap as can be; no torch."""
+"""Divide consecutive layers into stages so that the most expensive stage costs as little as possible; no torch."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from itertools import accumulate
 def balanced(costs: Sequence[float], stages: int, first: float = 0.0, last: float = 0.0) -> tuple[int, ...]:
     """Return how many of the layers with *costs*, in order, each of *stages* stages takes; at least one each.
 
-    ``first`` and ``last`` are what the first and the last stage cost besides their layers. The largest cost of a stage
-    is the least possible; among such divisions the sum of squares is, so that equal layers are dealt evenly. Raises
-    ValueError for fewer layers than stages.
+    ``first`` and ``last`` are what the first and the last stage cost besides their layers. The division
+    minimises the largest cost of a stage and, among equally good ones, the sum of squares, which spreads equal layers
+    evenly. Raises ValueError for fewer layers than stages.
     """
     layers = len(costs)
     if not 1 <= stages <= layers:
@@ -38,5 +38,5 @@ def balanced(costs: Sequence[float], stages: int, first: float = 0.0, last: floa
 
 
 def _rounded(value: float) -> float:
-    """Drop what summation order adds, so that every rank finds the same division."""
+    """Round away what depends on the order of summation, so that every rank finds the same division."""
     return float(f"{value:.9g}")

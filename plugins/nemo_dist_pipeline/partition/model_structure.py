@@ -1,4 +1,4 @@
-"""Where a transformers model can be cut: what comes before its layers, the layers, and what comes after."""
+"""Find where a transformers model can be cut: the modules before its layers, the layers, and the modules after."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nemo_dist_pipeline.partition.balance import balanced
 class ModelStructure:
     """The modules of a model that belong to one stage each, by full name, in the order of the forward.
 
-    ``tied``: the output head shares its weight, called ``shared``, with the embedding.
+    ``tied``: the full names of the head's weight and of the embedding's, where the two are one parameter.
     """
 
     before: tuple[str, ...]
@@ -25,7 +25,7 @@ class ModelStructure:
 
     @property
     def units(self) -> tuple[str, ...]:
-        """All of them."""
+        """All of these modules."""
         return (*self.before, *self.layers, *self.after)
 
     @classmethod
@@ -39,21 +39,22 @@ class ModelStructure:
         missing = [name for name in plan if not isinstance(getattr(base, name, None), nn.Module)]
         if missing:
             raise ValueError(f"{kind}: the base_model_pp_plan names {missing}, which {prefix!r} does not have")
-        rows = [name for name in plan if isinstance(getattr(base, name), nn.ModuleList)]
-        if len(rows) != 1:
-            raise ValueError(f"{kind}: a pipeline cuts one list of layers, but the base_model_pp_plan names {rows}")
+        lists = [name for name in plan if isinstance(getattr(base, name), nn.ModuleList)]
+        if len(lists) != 1:
+            raise ValueError(f"{kind}: a pipeline cuts one list of layers, but the base_model_pp_plan names {lists}")
         names = list(plan)
-        cut = names.index(rows[0])
+        at = names.index(lists[0])
         heads = [name for name, child in model.named_children() if child is not base]
         structure = cls(
-            before=tuple(f"{prefix}.{name}" for name in names[:cut]),
-            layers=tuple(f"{prefix}.{rows[0]}.{index}" for index in range(len(getattr(base, rows[0])))),
-            after=(*(f"{prefix}.{name}" for name in names[cut + 1 :]), *heads),
+            before=tuple(f"{prefix}.{name}" for name in names[:at]),
+            layers=tuple(f"{prefix}.{lists[0]}.{index}" for index in range(len(getattr(base, lists[0])))),
+            after=(*(f"{prefix}.{name}" for name in names[at + 1 :]), *heads),
         )
-        structure._judge_rest(model)
+        structure._require_all_owned(model)
         return attrs.evolve(structure, tied=structure._tie(model))
 
-    def _judge_rest(self, model: nn.Module) -> None:
+    def _require_all_owned(self, model: nn.Module) -> None:
+        """Raise ValueError for parameters outside of the units, which no stage would own."""
         inside = tuple(f"{unit}." for unit in self.units)
         rest = [name for name, _ in model.named_parameters() if not name.startswith(inside)]
         if rest:
@@ -90,10 +91,10 @@ class ModelStructure:
         costs = dict.fromkeys(self.units, 1.0) if by_count else _costs(model, self.units)
         extra = [0.0, 0.0] if by_count else [sum(costs[unit] for unit in ends) for ends in (self.before, self.after)]
         sizes = balanced([costs[layer] for layer in self.layers], stages, *extra)
-        return self.dealt(sizes)
+        return self.assign(sizes)
 
-    def dealt(self, sizes: Sequence[int]) -> tuple[tuple[str, ...], ...]:
-        """Return the units of each stage when the stages take *sizes* layers."""
+    def assign(self, sizes: Sequence[int]) -> tuple[tuple[str, ...], ...]:
+        """Return the units of each stage, where *sizes* says how many layers each takes."""
         layers = iter(self.layers)
         parts = [tuple(next(layers) for _ in range(size)) for size in sizes]
         parts[0] = (*self.before, *parts[0])
@@ -105,7 +106,7 @@ class ModelStructure:
 
         Modules without parameters that every stage keeps (``model.rotary_emb``) may be named, and change nothing.
         """
-        parts = [[name for name in part if not self._everywhere(model, name)] for part in given]
+        parts = [[name for name in part if not self._on_every_stage(model, name)] for part in given]
         flat = [name for part in parts for name in part]
         unknown = [name for name in flat if name not in self.units]
         missing = [unit for unit in self.units if unit not in flat]
@@ -123,7 +124,8 @@ class ModelStructure:
             raise ValueError(f"{where} gives stage {empty[0]} no layer; every stage takes at least one")
         return tuple(map(tuple, parts))
 
-    def _everywhere(self, model: nn.Module, name: str) -> bool:
+    def _on_every_stage(self, model: nn.Module, name: str) -> bool:
+        """Whether *name* is a module without parameters outside of the units, which every stage keeps."""
         modules = dict(model.named_modules())
         return name in modules and self.owner(name) is None and not any(True for _ in modules[name].parameters())
 
@@ -139,7 +141,7 @@ def _costs(model: Any, units: Iterable[str]) -> dict[str, float]:
 
 
 def _flops(unit: nn.Module, config: Any) -> float:
-    """Return the multiply-adds of a token in the matrices of *unit*: none for a lookup, of experts the chosen ones."""
+    """Return the multiply-adds of a token in *unit*: embeddings cost none, and only the chosen experts count."""
     total = 0.0
     for module in unit.modules():
         if isinstance(module, nn.Embedding):

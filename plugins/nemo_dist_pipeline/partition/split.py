@@ -1,4 +1,4 @@
-"""Split a model on the meta device into this rank's stages, and present them, loaded, as an AutoPipeline."""
+"""Split a model on the meta device into this rank's stages, and wrap them, once loaded, in an AutoPipeline."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
 def split(parts: list[nn.Module], rank: int, placement: StagePlacement, config: PipelineConfig) -> None:
     """Edit the one model in *parts* into the first stage of pipeline *rank*, and append the others.
 
-    Raises ValueError for a model that cannot be cut, or not so.
+    Raises ValueError for a model that cannot be cut, or not as *config* asks.
     """
     model: Any = parts[0]
     structure = ModelStructure.of(model)
     require_plain_forward(model, structure)
     division = _division(model, structure, placement, config)
-    owned = placement.stage_ids(rank, len(division))
-    mine = [StageInfo(index=index, division=division, tied=structure.tied) for index in owned]
-    parts += [copy.deepcopy(model) for _ in mine[1:]]
-    for part, stage in zip(parts, mine, strict=True):
+    indices = placement.stage_ids(rank, len(division))
+    stages = [StageInfo(index=index, division=division, tied=structure.tied) for index in indices]
+    parts += [copy.deepcopy(model) for _ in stages[1:]]
+    for part, stage in zip(parts, stages, strict=True):
         keep_stage(part, stage, structure)
 
 
@@ -48,8 +48,8 @@ def _division(
 def present(
     parts: list[nn.Module], mesh: MeshContext, placement: StagePlacement, config: PipelineConfig
 ) -> AutoPipeline:
-    """Return the pipeline of the loaded *parts*."""
-    report("tying the embedding", _untied(parts))
+    """Return the pipeline of the loaded *parts*; every pipeline rank calls it."""
+    report("tying the embedding", _tie_problem(parts))
     for part in parts[1:]:
         part.train(parts[0].training)
     group = mesh["pp"].get_group()
@@ -64,8 +64,8 @@ def present(
     )
 
 
-def _untied(parts: list[nn.Module]) -> Exception | None:
-    """Return what is wrong when a checkpoint holds two different tensors for what the config says is one."""
+def _tie_problem(parts: list[nn.Module]) -> Exception | None:
+    """Return an error when a checkpoint has two different tensors for a weight that the config ties."""
     for part in parts:
         stage: Any = part.pipeline_stage
         if stage.tied and stage.is_last:

@@ -1,4 +1,4 @@
-"""Make a stage of a whole transformers model: what it does not own hands through its input."""
+"""Turn a full transformers model into one stage: modules of other stages are replaced by identity."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class StageInfo:
 
 @attrs.frozen(kw_only=True, eq=False)
 class PipelineInfo:
-    """What this rank has of the pipeline: ``stages`` in order, and the model of each in ``model_parts``."""
+    """The stages of this rank, in order, and the model of each in ``model_parts``."""
 
     schedule: str
     stages: tuple[StageInfo, ...]
@@ -70,11 +70,11 @@ class PipelineInfo:
 
 
 class ModuleOfOtherStage(nn.Module):
-    """Stand for a module of another stage: return the first argument."""
+    """Replace a module of another stage by identity: return the first argument."""
 
     def __init__(self, replaced: nn.Module) -> None:
         super().__init__()
-        # A model's forward may ask a layer what it is (``attention_type``), even when somebody else runs it.
+        # A model's forward reads plain attributes of its layers (``attention_type``), also of those on other stages.
         plain = {name: value for name, value in vars(replaced).items() if isinstance(value, str | int | float)}
         self.__dict__.update({name: value for name, value in plain.items() if not name.startswith("_")})
 
@@ -86,13 +86,13 @@ class ModuleOfOtherStage(nn.Module):
 def keep_stage(model: Any, stage: StageInfo, structure: ModelStructure) -> None:
     """Edit *model* in place into *stage*; parameters keep their names in the full model.
 
-    Between stages travel hidden states, fed through ``inputs_embeds``. A stage without the head ends with its base
-    model. The last stage keeps a tied embedding for its weight, which is the head's.
+    Stages pass hidden states on, which the next one takes as ``inputs_embeds``. A stage without the head returns the
+    output of its base model. The last stage keeps a tied embedding, because its weight is the head's.
     """
     kept = set(stage.modules)
     if stage.tied and stage.is_last:
         kept.add(str(structure.owner(stage.tied[1])))
-    _replace(model, [unit for unit in structure.units if unit not in kept])
+    _replace_by_identity(model, [unit for unit in structure.units if unit not in kept])
     if stage.tied and not stage.is_last:
         model.all_tied_weights_keys = {}  # nothing to tie here: the head is on the last stage
     elif stage.tied:
@@ -101,27 +101,31 @@ def keep_stage(model: Any, stage: StageInfo, structure: ModelStructure) -> None:
         model.base_model.register_forward_pre_hook(_take_embeddings, with_kwargs=True)
     if not stage.is_last:
         forward: Any = partial(_hidden_states, model)
-        forward.__signature__ = inspect.signature(model.forward)  # others ask what the model takes
+        forward.__signature__ = inspect.signature(model.forward)  # callers look up which inputs the model takes
         model.forward = forward
     model.pipeline_stage = stage
 
 
 def _tie(model: nn.Module, head: str, embedding: str) -> None:
-    """Tie now what transformers ties after loading, or a strategy would shard it twice.
+    """Tie the head to the embedding now; transformers does so after loading, when a strategy has sharded both.
 
-    The embedding never runs here, and FSDP2 cannot finish a backward without synchronisation for what never ran.
+    Sharded by itself the embedding, which never runs on the last stage, would break FSDP2, which cannot finish a
+    backward without synchronisation for a module that never ran.
     """
     owner, _, name = head.rpartition(".")
     setattr(model.get_submodule(owner), name, model.get_parameter(embedding))
 
 
-def _replace(model: nn.Module, names: Collection[str]) -> None:
+def _replace_by_identity(model: nn.Module, names: Collection[str]) -> None:
     for name in names:
         model.set_submodule(name, ModuleOfOtherStage(model.get_submodule(name)))
 
 
 def _take_embeddings(base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Leave the token ids to the head (a classifier looks for padding in them): a base model takes one or the other."""
+    """Drop ``input_ids`` where hidden states come in: a base model takes one or the other.
+
+    The model around it keeps them for its head: a classifier looks for padding in them.
+    """
     if kwargs.get("inputs_embeds") is None:
         return None
     if args and args[0] is not None:
@@ -136,25 +140,26 @@ def _hidden_states(model: Any, **inputs: Any) -> Tensor:
 
 @torch.no_grad()
 def require_plain_forward(model: Any, structure: ModelStructure) -> None:
-    """Raise ValueError when the base model does something to its input besides its modules.
+    """Raise ValueError when the base model changes its input outside of its modules.
 
-    Every stage runs the base model's whole forward, so what stands between the modules (a scaled embedding, added
-    positions) would be done once per stage. Run on a copy that owns nothing, it must return exactly what it gets.
+    Every stage runs the base model's whole forward, so an operation between the modules (a scaled embedding, added
+    positions) would run once per stage. A copy with every module replaced by identity must return exactly its input.
     """
     kind = type(model).__name__
-    hollow = copy.deepcopy(model.base_model)
+    skeleton = copy.deepcopy(model.base_model)
     prefix = next(name for name, module in model.named_modules() if module is model.base_model)
-    _replace(hollow, [unit.removeprefix(f"{prefix}.") for unit in structure.units if unit.startswith(f"{prefix}.")])
-    hollow.to_empty(device="cpu").eval()
-    given = torch.linspace(-1, 1, 4 * hollow.config.hidden_size, device="cpu").view(1, 4, -1)
+    inside = [unit.removeprefix(f"{prefix}.") for unit in structure.units if unit.startswith(f"{prefix}.")]
+    _replace_by_identity(skeleton, inside)
+    skeleton.to_empty(device="cpu").eval()
+    sent = torch.linspace(-1, 1, 4 * skeleton.config.hidden_size, device="cpu").view(1, 4, -1)
     try:
-        found = hollow(inputs_embeds=given, use_cache=False).last_hidden_state
+        returned = skeleton(inputs_embeds=sent, use_cache=False).last_hidden_state
     except Exception as error:
         raise ValueError(
             f"{kind} does not run with its layers in other stages ({type(error).__name__}: {error}), so it cannot be a "
             "pipeline"
         ) from error
-    if found.shape != given.shape or not torch.equal(found, given):
+    if returned.shape != sent.shape or not torch.equal(returned, sent):
         raise ValueError(
             f"{kind} changes inputs_embeds in its forward, besides its modules (a scaled embedding, say), which every "
             "stage would do again; it cannot be a pipeline"

@@ -1,4 +1,4 @@
-"""AutoPipeline: the local stages of a model, and the schedule that trains and evaluates them."""
+"""Train and evaluate a model that is split into pipeline stages."""
 
 from __future__ import annotations
 
@@ -17,8 +17,15 @@ from nemo_dist.training.router_aux_loss import COUNTED
 from nemo_dist_pipeline.partition.stage_model import PipelineInfo, StageInfo
 from nemo_dist_pipeline.runtime.forward_only import forward_only
 from nemo_dist_pipeline.runtime.microbatches import Microbatches, MicrobatchSplitter
-from nemo_dist_pipeline.runtime.tied_embedding import TiedWeight, set_aside
-from nemo_dist_pipeline.runtime.torch_stage import Build, ModelStage, TorchSchedule, reshard, run_part, torch_order
+from nemo_dist_pipeline.runtime.tied_embedding import TiedWeight, gradients_set_aside
+from nemo_dist_pipeline.runtime.torch_stage import (
+    ModelStage,
+    ScheduleBuilder,
+    TorchSchedule,
+    reshard,
+    run_part,
+    torch_order,
+)
 from nemo_dist_pipeline.schedule.actions import Order
 from nemo_dist_pipeline.schedule.stage_placement import StagePlacement
 from nemo_dist_pipeline.schedule.visualize import picture, summary
@@ -26,7 +33,7 @@ from nemo_dist_pipeline.schedule.visualize import picture, summary
 if TYPE_CHECKING:
     from nemo_dist_pipeline.config import PipelineConfig
 
-_KEPT = 4  # schedules with their buffers, one per shape of the inputs
+_MAX_SCHEDULES = 4  # kept with their buffers, one per shape of the inputs
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -93,8 +100,8 @@ class AutoPipeline:
     def step(self, batch: Batch, weight: Tensor | float = 1.0) -> Tensor:
         """Run forward and backward of ``weight`` times the mean loss of *batch*; return that, equal on all stages.
 
-        *batch* is a mapping of tensors with ``labels``, the same on every pipeline rank. Gradients are added to what is
-        there; a data-parallel strategy has averaged them. ``runtime.forward_backward`` weighs by the labels of all
+        *batch* is a mapping of tensors with ``labels``, the same on every pipeline rank. Gradients are accumulated; a
+        data-parallel strategy has averaged them. ``runtime.forward_backward`` weighs by the labels of all
         ranks, which this does not.
         """
         return self.run([batch], [torch.as_tensor(weight, dtype=torch.float32, device=self.device)])
@@ -106,25 +113,25 @@ class AutoPipeline:
         """
         runs = [self._splitter.split(self.parts[-1], *given) for given in zip(batches, weights, strict=True)]
         total = torch.zeros((), device=self.device)
-        with set_aside(self.tied.replicas) if self.tied else nullcontext():
+        with gradients_set_aside(self.tied.replicas) if self.tied else nullcontext():
             for run in self._splitter.joined(runs):
                 total += self._train(run)
             if self.tied:
                 self.tied.sum_gradients()
-        dist.all_reduce(total, group=self.group)  # every other stage adds 0, so all stages have the last one's loss
+        dist.all_reduce(total, group=self.group)  # all pipeline ranks; only the last stage adds a loss, the others 0
         return total
 
     def survey(self, batches: Sequence[Batch]) -> None:
         """Run the forwards that :meth:`run` would run, without gradients, in the mode that the stages are in."""
         for batch in batches:
-            self._pass(self._splitter.split(self.parts[-1], batch, torch.ones((), device=self.device)))
+            self._run_forward(self._splitter.split(self.parts[-1], batch, torch.ones((), device=self.device)))
 
     def _train(self, run: Microbatches) -> Tensor:
         losses: list[Tensor] = []
         scaled = self.config.scale_grads_in_schedule
         target = run.weights * run.count if scaled else run.weights
-        # The schedule divides whole gradients at its end, so what was accumulated before must not be among them.
-        with set_aside(list(self.parameters())) if scaled else nullcontext():
+        # The schedule divides all of a gradient at its end, so earlier batches must not be in it yet.
+        with gradients_set_aside(list(self.parameters())) if scaled else nullcontext():
             self.schedule(run).step(target=target, losses=losses, return_outputs=False, **run.inputs)
         total = torch.stack([loss.detach().float() for loss in losses]).sum() if losses else run.weights.new_zeros(())
         return total / run.count if scaled else total
@@ -137,15 +144,15 @@ class AutoPipeline:
                 ModelStage(part, stage, hidden, self.group, self.config.loss_fn)
                 for part, stage in zip(self.parts, self._stages, strict=True)
             ]
-            self._built[run.shape] = self._build(stages, run.count)
+            self._built[run.shape] = self._builder(stages, run.count)
         self._built.move_to_end(run.shape)
-        while len(self._built) > _KEPT:
+        while len(self._built) > _MAX_SCHEDULES:
             self._built.popitem(last=False)
         return self._built[run.shape]
 
     @property
-    def _build(self) -> Build:
-        return Build(
+    def _builder(self) -> ScheduleBuilder:
+        return ScheduleBuilder(
             schedule=self.placement.schedule,
             csv=self.config.pp_schedule_csv,
             scale_grads=self.config.scale_grads_in_schedule,
@@ -159,7 +166,7 @@ class AutoPipeline:
             code = torch.zeros((), dtype=torch.long, device=self.device)
             if self._stages[0].is_first:
                 code += _DTYPES.index(self._first_hidden(run).dtype)
-            # All stages of this pipeline take part; the first one's rank knows.
+            # All ranks of this pipeline take part; the rank of the first stage knows the dtype.
             dist.broadcast(code, group_src=self.placement.rank_of(0), group=self.group)
             self._dtype = _DTYPES[int(code)]
         return self._dtype
@@ -167,7 +174,8 @@ class AutoPipeline:
     @torch.no_grad()
     def _first_hidden(self, run: Microbatches) -> Tensor:
         with torch.random.fork_rng(), _mode(self.parts, False):
-            inputs = {name: value for name, value in run[0].items() if name != COUNTED}  # this forward is no step's
+            # This forward belongs to no step, so the router statistics must not count its tokens.
+            inputs = {name: value for name, value in run[0].items() if name != COUNTED}
             hidden: Tensor = run_part(self.parts[0], self._stages[0], None, inputs, None)
         reshard(self.parts[:1])
         if hidden.shape != self._splitter.hidden_shape(run):
@@ -182,11 +190,11 @@ class AutoPipeline:
     def eval(self, batch: Batch) -> Tensor:
         """Return the mean loss of *batch* without gradients: 0-dim float32, equal on all stages."""
         run = Microbatches.of(self.parts[-1], batch, torch.ones((), device=self.device), self._size, 0)
-        losses = [output.loss.float() for output in self._forward(run)]
-        # A microbatch without labels has the mean 0/0, and no share.
+        losses = [output.loss.float() for output in self._evaluate(run)]
+        # A microbatch without labels has the mean 0/0 and counts as 0.
         shares = [torch.where(w > 0, loss * w, 0.0) for loss, w in zip(losses, run.weights, strict=False)]
         total = torch.stack(shares).sum() if shares else torch.zeros((), device=self.device)
-        dist.all_reduce(total, group=self.group)  # all stages, as in run()
+        dist.all_reduce(total, group=self.group)  # all pipeline ranks, as in run()
         return total
 
     def logits(self, batch: Batch) -> Tensor | None:
@@ -197,26 +205,26 @@ class AutoPipeline:
         rows = next(value.shape[0] for value in batch.values() if isinstance(value, Tensor))
         size = next(size for size in range(self._size, 0, -1) if rows % size == 0)
         inputs = {name: value for name, value in batch.items() if name not in ("labels", "shift_labels")}
-        outputs = self._forward(Microbatches(inputs, torch.empty(0), rows // size, rows))
+        outputs = self._evaluate(Microbatches(inputs, torch.empty(0), rows // size, rows))
         return torch.cat([output.logits for output in outputs]) if self.info.has_last_stage else None
 
     @property
     def _size(self) -> int:
         return self.config.pp_microbatch_size
 
-    def _forward(self, run: Microbatches) -> list[Any]:
+    def _evaluate(self, run: Microbatches) -> list[Any]:
         with _mode(self.parts, False):
-            return self._pass(run)
+            return self._run_forward(run)
 
     @torch.no_grad()
-    def _pass(self, run: Microbatches) -> list[Any]:
+    def _run_forward(self, run: Microbatches) -> list[Any]:
         hidden = torch.empty(self._splitter.hidden_shape(run), dtype=self._boundary_dtype(run), device=self.device)
         loss = self.config.loss_fn if "labels" in run.inputs else None
         outputs = forward_only(self.parts, self._stages, run, hidden, self.placement, self.group, loss)
         reshard(self.parts)
         return outputs
 
-    # ---- showing ----
+    # ---- inspection ----
 
     def order(self, microbatches: int | None = None) -> Order:
         """Return what every rank does, in order, with *microbatches* (by default those of the config, or 8)."""
@@ -237,6 +245,7 @@ class AutoPipeline:
 
 @contextmanager
 def _mode(parts: Sequence[nn.Module], training: bool) -> Iterator[None]:
+    """Within the context, set *parts* to training or evaluation mode."""
     before = [part.training for part in parts]
     for part in parts:
         part.train(training)

@@ -1,4 +1,4 @@
-"""Run a pipeline forward only: no gradients, no schedule; every stage takes the microbatches in their order."""
+"""Run only the forward of a pipeline, without gradients or schedule: every stage runs the microbatches in order."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ def forward_only(
     group: dist.ProcessGroup,
     loss: Loss | None,
 ) -> list[Any]:
-    """Return the model's outputs of the microbatches where the last stage is, else nothing.
+    """Return the outputs of the microbatches on the rank with the last stage, an empty list on the others.
 
-    ``hidden`` has the shape and dtype of what travels between stages. Ranks go through their stages in ascending order,
-    so every rank posts its sends and receives in the order in which its neighbours expect them.
+    ``hidden`` has the shape and dtype of the hidden states between stages. All pipeline ranks take part. Each goes
+    through its stages in ascending order, so it posts sends and receives in the order that its neighbours expect.
     """
     local: dict[int, list[Tensor]] = {}  # outputs for a next stage on this same rank
     sent: list[tuple[dist.Work | None, Tensor]] = []
     outputs: list[Any] = []
     for part, stage in sorted(zip(parts, stages, strict=True), key=lambda pair: pair[1].index):
         before, after = (_peer(stage.index + step, stage, placement, group) for step in (-1, 1))
-        arrived = local.pop(stage.index, None)
+        from_here = local.pop(stage.index, None)
         for index in range(run.count):
-            given = arrived[index] if arrived else None
-            if given is None and before is not None:
-                given = torch.empty_like(hidden)
-                dist.recv(given, group_src=before, group=group)
-            out = run_part(part, stage, given, run[index], loss)
+            received = from_here[index] if from_here else None
+            if received is None and before is not None:
+                received = torch.empty_like(hidden)
+                dist.recv(received, group_src=before, group=group)
+            out = run_part(part, stage, received, run[index], loss)
             if stage.is_last:
                 outputs.append(out)
                 continue

@@ -1,4 +1,4 @@
-"""Split batches into microbatches of one size, with the weight of each in the loss."""
+"""Split the batches of a step into microbatches of equal size, each with its weight in the loss."""
 
 from __future__ import annotations
 
@@ -48,17 +48,17 @@ class Microbatches:
         }
 
     @classmethod
-    def of(cls, model: nn.Module, batch: Batch, weight: Tensor, size: int, least: int) -> Microbatches:
-        """Split *batch* into microbatches of *size* rows, *least* of them or more.
+    def of(cls, model: nn.Module, batch: Batch, weight: Tensor, size: int, minimum: int) -> Microbatches:
+        """Split *batch* into microbatches of *size* rows, at least *minimum* of them.
 
-        Where rows are missing, copies of the first one fill up, with labels that do not count. The mean loss of a
-        microbatch weighs what its labels are of the batch's, so that together they make *weight* times the mean loss of
+        Missing rows are copies of the first one, with labels that are ignored. The mean loss of a microbatch is
+        weighted by its share of the batch's labels, so that the weighted losses sum to *weight* times the mean loss of
         the batch, however the labels are spread.
         """
         rows = _rows(batch)
-        count = max(least, -(-rows // size))
-        filled = _filled({name: _aligned(name, value, rows) for name, value in batch.items()}, rows, count * size)
-        whole = cls(filled, weight.new_empty(0), count, count * size)
+        count = max(minimum, -(-rows // size))
+        padded = _padded({name: _aligned(name, value, rows) for name, value in batch.items()}, rows, count * size)
+        whole = cls(padded, weight.new_empty(0), count, count * size)
         counts = torch.stack([count_labels(model, whole[index]) for index in range(count)])
         weights = weight.float() * counts.to(weight.device) / counts.sum().clamp(min=1).to(weight.device)
         return attrs.evolve(whole, weights=weights)
@@ -76,7 +76,7 @@ class Microbatches:
 
 @attrs.frozen(kw_only=True)
 class MicrobatchSplitter:
-    """What *config* and *placement* make of a batch; ``hidden`` is the width of the hidden states."""
+    """Split batches as the options and the schedule ask; ``hidden`` is the width of the hidden states."""
 
     config: PipelineConfig
     placement: StagePlacement
@@ -84,25 +84,25 @@ class MicrobatchSplitter:
     hidden: int
 
     @property
-    def least(self) -> int:
-        """The microbatches that a batch is filled up to."""
+    def minimum(self) -> int:
+        """The number of microbatches that a smaller batch is padded to; 0 pads none."""
         return self.placement.microbatches or self.config.microbatches
 
     def split(self, model: nn.Module, batch: Batch, weight: Tensor) -> Microbatches:
         """Return the microbatches of *batch*; raise ValueError where it does not fit the schedule."""
-        run = Microbatches.of(model, batch, weight, self.config.pp_microbatch_size, self.least)
+        run = Microbatches.of(model, batch, weight, self.config.pp_microbatch_size, self.minimum)
         length = self.hidden_shape(run)[1] * self.cp_size
         if self.config.pp_seq_len not in (None, length):
             raise ValueError(
                 f"the batch has sequences of {length} tokens, but pp_seq_len is {self.config.pp_seq_len}; pad it "
                 "to that, or leave pp_seq_len out"
             )
-        if self.least and run.count > self.least:
-            limit = self.least * self.config.pp_microbatch_size
+        if self.minimum and run.count > self.minimum:
+            limit = self.minimum * self.config.pp_microbatch_size
             what = "pp_schedule_csv" if self.placement.microbatches else "pp_batch_size"
             raise ValueError(
                 f"the batch has {run.count} microbatches of {self.config.pp_microbatch_size} rows, but {what} is for "
-                f"{self.least} ({limit} rows); pass smaller batches, or a list of them"
+                f"{self.minimum} ({limit} rows); pass smaller batches, or a list of them"
             )
         if problem := self.placement.microbatch_problem(run.count):
             raise ValueError(
@@ -112,7 +112,7 @@ class MicrobatchSplitter:
         return run
 
     def joined(self, runs: list[Microbatches]) -> list[Microbatches]:
-        """Return *runs* as one where they fit together: one fill and drain of the pipeline instead of several."""
+        """Return *runs* joined into one where they fit together, so that the pipeline fills and drains only once."""
         together = (
             len(runs) > 1
             and self.placement.joins
@@ -122,7 +122,7 @@ class MicrobatchSplitter:
         return [Microbatches.joined(runs)] if together else runs
 
     def hidden_shape(self, run: Microbatches) -> tuple[int, int, int]:
-        """Return the shape of what travels between stages for a microbatch: (rows, length, width)."""
+        """Return the shape of the hidden states of one microbatch between stages: (rows, length, width)."""
         source = run.inputs.get("input_ids", run.inputs.get("inputs_embeds"))
         if source is None:
             raise ValueError(f"the batch has neither input_ids nor inputs_embeds (it has {sorted(run.inputs)})")
@@ -141,7 +141,7 @@ def _has_rows(value: Any, rows: int) -> bool:
 
 
 def _aligned(name: str, value: Any, rows: int) -> Any:
-    """Return *value* with one row per row of the batch: a single row (of positions, say) stands for all."""
+    """Return *value* with one row per row of the batch; a single row (of positions, say) is repeated for all."""
     if not isinstance(value, Tensor) or value.ndim == 0 or value.shape[0] == rows:
         return value
     if value.shape[0] == 1:
@@ -152,14 +152,15 @@ def _aligned(name: str, value: Any, rows: int) -> Any:
     )
 
 
-def _filled(inputs: dict[str, Any], rows: int, wanted: int) -> dict[str, Any]:
+def _padded(inputs: dict[str, Any], rows: int, wanted: int) -> dict[str, Any]:
+    """Append copies of the first row, with labels that are ignored, until there are *wanted* rows."""
     missing = wanted - rows
     if missing == 0:
         return inputs
-    filled = {}
+    padded = {}
     for name, value in inputs.items():
         if not _has_rows(value, rows):
-            filled[name] = value
+            padded[name] = value
             continue
         if name in _LABELS and value.is_floating_point():
             raise ValueError(
@@ -171,5 +172,5 @@ def _filled(inputs: dict[str, Any], rows: int, wanted: int) -> dict[str, Any]:
             more = torch.full_like(more, IGNORED)
         elif name == COUNTED:
             more = torch.zeros_like(more)
-        filled[name] = torch.cat([value, more])
-    return filled
+        padded[name] = torch.cat([value, more])
+    return padded

@@ -1,4 +1,4 @@
-"""Keep the two replicas of a tied weight, on the first and on the last stage, one weight."""
+"""Keep the two replicas of a tied weight, on the first and on the last stage, equal."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from torch.distributed.tensor import DTensor
 
 @attrs.frozen(kw_only=True, eq=False)
 class TiedWeight:
-    """This rank's replicas of the tied weight, the first stage's before the last's, and who holds the other one.
+    """This rank's replicas of the tied weight, and the rank with the other one.
 
-    ``peer`` is the global rank of it, None when both are here (V schedules). ``counted``: whether the first of them
-    here is the first stage's, the one that counts in a global norm.
+    ``replicas``: the first stage's before the last stage's. ``peer``: the global rank of the other replica; None when
+    both are here (V schedules). ``counted``: whether ``replicas[0]`` is the first stage's, which a global norm counts.
     """
 
     replicas: tuple[nn.Parameter, ...]
@@ -32,7 +32,7 @@ class TiedWeight:
         return self.replicas[1 if self.counted else 0 :]
 
     def freeze_together(self) -> None:
-        """Freeze both replicas where one is: whoever froze it froze one weight. The ranks of both take part."""
+        """Freeze both replicas where one is frozen, since they are one weight; the ranks of both stages take part."""
         frozen = torch.tensor(float(not self._trained), device=_local(self.replicas[0]).device)
         if self.peer is not None:
             frozen += self._exchanged(frozen)
@@ -45,7 +45,7 @@ class TiedWeight:
         return all(replica.requires_grad for replica in self.replicas)
 
     def sum_gradients(self) -> None:
-        """Give both replicas the sum of their gradients, in the same order of adding, so that they stay bit-equal."""
+        """Give both replicas the same sum of their gradients, bit for bit; the ranks of both stages take part."""
         grads = [_local(replica.grad) for replica in self.replicas]
         if self.peer is None:
             total = sum((grad for grad in grads if grad is not None), torch.zeros(()))
@@ -57,10 +57,10 @@ class TiedWeight:
             if self._trained:
                 _set_gradient(replica, part)
             else:
-                replica.grad = None  # zeros would be a gradient, with which the weight decays
+                replica.grad = None  # with zeros an optimizer would still apply weight decay
 
     def _exchanged(self, mine: Tensor) -> Tensor:
-        """Return what the rank of the other replica has for *mine*; those of both stages swap theirs, pair by pair."""
+        """Swap *mine* for the other replica's tensor: point to point between the ranks of the first and last stage."""
         other = torch.empty_like(mine, memory_format=torch.contiguous_format)
         swap = [
             dist.P2POp(dist.isend, mine.contiguous(), self.peer, self.group),
@@ -72,13 +72,13 @@ class TiedWeight:
 
 
 @contextmanager
-def set_aside(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Within the context the gradients of *parameters* start from none; afterwards what they were is added."""
-    before = [parameter.grad for parameter in parameters]
+def gradients_set_aside(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Within the context gradients of *parameters* start from None; the earlier ones are added back afterwards."""
+    earlier = [parameter.grad for parameter in parameters]
     for parameter in parameters:
         parameter.grad = None
     yield
-    for parameter, old in zip(parameters, before, strict=True):
+    for parameter, old in zip(parameters, earlier, strict=True):
         if old is not None:
             parameter.grad = old if parameter.grad is None else parameter.grad + old
 

@@ -1,7 +1,7 @@
-"""The one place that touches the inside of torch's pipelining: its stages on transformers models, and its schedules.
+"""Run transformers models as stages of torch's pipelining; the only module that uses private parts of it.
 
-What is not public there: the methods that ``ModelStage`` overrides, ``_PipelineScheduleRuntime`` and ``_load_csv`` for
-a schedule from a file, and the mock stages of ``_schedule_visualizer``; ``tests/test_pipeline_torch.py`` holds them.
+These are the methods that ``ModelStage`` overrides, ``_PipelineScheduleRuntime`` and ``_load_csv`` for a schedule from
+a file, and ``_schedule_visualizer`` for the order of actions; ``tests/test_pipeline_torch.py`` tests that they exist.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ TorchSchedule = PipelineScheduleSingle | PipelineScheduleMulti
 def run_part(
     part: nn.Module, stage: StageInfo, hidden: Tensor | None, inputs: dict[str, Any], loss: Loss | None
 ) -> Any:
-    """Run *part* on *hidden* (None at the first stage): hidden states, or the last stage's output with its loss."""
+    """Run *part* on *hidden* (None at the first stage); return hidden states, or the last stage's output with loss."""
     if hidden is not None:
         inputs = {**inputs, "inputs_embeds": hidden}
     inputs["use_cache"] = False
@@ -48,19 +48,19 @@ def run_part(
 
 
 class ModelStage(PipelineStage):
-    """A stage whose shapes are known beforehand: torch need not run the model to find them, and clears no gradients."""
+    """A stage with known shapes, so that torch neither runs the model to find them nor clears gradients afterwards."""
 
     def __init__(
         self, part: nn.Module, stage: StageInfo, hidden: Tensor, group: dist.ProcessGroup, loss: Loss | None
     ) -> None:
-        given = hidden.detach().requires_grad_()
+        example = hidden.detach().requires_grad_()
         super().__init__(
             part,
             stage.index,
             stage.count,
             hidden.device,
-            input_args=() if stage.is_first else (given,),
-            output_args=torch.zeros((), device=hidden.device, requires_grad=True) if stage.is_last else (given,),
+            input_args=() if stage.is_first else (example,),
+            output_args=torch.zeros((), device=hidden.device, requires_grad=True) if stage.is_last else (example,),
             group=group,
         )
         self._info = stage
@@ -74,7 +74,7 @@ class ModelStage(PipelineStage):
             loss: Tensor = out.loss
             return loss
         hidden: Tensor = out.to(self._dtype).contiguous()
-        # Frozen parameters before the first trainable one: later stages send gradients all the same.
+        # All parameters so far are frozen; the next stage sends a gradient all the same.
         return hidden if hidden.requires_grad or not torch.is_grad_enabled() else hidden.requires_grad_()
 
     def _post_metadata_inference_cleanup(self) -> None:
@@ -82,8 +82,11 @@ class ModelStage(PipelineStage):
 
 
 @attrs.frozen(kw_only=True)
-class Build:
-    """How to build a schedule: which, the file it is in if it is the user's own, and whether it divides gradients."""
+class ScheduleBuilder:
+    """Build torch's schedule: one by name, or the user's own from the file ``csv`` where ``schedule`` is None.
+
+    ``scale_grads``: the schedule divides gradients by the number of microbatches.
+    """
 
     schedule: Schedule | None
     csv: str | None = None
@@ -91,18 +94,18 @@ class Build:
 
     def __call__(self, stages: Sequence[PipelineStage], microbatches: int) -> TorchSchedule:
         """Return torch's schedule over the *stages* of this rank; its loss is the weighted loss of each microbatch."""
-        options: dict[str, Any] = {"loss_fn": weighted, "scale_grads": self.scale_grads}
+        options: dict[str, Any] = {"loss_fn": weighted_loss, "scale_grads": self.scale_grads}
         if self.schedule is None:
             runtime = _PipelineScheduleRuntime(list(stages), microbatches, **options)
             runtime._load_csv(str(self.csv))
             return runtime
-        made = get_schedule_class(self.schedule.name)
-        single = issubclass(made, PipelineScheduleSingle)
-        return made(stages[0] if single else list(stages), microbatches, **options)  # type: ignore[no-any-return]
+        kind = get_schedule_class(self.schedule.name)
+        single = issubclass(kind, PipelineScheduleSingle)
+        return kind(stages[0] if single else list(stages), microbatches, **options)  # type: ignore[no-any-return]
 
 
-def weighted(loss: Tensor, weight: Tensor) -> Tensor:
-    """Return the weighted loss; a microbatch without labels has the mean 0/0, and no share."""
+def weighted_loss(loss: Tensor, weight: Tensor) -> Tensor:
+    """Return *loss* times *weight*; 0 for a microbatch without labels, whose mean is 0/0."""
     weight = weight.squeeze().to(loss.dtype)
     return torch.where(weight > 0, loss, torch.zeros_like(loss)) * weight
 
@@ -117,18 +120,18 @@ def torch_order(schedule: Schedule, pp_size: int, per_rank: int, microbatches: i
 def _one_forward_one_backward(pp_size: int, microbatches: int) -> Order:
     lines = []
     for rank in range(pp_size):
-        ahead = min(pp_size - 1 - rank, microbatches)
-        line = [Action(rank, "F", index) for index in range(ahead)]
+        warmup = min(pp_size - 1 - rank, microbatches)
+        line = [Action(rank, "F", index) for index in range(warmup)]
         for index in range(microbatches):
-            if ahead + index < microbatches:
-                line.append(Action(rank, "F", ahead + index))
+            if warmup + index < microbatches:
+                line.append(Action(rank, "F", warmup + index))
             line.append(Action(rank, "B", index))
         lines.append(tuple(line))
     return tuple(lines)
 
 
 def reshard(parts: Sequence[nn.Module]) -> None:
-    """Free what FSDP gathered for *parts*, where a forward without a backward leaves it gathered."""
+    """Free the parameters that FSDP gathered for *parts* and keeps when no backward follows the forward."""
     for part in parts:
         for module in part.modules():
             if isinstance(module, FSDPModule):

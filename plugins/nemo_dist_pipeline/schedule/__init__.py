@@ -1,1 +1,1 @@
-"""Which stage runs which microbatch when: whole numbers, no torch."""
+"""Plan which stage runs which microbatch when: integers only, no torch."""

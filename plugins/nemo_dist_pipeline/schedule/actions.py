@@ -1,4 +1,4 @@
-"""The actions of a schedule as text, one line per rank: read, written and judged without torch.
+"""Read, write and check the actions of a schedule as text, one line per rank; no torch.
 
 An action is what torch's pipelining prints: ``2F0`` is the forward of microbatch 0 through stage 2; ``B`` a whole
 backward, ``I`` its part for the inputs, ``W`` its part for the weights. ``(1F4;2B1)OVERLAP_F_B`` is two at once.
@@ -35,7 +35,7 @@ Order = tuple[tuple[Action, ...], ...]  # for every pipeline rank, what it does,
 
 
 def parse(text: str) -> tuple[Action, ...]:
-    """Return the actions that a cell stands for, none for an empty one or for communication; raise ValueError."""
+    """Return the actions in a cell, none for an empty one or for communication; raise ValueError for other text."""
     cell = text.strip()
     if pair := _PAIR.fullmatch(cell):
         return tuple(action for part in pair[1].split(";") for action in parse(part))
@@ -77,7 +77,7 @@ def read(path: str) -> tuple[Order, list[str]]:
 
 
 def problems_of(order: Order) -> list[str]:
-    """Say what is wrong with *order*, a sentence with the line (ranks count from line 1) for each; deadlocks not."""
+    """Say what is wrong with *order*, one sentence with the line (rank 0 is line 1) each; deadlocks are not checked."""
     if not any(order):
         return ["it has no action; write one line per rank"]
     owner: dict[int, int] = {}
@@ -100,7 +100,7 @@ def _size(order: Order) -> tuple[int, int]:
 
 
 def _line_problems(actions: Sequence[Action], microbatches: int) -> list[str]:
-    """Judge that every stage of one line does every microbatch once, each forward before its backward."""
+    """Check that every stage of one line runs every microbatch once, each forward before its backward."""
     counts = Counter(actions)
     place = {action: index for index, action in reversed(list(enumerate(actions)))}
     problems = [f"{action} is there {count} times" for action, count in counts.items() if count > 1]

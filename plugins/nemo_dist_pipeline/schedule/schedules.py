@@ -1,4 +1,4 @@
-"""The schedules of torch's pipelining by name: how they place stages, what they ask for, what they cost; no torch."""
+"""List the schedules of torch's pipelining: how each places stages, what it requires, how long ranks idle; no torch."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from nemo_dist.planning.validation import near
 class Schedule:
     """A schedule: ``name`` as torch calls it.
 
-    ``style``: "loop" deals stages round and round the ranks, "v" there and back. ``per_rank``: the default number of
-    stages on a rank; ``fixed``: no other number works. ``splits``: it runs the backward for the weights by itself,
-    later. ``idle``: how long a rank waits in all, in forwards of one stage per rank beyond the first, where a backward
-    takes two. ``bounded``: the activations held do not grow with the number of microbatches.
+    ``style``: "loop" gives stages to the ranks round robin, "v" to the first through the last and back again.
+    ``per_rank``: the default number of stages on a rank; ``fixed``: no other number works. ``splits``: it runs the
+    backward for the weights later than that for the inputs. ``idle``: how long a rank waits in all for each rank beyond
+    the first, in forwards of one stage (a backward takes two). ``bounded``: the activations held do not grow with the
+    number of microbatches.
     """
 
     name: str
@@ -89,7 +90,7 @@ def named(name: str) -> Schedule:
 
 
 def stage_ids_this_rank(pp_rank: int, pp_size: int, num_stages: int, style: str = "loop") -> tuple[int, ...]:
-    """Return the stages on *pp_rank*, in order: ``loop`` deals them round and round, ``v`` there and back.
+    """Return the stages on *pp_rank*, in order: ``loop`` gives them out round robin, ``v`` forth and back.
 
     Raises ValueError when *num_stages* is no multiple of *pp_size*, or, for ``v``, not twice as many.
     """

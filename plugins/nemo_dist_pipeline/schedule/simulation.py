@@ -1,4 +1,4 @@
-"""Play a schedule through on paper: when every action runs, and how long the ranks wait; no torch.
+"""Simulate a schedule: when every action runs, and how long the ranks wait; no torch.
 
 A forward takes one unit of time, a backward for the inputs one, for the weights one, a whole backward two, and
 communication none; so the idle share is the theoretical bubble of the order for equal stages.
@@ -26,7 +26,7 @@ class Slot:
 
 @attrs.frozen
 class Timeline:
-    """For every rank its slots in order; ``stuck`` are the actions at which ranks wait for ever."""
+    """For every rank its slots in order; ``stuck`` has, by rank, the action at which it waits for ever (a deadlock)."""
 
     ranks: tuple[tuple[Slot, ...], ...]
     stuck: Mapping[int, Action] = attrs.field(factory=dict)
@@ -43,28 +43,28 @@ class Timeline:
         return 1 - busy / (len(self.ranks) * self.length) if self.length else 0.0
 
 
-def play(order: Order) -> Timeline:
-    """Return the timeline of *order*: every rank does the next action of its line as soon as what it needs is done."""
+def simulate(order: Order) -> Timeline:
+    """Return the timeline of *order*: every rank runs the next action of its line as soon as its inputs are ready."""
     stages = 1 + max((action.stage for line in order for action in line), default=0)
     done: dict[tuple[int, str, int], int] = {}
     slots: list[list[Slot]] = [[] for _ in order]
     moving = True
     while moving:
         moving = False
-        for line, mine in zip(order, slots, strict=True):
-            while len(mine) < len(line):
-                action = line[len(mine)]
+        for line, finished in zip(order, slots, strict=True):
+            while len(finished) < len(line):
+                action = line[len(finished)]
                 ready = _ready(action, done, stages)
                 if ready is None:
                     break
-                start = max(ready, mine[-1].end if mine else 0)
-                mine.append(Slot(action, start, start + COST[action.kind]))
-                done[action.stage, _effect(action), action.microbatch] = mine[-1].end
+                start = max(ready, finished[-1].end if finished else 0)
+                finished.append(Slot(action, start, start + COST[action.kind]))
+                done[action.stage, _effect(action), action.microbatch] = finished[-1].end
                 moving = True
     stuck = {
-        rank: line[len(mine)]
-        for rank, (line, mine) in enumerate(zip(order, slots, strict=True))
-        if len(mine) < len(line)
+        rank: line[len(finished)]
+        for rank, (line, finished) in enumerate(zip(order, slots, strict=True))
+        if len(finished) < len(line)
     }
     return Timeline(tuple(map(tuple, slots)), stuck)
 
@@ -75,7 +75,7 @@ def _effect(action: Action) -> str:
 
 
 def _ready(action: Action, done: Mapping[tuple[int, str, int], int], stages: int) -> int | None:
-    """Return when what *action* needs is there, or None while it is not."""
+    """Return when the inputs of *action* are ready, or None while they are not."""
     stage, microbatch = action.stage, action.microbatch
     needed: list[tuple[int, str, int]] = []
     if action.kind == "F" and stage > 0:

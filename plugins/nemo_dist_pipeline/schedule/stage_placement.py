@@ -1,4 +1,4 @@
-"""Which stage lives on which pipeline rank, and how many microbatches the schedule takes; no torch."""
+"""Tell which stage is on which pipeline rank, and how many microbatches the schedule takes; no torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import attrs
 
 from nemo_dist_pipeline.schedule.actions import Order, problems_of, read
 from nemo_dist_pipeline.schedule.schedules import Schedule, named, stage_ids_this_rank, virtual_stages
-from nemo_dist_pipeline.schedule.simulation import play
+from nemo_dist_pipeline.schedule.simulation import simulate
 
 if TYPE_CHECKING:
     from nemo_dist_pipeline.config import PipelineConfig
@@ -38,7 +38,7 @@ class StagePlacement:
             )
         if not problems:
             problems += [f"{where}: {problem}" for problem in problems_of(order)]
-        if not problems and (stuck := play(order).stuck):
+        if not problems and (stuck := simulate(order).stuck):
             waits = "; ".join(f"line {rank + 1} waits at {action}" for rank, action in sorted(stuck.items()))
             problems.append(f"{where} ends in a deadlock: {waits}")
         return cls(pp_size=pp_size, order=order), problems
@@ -61,12 +61,12 @@ class StagePlacement:
     def bubble(self, stages: int | None, count: int) -> float:
         """Return the share of the time that ranks are idle in theory, with *count* microbatches."""
         if self.schedule is None:
-            return play(self.order).bubble
+            return simulate(self.order).bubble
         return self.schedule.bubble(self.pp_size, (stages or 0) // self.pp_size or self.schedule.per_rank, count)
 
     @property
     def joins(self) -> bool:
-        """Whether several batches may run as one: their activations are not all held at once."""
+        """Whether several batches may run in one schedule, because it does not hold all their activations at once."""
         return self.schedule is not None and self.schedule.bounded
 
     @property

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from nemo_dist_pipeline.schedule.actions import Order
-from nemo_dist_pipeline.schedule.simulation import Slot, Timeline, play
+from nemo_dist_pipeline.schedule.simulation import Slot, Timeline, simulate
 
 if TYPE_CHECKING:
     from nemo_dist_pipeline.schedule.stage_placement import StagePlacement
@@ -23,7 +23,7 @@ def summary(division: Sequence[Sequence[str]], placement: StagePlacement, parts:
         count = f"{counts[index]:,}" if index in counts else "-"
         lines.append(f"{index:>5}  {placement.rank_of(index, len(division)):>4}  {count:>12}  {_shortened(modules)}")
     microbatches = 1 + max(action.microbatch for line in order for action in line)
-    bubble = f"{play(order).bubble:.1%} bubble in theory with {microbatches} microbatches"
+    bubble = f"{simulate(order).bubble:.1%} bubble in theory with {microbatches} microbatches"
     return "\n".join([*lines, f"schedule {placement.name}: {bubble}"])
 
 
@@ -39,7 +39,7 @@ def _shortened(modules: Sequence[str]) -> str:
 
 def picture(order: Order, form: str = "text") -> str:
     """Return a picture of *order*: a row per rank, time to the right; ``form`` is "text" or "svg"."""
-    timeline = play(order)
+    timeline = simulate(order)
     if form == "text":
         return _text(timeline)
     if form == "svg":
@@ -48,7 +48,7 @@ def picture(order: Order, form: str = "text") -> str:
 
 
 def _label(slot: Slot, several: bool) -> str:
-    """Write kind and microbatch, with a tick per local stage before it where a rank has several."""
+    """Write kind and microbatch, after the stage where a rank has several."""
     return f"{slot.action.stage if several else ''}{slot.action.kind}{slot.action.microbatch}"
 
 
