@@ -90,7 +90,7 @@ def everything(runtime, optimizer=None):
     return found
 
 
-def train_and_save(name, folders, path):
+def on_rank_train_and_save(name, folders, path):
     """Train from the start for three steps, and save."""
     FOLDERS.update(folders)
     runtime, optimizer = start(name)
@@ -110,7 +110,7 @@ def digests(found):
     }
 
 
-def go_through(name, folders, specimen, path):
+def on_rank_train_save_and_export(name, folders, specimen, path):
     """Train for three steps, save and export, train three more; return what was saved and the last losses."""
     FOLDERS.update(folders)
     runtime, optimizer = start(name, specimen)
@@ -122,10 +122,10 @@ def go_through(name, folders, specimen, path):
     return found, steps(runtime, optimizer, task, range(3, 6))
 
 
-def load_each(name, folders, specimen, paths, export):
+def on_rank_load_each(name, folders, specimen, paths, export):
     """Go on from each of *paths*, one after the other, with what the one before left, and load *export*.
 
-    Report as ``go_through``, and the model of the export.
+    Report as ``on_rank_train_save_and_export``, and the model of the export.
     """
     FOLDERS.update(folders)
     runtime, optimizer = start(name, specimen, seed=1)

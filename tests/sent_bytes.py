@@ -40,7 +40,7 @@ class Sent(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def measured(specimen, options):
+def on_rank_measure_bytes(specimen, options):
     """Return the bytes that a step sends by kind of collective, and those that the plugins say it will."""
     initialize_distributed("gloo")
     setup = DistributedSetup.build(**options)

@@ -39,7 +39,7 @@ def adapted(folder, strategy, sizes=None, config=LORA):
     return setup.runtime(model)
 
 
-def train(folder, strategy, out):
+def on_rank_train(folder, strategy, out):
     runtime = adapted(folder, strategy)
     own = trainable(runtime.model)
     start = {name: parameter.detach().clone() for name, parameter in own.items()}
@@ -78,7 +78,7 @@ STRATEGIES = {
 )
 def test_adapters_train_like_on_one_process(ranks, strategy, tmp_path):
     folder = checkpoint("llama")
-    first, *others = ranks(2).run(train, folder, strategy, tmp_path)
+    first, *others = ranks(2).run(on_rank_train, folder, strategy, tmp_path)
     start, seen, end = first
     for other in others:
         torch.testing.assert_close(other, first, rtol=0, atol=0)
@@ -105,25 +105,25 @@ def test_adapters_train_like_on_one_process(ranks, strategy, tmp_path):
     torch.testing.assert_close(saved(input_ids=tokens).logits, model(input_ids=tokens).logits)
 
 
-def refusal(folder, sizes, config, strategy=None):
+def on_rank_refusal(folder, sizes, config, strategy=None):
     with pytest.raises(ValueError) as caught:
         adapted(folder, strategy or FSDP2Config(), sizes, config)
     return str(caught.value)
 
 
-def test_adapters_are_refused_where_they_are_not_proven(ranks):
-    for message in ranks(2).run(refusal, checkpoint("llama"), ParallelismSizes(tp_size=2), LORA):
+def test_adapters_are_refused_beside_tensor_parallelism(ranks):
+    for message in ranks(2).run(on_rank_refusal, checkpoint("llama"), ParallelismSizes(tp_size=2), LORA):
         assert "trainable parameters were added after loading" in message
         assert "not proven with tp (got tp_size=2)" in message
 
 
-def test_adapters_are_refused_by_a_strategy_that_is_not_proven_with_them(ranks):
+def test_adapters_are_refused_by_a_strategy_not_proven_with_them(ranks):
     strategy = MegatronFSDPConfig()
-    for message in WithCudaCalls(ranks(2)).run(refusal, checkpoint("llama"), None, LORA, strategy):
+    for message in WithCudaCalls(ranks(2)).run(on_rank_refusal, checkpoint("llama"), None, LORA, strategy):
         assert "not proven with 'megatron_fsdp', use 'ddp' or 'fsdp2'" in message
 
 
 def test_adapters_that_lengthen_the_sequence_are_refused(ranks):
     config = peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
-    for message in ranks(2).run(refusal, checkpoint("llama"), None, config):
+    for message in ranks(2).run(on_rank_refusal, checkpoint("llama"), None, config):
         assert "PromptTuningConfig adds tokens of its own to every sequence" in message

@@ -30,7 +30,7 @@ class Feed:
         self.taken = state["taken"]
 
 
-def dropout_run(name, specimen, dropout, path, parts):
+def on_rank_train_in_parts(name, specimen, dropout, path, parts):
     """Train in *parts*, each in a new model that loads what the one before saved; dropout, order and schedule drawn."""
     config = runs.SPECIMENS[specimen].config()
     config.attention_dropout = dropout
@@ -77,9 +77,9 @@ def dropout_run(name, specimen, dropout, path, parts):
         ),
     ],
 )
-def test_a_run_that_stopped_is_bit_for_bit_one_that_never_did(ranks, tmp_path, name, world, specimen, dropout):
-    whole = ranks(world).run(dropout_run, name, specimen, dropout, tmp_path / "a", [6])
-    parted = ranks(world).run(dropout_run, name, specimen, dropout, tmp_path / "b", [2, 3, 1])
+def test_a_resumed_run_is_bit_for_bit_an_uninterrupted_one(ranks, tmp_path, name, world, specimen, dropout):
+    whole = ranks(world).run(on_rank_train_in_parts, name, specimen, dropout, tmp_path / "a", [6])
+    parted = ranks(world).run(on_rank_train_in_parts, name, specimen, dropout, tmp_path / "b", [2, 3, 1])
     for (losses, drawn, state), (other_losses, other_drawn, other_state) in zip(whole, parted, strict=True):
         assert losses == other_losses
         assert drawn == other_drawn
@@ -87,7 +87,7 @@ def test_a_run_that_stopped_is_bit_for_bit_one_that_never_did(ranks, tmp_path, n
         assert all(torch.equal(other_state[name], tensor) for name, tensor in state.items())
 
 
-def evaluate_then_save(folders, path):
+def on_rank_evaluate_then_save(folders, path):
     runs.FOLDERS.update(folders)
     runtime, optimizer = runs.start("fsdp2")
     runs.steps(runtime, optimizer, Task(), range(1))
@@ -105,13 +105,13 @@ def evaluate_then_save(folders, path):
     return before, runs.everything(runtime, optimizer), loss
 
 
-def test_gathered_parameters_after_an_evaluation_neither_hide_the_shards_nor_stay_stale(ranks, tmp_path):
-    for before, after, loss in ranks(2).run(evaluate_then_save, runs.folders("llama"), tmp_path / "c"):
+def test_saving_and_loading_after_an_evaluation_use_the_shards(ranks, tmp_path):
+    for before, after, loss in ranks(2).run(on_rank_evaluate_then_save, runs.folders("llama"), tmp_path / "c"):
         assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
         assert 0 < loss < 100
 
 
-def asynchronous_run(folders, path):
+def on_rank_save_in_background(folders, path):
     """Change everything while the save is under way; what is saved is what was there at the call."""
     runs.FOLDERS.update(folders)
     runtime, optimizer = runs.start("fsdp2")
@@ -128,12 +128,12 @@ def asynchronous_run(folders, path):
 
 
 def test_an_asynchronous_save_has_the_state_at_the_call(ranks, tmp_path):
-    for expected, loaded in ranks(2).run(asynchronous_run, runs.folders("llama"), tmp_path):
+    for expected, loaded in ranks(2).run(on_rank_save_in_background, runs.folders("llama"), tmp_path):
         assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "second"]
 
 
-def grouped(folders, path, group_again):
+def on_rank_load_into_groups(folders, path, group_again):
     """Save with two groups of options, and load into an optimizer that groups in another order."""
     runs.FOLDERS.update(folders)
     runtime, _ = runs.start("fsdp2")
@@ -150,16 +150,16 @@ def grouped(folders, path, group_again):
 
 
 def test_options_follow_their_parameters_into_other_groups(ranks, tmp_path):
-    for found in ranks(2).run(grouped, runs.folders("llama"), tmp_path / "c", True):
+    for found in ranks(2).run(on_rank_load_into_groups, runs.folders("llama"), tmp_path / "c", True):
         assert [group[:2] for group in found] == [(1e-2, 0.2), (3e-3, 0.0)]
 
 
-def test_one_group_for_what_was_saved_with_different_options_is_refused(ranks, tmp_path):
+def test_merging_groups_with_different_options_is_refused(ranks, tmp_path):
     with pytest.raises(Exception, match="saved with different options"):
-        ranks(2).run(grouped, runs.folders("llama"), tmp_path / "c", False)
+        ranks(2).run(on_rank_load_into_groups, runs.folders("llama"), tmp_path / "c", False)
 
 
-def other_optimizers(folders, path, kind):
+def on_rank_train_save_and_load(folders, path, kind):
     runs.FOLDERS.update(folders)
     setup = DistributedSetup.build(strategy=FSDP2Config(mp_policy=runs.FP32))
     results = []
@@ -179,16 +179,16 @@ def other_optimizers(folders, path, kind):
 
 
 @pytest.mark.parametrize("kind", ["SGD", "Adagrad", "RMSprop", "NAdam"])
-def test_optimizers_with_other_moments_go_on_too(ranks, tmp_path, kind):
+def test_other_optimizers_are_saved_and_loaded_too(ranks, tmp_path, kind):
     for (saved, losses), (loaded, losses_after) in ranks(2).run(
-        other_optimizers, runs.folders("llama"), tmp_path / "c", kind
+        on_rank_train_save_and_load, runs.folders("llama"), tmp_path / "c", kind
     ):
         assert saved.keys() == loaded.keys()
         assert all(torch.equal(loaded[name], tensor) for name, tensor in saved.items())
         assert losses == losses_after
 
 
-def save_unpicklable(folders, path, extra):
+def on_rank_save_extra(folders, path, extra):
     runs.FOLDERS.update(folders)
     runtime, optimizer = runs.start("ddp")
     runtime.save(path, optimizer, extra=extra)
@@ -197,12 +197,12 @@ def save_unpicklable(folders, path, extra):
 
 def test_extra_comes_back_as_it_was(ranks, tmp_path):
     extra = {"step": 3, "pair": (1, 2.5), 7: "int key", "blob": b"\x00\xff", "mask": torch.tensor([True, False])}
-    (found,) = ranks(1).run(save_unpicklable, runs.folders("llama"), tmp_path / "c", extra)
+    (found,) = ranks(1).run(on_rank_save_extra, runs.folders("llama"), tmp_path / "c", extra)
     assert {k: v for k, v in found.items() if k != "mask"} == {k: v for k, v in extra.items() if k != "mask"}
     assert torch.equal(found["mask"], extra["mask"])
 
 
-def test_what_only_pickle_could_hold_is_refused_with_its_place(ranks, tmp_path):
+def test_extra_that_would_need_pickle_is_refused_with_its_path(ranks, tmp_path):
     with pytest.raises(Exception, match=r"extra\['deep'\]\[1\] is a Task, which cannot be saved without pickle"):
-        ranks(1).run(save_unpicklable, runs.folders("llama"), tmp_path / "c", {"deep": [0, Task()]})
+        ranks(1).run(on_rank_save_extra, runs.folders("llama"), tmp_path / "c", {"deep": [0, Task()]})
     assert list(tmp_path.iterdir()) == []

@@ -37,7 +37,7 @@ def assert_state_of(runtime, optimizer, step):
         assert state["step"].item() == step
 
 
-def resume(folders, path):
+def on_rank_resume(folders, path):
     """Go on from *path*, check that what was loaded is whole, and save one step more."""
     runs.FOLDERS.update(folders)
     runtime, optimizer = runs.start("fsdp2")
@@ -53,7 +53,7 @@ def resume(folders, path):
     return step
 
 
-def save_for_ever(folders, path, pids, first):
+def on_rank_save_until_killed(folders, path, pids, first):
     """Save one step after the other, in the foreground and in the background by turns, until killed."""
     (pids / str(os.getpid())).touch()
     runs.FOLDERS.update(folders)
@@ -85,12 +85,12 @@ def kill_while_saving(pool, folders, path, pids, first, delay, everybody):
     killer = threading.Thread(target=kill)
     killer.start()
     with pytest.raises(RankFailure):
-        pool.run(save_for_ever, folders, path, pids, first)
+        pool.run(on_rank_save_until_killed, folders, path, pids, first)
     killer.join()
 
 
 @pytest.mark.parametrize("moments", [2, pytest.param(30, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
-def test_a_run_killed_at_any_moment_of_a_save_goes_on_from_a_whole_checkpoint(tmp_path, moments):
+def test_a_run_killed_while_saving_resumes_from_a_complete_checkpoint(tmp_path, moments):
     chance, folders, path = random.Random(moments), runs.folders("llama"), tmp_path / "run"
     first = 1
     with RankPool(2) as pool:
@@ -98,7 +98,7 @@ def test_a_run_killed_at_any_moment_of_a_save_goes_on_from_a_whole_checkpoint(tm
             pids = tmp_path / f"pids-{index}"
             pids.mkdir()
             kill_while_saving(pool, folders, path, pids, first, chance.uniform(0, 0.4), everybody=index % 2 == 0)
-            steps = pool.run(resume, folders, path)
+            steps = pool.run(on_rank_resume, folders, path)
             # What a save in the foreground returned from is durable; of one in the background, the one before is.
             returned = saved_steps(pids)[-1]
             assert steps[0] == steps[1] >= (returned if returned % 2 else returned - 1)
@@ -109,7 +109,7 @@ def test_a_run_killed_at_any_moment_of_a_save_goes_on_from_a_whole_checkpoint(tm
 CALLS = ("mkdir", "rename", "open", "fsync", "rmdir", "unlink")
 
 
-def die_at_call(folders, path, number):
+def on_rank_die_at_call(folders, path, number):
     """Save step 2 over the folder with step 1, and step 2 again, but die at the *number*-th change of the disk."""
     runs.FOLDERS.update(folders)
     runtime, optimizer = runs.start("fsdp2")
@@ -135,7 +135,7 @@ def die_at_call(folders, path, number):
     return count
 
 
-def save_first(folders, path):
+def on_rank_save_first(folders, path):
     runs.FOLDERS.update(folders)
     runtime, optimizer = runs.start("fsdp2")
     set_state(runtime, optimizer, 1)
@@ -144,17 +144,17 @@ def save_first(folders, path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_a_rank_may_die_before_any_change_of_the_disk(tmp_path):
+def test_a_rank_may_die_at_every_disk_operation_of_a_save(tmp_path):
     """Every system call that changes the disk is a moment to die at, also in the middle of replacing a checkpoint."""
     folders, seen, number = runs.folders("llama"), set(), 0
     with RankPool(1) as pool:
         while True:
             path = tmp_path / str(number)
-            pool.run(save_first, folders, path)
+            pool.run(on_rank_save_first, folders, path)
             try:
-                pool.run(die_at_call, folders, path, number)
+                pool.run(on_rank_die_at_call, folders, path, number)
             except RankFailure:
-                seen.add(pool.run(resume, folders, path)[0])
+                seen.add(pool.run(on_rank_resume, folders, path)[0])
                 number += 1
                 continue
             break
@@ -174,7 +174,7 @@ def small_disk(folder, options):
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def save_where_it_fails(folders, path, asynchronous):
+def on_rank_save_until_the_disk_is_full(folders, path, asynchronous):
     """Save step 1, then steps that cannot be saved, and train on; report the errors and what is loaded in the end."""
     runs.FOLDERS.update(folders)
     runtime, optimizer = runs.start("fsdp2")
@@ -194,16 +194,16 @@ def save_where_it_fails(folders, path, asynchronous):
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_a_full_disk_is_a_clear_error_and_the_older_checkpoint_is_intact(ranks, tmp_path, asynchronous):
+def test_a_full_disk_is_an_error_and_keeps_the_older_checkpoint(ranks, tmp_path, asynchronous):
     with small_disk(tmp_path / "disk", "size=900k") as disk:
-        answers = ranks(2).run(save_where_it_fails, runs.folders("llama"), disk / "run", asynchronous)
+        answers = ranks(2).run(on_rank_save_until_the_disk_is_full, runs.folders("llama"), disk / "run", asynchronous)
         errors = "\n".join(error for errors, _, _, _ in answers for error in errors)
         assert "No space left on device" in errors
         assert errors.count("Error: ") >= 2, "an error on one rank must be one on all"
         assert all(found == failed - 1 for _, found, failed, _ in answers)
 
 
-def save_then_read_only(folders, path, mount):
+def on_rank_save_to_a_read_only_disk(folders, path, mount):
     runs.FOLDERS.update(folders)
     runtime, optimizer = runs.start("fsdp2")
     folder = RunFolder(path)
@@ -219,12 +219,12 @@ def save_then_read_only(folders, path, mount):
     return step
 
 
-def test_a_read_only_disk_is_a_clear_error_and_the_older_checkpoint_is_intact(ranks, tmp_path):
+def test_a_read_only_disk_is_an_error_and_keeps_the_older_checkpoint(ranks, tmp_path):
     with small_disk(tmp_path / "disk", "size=10m") as disk:
-        assert ranks(2).run(save_then_read_only, runs.folders("llama"), disk / "run", disk) == [1, 1]
+        assert ranks(2).run(on_rank_save_to_a_read_only_disk, runs.folders("llama"), disk / "run", disk) == [1, 1]
 
 
-def limited(folders, path):
+def on_rank_fail_in_the_background(folders, path):
     """Let rank 1 write no file above 2000 bytes."""
     import resource
 
@@ -247,8 +247,8 @@ def limited(folders, path):
     return first
 
 
-def test_an_error_in_the_background_is_raised_by_the_next_call_on_every_rank_and_once(ranks, tmp_path):
-    first, second = ranks(2).run(limited, runs.folders("llama"), tmp_path / "c")
+def test_a_background_error_is_raised_once_by_the_next_call_on_each_rank(ranks, tmp_path):
+    first, second = ranks(2).run(on_rank_fail_in_the_background, runs.folders("llama"), tmp_path / "c")
     assert first.startswith("RankError: ") and "rank 1: CheckpointError" in first
     assert second.startswith("CheckpointError: writing the tensors to") and "File too large" in second
 
@@ -262,7 +262,7 @@ async_save.begin(work)
 """
 
 
-def test_an_error_that_nobody_waited_for_makes_the_process_fail():
+def test_an_unawaited_background_error_makes_the_process_fail():
     import sys
 
     done = subprocess.run([sys.executable, "-c", EXIT], capture_output=True, text=True, timeout=60)

@@ -17,7 +17,7 @@ from nemo_dist.checkpoint.manifest import Manifest
 @pytest.fixture(scope="module")
 def original(rank_pools, tmp_path_factory):
     path = tmp_path_factory.mktemp("original") / "c"
-    rank_pools(2).run(runs.train_and_save, "fsdp2", runs.folders("llama"), path)
+    rank_pools(2).run(runs.on_rank_train_and_save, "fsdp2", runs.folders("llama"), path)
     return path
 
 
@@ -35,7 +35,7 @@ def locally(runtime, optimizer):
     return tensors | {"moments": torch.tensor(len(optimizer.state)), "generator": torch.get_rng_state()}
 
 
-def try_to_load(folders, path, specimen="llama", optimizer_type=torch.optim.AdamW, **options):
+def on_rank_try_to_load(folders, path, specimen="llama", optimizer_type=torch.optim.AdamW, **options):
     """Report the error of a load, and whether nothing of the run has changed."""
     runs.FOLDERS.update(folders)
     runtime, _ = runs.start("fsdp2", specimen, 1)
@@ -51,7 +51,7 @@ def try_to_load(folders, path, specimen="llama", optimizer_type=torch.optim.Adam
 
 
 def refusals(ranks, path, **options):
-    answers = ranks(2).run(try_to_load, runs.folders("llama", "qwen3"), path, **options)
+    answers = ranks(2).run(on_rank_try_to_load, runs.folders("llama", "qwen3"), path, **options)
     assert all(same for _, same in answers), "a refused checkpoint has changed the run"
     assert all("Error: " in error for error, _ in answers), answers
     return "\n".join(error for error, _ in answers)
@@ -199,7 +199,7 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_changes_nothing(ranks, copy
 
 
 @pytest.mark.parametrize("damage", [pickle_with_right_sums, torch_file, other_shapes_than_announced])
-def test_what_is_no_safetensors_file_is_refused_though_its_sums_are_right_and_nothing_in_it_runs(ranks, copy, damage):
+def test_a_file_that_is_not_safetensors_is_refused_and_not_executed(ranks, copy, damage):
     damage(copy)
     found = refusals(ranks, copy)
     assert "rank-00001.safetensors" in found
@@ -217,7 +217,7 @@ def test_another_optimizer_is_refused(ranks, original):
     assert "was saved with the optimizer AdamW, and the optimizer to load is SGD" in found
 
 
-def save_variant(path, **changes):
+def on_rank_save_variant(path, **changes):
     """Save a new model of the class of the specimen, with a changed config."""
     config = runs.SPECIMENS["llama"].config()
     config.update(changes)
@@ -228,19 +228,19 @@ def save_variant(path, **changes):
 
 
 def test_a_model_of_another_size_is_refused_with_the_names_and_shapes(ranks, tmp_path):
-    ranks(2).run(save_variant, tmp_path / "c", vocab_size=100)
+    ranks(2).run(on_rank_save_variant, tmp_path / "c", vocab_size=100)
     found = refusals(ranks, tmp_path / "c")
     assert "lm_head.weight is torch.float32 (100, 32) in the checkpoint, torch.float32 (96, 32) in the model" in found
 
 
 def test_missing_and_unknown_parameters_are_named(ranks, tmp_path):
-    ranks(2).run(save_variant, tmp_path / "small", num_hidden_layers=2)
+    ranks(2).run(on_rank_save_variant, tmp_path / "small", num_hidden_layers=2)
     assert "model.layers.2.mlp.up_proj.weight is not in the checkpoint" in refusals(ranks, tmp_path / "small")
-    ranks(2).run(save_variant, tmp_path / "large", num_hidden_layers=4)
+    ranks(2).run(on_rank_save_variant, tmp_path / "large", num_hidden_layers=4)
     assert "model.layers.3.mlp.up_proj.weight is not in the model" in refusals(ranks, tmp_path / "large")
 
 
-def test_what_is_to_be_restored_must_have_been_saved(ranks, original):
+def test_schedulers_and_data_that_were_not_saved_cannot_be_loaded(ranks, original):
     assert "has 0 schedulers, but 1 are to be loaded" in refusals(ranks, original, schedulers=["any"])
     assert "has no state of data" in refusals(ranks, original, data="any")
 
@@ -249,7 +249,7 @@ def test_a_path_without_a_checkpoint_is_refused(ranks, tmp_path):
     assert f"there is no checkpoint at {tmp_path / 'none'}" in refusals(ranks, tmp_path / "none")
 
 
-def test_a_symbolic_manifest_names_no_attribute_of_torch(copy):
+def test_a_manifest_cannot_name_an_arbitrary_attribute_of_torch(copy):
     runs.rewrite(copy, tensors=lambda tensors: tensors | {"model/x": [[1], "load", [[0, [0], [1]]]]})
     with pytest.raises(CheckpointError, match="malformed"):
         Manifest.read(copy)

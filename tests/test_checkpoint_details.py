@@ -33,7 +33,7 @@ def schedules(optimizer):
     return lr_scheduler.SequentialLR(optimizer, [warm, decay], milestones=[2])
 
 
-def train_in_groups(name, folders, path):
+def on_rank_train_in_groups(name, folders, path):
     """Train with two groups and a schedule, save; return the rates now and after the next two steps."""
     runs.FOLDERS.update(folders)
     runtime, _ = runs.start(name, "llama-deep")
@@ -46,7 +46,7 @@ def train_in_groups(name, folders, path):
     return rates_of_the_next_steps(runtime, optimizer, scheduler)
 
 
-def load_in_groups(name, folders, path):
+def on_rank_load_in_groups(name, folders, path):
     """Go on with the same groups in another order, made with other rates."""
     runs.FOLDERS.update(folders)
     runtime, _ = runs.start(name, "llama-deep")
@@ -70,10 +70,10 @@ def rates_of_the_next_steps(runtime, optimizer, scheduler):
 @pytest.mark.parametrize(
     ("target", "world"), [("ddp", 2), ("pp", 2), pytest.param("hsdp-tp", 8, marks=pytest.mark.slow)]
 )
-def test_every_parameter_keeps_its_options_and_its_schedule_in_other_groups(ranks, tmp_path, target, world):
+def test_parameters_keep_their_options_and_schedule_in_other_groups(ranks, tmp_path, target, world):
     folders = runs.folders("llama-deep")
-    expected = ranks(2).run(train_in_groups, "fsdp2", folders, tmp_path / "c")[0]
-    answers = ranks(world).run(load_in_groups, target, folders, tmp_path / "c")
+    expected = ranks(2).run(on_rank_train_in_groups, "fsdp2", folders, tmp_path / "c")[0]
+    answers = ranks(world).run(on_rank_load_in_groups, target, folders, tmp_path / "c")
     for step, rates in enumerate(expected):
         assert runs.joined([answer[step] for answer in answers]) == rates
         assert len(set(rates.values())) == 2
@@ -83,7 +83,7 @@ def cyclic(optimizer, rates):
     return lr_scheduler.CyclicLR(optimizer, rates[0], rates[1], cycle_momentum=False)
 
 
-def load_in_one_group(folders, path, rates):
+def on_rank_load_in_one_group(folders, path, rates):
     """Save a schedule with limits per group, and load it into an optimizer with one group."""
     runs.FOLDERS.update(folders)
     runtime, _ = runs.start("fsdp2")
@@ -108,14 +108,14 @@ def load_in_one_group(folders, path, rates):
     return one.param_groups[0]["lr"], optimizer.param_groups[0]["lr"]
 
 
-def test_limits_that_are_the_same_for_all_groups_fit_any_number_of_groups(ranks, tmp_path):
-    for found, expected in ranks(2).run(load_in_one_group, runs.folders("llama"), tmp_path / "c", (1e-3, 2e-3)):
+def test_scheduler_limits_shared_by_all_groups_load_into_one_group(ranks, tmp_path):
+    for found, expected in ranks(2).run(on_rank_load_in_one_group, runs.folders("llama"), tmp_path / "c", (1e-3, 2e-3)):
         assert found == expected != 5.0
 
 
-def test_limits_that_differ_between_groups_are_refused_before_anything_changes(ranks, tmp_path):
+def test_scheduler_limits_that_differ_between_groups_are_refused(ranks, tmp_path):
     rates = (1e-3, [2e-3, 4e-3])
-    for message, untouched in ranks(2).run(load_in_one_group, runs.folders("llama"), tmp_path / "c", rates):
+    for message, untouched in ranks(2).run(on_rank_load_in_one_group, runs.folders("llama"), tmp_path / "c", rates):
         assert "CyclicLR was saved with max_lrs [0.002, 0.004] for 2 groups of the optimizer, and here are 1" in message
         assert untouched
 
@@ -143,24 +143,24 @@ def started_in_bf16(name, folders):
     return runtime, runtime.optimizer(torch.optim.AdamW)
 
 
-def save_odd_state(name, folders, path):
+def on_rank_save_odd_state(name, folders, path):
     runtime, optimizer = started_in_bf16(name, folders)
     odd_state(runtime, optimizer, 3)
     runtime.save(path, optimizer)
     return runs.digests(runs.everything(runtime, optimizer))
 
 
-def load_odd_state(name, folders, path):
+def on_rank_load_odd_state(name, folders, path):
     runtime, optimizer = started_in_bf16(name, folders)
     odd_state(runtime, optimizer, 4)
     runtime.load(path, optimizer)
     return runs.digests(runs.everything(runtime, optimizer)), runtime.model.cache.tolist()
 
 
-def test_buffers_scalars_and_moments_of_another_dtype_come_back_bit_for_bit(ranks, tmp_path):
+def test_buffers_scalars_and_wider_moments_come_back_bit_for_bit(ranks, tmp_path):
     folders = runs.folders("llama-tied")
-    saved = runs.joined(ranks(2).run(save_odd_state, "tp", folders, tmp_path / "c"))
-    answers = ranks(2).run(load_odd_state, "fsdp2", folders, tmp_path / "c")
+    saved = runs.joined(ranks(2).run(on_rank_save_odd_state, "tp", folders, tmp_path / "c"))
+    answers = ranks(2).run(on_rank_load_odd_state, "fsdp2", folders, tmp_path / "c")
     assert runs.joined([found for found, _ in answers]) == saved
     assert {saved[f"model/{name}"].split(" (")[0] for name in ("count", "mask", "empty")} == {
         "torch.int64",
@@ -187,13 +187,13 @@ class Position:
         self.at = state["at"]
 
 
-def save_position(folders, path, each):
+def on_rank_save_position(folders, path, each):
     runs.FOLDERS.update(folders)
     runtime, optimizer = runs.start("tp")
     runtime.save(path, optimizer, data=Position(10 + runtime.dp_rank * each))
 
 
-def load_position(name, folders, path):
+def on_rank_load_position(name, folders, path):
     runs.FOLDERS.update(folders)
     runtime, optimizer = runs.start(name)
     position = Position(0)
@@ -205,18 +205,18 @@ def load_position(name, folders, path):
     return position.at
 
 
-def test_positions_in_the_data_follow_the_data_parallel_rank(ranks, tmp_path):
+def test_the_position_in_the_data_is_restored_by_dp_rank(ranks, tmp_path):
     """Saved by two pairs of ranks that read the same batches each."""
     folders = runs.folders("llama")
-    ranks(4).run(save_position, folders, tmp_path / "each", 1)
-    ranks(4).run(save_position, folders, tmp_path / "same", 0)
-    assert ranks(2).run(load_position, "fsdp2", folders, tmp_path / "each") == [10, 11]
-    assert ranks(2).run(load_position, "tp", folders, tmp_path / "same") == [10, 10]
-    for message in ranks(2).run(load_position, "tp", folders, tmp_path / "each"):
+    ranks(4).run(on_rank_save_position, folders, tmp_path / "each", 1)
+    ranks(4).run(on_rank_save_position, folders, tmp_path / "same", 0)
+    assert ranks(2).run(on_rank_load_position, "fsdp2", folders, tmp_path / "each") == [10, 11]
+    assert ranks(2).run(on_rank_load_position, "tp", folders, tmp_path / "same") == [10, 10]
+    for message in ranks(2).run(on_rank_load_position, "tp", folders, tmp_path / "each"):
         assert "a different state of data for each of 2 data-parallel ranks, and here are 1; leave data out" in message
 
 
-def forget_one(folders, path):
+def on_rank_forget_one_state(folders, path):
     """Save when one parameter has no state, as if it had never got a gradient; load, and train on."""
     runs.FOLDERS.update(folders)
     runtime, optimizer = runs.start("fsdp2")
@@ -231,4 +231,4 @@ def forget_one(folders, path):
 
 
 def test_a_parameter_that_had_no_state_has_none_after_the_load(ranks, tmp_path):
-    assert ranks(2).run(forget_one, runs.folders("llama"), tmp_path / "c") == [(1, {0, 3}, True)] * 2
+    assert ranks(2).run(on_rank_forget_one_state, runs.folders("llama"), tmp_path / "c") == [(1, {0, 3}, True)] * 2

@@ -72,7 +72,7 @@ def saved(on, tmp_path_factory):
     @lru_cache
     def save(specimen, topology):
         path = where / f"{specimen}-{named(topology)}"
-        answers = on(topology, runs.go_through, runs.folders(specimen), specimen, path)
+        answers = on(topology, runs.on_rank_train_save_and_export, runs.folders(specimen), specimen, path)
         found = runs.joined([found for found, _ in answers])
         assert sorted({key.partition("/")[0] for key in found}) == KINDS
         assert ("model/lm_head.weight" in found) != ("tied" in specimen)
@@ -82,12 +82,14 @@ def saved(on, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("specimen", "sources", "target"), cells())
-def test_a_topology_goes_on_from_any_other_and_loads_its_export(on, saved, specimen, sources, target):
+def test_a_run_resumes_in_another_topology_and_loads_its_export(on, saved, specimen, sources, target):
     of = {source: saved(specimen, source) for source in sources}
     _, _, uninterrupted = saved(specimen, target)
     paths = [path for path, _, _ in of.values()]
     another = sources.index(target) - 1 if target in sources else 0
-    answers = on(target, runs.load_each, runs.folders(specimen), specimen, paths, runs.export_of(paths[another]))
+    answers = on(
+        target, runs.on_rank_load_each, runs.folders(specimen), specimen, paths, runs.export_of(paths[another])
+    )
     problems = []
     for index, (source, (_, expected, _)) in enumerate(of.items()):
         problems += wrong(f"from {named(source)}", [reports[index] for reports, _ in answers], expected, uninterrupted)
@@ -123,7 +125,7 @@ EXPORTS = [
 @pytest.mark.parametrize(
     ("specimen", "topology"), EXPORTS, ids=lambda value: value if type(value) is str else named(value)
 )
-def test_an_export_is_for_plain_transformers_the_model_that_was_trained(saved, specimen, topology):
+def test_plain_transformers_loads_the_trained_model_from_an_export(saved, specimen, topology):
     path, expected, losses = saved(specimen, topology)
     model = transformers.AutoModelForCausalLM.from_pretrained(runs.export_of(path), dtype=torch.float32)
     tied = set(model.all_tied_weights_keys)

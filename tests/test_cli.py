@@ -63,7 +63,7 @@ def test_plan_as_json_is_the_plan() -> None:
     assert data["rank"]["coordinates"] == plan.coordinates(6) and data["rank"]["batch_ranks"] == [6]
 
 
-def test_what_does_not_fit_is_one_block_on_stderr() -> None:
+def test_wrong_sizes_print_one_error_on_stderr() -> None:
     assert "world_size 6 is not divisible by" in refused("plan", "-n", "6", "--dp", "4", "--tp", "4")
     assert "dp_size must be an int from 1 up (got 0)" in refused("plan", "-n", "4", "--dp", "0")
     assert "did you mean 'fsdp2'?" in refused("explain", "-n", "4", "--strategy", "fdsp2")
@@ -106,7 +106,7 @@ def test_every_command_has_help_with_examples(command: str) -> None:
     assert f"Examples:\n    nemo-dist {command}" in result.stdout
 
 
-def test_the_text_is_the_same_everywhere_and_the_held_out_part_is_another(tmp_path: Path) -> None:
+def test_the_demo_data_is_the_same_in_every_process(tmp_path: Path) -> None:
     code = (
         "from nemo_dist.cli.demo_dataset import Windows\n"
         "print([w['input_ids'].tolist() for w in map(Windows(4, 16, 3).__getitem__, range(4))])"

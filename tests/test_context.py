@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from nemo_dist import DistributedSetup, MeshContext, ParallelismSizes, initialize_distributed
 
 
-def live(options):
+def on_rank_compare_with_plan(options):
     setup = DistributedSetup.build(**options)
     context, rank = setup.mesh_context, dist.get_rank()
     groups = {
@@ -25,12 +25,12 @@ def live(options):
 
 def test_the_live_mesh_has_the_axes_groups_and_sizes_of_the_plan(ranks):
     options = {"parallelism_sizes": ParallelismSizes(dp_replicate_size=2)}
-    answers = ranks(4).run(live, options)
+    answers = ranks(4).run(on_rank_compare_with_plan, options)
 
     assert answers == [(True, (1, 2, 2, 1, 1), 4, 1, rank, True) for rank in range(4)]
 
 
-def look_up(shape, names):
+def on_rank_look_up(shape, names):
     context = MeshContext.from_meshes(init_device_mesh("cpu", shape, mesh_dim_names=names))
     wanted = ("dp", "dp_shard", "dp_shard_cp", "dp_cp", "tp", "cp")
     return {name: context.size(name) for name in wanted}, context.group("cp") is None, context.dp_shard_size
@@ -44,16 +44,16 @@ def look_up(shape, names):
     ],
 )
 def test_a_users_own_mesh_answers_to_the_planned_names(ranks, names, sizes):
-    for found, alone, shards in ranks(4).run(look_up, (2, 2), names):
+    for found, alone, shards in ranks(4).run(on_rank_look_up, (2, 2), names):
         assert (found, alone, shards) == (sizes, True, 2)
 
 
 def test_a_mesh_where_dp_is_named_twice_is_refused(ranks):
-    kind, text = ranks(4).run(ambiguous)[0]
+    kind, text = ranks(4).run(on_rank_name_dp_twice)[0]
     assert kind == "ValueError" and "'dp' stands for" in text
 
 
-def ambiguous():
+def on_rank_name_dp_twice():
     try:
         MeshContext.from_meshes(init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "dp_shard")))
     except Exception as error:
@@ -61,13 +61,13 @@ def ambiguous():
     return "nothing", ""
 
 
-def join():
+def on_rank_initialize():
     env = initialize_distributed("gloo")
     return env.rank, env.world_size, env.device.type, env.is_main, env.backend
 
 
-def test_a_process_group_that_exists_is_taken_as_it_is(ranks):
-    assert ranks(2).run(join) == [(0, 2, "cpu", True, "gloo"), (1, 2, "cpu", False, "gloo")]
+def test_an_existing_process_group_is_reused(ranks):
+    assert ranks(2).run(on_rank_initialize) == [(0, 2, "cpu", True, "gloo"), (1, 2, "cpu", False, "gloo")]
 
 
 def test_a_process_without_a_launcher_is_a_world_of_one():

@@ -46,7 +46,7 @@ layouts = st.builds(SequenceLayout, size=st.integers(1, 9), rank=st.just(0), bal
 
 
 @given(layouts, st.integers(1, 200))
-def test_the_parts_of_all_ranks_are_the_sequence(layout, length):
+def test_the_parts_of_all_ranks_make_up_the_sequence(layout, length):
     whole = layout.padded(length)
     assert length <= whole < length + layout.chunks
     parts = [layout.indices(whole, rank) for rank in range(layout.size)]
@@ -131,7 +131,7 @@ def test_packed_sequences_that_transformers_would_mix_are_refused():
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("specimen", ["llama", "llama-tied", "qwen3"])
 @pytest.mark.parametrize(("world", "cp", "replicate"), [(2, 2, None), (4, 2, None), (8, 2, 2)])
-def test_context_parallelism_computes_what_one_process_computes(ranks, world, cp, replicate, specimen, method):
+def test_context_parallelism_matches_one_process(ranks, world, cp, replicate, specimen, method):
     assert_equivalent(ranks(world), Task(specimen=specimen), **options(world, cp, replicate, method))
 
 
@@ -187,7 +187,7 @@ def test_every_factorisation_with_exchanged_heads_is_exact(ranks, world, replica
     assert_equivalent(ranks(world), Task(specimen=specimen, length=19), **{**choice, "parallelism_sizes": sizes})
 
 
-def trained_on_a_cp_mesh(folder):
+def on_rank_load_on_a_cp_mesh(folder):
     initialize_distributed("gloo")
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("cp",))
     model = NeMoAutoModelForCausalLM.from_pretrained(folder, device_mesh=mesh, dtype=torch.float32)
@@ -195,10 +195,10 @@ def trained_on_a_cp_mesh(folder):
 
 
 def test_a_users_own_cp_mesh_is_honoured(on_ranks):
-    assert on_ranks(2, trained_on_a_cp_mesh, checkpoint("llama")) == [["context", "fsdp2"]] * 2
+    assert on_ranks(2, on_rank_load_on_a_cp_mesh, checkpoint("llama")) == [["context", "fsdp2"]] * 2
 
 
-def whole_sequences(folder, setup_options):
+def on_rank_use_whole_sequences(folder, setup_options):
     initialize_distributed("gloo")
     plain = NeMoAutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     setup = DistributedSetup.build(**setup_options)
@@ -212,7 +212,9 @@ def whole_sequences(folder, setup_options):
 
 
 def test_whole_sequences_and_generation_still_work(on_ranks):
-    for (found, expected), (text, reference) in on_ranks(2, whole_sequences, checkpoint("llama"), options(2, 2)):
+    for (found, expected), (text, reference) in on_ranks(
+        2, on_rank_use_whole_sequences, checkpoint("llama"), options(2, 2)
+    ):
         torch.testing.assert_close(found, expected)
         assert text == reference
 
@@ -293,7 +295,7 @@ CONFIGS = {
 }
 
 
-def refusal(name, loader):
+def on_rank_refusal(name, loader):
     initialize_distributed("gloo")
     setup = DistributedSetup.build(**options(2, 2, method="ulysses"))
     with pytest.raises(ValueError, match="cp_size=2 does not fit") as caught:
@@ -302,15 +304,15 @@ def refusal(name, loader):
 
 
 @pytest.mark.parametrize("name", sorted(CONFIGS))
-def test_a_model_that_is_not_exact_in_parts_is_refused(on_ranks, name):
+def test_a_model_that_cannot_be_split_exactly_is_refused(on_ranks, name):
     loader = "NeMoAutoModelForImageTextToText" if name == "llava" else "NeMoAutoModelForCausalLM"
     if name == "encoder-decoder":
         loader = "NeMoAutoModelForSequenceClassification"
-    for message in on_ranks(2, refusal, name, loader):
+    for message in on_ranks(2, on_rank_refusal, name, loader):
         assert re.search(CONFIGS[name][1], message), message
 
 
-def sequence_classifier_refusal(folder):
+def on_rank_refuse_losses_and_attention(folder):
     initialize_distributed("gloo")
     setup = DistributedSetup.build(**options(2, 2))
     with pytest.raises(ValueError, match="is not a mean over tokens"):
@@ -322,11 +324,11 @@ def sequence_classifier_refusal(folder):
     return True
 
 
-def test_losses_over_sequences_and_other_attention_implementations_are_refused(on_ranks):
-    assert all(on_ranks(2, sequence_classifier_refusal, checkpoint("bert-sequences")))
+def test_sequence_losses_and_eager_attention_are_refused(on_ranks):
+    assert all(on_ranks(2, on_rank_refuse_losses_and_attention, checkpoint("bert-sequences")))
 
 
-def loss_that_ignores_shifted_labels(folder):
+def on_rank_train_with_a_loss_that_shifts(folder):
     initialize_distributed("gloo")
     setup = DistributedSetup.build(**options(2, 2))
     model = NeMoAutoModelForCausalLM.from_pretrained(folder, distributed_setup=setup, dtype=torch.float32)
@@ -339,4 +341,4 @@ def loss_that_ignores_shifted_labels(folder):
 
 
 def test_a_loss_that_shifts_labels_itself_is_refused(on_ranks):
-    assert all(on_ranks(2, loss_that_ignores_shifted_labels, checkpoint("llama")))
+    assert all(on_ranks(2, on_rank_train_with_a_loss_that_shifts, checkpoint("llama")))

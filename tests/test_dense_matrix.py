@@ -60,11 +60,11 @@ def name_of(cell):
 
 
 @pytest.mark.parametrize("cell", SAMPLE, ids=name_of)
-def test_a_sampled_composition_computes_what_one_process_computes(ranks, cell):
+def test_a_sampled_composition_matches_one_process(ranks, cell):
     prove(ranks, *cell)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cell", [cell for cell in MATRIX if cell not in SAMPLE], ids=name_of)
-def test_every_composition_computes_what_one_process_computes(ranks, cell):
+def test_every_composition_matches_one_process(ranks, cell):
     prove(ranks, *cell)

@@ -16,7 +16,7 @@ SPECIMENS = ["llama", "llama-tied", "bert-sequences", "bert-tokens", "llava"]
 
 @pytest.mark.parametrize("specimen", SPECIMENS)
 @pytest.mark.parametrize(("strategy", "world"), [("fsdp2", 2), ("fsdp2", 4), ("hsdp", 4), ("ddp", 2), ("ddp", 4)])
-def test_a_strategy_computes_what_one_process_computes(ranks, specimen, strategy, world):
+def test_a_strategy_matches_one_process(ranks, specimen, strategy, world):
     assert_equivalent(ranks(world), Task(specimen=specimen), **SETUPS[strategy])
 
 
@@ -36,7 +36,7 @@ def test_accumulated_batches_weigh_by_their_labels(ranks, specimen, strategy, wo
         {"defer_fsdp_grad_sync": False},
     ],
 )
-def test_an_option_of_fsdp2_changes_the_cost_and_not_the_numbers(ranks, option):
+def test_an_option_of_fsdp2_does_not_change_the_numbers(ranks, option):
     config = FSDP2Config(mp_policy=FP32, **option)
     assert_equivalent(ranks(4), Task(specimen="llama-tied", accumulate=2), strategy=config)
 
@@ -45,7 +45,7 @@ def test_an_option_of_fsdp2_changes_the_cost_and_not_the_numbers(ranks, option):
     "option",
     [{"bucket_cap_mb": 1}, {"gradient_as_bucket_view": True}, {"find_unused_parameters": True}, {"static_graph": True}],
 )
-def test_an_option_of_ddp_changes_the_cost_and_not_the_numbers(ranks, option):
+def test_an_option_of_ddp_does_not_change_the_numbers(ranks, option):
     assert_equivalent(ranks(2), Task(specimen="llama-tied", accumulate=2), strategy=DDPConfig(**option))
 
 

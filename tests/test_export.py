@@ -28,7 +28,7 @@ def loaded(specimen, folder, options):
     return setup.runtime(model)
 
 
-def export_on_rank(specimen, folder, out, options, evaluate=False, **keywords):
+def on_rank_export(specimen, folder, out, options, evaluate=False, **keywords):
     runtime = loaded(specimen, folder, options)
     if evaluate:
         with torch.no_grad():
@@ -58,7 +58,7 @@ def assert_same_weights(found, expected):
 @pytest.mark.parametrize(("strategy", "world"), [("fsdp2", 2), ("fsdp2", 4), ("hsdp", 4), ("ddp", 2), ("fsdp2", 1)])
 def test_an_export_has_the_files_and_weights_that_one_process_saves(ranks, tmp_path, specimen, strategy, world):
     source = checkpoint(specimen)
-    ranks(world).run(export_on_rank, specimen, source, tmp_path / "out", SETUPS[strategy], max_shard_size="30KB")
+    ranks(world).run(on_rank_export, specimen, source, tmp_path / "out", SETUPS[strategy], max_shard_size="30KB")
     assert_same_weights(weights(tmp_path / "out"), weights(source))
     plain = SPECIMENS[specimen].load.from_pretrained(source, dtype=torch.float32)
     plain.save_pretrained(tmp_path / "plain")
@@ -92,10 +92,10 @@ OTHERS = {
 
 @pytest.mark.parametrize("name", OTHERS)
 @pytest.mark.parametrize("world", [2, 4])
-def test_any_topology_exports_what_plain_transformers_and_any_other_topology_load(ranks, tmp_path, name, world):
+def test_plain_transformers_and_other_topologies_load_every_export(ranks, tmp_path, name, world):
     specimen, options = OTHERS[name]
     pool = WithCudaCalls(ranks(world)) if name == "megatron" else ranks(world)
-    pool.run(export_on_rank, specimen, checkpoint(specimen), tmp_path / "out", options, max_shard_size="30KB")
+    pool.run(on_rank_export, specimen, checkpoint(specimen), tmp_path / "out", options, max_shard_size="30KB")
     assert_same_weights(weights(tmp_path / "out"), weights(checkpoint(specimen)))
     batch = Task(specimen=specimen).batches(0)[0]
     exported, original = (
@@ -103,26 +103,26 @@ def test_any_topology_exports_what_plain_transformers_and_any_other_topology_loa
         for folder in (tmp_path / "out", checkpoint(specimen))
     )
     assert torch.equal(exported, original)
-    ranks(world).run(export_on_rank, specimen, tmp_path / "out", tmp_path / "again", SETUPS["fsdp2"])
+    ranks(world).run(on_rank_export, specimen, tmp_path / "out", tmp_path / "again", SETUPS["fsdp2"])
     assert_same_weights(weights(tmp_path / "again"), weights(checkpoint(specimen)))
 
 
 def test_an_export_after_an_evaluation_has_the_weights_of_the_shards(ranks, tmp_path):
     source = checkpoint("llama")
-    ranks(2).run(export_on_rank, "llama", source, tmp_path / "out", SETUPS["fsdp2"], evaluate=True)
+    ranks(2).run(on_rank_export, "llama", source, tmp_path / "out", SETUPS["fsdp2"], evaluate=True)
     assert_same_weights(weights(tmp_path / "out"), weights(source))
 
 
-def test_a_dtype_casts_the_floating_point_weights_and_is_in_the_config(ranks, tmp_path):
+def test_an_export_dtype_casts_the_weights_and_is_in_the_config(ranks, tmp_path):
     source = checkpoint("llama")
-    ranks(2).run(export_on_rank, "llama", source, tmp_path / "out", SETUPS["fsdp2"], dtype="bfloat16")
+    ranks(2).run(on_rank_export, "llama", source, tmp_path / "out", SETUPS["fsdp2"], dtype="bfloat16")
     assert files(tmp_path / "out") == ["config.json", "generation_config.json", "model.safetensors"]
     assert_same_weights(weights(tmp_path / "out"), {n: w.bfloat16() for n, w in weights(source).items()})
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
-def test_no_file_exceeds_the_shard_size_and_the_index_names_every_weight(ranks, tmp_path):
-    ranks(2).run(export_on_rank, "llama", checkpoint("llama"), tmp_path / "out", SETUPS["fsdp2"], max_shard_size="20KB")
+def test_exported_files_respect_the_shard_size_and_are_indexed(ranks, tmp_path):
+    ranks(2).run(on_rank_export, "llama", checkpoint("llama"), tmp_path / "out", SETUPS["fsdp2"], max_shard_size="20KB")
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     shards = {path.name: load_file(path) for path in (tmp_path / "out").glob("*.safetensors")}
     assert len(shards) > 2
@@ -132,14 +132,14 @@ def test_no_file_exceeds_the_shard_size_and_the_index_names_every_weight(ranks, 
     assert index["metadata"]["total_size"] == sum(sizes)
 
 
-def test_an_export_into_the_folder_that_the_model_came_from_keeps_what_is_not_weights(ranks, tmp_path):
+def test_an_export_over_the_source_folder_keeps_its_other_files(ranks, tmp_path):
     source = tmp_path / "model"
     plain = SPECIMENS["llama"].make(3)
     plain.save_pretrained(source, max_shard_size="30KB")
     (source / "notes.txt").write_text("mine")
     (source / "tokenizer.json").write_text("{}")
     before = weights(source)
-    ranks(2).run(export_on_rank, "llama", source, source, SETUPS["fsdp2"])
+    ranks(2).run(on_rank_export, "llama", source, source, SETUPS["fsdp2"])
     assert_same_weights(weights(source), before)
     assert files(source) == [
         "config.json",
@@ -156,7 +156,7 @@ def test_tokenizer_and_processor_files_come_along(ranks, tmp_path):
     SPECIMENS["llama"].make(3).save_pretrained(source)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (source / name).write_text(f'"{name}"')
-    ranks(2).run(export_on_rank, "llama", source, tmp_path / "out", SETUPS["ddp"])
+    ranks(2).run(on_rank_export, "llama", source, tmp_path / "out", SETUPS["ddp"])
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (tmp_path / "out" / name).read_text() == f'"{name}"'
 
@@ -174,16 +174,16 @@ def moe_config():
     )
 
 
-def test_experts_that_transformers_stacks_are_saved_one_by_one_as_it_does(ranks, tmp_path):
+def test_experts_are_exported_one_by_one_as_transformers_does(ranks, tmp_path):
     torch.manual_seed(0)
     transformers.AutoModelForCausalLM.from_config(moe_config(), dtype=torch.float32).save_pretrained(tmp_path / "plain")
-    ranks(2).run(export_on_rank, "llama", tmp_path / "plain", tmp_path / "out", SETUPS["fsdp2"], max_shard_size="10KB")
+    ranks(2).run(on_rank_export, "llama", tmp_path / "plain", tmp_path / "out", SETUPS["fsdp2"], max_shard_size="10KB")
     assert any("experts.0." in name for name in weights(tmp_path / "plain"))
     assert_same_weights(weights(tmp_path / "out"), weights(tmp_path / "plain"))
     assert max(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors")) < 20_000
 
 
-def fail_on_one_rank(specimen, folder, out, options):
+def on_rank_export_to_a_full_disk(specimen, folder, out, options):
     import resource
     import signal
 
@@ -202,11 +202,11 @@ def fail_on_one_rank(specimen, folder, out, options):
     return "no error"
 
 
-def test_a_disk_error_on_one_rank_is_an_error_on_all_and_leaves_the_folder_as_it_was(ranks, tmp_path):
+def test_a_disk_error_on_one_rank_is_raised_on_all_and_changes_nothing(ranks, tmp_path):
     out = tmp_path / "out"
-    ranks(2).run(export_on_rank, "llama", checkpoint("llama"), out, SETUPS["fsdp2"])
+    ranks(2).run(on_rank_export, "llama", checkpoint("llama"), out, SETUPS["fsdp2"])
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    messages = ranks(2).run(fail_on_one_rank, "llama", checkpoint("llama", 5), out, SETUPS["fsdp2"])
+    messages = ranks(2).run(on_rank_export_to_a_full_disk, "llama", checkpoint("llama", 5), out, SETUPS["fsdp2"])
     assert messages[1].startswith("CheckpointError: writing the export to")
     assert "File too large" in messages[1]
     assert messages[0].startswith("RankError: writing the export to")
@@ -223,7 +223,7 @@ def test_a_disk_error_on_one_rank_is_an_error_on_all_and_leaves_the_folder_as_it
         ({"max_shard_size": 0}, "max_shard_size must be a positive number of bytes"),
     ],
 )
-def test_a_nonsense_option_is_refused(ranks, tmp_path, keywords, message):
+def test_a_wrong_export_option_is_refused(ranks, tmp_path, keywords, message):
     with pytest.raises(Exception, match=message):
-        ranks(1).run(export_on_rank, "llama", checkpoint("llama"), tmp_path / "out", SETUPS["ddp"], **keywords)
+        ranks(1).run(on_rank_export, "llama", checkpoint("llama"), tmp_path / "out", SETUPS["ddp"], **keywords)
     assert files(tmp_path) == []

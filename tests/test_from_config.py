@@ -22,7 +22,7 @@ def whole(parameter):
     return (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach().clone()
 
 
-def build_from_config(specimen, options, seed_of_rank):
+def on_rank_build(specimen, options, seed_of_rank):
     rank = torch.distributed.get_rank()
     torch.manual_seed(seed_of_rank[rank])
     before = torch.get_rng_state()
@@ -42,7 +42,7 @@ def test_from_config_draws_what_one_process_draws(ranks, specimen, strategy):
     next_draw = torch.rand(1).item()
     expected = dict([*single.named_parameters(), *single.named_buffers()])
 
-    for tensors, training, _, then in ranks(4).run(build_from_config, specimen, SETUPS[strategy], [7] * 4):
+    for tensors, training, _, then in ranks(4).run(on_rank_build, specimen, SETUPS[strategy], [7] * 4):
         assert training == single.training
         assert tensors.keys() == expected.keys()
         assert [name for name in expected if not torch.equal(expected[name], tensors[name])] == []
@@ -50,14 +50,14 @@ def test_from_config_draws_what_one_process_draws(ranks, specimen, strategy):
 
 
 def test_ranks_with_different_seeds_start_from_the_weights_of_rank_0(ranks):
-    answers = ranks(2).run(build_from_config, "llama", SETUPS["ddp"], [7, 8])
+    answers = ranks(2).run(on_rank_build, "llama", SETUPS["ddp"], [7, 8])
 
     first, second = (tensors for tensors, *_ in answers)
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert [moved for _, _, moved, _ in answers] == [True, False]
 
 
-def load_with_a_new_head(folder, options):
+def on_rank_load_with_a_new_head(folder, options):
     torch.manual_seed(5)
     model = SPECIMENS["bert-tokens"].load.from_pretrained(
         folder, distributed_setup=DistributedSetup.build(**options), num_labels=5, ignore_mismatched_sizes=True
@@ -66,24 +66,24 @@ def load_with_a_new_head(folder, options):
 
 
 @pytest.mark.parametrize("strategy", SETUPS)
-def test_weights_that_the_checkpoint_lacks_are_drawn_like_on_one_process(ranks, strategy, tmp_path):
+def test_missing_weights_are_drawn_as_on_one_process(ranks, strategy, tmp_path):
     transformers.BertModel.from_pretrained(checkpoint("bert-tokens")).save_pretrained(tmp_path)
     torch.manual_seed(5)
     single = SPECIMENS["bert-tokens"].load.from_pretrained(tmp_path, num_labels=5)
     expected = {name: parameter.detach() for name, parameter in single.named_parameters()}
 
-    for tensors in ranks(4).run(load_with_a_new_head, tmp_path, SETUPS[strategy]):
+    for tensors in ranks(4).run(on_rank_load_with_a_new_head, tmp_path, SETUPS[strategy]):
         assert [name for name in expected if not torch.equal(expected[name], tensors[name])] == []
 
 
 @pytest.mark.parametrize("strategy", SETUPS)
-def test_weights_of_another_shape_are_drawn_anew_on_every_rank_when_asked(ranks, strategy):
+def test_weights_of_another_shape_are_redrawn_as_on_one_process(ranks, strategy):
     folder = checkpoint("bert-tokens")  # with 3 labels; 5 rows on 4 ranks are 2, 2, 1, 0 and 3 are 1, 1, 1, 0
     torch.manual_seed(5)
     single = SPECIMENS["bert-tokens"].load.from_pretrained(folder, num_labels=5, ignore_mismatched_sizes=True)
     expected = {name: parameter.detach() for name, parameter in single.named_parameters()}
 
-    for tensors in ranks(4).run(load_with_a_new_head, folder, SETUPS[strategy]):
+    for tensors in ranks(4).run(on_rank_load_with_a_new_head, folder, SETUPS[strategy]):
         assert [name for name in expected if not torch.equal(expected[name], tensors[name])] == []
 
 
@@ -124,7 +124,7 @@ def test_deferred_initialisation_replays_views_copies_chains_and_casts():
         assert torch.equal(parameter, model.get_parameter(name)), name
 
 
-def build_twice():
+def on_rank_build_twice():
     config = SPECIMENS["llama"].config()
     config._attn_implementation = "sdpa"
     before = config.to_dict()
@@ -134,5 +134,5 @@ def build_twice():
     return config._attn_implementation, config.to_dict() == before
 
 
-def test_a_config_makes_one_model_after_the_other(ranks):
-    assert ranks(2).run(build_twice) == [("sdpa", True)] * 2
+def test_a_config_can_make_two_models_and_stays_unchanged(ranks):
+    assert ranks(2).run(on_rank_build_twice) == [("sdpa", True)] * 2

@@ -71,7 +71,7 @@ def test_frozen_parameters_stay_and_the_others_train(ranks, name, frozen):
     assert_equivalent(pool, Task(specimen=specimen, frozen=FROZEN[frozen], lr=3e-3), **options)
 
 
-def freeze_one(folder):
+def on_rank_freeze_embedding(folder):
     """Freeze the embedding of the first stage only; say whether it has no gradient on this rank after a step."""
     setup = DistributedSetup.build(parallelism_sizes=ParallelismSizes(pp_size=2))
     model = NeMoAutoModelForCausalLM.from_pretrained(folder, distributed_setup=setup, dtype=torch.float32)
@@ -82,11 +82,11 @@ def freeze_one(folder):
 
 
 def test_a_tied_weight_that_one_stage_froze_is_frozen_on_the_other(ranks):
-    for answer in ranks(2).run(freeze_one, checkpoint("llama-deep-tied")):
+    for answer in ranks(2).run(on_rank_freeze_embedding, checkpoint("llama-deep-tied")):
         assert answer == {"model.embed_tokens.weight": True}
 
 
-def thaw(folder):
+def on_rank_thaw(folder):
     """Train, on one of the ranks, what the model itself froze as it was made; return the answer."""
     made = modeling_llama.LlamaRMSNorm.__init__
 
@@ -110,12 +110,12 @@ def thaw(folder):
     return "trained"
 
 
-def test_what_megatron_fsdp_took_over_frozen_is_not_trained_in_silence(ranks):
-    for answer in WithCudaCalls(ranks(2)).run(thaw, checkpoint("llama")):
+def test_unfreezing_under_megatron_fsdp_is_refused(ranks):
+    for answer in WithCudaCalls(ranks(2)).run(on_rank_thaw, checkpoint("llama")):
         assert "model.norm.weight: frozen when megatron_fsdp took the model over" in answer
 
 
-def two_steps(name, folder, path, resume):
+def on_rank_two_steps(name, folder, path, resume):
     """Train the first two steps on one of the ranks and save, or load those and train the next two; return losses."""
     setup = DistributedSetup.build(**SETUPS[name][2])
     model = NeMoAutoModelForCausalLM.from_pretrained(folder, distributed_setup=setup, dtype=torch.float32)
@@ -133,10 +133,10 @@ def two_steps(name, folder, path, resume):
     ("saved", "loaded"),
     [("fsdp2", "ddp"), ("ddp", "zbv"), ("zbv", "megatron-3"), ("megatron-3", "tp"), ("tp", "fsdp2")],
 )
-def test_a_partly_frozen_training_goes_on_under_another_strategy(ranks, tmp_path, saved, loaded):
+def test_a_partly_frozen_run_resumes_under_another_strategy(ranks, tmp_path, saved, loaded):
     found = []
     for name in (saved, loaded):
         world = SETUPS[name][0]
         pool = WithCudaCalls(ranks(world)) if name.startswith("megatron") else ranks(world)
-        found += pool.run(two_steps, name, checkpoint(PARTLY.specimen), tmp_path / "saved", name == loaded)[0]
+        found += pool.run(on_rank_two_steps, name, checkpoint(PARTLY.specimen), tmp_path / "saved", name == loaded)[0]
     assert found == pytest.approx(reference(PARTLY).losses, rel=1e-5)

@@ -22,7 +22,7 @@ def bare(kind):
     return model
 
 
-def test_a_mean_over_all_logits_beside_that_over_labels_is_refused():
+def test_an_extra_loss_over_all_logits_is_refused():
     model = bare(transformers.BambaForCausalLM)
     model.z_loss_coefficient = 0.1
     with pytest.raises(ValueError, match=r"BambaForCausalLM makes a loss .*z_loss.*load it with z_loss_coefficient=0"):
@@ -39,11 +39,11 @@ def test_a_decoder_whose_loss_does_not_shift_its_labels_is_refused():
 
 
 def test_a_setup_has_no_runtime_for_a_model_whose_loss_is_not_known(on_ranks):
-    (message,) = on_ranks(1, refused_runtime)
+    (message,) = on_ranks(1, on_rank_refusal)
     assert "makes a loss of its own (from teacher_loss) that is not known to be the mean over the labels" in message
 
 
-def refused_runtime():
+def on_rank_refusal():
     setup = DistributedSetup.build()
     model = SPECIMENS["llama"].load.from_config(SPECIMENS["llama"].config(), distributed_setup=setup)
     setup.runtime(model)
@@ -60,7 +60,7 @@ def refused_runtime():
     return str(caught.value)
 
 
-def test_a_router_loss_that_nobody_adds_up_is_refused():
+def test_a_router_loss_that_is_not_handled_is_refused():
     with pytest.raises(ValueError, match="load_balancing_loss_func"):
         judge_loss(SPECIMENS["mixtral"].make(), routers_known=False)
     judge_loss(SPECIMENS["mixtral"].make(), routers_known=True)

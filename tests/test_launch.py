@@ -86,7 +86,7 @@ def test_every_rank_runs_the_module_and_the_launch_returns_zero(
     assert dict(os.environ) == before
 
 
-def test_a_failing_rank_ends_all_with_its_traceback_and_no_other(
+def test_a_failing_rank_ends_all_and_only_its_traceback_is_shown(
     program: Callable[[str], int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert program("raise") == 1
@@ -96,7 +96,7 @@ def test_a_failing_rank_ends_all_with_its_traceback_and_no_other(
     assert gone(pids(tmp_path, 2))
 
 
-def test_a_refusal_is_one_block_without_a_traceback_and_exits_with_two(
+def test_a_refusal_has_no_traceback_and_exits_with_two(
     program: Callable[[str], int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert program("refuse") == 2
@@ -105,7 +105,7 @@ def test_a_refusal_is_one_block_without_a_traceback_and_exits_with_two(
     assert said.startswith("rank 1 of 2 failed: ") and "tp 3 does not divide 4 heads" in said
 
 
-def test_a_rank_killed_by_a_signal_is_blamed_and_not_the_peer_that_lost_it(
+def test_a_killed_rank_is_blamed_and_not_the_peer_that_lost_it(
     program: Callable[[str], int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert program("kill") == 1
@@ -144,7 +144,7 @@ def test_stopping_the_launcher_stops_every_rank_at_once(tmp_path: Path, number: 
     assert said == ("" if number == signal.SIGKILL else f"stopped by {number.name}: all 2 ranks have ended\n")
 
 
-def test_the_culprit_is_what_raised_then_what_was_killed_then_what_lost_a_peer() -> None:
+def test_failures_are_ordered_from_cause_to_consequence() -> None:
     lost = Failure(rank=0, error="RuntimeError: Connection closed by peer", at=1.0)
     raised = Failure(rank=1, error="ValueError: no", at=2.0)
     later = Failure(rank=2, error="ValueError: no", at=3.0)

@@ -34,7 +34,7 @@ def local(parameter):
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
-def count_bytes(folder, specimen, options):
+def on_rank_count_bytes(folder, specimen, options):
     with BytesRead() as reading:
         model = SPECIMENS[specimen].load.from_pretrained(folder, distributed_setup=DistributedSetup.build(**options))
     held = sum(local(parameter).numel() * parameter.element_size() for parameter in model.parameters())
@@ -44,7 +44,7 @@ def count_bytes(folder, specimen, options):
 @pytest.mark.parametrize("specimen", ["llama", "llama-tied", "bert-tokens", "llava"])
 @pytest.mark.parametrize(("strategy", "world"), [("fsdp2", 2), ("fsdp2", 4), ("hsdp", 4), ("ddp", 2)])
 def test_a_rank_reads_exactly_the_bytes_of_its_shard(ranks, specimen, strategy, world):
-    answers = ranks(world).run(count_bytes, checkpoint(specimen), specimen, SETUPS[strategy])
+    answers = ranks(world).run(on_rank_count_bytes, checkpoint(specimen), specimen, SETUPS[strategy])
 
     copies = {"fsdp2": 1, "hsdp": 2, "ddp": world}[strategy]
     print(f"{specimen} {strategy} on {world} ranks: bytes read {[read for read, _, _ in answers]} of {answers[0][2]}")
@@ -52,7 +52,7 @@ def test_a_rank_reads_exactly_the_bytes_of_its_shard(ranks, specimen, strategy, 
     assert sum(read for read, _, _ in answers) == copies * answers[0][2]
 
 
-def test_the_counter_sees_a_whole_read(tmp_path):
+def test_the_byte_counter_counts_slices_and_whole_reads(tmp_path):
     save_file({"a": torch.zeros(10, 3), "b": torch.zeros(7)}, tmp_path / "model.safetensors")
     with BytesRead() as reading, safetensors.safe_open(tmp_path / "model.safetensors", "pt") as file:
         file.get_slice("a")[2:4]
@@ -61,7 +61,7 @@ def test_the_counter_sees_a_whole_read(tmp_path):
     assert reading.bytes == 2 * 3 * 4 + 7 * 4
 
 
-def logits(folder, options, kwargs):
+def on_rank_logits(folder, options, kwargs):
     torch.manual_seed(0)
     model = NeMoAutoModelForCausalLM.from_pretrained(
         folder, distributed_setup=DistributedSetup.build(**options), dtype=torch.float32, **kwargs
@@ -78,7 +78,7 @@ def test_a_bin_checkpoint_loads_through_weights_only(ranks, tmp_path):
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     expected = NeMoAutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
-    for found in ranks(2).run(logits, tmp_path, {"strategy": FP32}, {}):
+    for found in ranks(2).run(on_rank_logits, tmp_path, {"strategy": FP32}, {}):
         torch.testing.assert_close(found, expected(input_ids=torch.arange(1, 9).unsqueeze(0)).logits)
 
 
@@ -86,11 +86,11 @@ def test_a_pickle_in_a_bin_checkpoint_is_refused(ranks, tmp_path):
     torch.save({"model.norm.weight": print}, tmp_path / "pytorch_model.bin")
     (tmp_path / "config.json").write_text((checkpoint("llama") / "config.json").read_text())
 
-    answers = ranks(2).run(failure, tmp_path, {}, {})
+    answers = ranks(2).run(on_rank_failure, tmp_path, {}, {})
     assert all("weights_only" in text or "Weights only" in text for _, text in answers), answers
 
 
-def failure(folder, options, kwargs, folder_of_rank=None):
+def on_rank_failure(folder, options, kwargs, folder_of_rank=None):
     folder = (folder_of_rank or {}).get(torch.distributed.get_rank(), folder)
     try:
         NeMoAutoModelForCausalLM.from_pretrained(folder, distributed_setup=DistributedSetup.build(**options), **kwargs)
@@ -107,7 +107,7 @@ def truncate(folder, target):
 
 
 def test_a_truncated_checkpoint_is_named_on_every_rank(ranks, tmp_path):
-    answers = ranks(2).run(failure, truncate(checkpoint("llama"), tmp_path), {}, {})
+    answers = ranks(2).run(on_rank_failure, truncate(checkpoint("llama"), tmp_path), {}, {})
 
     assert [kind for kind, _ in answers] == ["CheckpointError"] * 2
     assert all(str(tmp_path) in text for _, text in answers), answers
@@ -115,7 +115,7 @@ def test_a_truncated_checkpoint_is_named_on_every_rank(ranks, tmp_path):
 
 def test_a_checkpoint_that_only_one_rank_cannot_read_ends_all_ranks(ranks, tmp_path):
     damaged = truncate(checkpoint("llama"), tmp_path)
-    answers = ranks(2).run(failure, checkpoint("llama"), {}, {}, {1: damaged})
+    answers = ranks(2).run(on_rank_failure, checkpoint("llama"), {}, {}, {1: damaged})
 
     assert [kind for kind, _ in answers] == ["RankError", "CheckpointError"]
     assert "rank 1" in answers[0][1] and str(damaged) in answers[0][1]
@@ -123,12 +123,12 @@ def test_a_checkpoint_that_only_one_rank_cannot_read_ends_all_ranks(ranks, tmp_p
 
 def test_a_missing_checkpoint_says_where_it_looked(ranks, tmp_path):
     (tmp_path / "config.json").write_text((checkpoint("llama") / "config.json").read_text())
-    answers = ranks(2).run(failure, tmp_path, {}, {})
+    answers = ranks(2).run(on_rank_failure, tmp_path, {}, {})
 
     assert all(kind == "CheckpointError" and str(tmp_path) in text for kind, text in answers), answers
 
 
-def test_a_shape_that_only_the_last_slice_betrays_is_refused_on_every_rank(ranks, tmp_path):
+def test_a_wrong_shape_seen_by_one_rank_is_refused_on_every_rank(ranks, tmp_path):
     folder = checkpoint("bert-tokens")
     config = json.loads((folder / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -137,11 +137,11 @@ def test_a_shape_that_only_the_last_slice_betrays_is_refused_on_every_rank(ranks
     weights[name] = torch.cat([weights[name], weights[name][:1]])[1:-1]  # 127 of 128 rows: three of four slices fit
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
 
-    answers = ranks(4).run(failure_of_tokens, tmp_path)
+    answers = ranks(4).run(on_rank_failure_of_tokens, tmp_path)
     assert all(kind in ("CheckpointError", "RankError") and name in text for kind, text in answers), answers
 
 
-def failure_of_tokens(folder):
+def on_rank_failure_of_tokens(folder):
     try:
         SPECIMENS["bert-tokens"].load.from_pretrained(folder, distributed_setup=DistributedSetup.build())
     except Exception as error:
@@ -197,13 +197,13 @@ def test_a_config_as_distributed_setup_is_refused():
 
 
 @pytest.mark.parametrize("keyword", ["device_map", "max_memory", "offload_folder"])
-def test_another_placement_of_the_weights_is_refused(ranks, keyword):
-    kind, text = ranks(1).run(failure, checkpoint("llama"), {}, {keyword: "auto"})[0]
+def test_placement_options_of_transformers_are_refused(ranks, keyword):
+    kind, text = ranks(1).run(on_rank_failure, checkpoint("llama"), {}, {keyword: "auto"})[0]
     assert kind == "TypeError" and keyword in text
 
 
 def test_code_in_a_checkpoint_is_refused(ranks):
-    kind, text = ranks(1).run(failure, checkpoint("llama"), {}, {"weights_only": False})[0]
+    kind, text = ranks(1).run(on_rank_failure, checkpoint("llama"), {}, {"weights_only": False})[0]
     assert kind == "TypeError" and "weights_only=False" in text
 
 
@@ -219,7 +219,7 @@ def test_a_loader_is_not_instantiated():
         NeMoAutoModelForCausalLM()
 
 
-def load_on_mesh(folder, shape, names):
+def on_rank_load_on_mesh(folder, shape, names):
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
     try:
         model = NeMoAutoModelForCausalLM.from_pretrained(folder, device_mesh=mesh, dtype=torch.float32)
@@ -237,17 +237,17 @@ def load_on_mesh(folder, shape, names):
 def test_a_mesh_with_data_axes_shards_the_parameters_on_it(ranks, shape, names, rows):
     expected = NeMoAutoModelForCausalLM.from_pretrained(checkpoint("llama"), dtype=torch.float32)
 
-    for found, whole in ranks(4).run(load_on_mesh, checkpoint("llama"), shape, names):
+    for found, whole in ranks(4).run(on_rank_load_on_mesh, checkpoint("llama"), shape, names):
         assert found == [rows, 32]
         assert torch.equal(whole, expected.model.layers[0].mlp.up_proj.weight)
 
 
 def test_a_mesh_with_a_foreign_axis_is_refused(ranks):
-    kind, text = ranks(2).run(load_on_mesh, checkpoint("llama"), (2,), ("expert",))[0]
+    kind, text = ranks(2).run(on_rank_load_on_mesh, checkpoint("llama"), (2,), ("expert",))[0]
     assert kind == "ValueError" and "'expert'" in text and "dp_shard" in text
 
 
-def leave_the_mesh(folder):
+def on_rank_load_on_two_ranks(folder):
     setup = DistributedSetup.build(ranks=[0, 1])
     try:
         model = NeMoAutoModelForCausalLM.from_pretrained(folder, distributed_setup=setup)
@@ -257,13 +257,13 @@ def leave_the_mesh(folder):
 
 
 def test_a_mesh_over_some_of_the_ranks_loads_on_those(ranks):
-    answers = ranks(4).run(leave_the_mesh, checkpoint("llama"))
+    answers = ranks(4).run(on_rank_load_on_two_ranks, checkpoint("llama"))
 
     assert answers[:2] == [("loaded", 48), ("loaded", 48)]
     assert all(kind == "RankError" and "(0, 1)" in text for kind, text in answers[2:]), answers
 
 
-def differ(fields_of_rank):
+def on_rank_make_mesh(fields_of_rank):
     rank = torch.distributed.get_rank()
     try:
         _ = DistributedSetup.build(**fields_of_rank[rank]).mesh_context
@@ -275,13 +275,13 @@ def differ(fields_of_rank):
 def test_setups_that_differ_between_ranks_are_named_on_every_rank(ranks):
     fields = [{}, {}, {"strategy": FSDP2Config(defer_fsdp_grad_sync=False)}, {}]
 
-    for kind, text in ranks(4).run(differ, fields):
+    for kind, text in ranks(4).run(on_rank_make_mesh, fields):
         assert kind == "RankError"
         assert "fsdp2 config" in text and "rank 2" in text and "defer_fsdp_grad_sync=False" in text
 
 
 def test_a_setup_planned_for_other_ranks_than_there_are_is_refused(ranks):
-    kind, text = ranks(2).run(differ, [{"world_size": 4}] * 2)[0]
+    kind, text = ranks(2).run(on_rank_make_mesh, [{"world_size": 4}] * 2)[0]
     assert kind == "RankError" and "planned for 4 ranks" in text and "has 2" in text
 
 
@@ -291,5 +291,5 @@ def test_a_live_mesh_needs_a_process_group():
         _ = DistributedSetup.build(world_size=1).mesh_context
 
 
-def test_the_error_of_a_checkpoint_is_one_of_ours():
+def test_a_checkpoint_error_is_a_runtime_error():
     assert issubclass(CheckpointError, RuntimeError)

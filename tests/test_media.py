@@ -27,7 +27,7 @@ def batch(seed, image):
     return made
 
 
-def gradients(strategy, folder, images):
+def on_rank_gradients(strategy, folder, images):
     """Return loss and gradients of a step in which rank r gets one batch for each of images[r], or the error."""
     setup = DistributedSetup.build(strategy=STRATEGIES[strategy])
     runtime = setup.runtime(LLAVA.load.from_pretrained(folder, distributed_setup=setup, dtype=torch.float32))
@@ -59,10 +59,10 @@ def alone(images):
         ("ddp", [[True], [False]]),
     ],
 )
-def test_a_tower_that_some_batches_do_not_use_gets_the_gradients_of_one_process(ranks, strategy, images):
+def test_a_tower_that_some_batches_skip_matches_one_process(ranks, strategy, images):
     expected_loss, expected = alone(images)
 
-    for loss, found in ranks(2).run(gradients, strategy, checkpoint("llava"), images):
+    for loss, found in ranks(2).run(on_rank_gradients, strategy, checkpoint("llava"), images):
         assert loss == pytest.approx(expected_loss, rel=1e-5)
         zeros = {name for name in found.keys() - expected.keys() if not found[name].any()}
         assert found.keys() - zeros == expected.keys()
@@ -84,9 +84,9 @@ FEWER = ([[True, True], [True]], ["pixel_values, then pixel_values", "pixel_valu
         ("megatron_fsdp", *ONE_SIDED),
     ],
 )
-def test_sharded_ranks_that_would_wait_for_each_other_are_told(ranks, strategy, images, forms):
+def test_ranks_with_and_without_images_are_refused_instead_of_hanging(ranks, strategy, images, forms):
     pool = WithCudaCalls(ranks(2)) if strategy == "megatron_fsdp" else ranks(2)
 
-    for message, form in zip(pool.run(gradients, strategy, checkpoint("llava"), images), forms, strict=True):
+    for message, form in zip(pool.run(on_rank_gradients, strategy, checkpoint("llava"), images), forms, strict=True):
         assert message.startswith("RankError: the batches of different data-parallel ranks")
         assert f"this rank was given: {form}. Give every rank equally many batches" in message

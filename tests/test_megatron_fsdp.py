@@ -53,12 +53,12 @@ def ranks(ranks):
 
 
 @pytest.mark.parametrize(("world", "zero", "specimen"), [*SAMPLE, *(leave(*one) for one in REST)])
-def test_it_computes_what_one_process_computes(ranks, world, zero, specimen):
+def test_it_matches_one_process(ranks, world, zero, specimen):
     assert_equivalent(ranks(world), Task(specimen=specimen), strategy=MegatronFSDPConfig(zero_dp_strategy=zero))
 
 
 @pytest.mark.parametrize("zero", ENDS)
-def test_it_accumulates_what_one_process_computes(ranks, zero):
+def test_accumulated_batches_match_one_process(ranks, zero):
     assert_equivalent(ranks(2), Task(accumulate=3), strategy=MegatronFSDPConfig(zero_dp_strategy=zero))
 
 
@@ -67,7 +67,7 @@ LARGE_STEPS = Task(lr=0.1, weight_decay=0.5, eps=1e-2)
 
 
 @pytest.mark.parametrize("zero", [1, leave(2), leave(3)])
-def test_a_large_step_with_weight_decay_is_that_of_one_process(ranks, zero):
+def test_large_steps_with_weight_decay_match_one_process(ranks, zero):
     assert_equivalent(ranks(2), LARGE_STEPS, strategy=MegatronFSDPConfig(zero_dp_strategy=zero))
 
 
@@ -93,21 +93,21 @@ NO_OVERLAP = {"overlap_param_gather": False, "overlap_grad_reduce": False}
     ],
     ids=str,
 )
-def test_an_option_changes_no_number(ranks, zero, options):
+def test_an_option_does_not_change_the_numbers(ranks, zero, options):
     assert_equivalent(ranks(2), Task(), strategy=MegatronFSDPConfig(zero_dp_strategy=zero, **options))
 
 
 @pytest.mark.parametrize(
     ("zero", "options"), [(1, NO_OVERLAP), leave(2, {"overlap_param_gather": False}), leave(1, {})], ids=str
 )
-def test_without_overlap_batches_add_up_too(ranks, zero, options):
+def test_accumulated_batches_without_overlap_match_one_process(ranks, zero, options):
     assert_equivalent(ranks(2), Task(accumulate=3), strategy=MegatronFSDPConfig(zero_dp_strategy=zero, **options))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("zero", ZERO)
 @pytest.mark.parametrize(("world", "cp", "tp"), [(2, 2, 1), (2, 1, 2), (4, 1, 1), (4, 2, 1), (4, 1, 2), (4, 2, 2)])
-def test_large_steps_with_weight_decay_are_those_of_one_process_under_every_axis(ranks, world, cp, tp, zero):
+def test_large_steps_with_weight_decay_match_one_process_on_every_axis(ranks, world, cp, tp, zero):
     assert_equivalent(
         ranks(world),
         LARGE_STEPS,
@@ -117,7 +117,7 @@ def test_large_steps_with_weight_decay_are_those_of_one_process_under_every_axis
 
 
 @pytest.mark.parametrize("zero", [leave(1), leave(2), 3])
-def test_recomputing_activations_changes_no_number(ranks, zero):
+def test_recomputation_does_not_change_the_numbers(ranks, zero):
     strategy = MegatronFSDPConfig(zero_dp_strategy=zero)
     assert_equivalent(ranks(2), Task(), strategy=strategy, activation_checkpointing=True)
 
@@ -145,7 +145,7 @@ COMPOSED_SAMPLE = [
     [*COMPOSED_SAMPLE, *(leave(one) for one in COMPOSED if one not in COMPOSED_SAMPLE)],
     ids=lambda cell: "-".join(map(str, cell)),
 )
-def test_with_tensor_and_context_parallelism_it_computes_what_one_process_computes(ranks, cell):
+def test_tensor_and_context_parallelism_match_one_process(ranks, cell):
     world, cp, tp, sequence, zero, specimen = cell
     assert_equivalent(
         ranks(world),
@@ -176,7 +176,7 @@ EXPERTS_SAMPLE = (2, 1, 1, False, 3, "qwen3-moe")
     [EXPERTS_SAMPLE, *(leave(one) for one in EXPERTS if one != EXPERTS_SAMPLE)],
     ids=lambda cell: "-".join(map(str, cell)),
 )
-def test_models_with_experts_compute_what_one_process_computes(ranks, cell):
+def test_models_with_experts_match_one_process(ranks, cell):
     world, cp, tp, sequence, zero, specimen = cell
     options = {1: {}, 2: {"average_in_collective": True}, 3: {"fsdp_double_buffer": specimen == "qwen3-moe"}}[zero]
     assert_equivalent(
@@ -191,7 +191,7 @@ def test_models_with_experts_compute_what_one_process_computes(ranks, cell):
 # ---- loading ----
 
 
-def start(zero=3, folder=None, dtype=torch.float32, **options):
+def on_rank_start(zero=3, folder=None, dtype=torch.float32, **options):
     """Return a loaded model and its runtime, on one of the ranks."""
     setup = DistributedSetup.build(strategy=MegatronFSDPConfig(zero_dp_strategy=zero, **options))
     model = NeMoAutoModelForCausalLM.from_pretrained(folder, distributed_setup=setup, dtype=dtype)
@@ -204,9 +204,9 @@ def canonical(runtime, state):
     return {name: tensor.full_tensor().clone() for name, tensor in state.items()}
 
 
-def read_on_rank(folder):
+def on_rank_read(folder):
     with BytesRead() as read:
-        model, runtime = start(3, folder)
+        model, runtime = on_rank_start(3, folder)
     held = sum(p.to_local().numel() * 4 for p in model.parameters())
     return read.bytes, held, canonical(runtime, dict(model.named_parameters()))
 
@@ -214,7 +214,7 @@ def read_on_rank(folder):
 def test_every_rank_reads_and_holds_its_shards_and_nothing_else(ranks):
     expected = dict(SPECIMENS["llama"].make().named_parameters())
     total = sum(p.numel() * 4 for p in expected.values())
-    answers = ranks(4).run(read_on_rank, checkpoint("llama"))
+    answers = ranks(4).run(on_rank_read, checkpoint("llama"))
 
     assert sum(read for read, _, _ in answers) == sum(held for _, held, _ in answers) == total
     assert max(read for read, _, _ in answers) < 0.3 * total
@@ -223,7 +223,7 @@ def test_every_rank_reads_and_holds_its_shards_and_nothing_else(ranks):
         assert all(torch.equal(weights[name], expected[name]) for name in weights)
 
 
-def from_config_on_rank():
+def on_rank_from_config():
     torch.manual_seed(0)
     setup = DistributedSetup.build(strategy="megatron-fsdp")
     config = SPECIMENS["llama-tied"].config()
@@ -236,13 +236,13 @@ def test_new_weights_are_those_of_one_process(ranks):
     torch.manual_seed(0)
     config = SPECIMENS["llama-tied"].config()
     alone = dict(NeMoAutoModelForCausalLM.from_config(config, dtype=torch.float32).named_parameters())
-    for weights in ranks(2).run(from_config_on_rank):
+    for weights in ranks(2).run(on_rank_from_config):
         assert weights.keys() == alone.keys()
         assert all(torch.equal(weights[name], alone[name]) for name in weights)
 
 
-def generate_on_rank(folder):
-    model, _ = start(3, folder)
+def on_rank_generate(folder):
+    model, _ = on_rank_start(3, folder)
     prompt = torch.tensor([[5, 6, 7]])
     with torch.no_grad():
         logits = model(prompt).logits
@@ -250,19 +250,19 @@ def generate_on_rank(folder):
     return type(model).__name__, logits, tokens, all(isinstance(p, DTensor) for p in model.parameters())
 
 
-def test_it_stays_a_transformers_model_that_shows_its_shards_between_steps(ranks):
+def test_it_stays_a_transformers_model_with_sharded_parameters(ranks):
     alone = SPECIMENS["llama"].make().eval()
     prompt = torch.tensor([[5, 6, 7]])
     expected = alone.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False)
-    for name, logits, tokens, sharded in ranks(2).run(generate_on_rank, checkpoint("llama")):
+    for name, logits, tokens, sharded in ranks(2).run(on_rank_generate, checkpoint("llama")):
         assert (name, sharded) == ("LlamaForCausalLM", True)
         torch.testing.assert_close(logits, alone(prompt).logits, rtol=1e-5, atol=1e-6)
         assert torch.equal(tokens, expected)
 
 
-def narrow_on_rank(folder, preserve, wide):
+def on_rank_train_in_bfloat16(folder, preserve, wide):
     options = {"preserve_fp32_weights": preserve, "grad_reduce_in_fp32": wide}
-    model, runtime = start(3, folder, torch.bfloat16, **options)
+    model, runtime = on_rank_start(3, folder, torch.bfloat16, **options)
     dtype = model.model.norm.weight.dtype
     before = canonical(runtime, dict(model.named_parameters()))
     optimizer = runtime.optimizer(torch.optim.SGD, lr=1e-4)
@@ -277,20 +277,20 @@ def narrow_on_rank(folder, preserve, wide):
 
 @pytest.mark.parametrize("preserve", [True, False])
 @pytest.mark.parametrize("wide", [True, False])
-def test_small_steps_of_narrow_parameters_are_kept_in_float32_unless_told_otherwise(ranks, preserve, wide):
+def test_bfloat16_parameters_keep_float32_copies_by_default(ranks, preserve, wide):
     dtype = torch.float32 if preserve else torch.bfloat16
     expected = reference(Task(rows=4, steps=1)).losses[0]
-    for kept, grads, loss, moved in ranks(2).run(narrow_on_rank, checkpoint("llama"), preserve, wide):
+    for kept, grads, loss, moved in ranks(2).run(on_rank_train_in_bfloat16, checkpoint("llama"), preserve, wide):
         assert (kept, grads) == (dtype, {dtype})
         assert loss == pytest.approx(expected, rel=2e-2)
         assert moved == 1.0 if preserve else moved < 1.0
 
 
-def narrow_run_on_rank(folder, other, path):
+def on_rank_resume_in_bfloat16(folder, other, path):
     """Return what a bfloat16 run computes when it is saved, and what a run that loads it computes."""
     task, answers = Task(rows=4), []
     for weights in (folder, other):
-        model, runtime = start(3, weights, torch.bfloat16)
+        model, runtime = on_rank_start(3, weights, torch.bfloat16)
         optimizer = runtime.optimizer(torch.optim.AdamW, lr=1e-3)
         if weights is other:
             runtime.load(path, optimizer)
@@ -305,20 +305,22 @@ def narrow_run_on_rank(folder, other, path):
     return answers
 
 
-def test_a_loaded_run_computes_with_what_it_loaded(ranks, tmp_path):
+def test_a_loaded_run_computes_with_the_loaded_weights(ranks, tmp_path):
     folders = checkpoint("llama"), checkpoint("llama", 1)
-    for (logits, weights), (loaded_logits, loaded) in ranks(2).run(narrow_run_on_rank, *folders, tmp_path / "run"):
+    for (logits, weights), (loaded_logits, loaded) in ranks(2).run(
+        on_rank_resume_in_bfloat16, *folders, tmp_path / "run"
+    ):
         assert torch.equal(loaded_logits, logits)
         assert all(torch.equal(loaded[name], weights[name]) for name in weights)
 
 
-def export_on_rank(folder, path):
-    _, runtime = start(2, folder)
+def on_rank_export(folder, path):
+    _, runtime = on_rank_start(2, folder)
     runtime.export(path)
 
 
 def test_the_exported_folder_is_what_was_loaded(ranks, tmp_path):
-    ranks(2).run(export_on_rank, checkpoint("llama"), tmp_path / "out")
+    ranks(2).run(on_rank_export, checkpoint("llama"), tmp_path / "out")
     exported = NeMoAutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     for name, parameter in SPECIMENS["llama"].make().named_parameters():
         assert torch.equal(exported.get_parameter(name), parameter)
@@ -336,7 +338,7 @@ class Tiny(nn.Module):
         return self.block(x)
 
 
-def bare_package_on_rank():
+def on_rank_bare_package():
     torch.manual_seed(0)
     mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("dp", "tp"))
     model = fully_shard_model(
@@ -353,12 +355,12 @@ def bare_package_on_rank():
     return all(moved), {int(state["step"]) for state in optimizer.state.values()}
 
 
-def test_the_trap_is_real_the_bare_package_takes_a_step_when_it_is_given_the_optimizer(ranks):
-    assert ranks(2).run(bare_package_on_rank) == [(True, {1})] * 2
+def test_the_bare_package_takes_a_step_when_given_an_optimizer(ranks):
+    assert ranks(2).run(on_rank_bare_package) == [(True, {1})] * 2
 
 
-def adopt_on_rank(folder, kind, options):
-    model, runtime = start(3, folder)
+def on_rank_adopt(folder, kind, options):
+    model, runtime = on_rank_start(3, folder)
     optimizer = runtime.optimizer(getattr(torch.optim, kind), **options)
     weights = canonical(runtime, dict(model.named_parameters()))
     with torch.no_grad():
@@ -377,14 +379,14 @@ def adopt_on_rank(folder, kind, options):
 )
 def test_a_new_optimizer_has_taken_no_step(ranks, kind, options):
     alone = SPECIMENS["llama"].make().eval()
-    for weights, steps, logits in ranks(2).run(adopt_on_rank, checkpoint("llama"), kind, options):
+    for weights, steps, logits in ranks(2).run(on_rank_adopt, checkpoint("llama"), kind, options):
         assert all(torch.equal(weights[name], parameter) for name, parameter in alone.named_parameters())
         assert not any(steps)
         torch.testing.assert_close(logits, alone(torch.tensor([[5, 6, 7]])).logits, rtol=1e-5, atol=1e-6)
 
 
-def schedule_on_rank(folder):
-    _, runtime = start(3, folder)
+def on_rank_schedule(folder):
+    _, runtime = on_rank_start(3, folder)
     optimizer = runtime.optimizer(torch.optim.SGD, lr=1.0)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.5)
     batch = {name: value.chunk(2)[runtime.dp_rank] for name, value in Task().batches(0)[0].items()}
@@ -396,13 +398,13 @@ def schedule_on_rank(folder):
 
 @pytest.mark.filterwarnings("error")
 def test_a_scheduler_follows_the_optimizer(ranks):
-    assert ranks(2).run(schedule_on_rank, checkpoint("llama")) == [0.5, 0.5]
+    assert ranks(2).run(on_rank_schedule, checkpoint("llama")) == [0.5, 0.5]
 
 
 # ---- whole tensors ----
 
 
-def whole_on_rank(folder, zero, tp):
+def on_rank_full_tensors(folder, zero, tp):
     setup = DistributedSetup.build(
         strategy=MegatronFSDPConfig(zero_dp_strategy=zero), parallelism_sizes=ParallelismSizes(tp_size=tp)
     )
@@ -420,7 +422,7 @@ def whole_on_rank(folder, zero, tp):
 def test_the_full_tensor_of_a_parameter_and_of_a_gradient_is_right(ranks, world, zero, tp):
     alone = dict(SPECIMENS["llama"].make().named_parameters())
     expected = gradients_alone(Task().batches(0))
-    for weights, grads in ranks(world).run(whole_on_rank, checkpoint("llama"), zero, tp):
+    for weights, grads in ranks(world).run(on_rank_full_tensors, checkpoint("llama"), zero, tp):
         assert weights.keys() == alone.keys() and all(torch.equal(weights[name], alone[name]) for name in alone)
         for name, gradient in expected.items():
             torch.testing.assert_close(grads[name], gradient, rtol=1e-4, atol=1e-6)
@@ -429,8 +431,8 @@ def test_the_full_tensor_of_a_parameter_and_of_a_gradient_is_right(ranks, world,
 # ---- gradients in a loop of one's own ----
 
 
-def twice_on_rank(folder, zero, between):
-    model, runtime = start(zero, folder)
+def on_rank_backward_twice(folder, zero, between):
+    model, runtime = on_rank_start(zero, folder)
     optimizer = runtime.optimizer(torch.optim.SGD, lr=0.1)
     first, second = Task(accumulate=2).batches(0)
     for step, batch in enumerate((first, second)):
@@ -455,9 +457,9 @@ def gradients_alone(batches):
 
 @pytest.mark.parametrize("zero", ENDS)
 @pytest.mark.parametrize("between", ["optimizer.zero_grad", "grad = None", "evaluate, grad = None"])
-def test_dropped_gradients_are_gone(ranks, zero, between):
+def test_dropped_gradients_do_not_come_back(ranks, zero, between):
     expected = gradients_alone(Task(accumulate=2).batches(0)[1:])
-    for found in ranks(2).run(twice_on_rank, checkpoint("llama"), zero, between):
+    for found in ranks(2).run(on_rank_backward_twice, checkpoint("llama"), zero, between):
         for name, gradient in expected.items():
             torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
 
@@ -465,18 +467,18 @@ def test_dropped_gradients_are_gone(ranks, zero, between):
 @pytest.mark.parametrize("zero", [2, 3])
 def test_a_second_backward_adds_to_the_gradients(ranks, zero):
     expected = gradients_alone(Task(accumulate=2).batches(0))
-    for found in ranks(2).run(twice_on_rank, checkpoint("llama"), zero, "nothing"):
+    for found in ranks(2).run(on_rank_backward_twice, checkpoint("llama"), zero, "nothing"):
         for name, gradient in expected.items():
             torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
 
 
 def test_a_second_backward_that_zero_1_would_get_wrong_is_refused(ranks):
     with pytest.raises(Exception, match=r"ZeRO 1 has reduced the gradients.*optimizer.zero_grad\(\).*no_sync"):
-        ranks(2).run(twice_on_rank, checkpoint("llama"), 1, "nothing")
+        ranks(2).run(on_rank_backward_twice, checkpoint("llama"), 1, "nothing")
 
 
-def from_logits_on_rank(folder, zero):
-    model, runtime = start(zero, folder)
+def on_rank_from_logits(folder, zero):
+    model, runtime = on_rank_start(zero, folder)
     tokens = Task().batches(0)[0]["input_ids"].chunk(2)[runtime.dp_rank]
     for _ in range(2):
         runtime.optimizer(torch.optim.SGD).zero_grad()
@@ -488,7 +490,7 @@ def from_logits_on_rank(folder, zero):
 def test_a_loss_of_ones_own_gets_the_mean_of_the_gradients(ranks, zero):
     model = SPECIMENS["llama"].make().eval()
     model(Task().batches(0)[0]["input_ids"]).logits.square().mean().backward()
-    for found in ranks(2).run(from_logits_on_rank, checkpoint("llama"), zero):
+    for found in ranks(2).run(on_rank_from_logits, checkpoint("llama"), zero):
         for name, parameter in model.named_parameters():
             torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-6)
 
@@ -504,22 +506,22 @@ def refused(**options):
 
 
 @pytest.mark.parametrize("name", ["megatron_fsdp", "megatron-fsdp", "Megatron_FSDP", "mfsdp"])
-def test_its_names(name):
+def test_every_spelling_of_its_name_selects_it(name):
     assert DistributedSetup.build(strategy=name, world_size=2).strategy_config == MegatronFSDPConfig()
 
 
 @pytest.mark.parametrize("axis", ["pp", "ep"])
-def test_an_axis_that_it_does_not_compose_with(axis):
+def test_an_axis_that_it_does_not_compose_with_is_refused(axis):
     message = refused(parallelism_sizes=ParallelismSizes(**{f"{axis}_size": 2}))
     assert f"axis {axis!r} has size 2" in message and "megatron_fsdp" in message
 
 
-def test_replicas_of_shards():
+def test_replicas_of_shards_are_refused():
     message = refused(parallelism_sizes=ParallelismSizes(dp_replicate_size=2))
     assert "axis 'dp_replicate' has size 2" in message and "fsdp2" in message
 
 
-def test_selective_recompute():
+def test_selective_recomputation_is_refused():
     message = refused(activation_checkpointing="selective")
     assert "'selective' was asked for" in message and "'megatron_fsdp' does not compose" in message
     assert "'ddp' or 'fsdp2'" in message
@@ -571,7 +573,7 @@ def test_an_option_that_is_wrong_names_itself(options, error):
     ],
     ids=str,
 )
-def test_options_that_the_package_would_turn_into_others(options, reason):
+def test_options_that_the_package_would_silently_change_are_refused(options, reason):
     assert re.search(reason, refused(strategy=MegatronFSDPConfig(**options)))
 
 
@@ -581,7 +583,7 @@ def test_options_that_fit_together_build():
         assert DistributedSetup.build(strategy=config, world_size=2).strategy_config == config
 
 
-def test_another_device_than_cuda():
+def test_another_device_than_cuda_is_refused():
     assert "'megatron_fsdp' needs CUDA (got device_type 'cpu')" in refused(device_type="cpu")
 
 
@@ -594,7 +596,7 @@ def test_the_demo_says_in_one_line_what_it_needs(tmp_path):
     assert "starting" not in result.stdout and not list(tmp_path.iterdir())
 
 
-def load_without_cuda(folder):
+def on_rank_load_without_cuda(folder):
     setup = DistributedSetup.build(strategy="megatron_fsdp")
     NeMoAutoModelForCausalLM.from_pretrained(folder, distributed_setup=setup)
 
@@ -602,12 +604,12 @@ def load_without_cuda(folder):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here")
 def test_without_cuda_it_says_what_it_needs(rank_pools):
     with pytest.raises(Exception, match=r"strategy 'megatron_fsdp' needs CUDA, and this process has none.*use 'fsdp2'"):
-        rank_pools(2).run(load_without_cuda, checkpoint("llama"))
+        rank_pools(2).run(on_rank_load_without_cuda, checkpoint("llama"))
 
 
-def test_a_unit_that_the_model_has_not_is_named_with_those_it_has(ranks):
+def test_an_unknown_unit_module_is_refused_with_the_known_ones(ranks):
     units = {"megatron_fsdp_unit_modules": ["LlamaLayer"]}
     with pytest.raises(
         Exception, match=r"names \['LlamaLayer'\], which the model has not \(it has .*LlamaDecoderLayer"
     ):
-        ranks(2).run(start, folder=checkpoint("llama"), **units)
+        ranks(2).run(on_rank_start, folder=checkpoint("llama"), **units)

@@ -39,7 +39,7 @@ def moe(ep, *, pp=1, world):
 
 
 @given(strategies.topologies())
-def test_the_dense_axes_are_always_the_same_five_and_multiply_to_the_world(topology):
+def test_the_five_dense_axes_multiply_to_the_world_size(topology):
     sizes, world = topology
     plan = MeshPlan.resolve(sizes, world)
 
@@ -106,7 +106,7 @@ def test_a_flattened_axis_is_the_product_of_its_parts_in_order(plan):
 
 
 @given(small_plans, st.data())
-def test_ranks_read_the_same_batch_exactly_when_they_stand_at_the_same_dp_coordinates(plan, data):
+def test_ranks_share_a_batch_exactly_when_their_dp_coordinates_match(plan, data):
     rank = data.draw(st.integers(0, plan.world_size - 1))
     place = {other: plan.coordinates(other) for other in range(plan.world_size)}
     key = {other: (place[other]["dp_replicate"], place[other]["dp_shard"]) for other in place}
@@ -124,7 +124,7 @@ def test_every_batch_is_read_by_as_many_ranks_as_share_a_replica(plan):
 
 
 @given(strategies.plans())
-def test_wide_axes_are_those_above_1_each_name_once_dense_first(plan):
+def test_wide_axes_are_those_above_1_each_listed_once_dense_first(plan):
     found = [(axis.name, axis.size) for axis in plan.wide]
     names = list(dict.fromkeys(name for view in views_of(plan) for name in view.names))
 
@@ -179,7 +179,7 @@ def test_the_nearest_plan_of_sizes_that_fit_is_their_plan(topology):
     ),
     st.integers(1, 256),
 )
-def test_the_nearest_plan_never_raises_and_keeps_every_size_that_was_asked_for(sizes, world):
+def test_the_nearest_plan_never_raises_and_keeps_the_sizes_asked_for(sizes, world):
     plan = MeshPlan.nearest(sizes, world)
 
     assert [plan.size(axis) for axis in ("pp", "cp", "tp")] == [sizes.pp_size, sizes.cp_size, sizes.tp_size]
@@ -190,7 +190,7 @@ def test_the_nearest_plan_never_raises_and_keeps_every_size_that_was_asked_for(s
 # ---- views ----
 
 
-def test_a_view_may_share_leading_axes_and_a_question_about_them_has_one_answer():
+def test_a_view_may_share_leading_axes_with_the_dense_view():
     plan = MeshPlan.resolve(ParallelismSizes(pp_size=2, tp_size=2, ep_size=4), 16, [moe(4, pp=2, world=16)])
 
     assert [(axis.name, axis.size) for axis in plan.wide] == [
@@ -267,7 +267,7 @@ def test_everything_that_is_wrong_is_raised_at_once():
     assert all(problem in str(caught.value) for problem in caught.value.problems)
 
 
-def test_a_view_of_sizes_that_do_not_fit_adds_no_second_complaint():
+def test_sizes_that_do_not_fit_are_reported_once():
     """The plugin made its view from the same wrong sizes: 8 of 10 ranks."""
     with pytest.raises(TopologyError) as caught:
         MeshPlan.resolve(ParallelismSizes(tp_size=4, ep_size=2), 10, [moe(2, world=8)])
@@ -302,7 +302,7 @@ def test_a_view_of_sizes_that_do_not_fit_adds_no_second_complaint():
         ),
     ],
 )
-def test_an_axis_or_view_that_means_nothing_is_refused(make, message):
+def test_an_invalid_axis_or_view_is_refused(make, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         make()
 
@@ -319,7 +319,7 @@ HOME = {"pp": 0, "dp_replicate": 0, "dp_shard": 3, "cp": 0, "tp": 1}
 
 
 @pytest.mark.parametrize("ask", [PLAN.size, PLAN.view_of, PLAN.groups, lambda axis: PLAN.group_of(0, axis)])
-def test_an_unknown_axis_is_told_the_near_match_and_the_valid_names(ask):
+def test_an_unknown_axis_is_refused_with_the_near_match_and_all_names(ask):
     with pytest.raises(ValueError, match=r"the mesh has no axis 'dp_shad'; did you mean 'dp_shard'\?") as caught:
         ask("dp_shad")
 
@@ -328,7 +328,7 @@ def test_an_unknown_axis_is_told_the_near_match_and_the_valid_names(ask):
 
 
 @pytest.mark.parametrize("ask", [PLAN.coordinates, lambda _, view: PLAN.rank_at(HOME, view)])
-def test_an_unknown_view_is_told_the_near_match_and_the_valid_names(ask):
+def test_an_unknown_view_is_refused_with_the_near_match_and_all_names(ask):
     with pytest.raises(ValueError, match=re.escape("no view 'mo'; did you mean 'moe'? (views: dense, moe)")):
         ask(0, "mo")
 

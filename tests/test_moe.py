@@ -31,18 +31,18 @@ def load(specimen, folder, **more):
 
 
 @pytest.mark.parametrize(("specimen", "world", "ep"), [("mixtral", 2, 2), ("deepseek-v3", 4, 2)])
-def test_experts_over_ranks_compute_what_one_process_computes(ranks, specimen, world, ep):
+def test_experts_over_ranks_match_one_process(ranks, specimen, world, ep):
     """The full matrix of models and topologies is in ``test_moe_matrix.py``."""
     assert_equivalent(ranks(world), Task(specimen=specimen), **options(ep_size=ep))
 
 
-def test_experts_with_replicas_compute_what_one_process_computes(ranks):
+def test_experts_with_replicas_match_one_process(ranks):
     """The parameters of all replicas are compared bit for bit, those of the experts included."""
     assert_equivalent(ranks(4), Task(specimen="qwen2-moe"), **options(ep_size=2, dp_replicate_size=2))
 
 
 @pytest.mark.parametrize("mode", ["full", pytest.param("selective", marks=pytest.mark.slow)])
-def test_recomputed_experts_compute_what_one_process_computes(ranks, mode):
+def test_recomputed_experts_match_one_process(ranks, mode):
     assert_equivalent(ranks(4), Task(specimen="qwen3-moe"), **options(ep_size=2, recompute=mode))
 
 
@@ -64,12 +64,12 @@ def test_a_rank_may_have_no_label_to_learn_from(ranks):
     assert_equivalent(ranks(4), Task(specimen="mixtral", rows=4), **options(ep_size=4))
 
 
-def test_copies_that_do_not_divide_the_experts_share_the_hidden_size(ranks):
+def test_experts_that_shards_do_not_divide_are_cut_along_the_hidden_size(ranks):
     """Three experts a rank on two ranks each."""
     assert_equivalent(ranks(4), Task(specimen="qwen3-moe-six"), **options(ep_size=2))
 
 
-def test_experts_that_are_not_resharded_compute_what_one_process_computes(ranks):
+def test_experts_without_resharding_match_one_process(ranks):
     assert_equivalent(ranks(4), Task(specimen="qwen3-moe"), **options(ep_size=2, moe={"reshard_after_forward": False}))
 
 
@@ -80,7 +80,7 @@ def test_experts_that_are_not_resharded_compute_what_one_process_computes(ranks)
         ("qwen3-moe", {"tp_size": 2, "ep_size": 2}, {"dispatcher": "all_reduce"}),
     ],
 )
-def test_experts_beside_tensor_parallelism_compute_what_one_process_computes(ranks, specimen, sizes, moe):
+def test_experts_beside_tensor_parallelism_match_one_process(ranks, specimen, sizes, moe):
     """A token is sent once, not once per tensor-parallel rank, or its experts' gradients would be twice as large."""
     assert_equivalent(ranks(4), Task(specimen=specimen), **options(moe=moe, **sizes))
 
@@ -93,7 +93,7 @@ def test_experts_beside_tensor_parallelism_compute_what_one_process_computes(ran
         pytest.param("qwen3-moe", 12, {"cp_size": 2, "tp_size": 2, "ep_size": 4}, marks=pytest.mark.slow),
     ],
 )
-def test_experts_beside_context_parallelism_compute_what_one_process_computes(ranks, specimen, length, sizes):
+def test_experts_beside_context_parallelism_match_one_process(ranks, specimen, length, sizes):
     assert_equivalent(ranks(4), Task(specimen=specimen, length=length), **options(**sizes))
 
 
@@ -107,14 +107,14 @@ def test_experts_beside_context_parallelism_compute_what_one_process_computes(ra
         pytest.param("qwen3-moe-deep", {"pp_size": 4}, {"pp_batch_size": 12}, False, marks=pytest.mark.slow),
     ],
 )
-def test_experts_in_a_pipeline_compute_what_one_process_computes(ranks, specimen, sizes, pipeline, recompute):
+def test_experts_in_a_pipeline_match_one_process(ranks, specimen, sizes, pipeline, recompute):
     assert_equivalent(ranks(4), Task(specimen=specimen), **options(pipeline=pipeline, recompute=recompute, **sizes))
 
 
 # ---- loading ----
 
 
-def read(specimen, folder, sizes):
+def on_rank_read(specimen, folder, sizes):
     with BytesRead() as reading:
         model, _ = load(specimen, folder, **sizes)
     local = {name: p.to_local() if isinstance(p, DTensor) else p for name, p in model.named_parameters()}
@@ -131,12 +131,12 @@ def read(specimen, folder, sizes):
         pytest.param("qwen3-moe", {"ep_size": 2, "dp_replicate_size": 2}, marks=pytest.mark.slow),
     ],
 )
-def test_experts_load_the_same_one_by_one_or_fused_and_each_rank_reads_its_own(ranks, specimen, sizes, tmp_path):
+def test_fused_or_separate_experts_load_alike_and_only_own_ones_are_read(ranks, specimen, sizes, tmp_path):
     SPECIMENS[specimen].make().save_pretrained(tmp_path, save_original_format=False)
     single = sum(p.numel() * p.element_size() for p in SPECIMENS[specimen].make().parameters())
 
-    one_by_one = ranks(4).run(read, specimen, checkpoint(specimen), sizes)
-    fused = ranks(4).run(read, specimen, tmp_path, sizes)
+    one_by_one = ranks(4).run(on_rank_read, specimen, checkpoint(specimen), sizes)
+    fused = ranks(4).run(on_rank_read, specimen, tmp_path, sizes)
 
     print(
         f"bytes read on 4 ranks: {[a for a, *_ in one_by_one]} one by one, {[a for a, *_ in fused]} fused of {single}"
@@ -147,7 +147,7 @@ def test_experts_load_the_same_one_by_one_or_fused_and_each_rank_reads_its_own(r
     assert sum(a for a, *_ in fused) == single * sizes.get("dp_replicate_size", 1)
 
 
-def whole_from_config(specimen):
+def on_rank_from_config(specimen):
     torch.manual_seed(3)
     setup = DistributedSetup.build(**options(ep_size=2))
     model = SPECIMENS[specimen].load.from_config(SPECIMENS[specimen].config(), distributed_setup=setup)
@@ -158,18 +158,18 @@ def test_a_new_model_has_the_experts_that_one_process_draws(ranks):
     torch.manual_seed(3)
     single = SPECIMENS["qwen3-moe"].load.from_config(SPECIMENS["qwen3-moe"].config())
 
-    for drawn in ranks(4).run(whole_from_config, "qwen3-moe"):
+    for drawn in ranks(4).run(on_rank_from_config, "qwen3-moe"):
         assert [name for name, p in single.named_parameters() if not torch.equal(p, drawn[name])] == []
 
 
-def save_after_a_step(folder, path):
+def on_rank_save_after_a_step(folder, path):
     model, setup = load("qwen3-moe", folder, ep_size=2)
     runtime, optimizer = one_step(setup.runtime(model))
     runtime.save(path, optimizer)
     return whole_state(runtime, optimizer)
 
 
-def load_elsewhere(folder, path, sizes):
+def on_rank_load_elsewhere(folder, path, sizes):
     model, setup = load("qwen3-moe", folder, **sizes)
     runtime, optimizer = one_step(setup.runtime(model))
     runtime.load(path, optimizer)
@@ -204,11 +204,11 @@ def whole_state(runtime, optimizer):
         pytest.param({"ep_size": 4, "tp_size": 2}, marks=pytest.mark.slow),
     ],
 )
-def test_a_checkpoint_of_experts_loads_into_another_topology_bit_for_bit(ranks, sizes, tmp_path):
+def test_a_checkpoint_of_experts_loads_in_another_topology(ranks, sizes, tmp_path):
     folder = checkpoint("qwen3-moe")
-    saved = ranks(4).run(save_after_a_step, folder, tmp_path / "saved")[0]
+    saved = ranks(4).run(on_rank_save_after_a_step, folder, tmp_path / "saved")[0]
 
-    for found in ranks(4).run(load_elsewhere, folder, tmp_path / "saved", sizes):
+    for found in ranks(4).run(on_rank_load_elsewhere, folder, tmp_path / "saved", sizes):
         assert found.keys() == saved.keys()
         assert [name for name in saved if not torch.equal(saved[name], found[name])] == []
 
@@ -216,7 +216,7 @@ def test_a_checkpoint_of_experts_loads_into_another_topology_bit_for_bit(ranks, 
 # ---- options ----
 
 
-def dtypes(folder, moe):
+def on_rank_dtypes(folder, moe):
     strategy = FSDP2Config(mp_policy={"param_dtype": "bfloat16"})
     model, _ = load("qwen3-moe", folder, ep_size=2, strategy=strategy, moe=moe)
     seen = set()
@@ -229,11 +229,11 @@ def test_experts_and_head_may_compute_in_a_dtype_of_their_own(ranks):
     folder = checkpoint("qwen3-moe")
     exact = {"mp_policy": {"param_dtype": "float32"}, "lm_head_precision": "float32"}
 
-    assert ranks(2).run(dtypes, folder, None) == [({torch.bfloat16}, torch.bfloat16)] * 2
-    assert ranks(2).run(dtypes, folder, exact) == [({torch.float32}, torch.float32)] * 2
+    assert ranks(2).run(on_rank_dtypes, folder, None) == [({torch.bfloat16}, torch.bfloat16)] * 2
+    assert ranks(2).run(on_rank_dtypes, folder, exact) == [({torch.float32}, torch.float32)] * 2
 
 
-def balance(folder):
+def on_rank_balance(folder):
     model, setup = load("qwen3-moe", folder, ep_size=2)
     runtime = setup.runtime(model)
     whole = Task(specimen="qwen3-moe").batches(0)[0]
@@ -248,15 +248,15 @@ def test_the_runtime_reports_how_evenly_experts_are_used(ranks):
     counts = [torch.bincount(layer.topk(2).indices.flatten(), minlength=8).float() for layer in logits]
     worst = max((count.max() / count.mean()).item() for count in counts)
 
-    assert ranks(2).run(balance, folder) == [{"expert_load_max_over_mean": pytest.approx(worst)}] * 2
+    assert ranks(2).run(on_rank_balance, folder) == [{"expert_load_max_over_mean": pytest.approx(worst)}] * 2
 
 
-def test_the_moe_mesh_has_the_axes_of_the_page(ranks):
-    for shape in ranks(4).run(moe_shapes):
+def test_the_moe_mesh_has_the_axes_ep_shard_and_ep(ranks):
+    for shape in ranks(4).run(on_rank_moe_shapes):
         assert shape == [(("ep_shard", "ep"), (2, 2)), (("ep_shard", "ep"), (2, 2)), None]
 
 
-def moe_shapes():
+def on_rank_moe_shapes():
     meshes = [
         DistributedSetup.build(**options(**sizes)).mesh_context.moe_mesh
         for sizes in ({"ep_size": 2}, {"ep_size": 2, "dp_replicate_size": 2}, {})
@@ -273,15 +273,15 @@ def refused(error=TopologyError, world_size=8, **more):
     return str(caught.value)
 
 
-def test_experts_over_a_number_of_ranks_that_does_not_divide_them_are_refused():
+def test_an_ep_size_that_does_not_divide_the_ranks_is_refused():
     assert "ep_size=3 must divide the 8 ranks of dp*cp*tp = 8*1*1" in refused(ep_size=3)
 
 
-def test_adding_up_needs_ranks_with_the_same_tokens():
+def test_the_all_reduce_dispatcher_needs_ranks_with_the_same_tokens():
     assert "needs ranks that hold the same tokens" in refused(ep_size=4, moe={"dispatcher": "all_reduce"})
 
 
-def test_tokens_that_tensor_parallel_ranks_share_out_are_refused():
+def test_sequence_parallelism_beside_experts_is_refused():
     strategy = FSDP2Config(sequence_parallel=True)
     assert "sequence_parallel=True cuts the tokens between layers, which routers" in refused(
         ep_size=2, tp_size=2, strategy=strategy
@@ -293,11 +293,11 @@ def test_an_unknown_dispatcher_is_refused():
         MoEParallelizerConfig(dispatcher="alltoall")
 
 
-def test_ddp_has_no_place_for_experts():
+def test_ddp_refuses_expert_parallelism():
     assert "strategy 'ddp' does not compose with it; use 'fsdp2'" in refused(ep_size=2, strategy="ddp")
 
 
-def refused_at_load(specimen, folder, more):
+def on_rank_refusal(specimen, folder, more):
     with BytesRead() as reading, pytest.raises(TopologyError) as caught:
         load(specimen, folder, **more)
     return reading.bytes, str(caught.value)
@@ -315,7 +315,7 @@ def refused_at_load(specimen, folder, more):
         ),
     ],
 )
-def test_a_model_whose_experts_do_not_fit_is_refused_before_a_weight_is_read(ranks, specimen, sizes, moe, message):
-    for read_bytes, text in ranks(4).run(refused_at_load, specimen, checkpoint(specimen), {**sizes, "moe": moe}):
+def test_experts_that_do_not_fit_are_refused_before_weights_are_read(ranks, specimen, sizes, moe, message):
+    for read_bytes, text in ranks(4).run(on_rank_refusal, specimen, checkpoint(specimen), {**sizes, "moe": moe}):
         assert read_bytes == 0
         assert message in text

@@ -56,7 +56,7 @@ def unfit(model, topology):
 @pytest.mark.parametrize(
     ("model", "topology"), [(model, name) for name in TOPOLOGIES for model in MODELS if not unfit(model, name)]
 )
-def test_a_model_with_experts_computes_what_one_process_computes(ranks, model, topology):
+def test_a_model_with_experts_matches_one_process(ranks, model, topology):
     world, sizes, recompute = TOPOLOGIES[topology]
     train(ranks(world), model, sizes, recompute)
 
@@ -64,7 +64,7 @@ def test_a_model_with_experts_computes_what_one_process_computes(ranks, model, t
 @pytest.mark.parametrize(
     ("model", "topology"), [(model, name) for name in WHOLE for model in MODELS if not unfit(model, name)]
 )
-def test_experts_that_are_not_shared_out_compute_what_one_process_computes(ranks, model, topology):
+def test_experts_without_expert_parallelism_match_one_process(ranks, model, topology):
     world, sizes, more = WHOLE[topology]
     train(ranks(world), model, sizes, False, **more)
 
@@ -73,12 +73,12 @@ def test_experts_that_are_not_shared_out_compute_what_one_process_computes(ranks
 @pytest.mark.parametrize(
     "schedule", ["gpipe", "1f1b", "looped_bfs", "interleaved_1f1b", "zero_bubble", "zbv", "dualpipev"]
 )
-def test_experts_under_every_schedule_compute_what_one_process_computes(ranks, model, schedule):
+def test_experts_under_every_schedule_match_one_process(ranks, model, schedule):
     train(ranks(4), model, {"ep_size": 2, "pp_size": 2}, False, pipeline_config={"pp_schedule": schedule})
 
 
 @pytest.mark.parametrize("sizes", [{"ep_size": 2, "dp_replicate_size": 2, "tp_size": 2}, {"ep_size": 4, "tp_size": 2}])
-def test_replicas_of_experts_routers_and_norms_stay_equal_over_many_steps(ranks, sizes):
+def test_replicated_parameters_stay_equal_over_many_steps(ranks, sizes):
     """What several ranks hold is compared bit for bit; against one process, rounding may send a token elsewhere."""
     task = Task(specimen="qwen3-moe", steps=20)
     strategy = FSDP2Config(mp_policy=FP32)

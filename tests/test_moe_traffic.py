@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from sent_bytes import measured
+from sent_bytes import on_rank_measure_bytes
 
 from nemo_dist import DistributedSetup, FSDP2Config, ParallelismSizes
 from nemo_dist.plugin.comm_estimate import readable
@@ -28,7 +28,7 @@ def test_a_step_with_experts_sends_what_explain_says(on_ranks, case):
     """Ranks send as many tokens as they have, but get what routers choose: the sum over ranks is known, no rank's."""
     world, specimen, sizes, recompute = CASES[case]
     options = {"strategy": FP32, "parallelism_sizes": ParallelismSizes(**sizes), "activation_checkpointing": recompute}
-    results = on_ranks(world, measured, specimen, options)
+    results = on_ranks(world, on_rank_measure_bytes, specimen, options)
     for kind in ("all-gather", "reduce-scatter", "all-to-all"):
         sent, said = (sum(result[which][kind] for result in results) for which in (0, 1))
         # FSDP2 pads to equal shards, and counts norms and routers as if tensor parallelism divided them.
@@ -36,7 +36,7 @@ def test_a_step_with_experts_sends_what_explain_says(on_ranks, case):
         assert said == pytest.approx(sent, rel=close), (kind, results)
 
 
-def test_explain_says_how_many_experts_a_rank_holds_and_what_a_layer_sends():
+def test_explain_shows_experts_per_rank_and_bytes_per_layer():
     setup = DistributedSetup.build(parallelism_sizes=ParallelismSizes(ep_size=4, dp_replicate_size=2), world_size=16)
     with torch.device("meta"):
         model = SPECIMENS["qwen3-moe"].load.from_config(SPECIMENS["qwen3-moe"].config())
@@ -52,7 +52,7 @@ def test_explain_says_how_many_experts_a_rank_holds_and_what_a_layer_sends():
     assert "B a layer" not in plain
 
 
-def test_adding_up_sends_no_tokens():
+def test_the_all_reduce_dispatcher_sends_no_tokens():
     sizes = ParallelismSizes(ep_size=2, tp_size=2)
     setup = DistributedSetup.build(
         parallelism_sizes=sizes, moe_parallel_config={"dispatcher": "all_reduce"}, world_size=4

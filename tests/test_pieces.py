@@ -36,7 +36,7 @@ def placed(shape, placements, mesh):
     return DTensor.from_local(local.contiguous(), mesh, placements, run_check=False, shape=shape, stride=stride)
 
 
-def whole_on_every_rank(shape, placements):
+def on_rank_bring_whole(shape, placements):
     mesh = init_device_mesh("cpu", (2, 2))
     state = {"weight": placed(torch.Size(shape), placements, mesh)}
     for box, values in pieces(state["weight"]):
@@ -49,27 +49,27 @@ def whole_on_every_rank(shape, placements):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [(12, 4), (7, 5), (1, 3), (24, 2, 3)])
 def test_the_pieces_of_any_layout_make_the_whole(ranks, layout, shape):
-    results = ranks(4).run(whole_on_every_rank, shape, LAYOUTS[layout])
+    results = ranks(4).run(on_rank_bring_whole, shape, LAYOUTS[layout])
     expected = torch.arange(torch.Size(shape).numel()).view(shape)
     assert results[2] is None
     for rank in (0, 1, 3):
         assert torch.equal(results[rank], expected)
 
 
-def scalars_and_empties():
+def on_rank_bring_scalars():
     state = {"scalar": torch.tensor(3.0), "empty": torch.empty(0, 4)}
     entries = survey(Team().gather(describe(state)))
     dtypes = {name: tensor.dtype for name, tensor in state.items()}
     return bring(Team(), [["scalar", "empty"]] * 2, state, entries, dtypes)
 
 
-def test_scalars_and_empty_tensors_are_brought_too(ranks):
-    for found in ranks(2).run(scalars_and_empties):
+def test_scalars_and_empty_tensors_are_exchanged_too(ranks):
+    for found in ranks(2).run(on_rank_bring_scalars):
         assert torch.equal(found["scalar"], torch.tensor(3.0))
         assert found["empty"].shape == (0, 4)
 
 
-def survey_of(make):
+def on_rank_survey(make):
     mesh = init_device_mesh("cpu", (2,))
     return survey(Team().gather(describe({"weight": make(mesh)})))
 
@@ -101,7 +101,7 @@ def misdeclared(mesh):
         (misdeclared, "should have 2 of dim 0"),
     ],
 )
-def test_a_state_that_is_not_what_it_declares_is_refused(ranks, make, message):
+def test_a_tensor_that_does_not_match_its_layout_is_refused(ranks, make, message):
     with pytest.raises(Exception, match=message) as caught:
-        ranks(2).run(survey_of, make)
+        ranks(2).run(on_rank_survey, make)
     assert PluginError.__name__ in str(caught.value)

@@ -44,7 +44,7 @@ def batch_of(specimen, rows=4, length=10, seed=3):
 # ---- what a rank has ----
 
 
-def look(folder, schedule):
+def on_rank_describe(folder, schedule):
     _setup, pipeline = load("llama-deep", schedule, folder=folder)
     info = pipeline.info
     assert isinstance(pipeline, AutoPipeline) and list(info.model_parts) == pipeline.parts
@@ -60,7 +60,7 @@ def look(folder, schedule):
 
 
 def test_the_stages_of_all_ranks_are_the_model(ranks):
-    first, last = ranks(2).run(look, checkpoint("llama-deep"), "interleaved_1f1b")
+    first, last = ranks(2).run(on_rank_describe, checkpoint("llama-deep"), "interleaved_1f1b")
     names = {name for name, _ in SPECIMENS["llama-deep"].make().named_parameters()}
 
     assert (first["stages"], last["stages"]) == ([0, 2], [1, 3])
@@ -70,13 +70,13 @@ def test_the_stages_of_all_ranks_are_the_model(ranks):
 
 
 def test_a_v_schedule_puts_both_ends_on_the_first_rank(ranks):
-    first, last = ranks(2).run(look, checkpoint("llama-deep"), "zbv")
+    first, last = ranks(2).run(on_rank_describe, checkpoint("llama-deep"), "zbv")
     assert (first["stages"], first["ends"]) == ([0, 3], (True, True))
     assert (last["stages"], last["ends"]) == ([1, 2], (False, False))
 
 
 def test_a_summary_and_a_picture_show_the_pipeline(ranks):
-    first, _ = ranks(2).run(look, checkpoint("llama-deep"), "1f1b")
+    first, _ = ranks(2).run(on_rank_describe, checkpoint("llama-deep"), "1f1b")
 
     assert "model.embed_tokens, model.layers.0 ... model.layers.4" in first["summary"]
     assert "schedule 1F1B: 11.1% bubble in theory with 8 microbatches" in first["summary"]
@@ -86,7 +86,7 @@ def test_a_summary_and_a_picture_show_the_pipeline(ranks):
 # ---- loading ----
 
 
-def read_and_hold(folder, schedule):
+def on_rank_read(folder, schedule):
     setup = build(schedule)
     with BytesRead() as reading:
         pipeline = SPECIMENS["llama-deep"].load.from_pretrained(folder, distributed_setup=setup)
@@ -99,23 +99,23 @@ def whole_local(parameter):
 
 
 @pytest.mark.parametrize(("schedule", "world"), [("1f1b", 2), ("interleaved_1f1b", 4)])
-def test_a_rank_reads_only_its_stages_and_of_those_its_shard(ranks, schedule, world):
-    answers = ranks(world).run(read_and_hold, checkpoint("llama-deep"), schedule)
+def test_a_rank_reads_only_its_shard_of_its_stages(ranks, schedule, world):
+    answers = ranks(world).run(on_rank_read, checkpoint("llama-deep"), schedule)
     full = sum(parameter.nbytes for parameter in SPECIMENS["llama-deep"].make().parameters())
 
     assert [read for read, _ in answers] == [held for _, held in answers]
     assert sum(read for read, _ in answers) == full
 
 
-def load_quietly(folder):
+def on_rank_load_quietly(folder):
     import transformers.utils.logging as logging
 
     logging.set_verbosity_warning()
     load("llama-deep", "interleaved_1f1b", folder=folder)
 
 
-def test_keys_of_other_stages_raise_no_warning_and_strange_ones_do(ranks, tmp_path, capsys):
-    ranks(2).run(load_quietly, checkpoint("llama-deep"))
+def test_only_unknown_checkpoint_keys_raise_a_warning(ranks, tmp_path, capsys):
+    ranks(2).run(on_rank_load_quietly, checkpoint("llama-deep"))
     assert "UNEXPECTED" not in capsys.readouterr().out
     transformers.AutoModelForCausalLM.from_pretrained(checkpoint("llama-deep")).save_pretrained(tmp_path)
     save_file(
@@ -123,12 +123,12 @@ def test_keys_of_other_stages_raise_no_warning_and_strange_ones_do(ranks, tmp_pa
         tmp_path / "model.safetensors",
         metadata={"format": "pt"},
     )
-    ranks(2).run(load_quietly, tmp_path)
+    ranks(2).run(on_rank_load_quietly, tmp_path)
     shown = capsys.readouterr().out
     assert "strange" in shown and "lm_head" not in shown
 
 
-def from_config(specimen, schedule, pp):
+def on_rank_from_config(specimen, schedule, pp):
     torch.manual_seed(7)
     pipeline = SPECIMENS[specimen].load.from_config(
         SPECIMENS[specimen].config(), distributed_setup=build(schedule, pp), dtype=torch.float32
@@ -141,7 +141,7 @@ def test_a_new_model_starts_from_the_weights_of_one_process(ranks, specimen, sch
     torch.manual_seed(7)
     single = SPECIMENS[specimen].load.from_config(SPECIMENS[specimen].config(), dtype=torch.float32)
     then = torch.rand(1).item()
-    answers = ranks(4).run(from_config, specimen, schedule, pp)
+    answers = ranks(4).run(on_rank_from_config, specimen, schedule, pp)
     found = {name: tensor for tensors, _ in answers for name, tensor in tensors.items()}
 
     assert [drawn for _, drawn in answers] == [then] * 4
@@ -149,20 +149,24 @@ def test_a_new_model_starts_from_the_weights_of_one_process(ranks, specimen, sch
     assert all(torch.equal(found[name], parameter) for name, parameter in single.named_parameters())
 
 
-def load_with_new_head(folder):
+def on_rank_load_with_new_head(folder):
     torch.manual_seed(5)
     _setup, pipeline = load("llama-sequences", "zbv", folder=folder, pp=2)
     return {name: whole(parameter) for name, parameter in pipeline.named_parameters()}
 
 
-def test_a_head_that_the_checkpoint_lacks_is_drawn_like_on_one_process(ranks, tmp_path):
+def test_a_missing_head_is_drawn_as_on_one_process(ranks, tmp_path):
     single = transformers.AutoModelForSequenceClassification.from_pretrained(checkpoint("llama-sequences"))
     single.model.save_pretrained(tmp_path)
     torch.manual_seed(5)
     expected = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=3)
     config = SPECIMENS["llama-sequences"].config()
     config.save_pretrained(tmp_path)
-    found = {name: tensor for tensors in ranks(2).run(load_with_new_head, tmp_path) for name, tensor in tensors.items()}
+    found = {
+        name: tensor
+        for tensors in ranks(2).run(on_rank_load_with_new_head, tmp_path)
+        for name, tensor in tensors.items()
+    }
 
     assert torch.equal(found["score.weight"], expected.score.weight)
 
@@ -170,7 +174,7 @@ def test_a_head_that_the_checkpoint_lacks_is_drawn_like_on_one_process(ranks, tm
 SCATTERED = ("layers.0.mlp.up_proj.weight", "layers.3.self_attn.q_proj.weight", "layers.8.input_layernorm.weight")
 
 
-def load_with_holes(folder, schedule, specimen):
+def on_rank_load_with_holes(folder, schedule, specimen):
     torch.manual_seed(5)
     _setup, pipeline = load(specimen, schedule, folder=folder)
     return {name: whole(parameter) for name, parameter in pipeline.named_parameters()}, torch.rand(1).item()
@@ -179,7 +183,7 @@ def load_with_holes(folder, schedule, specimen):
 @pytest.mark.parametrize(
     ("world", "schedule", "specimen"), [(2, "1f1b", "llama-deep-tied"), (4, "zbv", "llama-sequences")]
 )
-def test_weights_that_stages_lack_are_drawn_in_the_order_of_the_whole_model(ranks, tmp_path, world, schedule, specimen):
+def test_missing_weights_are_drawn_in_the_order_of_the_whole_model(ranks, tmp_path, world, schedule, specimen):
     model = SPECIMENS[specimen].make()
     model.config.save_pretrained(tmp_path)
     lacking = (*(f"model.{name}" for name in SCATTERED), "score.weight", "lm_head.weight")
@@ -188,7 +192,7 @@ def test_weights_that_stages_lack_are_drawn_in_the_order_of_the_whole_model(rank
     torch.manual_seed(5)
     single = type(model).from_pretrained(tmp_path)
     then = torch.rand(1).item()
-    answers = ranks(world).run(load_with_holes, tmp_path, schedule, specimen)
+    answers = ranks(world).run(on_rank_load_with_holes, tmp_path, schedule, specimen)
     found = {name: tensor for tensors, _ in answers for name, tensor in tensors.items()}
 
     assert [drawn for _, drawn in answers] == [then] * world
@@ -196,17 +200,17 @@ def test_weights_that_stages_lack_are_drawn_in_the_order_of_the_whole_model(rank
     assert all(torch.equal(found[name], parameter) for name, parameter in single.named_parameters())
 
 
-def test_a_tied_model_whose_checkpoint_is_not_is_refused(ranks, tmp_path):
+def test_a_tied_model_with_an_untied_checkpoint_is_refused(ranks, tmp_path):
     model = SPECIMENS["llama-deep"].make()
     model.config.tie_word_embeddings = True
     model.config.save_pretrained(tmp_path)
     save_file(dict(model.state_dict()), tmp_path / "model.safetensors", metadata={"format": "pt"})
 
-    for message in ranks(2).run(load_refused, tmp_path):
+    for message in ranks(2).run(on_rank_refusal, tmp_path):
         assert "the checkpoint holds different tensors for them" in message
 
 
-def load_refused(folder):
+def on_rank_refusal(folder):
     with pytest.raises((ValueError, RankError)) as caught:
         load("llama-deep", "1f1b", folder=folder)
     return str(caught.value)
@@ -215,7 +219,7 @@ def load_refused(folder):
 # ---- evaluation and loops of one's own ----
 
 
-def evaluate(folder, specimen, schedule, batch):
+def on_rank_evaluate(folder, specimen, schedule, batch):
     _setup, pipeline = load(specimen, schedule, folder=folder)
     before = pipeline.eval(batch).item()
     loss = pipeline.step(batch).item()
@@ -235,7 +239,7 @@ def test_evaluation_gives_loss_and_logits_and_leaves_gradients_alone(ranks, spec
     model = SPECIMENS[specimen].load.from_pretrained(checkpoint(specimen), dtype=torch.float32)
     output = model(**batch)
     output.loss.backward()
-    answers = ranks(2).run(evaluate, checkpoint(specimen), specimen, schedule, batch)
+    answers = ranks(2).run(on_rank_evaluate, checkpoint(specimen), specimen, schedule, batch)
 
     for losses, grads, _ in answers:
         assert losses == pytest.approx([output.loss.item()] * 4, rel=1e-5)
@@ -246,7 +250,7 @@ def test_evaluation_gives_loss_and_logits_and_leaves_gradients_alone(ranks, spec
     torch.testing.assert_close(logits, output.logits.detach(), rtol=1e-4, atol=1e-5)
 
 
-def own_loop(folder, batch):
+def on_rank_own_loop(folder, batch):
     from nemo_dist_pipeline.runtime.microbatches import Microbatches
 
     _setup, pipeline = load("llama-deep", "interleaved_1f1b", folder=folder)
@@ -256,15 +260,15 @@ def own_loop(folder, batch):
     return sum(loss.item() for loss in losses)
 
 
-def test_torchs_schedule_is_there_for_a_loop_of_ones_own(ranks):
+def test_a_hand_written_loop_can_step_torchs_schedule(ranks):
     batch = batch_of("llama-deep")
     model = SPECIMENS["llama-deep"].load.from_pretrained(checkpoint("llama-deep"), dtype=torch.float32)
-    on_first, on_last = ranks(2).run(own_loop, checkpoint("llama-deep"), batch)
+    on_first, on_last = ranks(2).run(on_rank_own_loop, checkpoint("llama-deep"), batch)
 
     assert on_first == 0 and on_last == pytest.approx(model(**batch).loss.item(), rel=1e-5)
 
 
-def train_in_bfloat16(folder, batch, dtype):
+def on_rank_train_in_bfloat16(folder, batch, dtype):
     setup = DistributedSetup.build(
         parallelism_sizes=ParallelismSizes(pp_size=2), pipeline_config=PipelineConfig(dtype=dtype)
     )
@@ -278,15 +282,15 @@ def train_in_bfloat16(folder, batch, dtype):
 
 
 @pytest.mark.parametrize(("asked", "travels"), [(None, "torch.bfloat16"), ("float32", "torch.float32")])
-def test_hidden_states_travel_in_the_dtype_of_the_compute_or_the_users(ranks, asked, travels):
+def test_hidden_states_are_sent_in_the_compute_or_the_chosen_dtype(ranks, asked, travels):
     batch = batch_of("llama-deep")
     model = SPECIMENS["llama-deep"].load.from_pretrained(checkpoint("llama-deep"), dtype=torch.float32)
-    for loss, dtype, grads in ranks(2).run(train_in_bfloat16, checkpoint("llama-deep"), batch, asked):
+    for loss, dtype, grads in ranks(2).run(on_rank_train_in_bfloat16, checkpoint("llama-deep"), batch, asked):
         assert dtype == travels and grads == {"torch.float32"}
         assert loss == pytest.approx(model(**batch).loss.item(), rel=2e-2)
 
 
-def freeze_and_train(folder, batch):
+def on_rank_freeze_and_train(folder, batch):
     setup, pipeline = load("llama-deep", "1f1b", folder=folder)
     for name, parameter in pipeline.named_parameters():
         parameter.requires_grad_("layers.8" in name)
@@ -295,18 +299,18 @@ def freeze_and_train(folder, batch):
     return {name: whole(p.grad) for name, p in pipeline.named_parameters() if p.grad is not None}
 
 
-def test_a_first_stage_without_anything_to_train_hands_through(ranks):
+def test_a_first_stage_may_have_nothing_to_train(ranks):
     batch = batch_of("llama-deep")
     model = SPECIMENS["llama-deep"].load.from_pretrained(checkpoint("llama-deep"), dtype=torch.float32)
     model(**batch).loss.backward()
-    first, last = ranks(2).run(freeze_and_train, checkpoint("llama-deep"), batch)
+    first, last = ranks(2).run(on_rank_freeze_and_train, checkpoint("llama-deep"), batch)
 
     assert first == {} and last and all("layers.8" in name for name in last)
     for name, grad in last.items():
         assert (grad - model.get_parameter(name).grad).norm() <= 1e-5 * grad.norm()
 
 
-def step_and_export(folder, schedule, path, batch):
+def on_rank_export(folder, schedule, path, batch):
     setup, pipeline = load("llama-deep-tied", schedule, folder=folder)
     setup.runtime(pipeline).export(path)
 
@@ -314,7 +318,7 @@ def step_and_export(folder, schedule, path, batch):
 @pytest.mark.parametrize("schedule", ["1f1b", "zbv"])
 def test_an_export_is_the_whole_model(ranks, schedule, tmp_path):
     batch = batch_of("llama-deep-tied")
-    ranks(2).run(step_and_export, checkpoint("llama-deep-tied"), schedule, tmp_path / "out", batch)
+    ranks(2).run(on_rank_export, checkpoint("llama-deep-tied"), schedule, tmp_path / "out", batch)
     model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint("llama-deep-tied"))
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
@@ -324,7 +328,7 @@ def test_an_export_is_the_whole_model(ranks, schedule, tmp_path):
 # ---- a rank that dies ----
 
 
-def die_in_the_middle(folder, batch, how):
+def on_rank_die_in_the_middle(folder, batch, how):
     setup, pipeline = load("llama-deep", "1f1b", folder=folder)
     runtime = setup.runtime(pipeline)
     runtime.forward_backward(batch)
@@ -348,7 +352,7 @@ def die_in_the_middle(folder, batch, how):
 def test_a_rank_that_dies_in_a_schedule_ends_all_ranks_and_is_named(how, says):
     started = time.monotonic()
     with RankPool(2, collective_timeout=30) as pool, pytest.raises(RankError, match="rank 1 of 2 failed") as caught:
-        pool.run(die_in_the_middle, checkpoint("llama-deep"), batch_of("llama-deep"), how)
+        pool.run(on_rank_die_in_the_middle, checkpoint("llama-deep"), batch_of("llama-deep"), how)
 
     assert says in str(caught.value)
     assert time.monotonic() - started < 60

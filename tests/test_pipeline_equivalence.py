@@ -20,7 +20,7 @@ def pipelined(pp=2, schedule="1F1B", dp_replicate=None, reshard=None, sizes=None
 
 
 @pytest.mark.parametrize("schedule", SINGLE + LOOPED + V)
-def test_every_schedule_computes_what_one_process_computes(ranks, schedule):
+def test_every_schedule_matches_one_process(ranks, schedule):
     assert_equivalent(ranks(2), Task(specimen="llama-deep"), **pipelined(2, schedule))
 
 
@@ -45,13 +45,13 @@ def test_four_stages_of_uneven_layers_are_exact(ranks, schedule):
 
 
 @pytest.mark.parametrize("schedule", ["1F1B", "Interleaved1F1B"])
-def test_parameters_freed_after_every_forward_change_the_cost_and_not_the_numbers(ranks, schedule):
+def test_resharding_after_every_forward_does_not_change_the_numbers(ranks, schedule):
     assert_equivalent(ranks(4), Task(specimen="llama-deep"), **pipelined(2, schedule, reshard=True))
 
 
 @pytest.mark.parametrize("mode", ["full", "selective"])
 @pytest.mark.parametrize("schedule", SINGLE + LOOPED + V)
-def test_recomputed_activations_change_the_cost_and_not_the_numbers(ranks, schedule, mode):
+def test_recomputed_activations_do_not_change_the_numbers(ranks, schedule, mode):
     if mode == "selective" and schedule not in (*SINGLE, "LoopedBFS", "Interleaved1F1B"):
         pytest.skip("refused at build")
     options = pipelined(2, schedule) | {"activation_checkpointing": mode}
@@ -95,7 +95,7 @@ def test_a_list_of_batches_accumulates(ranks, schedule):
     ],
     ids=str,
 )
-def test_an_option_changes_the_cost_and_not_the_numbers(ranks, options):
+def test_an_option_does_not_change_the_numbers(ranks, options):
     assert_equivalent(ranks(2), Task(specimen="llama-deep-tied", accumulate=2), **pipelined(**options))
 
 

@@ -67,7 +67,7 @@ def test_the_first_round_meets_every_pair():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cell", [cell for cells in ROUNDS for cell in cells], ids=name_of)
-def test_every_composition_of_a_pipeline_computes_what_one_process_computes(ranks, cell):
+def test_every_composition_of_a_pipeline_matches_one_process(ranks, cell):
     mesh, schedule, per_rank, mode, specimen = cell
     world, given = MESHES[mesh]
     sizes = ParallelismSizes(**{"pp_size": 2, **given})

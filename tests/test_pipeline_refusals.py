@@ -44,11 +44,11 @@ def test_a_batch_that_does_not_divide_into_microbatches_is_refused():
         ("zero_bubble", 9, "runs 9 microbatches in 2 rounds of 4 ranks, which does not divide; use 8 or 12"),
     ],
 )
-def test_a_number_of_microbatches_that_the_schedule_cannot_run_is_refused(schedule, rows, says):
+def test_microbatch_counts_that_a_schedule_cannot_run_are_refused(schedule, rows, says):
     assert says in refused(pp=4, pp_schedule=schedule, pp_batch_size=rows)
 
 
-def test_a_number_of_stages_that_the_schedule_cannot_run_is_refused():
+def test_stage_counts_that_a_schedule_cannot_run_are_refused():
     three = [["a"], ["b"], ["c"], ["d"]]
     assert "schedule '1F1B' takes exactly 1 stages on a rank (got 2)" in refused(module_fqns_per_model_part=three)
     v = refused(pp_schedule="zbv", module_fqns_per_model_part=[["a"], ["b"]])
@@ -69,7 +69,7 @@ def test_options_that_contradict_each_other_are_refused_together():
     assert "rounds what layers_per_stage makes" in message and "pp_batch_size 3 is not divisible" in message
 
 
-def test_options_of_the_strategy_that_no_pipeline_keeps_are_refused():
+def test_strategy_options_that_a_pipeline_cannot_keep_are_refused():
     split = refused(strategy=FSDP2Config(reshard_after_forward=True), pp_schedule="zbv")
     assert "reshard_after_forward loses gradients under schedule 'ZBVZeroBubble'" in split
     options = {"strategy": FSDP2Config(activation_checkpointing="selective"), "pp_schedule": "zero_bubble"}
@@ -136,13 +136,13 @@ def test_a_schedule_file_that_is_not_there_is_refused(tmp_path):
     assert "cannot read pp_schedule_csv" in refused(pp_schedule_csv=tmp_path / "none.csv")
 
 
-def test_a_schedule_and_a_file_are_refused(tmp_path):
+def test_a_schedule_name_and_a_schedule_file_together_are_refused(tmp_path):
     path = tmp_path / "mine.csv"
     path.write_text("0F0,0B0\n1F0,1B0")
     assert "pp_schedule and pp_schedule_csv are both given" in refused(pp_schedule="1f1b", pp_schedule_csv=path)
 
 
-def realise_in(folders):
+def on_rank_make_mesh(folders):
     os.chdir(folders[torch.distributed.get_rank()])  # the same name, and another file
     setup = DistributedSetup.build(
         parallelism_sizes=ParallelismSizes(pp_size=2), pipeline_config=PipelineConfig(pp_schedule_csv="mine.csv")
@@ -153,13 +153,13 @@ def realise_in(folders):
     return str(caught.value)
 
 
-def test_files_with_different_schedules_end_in_an_error_that_names_the_rank(ranks, tmp_path):
+def test_schedule_files_that_differ_are_an_error_that_names_the_rank(ranks, tmp_path):
     lines = ["0F0,0F1,0B0,0B1\n1F0,1B0,1F1,1B1", "0F0,0F1,0B0,0B1\n1F0,1F1,1B0,1B1"]
     folders = [tmp_path / str(rank) for rank in range(4)]
     for rank, folder in enumerate(folders):
         folder.mkdir()
         (folder / "mine.csv").write_text(lines[rank == 2])
-    for message in ranks(4).run(realise_in, folders):
+    for message in ranks(4).run(on_rank_make_mesh, folders):
         assert "line 2 of pp_schedule_csv is 1F0,1F1,1B0,1B1 on rank 2, but 1F0,1B0,1F1,1B1 on the others" in message
         assert "line 1" not in message
 
@@ -167,7 +167,7 @@ def test_files_with_different_schedules_end_in_an_error_that_names_the_rank(rank
 # ---- what needs the model, at load ----
 
 
-def load(config, loader=NeMoAutoModelForCausalLM, pp=2, **options):
+def on_rank_load(config, loader=NeMoAutoModelForCausalLM, pp=2, **options):
     setup = DistributedSetup.build(
         parallelism_sizes=ParallelismSizes(pp_size=pp), pipeline_config=PipelineConfig(**options)
     )
@@ -180,7 +180,7 @@ def load(config, loader=NeMoAutoModelForCausalLM, pp=2, **options):
 
 def loading(ranks, config, **options):
     """Return what every rank is told; all of them must be told the same, and none may hang."""
-    answers = ranks(2).run(load, config, **options)
+    answers = ranks(2).run(on_rank_load, config, **options)
     assert len(set(answers)) == 1
     return answers[0]
 
@@ -195,7 +195,7 @@ def test_fewer_layers_than_stages_are_refused(ranks):
     assert "has 3 layers, fewer than the 4 stages of the pipeline" in message
 
 
-def test_a_division_that_is_not_one_is_refused(ranks):
+def test_an_invalid_division_into_stages_is_refused(ranks):
     def parts(*lists):
         return {"module_fqns_per_model_part": [list(part) for part in lists]}
 
@@ -212,7 +212,7 @@ def test_a_division_that_is_not_one_is_refused(ranks):
     assert "names model.layers.2 more than once" in loading(ranks, config, **twice)
 
 
-def test_layers_per_stage_that_makes_no_multiple_of_the_ranks_is_refused(ranks):
+def test_stages_that_the_ranks_do_not_divide_are_refused(ranks):
     message = loading(ranks, tiny(transformers.LlamaConfig), layers_per_stage=1)
     assert "makes 3 stages of 3 layers, which is no multiple of the 2 pipeline ranks" in message
 
@@ -222,7 +222,7 @@ def test_a_model_that_scales_its_embedding_in_the_forward_is_refused(ranks):
     assert "changes inputs_embeds in its forward" in loading(ranks, config)
 
 
-def test_a_model_that_nobody_said_how_to_cut_is_refused(ranks):
+def test_a_model_without_a_pipeline_plan_is_refused(ranks):
     config = SPECIMENS["bert-sequences"].config()
     message = loading(ranks, config, loader=NeMoAutoModelForSequenceClassification)
     assert "has no base_model_pp_plan" in message
@@ -231,7 +231,7 @@ def test_a_model_that_nobody_said_how_to_cut_is_refused(ranks):
 # ---- batches ----
 
 
-def step(folder, batch, **options):
+def on_rank_step(folder, batch, **options):
     setup = DistributedSetup.build(
         strategy=FSDP2Config(mp_policy={"param_dtype": "float32"}),
         parallelism_sizes=ParallelismSizes(pp_size=2),
@@ -247,7 +247,7 @@ def step(folder, batch, **options):
 
 def stepping(ranks, rows=4, batch=None, **options):
     given = SPECIMENS["llama"].batch(rows, 12, torch.Generator()) | (batch or {})
-    answers = ranks(2).run(step, checkpoint("llama"), given, **options)
+    answers = ranks(2).run(on_rank_step, checkpoint("llama"), given, **options)
     assert len(set(answers)) == 1
     return answers[0]
 
@@ -273,15 +273,15 @@ def test_a_tensor_with_other_rows_is_refused(ranks):
     assert "the batch's 'attention_mask' has 3 rows, but input_ids 4" in message
 
 
-def test_one_row_of_positions_stands_for_all(ranks):
+def test_one_row_of_position_ids_serves_every_row(ranks):
     assert stepping(ranks, batch={"position_ids": torch.arange(12).unsqueeze(0)}) == "accepted"
 
 
 def test_a_mesh_of_the_users_own_makes_a_pipeline(ranks):
-    kinds = ranks(2).run(load_on_mesh, checkpoint("llama"))
+    kinds = ranks(2).run(on_rank_load_on_mesh, checkpoint("llama"))
     assert kinds == ["AutoPipeline", "AutoPipeline"]
 
 
-def load_on_mesh(folder):
+def on_rank_load_on_mesh(folder):
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("pp",))
     return type(NeMoAutoModelForCausalLM.from_pretrained(folder, device_mesh=mesh)).__name__

@@ -53,7 +53,7 @@ def test_stages_are_dealt_to_one_rank_each(pp, per_rank):
     assert sorted(folded) == list(range(pp * 2))
 
 
-def test_a_v_goes_there_and_back():
+def test_a_v_placement_goes_down_the_ranks_and_back():
     assert [stage_ids_this_rank(rank, 4, 8, "v") for rank in range(4)] == [(0, 7), (1, 6), (2, 5), (3, 4)]
     assert [stage_ids_this_rank(rank, 4, 8) for rank in range(4)] == [(0, 4), (1, 5), (2, 6), (3, 7)]
 
@@ -93,7 +93,7 @@ def brute_force(costs, stages, first, last):
     first=st.integers(0, 12),
     last=st.integers(0, 12),
 )
-def test_the_dearest_stage_is_as_cheap_as_can_be(costs, stages, first, last):
+def test_balancing_minimises_the_cost_of_the_largest_stage(costs, stages, first, last):
     stages = min(stages, len(costs))
     sizes = balanced(costs, stages, first, last)
     ends = [sum(sizes[: index + 1]) for index in range(stages)]

@@ -35,6 +35,6 @@ def test_torch_reads_a_line_of_a_schedule_as_we_do(text):
     assert order_of([theirs]) == order_of([cells])
 
 
-def test_the_mock_stages_make_an_order_without_a_process_group():
+def test_torch_makes_an_order_without_a_process_group():
     order = order_of(get_schedule_ops("Interleaved1F1B", 2, 4, 2))
     assert len(order) == 2 and all(len(line) == 16 for line in order)

@@ -66,7 +66,7 @@ class Sent(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def sent(specimen, sizes, options):
+def on_rank_send(specimen, sizes, options):
     setup = build(sizes, options)
     config = SPECIMENS[specimen].config()
     pipeline = SPECIMENS[specimen].load.from_config(config, distributed_setup=setup, dtype=torch.float32)
@@ -89,7 +89,7 @@ def test_pipeline_ranks_send_what_explain_says(ranks, case):
 
     most = [max(crossed) * bytes_over_one for crossed in zip(*borders, strict=True)]
     assert [entry.sent for entry in said if entry.axis == "pp"] == [*most, tied][: 3 if tied else 2]
-    for place, count in ranks(world).run(sent, specimen, sizes, options):
+    for place, count in ranks(world).run(on_rank_send, specimen, sizes, options):
         swapped = tied if place in (0, len(borders) - 1) else 0
         assert count == sum(borders[place]) * bytes_over_one + swapped
 

@@ -20,7 +20,7 @@ SETUPS = {
 }
 
 
-def use(folder, strategy, sizes, out):
+def on_rank_use(folder, strategy, sizes, out):
     setup = DistributedSetup.build(strategy=strategy, parallelism_sizes=ParallelismSizes(**sizes))
     model = NeMoAutoModelForCausalLM.from_pretrained(folder, distributed_setup=setup)
     tokens = model.generate(PROMPT, max_new_tokens=5, do_sample=False)
@@ -34,7 +34,7 @@ def test_a_sharded_model_generates_and_saves_itself(ranks, name, tmp_path):
     folder = checkpoint("llama")
     plain = transformers.AutoModelForCausalLM.from_pretrained(folder)
     expected = plain.generate(PROMPT, max_new_tokens=5, do_sample=False)
-    for tokens, parameters in ranks(world).run(use, folder, strategy, sizes, tmp_path):
+    for tokens, parameters in ranks(world).run(on_rank_use, folder, strategy, sizes, tmp_path):
         assert torch.equal(tokens, expected)
         assert parameters == plain.num_parameters()
     saved = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -42,7 +42,7 @@ def test_a_sharded_model_generates_and_saves_itself(ranks, name, tmp_path):
     assert saved.config.to_dict() == plain.config.to_dict() | {"_name_or_path": str(tmp_path)}
 
 
-def resize(folder, strategy, sizes):
+def on_rank_resize(folder, strategy, sizes):
     setup = DistributedSetup.build(strategy=strategy, parallelism_sizes=ParallelismSizes(**sizes))
     model = NeMoAutoModelForCausalLM.from_pretrained(folder, distributed_setup=setup)
     tokens = model.config.vocab_size
@@ -55,6 +55,6 @@ def resize(folder, strategy, sizes):
 @pytest.mark.parametrize("name", ["fsdp2", "ddp", "tp"])
 def test_the_vocabulary_of_a_sharded_model_is_not_resized(ranks, name):
     world, strategy, sizes = SETUPS[name]
-    for unchanged, tokens, refusal in ranks(world).run(resize, checkpoint("llama"), strategy, sizes):
+    for unchanged, tokens, refusal in ranks(world).run(on_rank_resize, checkpoint("llama"), strategy, sizes):
         assert unchanged == [True, True]
         assert f"cannot be resized from {tokens} tokens to {tokens + 4}; load it in one process" in refusal

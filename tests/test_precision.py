@@ -26,7 +26,7 @@ class Reductions(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def dtypes(folder, policy):
+def on_rank_dtypes(folder, policy):
     """Return the dtypes of: stored parameters, matmul inputs and weights, reductions, gradients, logits."""
     initialize_distributed("gloo")
     setup = DistributedSetup.build(strategy=FSDP2Config(mp_policy=policy))
@@ -56,7 +56,7 @@ def dtypes(folder, policy):
     ids=["default", "halves", "outputs", "full"],
 )
 def test_a_policy_sets_the_dtypes_of_compute_and_reduction(on_ranks, policy, compute, reduction, output):
-    for stored, seen, reduced, gradients, logits in on_ranks(2, dtypes, checkpoint("llama"), policy):
+    for stored, seen, reduced, gradients, logits in on_ranks(2, on_rank_dtypes, checkpoint("llama"), policy):
         assert stored == gradients == {"torch.float32"}
         assert seen == {compute}
         assert reduced == {reduction}
@@ -119,7 +119,7 @@ def test_shards_on_the_cpu_compose_with_every_axis(ranks, specimen, sizes):
 
 
 @pytest.mark.parametrize("axis", ["pp", "ep"])
-def test_compiled_blocks_are_refused_beside_an_axis_that_they_are_not_proven_with(axis):
+def test_compiled_blocks_are_refused_beside_pp_and_ep(axis):
     with pytest.raises(ValueError, match="enable_compile is not proven"):
         DistributedSetup.build(
             strategy=FSDP2Config(enable_compile=True),
@@ -150,7 +150,7 @@ def test_compiled_blocks_train_like_one_process(ranks, case):
     assert_equivalent(ranks(world), Task(length=16), strategy=strategy, **options)
 
 
-def compiled_blocks(folder):
+def on_rank_count_graphs(folder):
     initialize_distributed("gloo")
     setup = DistributedSetup.build(strategy=FSDP2Config(mp_policy=FP32, enable_compile=True))
     model = SPECIMENS["llama"].load.from_pretrained(folder, distributed_setup=setup, dtype=torch.float32)
@@ -160,4 +160,4 @@ def compiled_blocks(folder):
 
 
 def test_enable_compile_does_compile(on_ranks):
-    assert on_ranks(1, compiled_blocks, checkpoint("llama"))[0] > 0
+    assert on_ranks(1, on_rank_count_graphs, checkpoint("llama"))[0] > 0

@@ -46,7 +46,7 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
-def saved_bytes_and_gradients(folder, mode, train, specimen="llama", scope=None):
+def on_rank_measure(folder, mode, train, specimen="llama", scope=None):
     """Return what the forward leaves alive for the backward, the peak of both, and every gradient."""
     initialize_distributed("gloo")
     strategy = FSDP2Config(mp_policy=FP32, activation_checkpointing_scope=scope)
@@ -73,8 +73,8 @@ def saved_bytes_and_gradients(folder, mode, train, specimen="llama", scope=None)
 
 
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
-def test_recomputation_keeps_fewer_activations_and_every_bit_of_the_gradients(on_ranks, train):
-    found = {m: on_ranks(1, saved_bytes_and_gradients, checkpoint("llama"), m, train)[0] for m in MODES}
+def test_recomputation_keeps_fewer_activations_and_equal_gradients(on_ranks, train):
+    found = {m: on_ranks(1, on_rank_measure, checkpoint("llama"), m, train)[0] for m in MODES}
     for mode, (alive, hooked, peak, _) in found.items():
         print(f"activation_checkpointing={mode}: {alive} bytes alive, {hooked} of them seen by hooks, peak {peak}")
     (none, _, none_peak, exact), (some, _, some_peak, selective), (least, _, least_peak, full) = found.values()
@@ -87,7 +87,7 @@ def test_recomputation_keeps_fewer_activations_and_every_bit_of_the_gradients(on
 
 @pytest.mark.parametrize("mode", ["full", "selective"])
 @pytest.mark.parametrize("strategy", ["fsdp2", "ddp"])
-def test_recomputation_computes_what_one_process_computes(ranks, strategy, mode):
+def test_recomputation_matches_one_process(ranks, strategy, mode):
     options = {"strategy": STRATEGIES[strategy], "activation_checkpointing": mode}
     assert_equivalent(ranks(2), Task(specimen="llama"), **options)
     exact, recomputed = trained(ranks(2), Task(), strategy=STRATEGIES[strategy]), trained(ranks(2), Task(), **options)
@@ -105,14 +105,14 @@ def test_recomputation_fits_every_kind_of_model(ranks, specimen):
 def test_a_scope_recomputes_only_its_towers(on_ranks):
     folder = checkpoint("llava")
     alive = {
-        scope: on_ranks(1, saved_bytes_and_gradients, folder, True, True, "llava", scope)[0][0]
+        scope: on_ranks(1, on_rank_measure, folder, True, True, "llava", scope)[0][0]
         for scope in ("language", "vision", ("language", "vision"), "all", "multimodal")
     }
     assert alive["language", "vision"] == alive["all"] < alive["language"] < alive["vision"]
     assert alive["multimodal"] == alive["vision"]
 
 
-def refusal_of(folder, **options):
+def on_rank_refusal(folder, **options):
     initialize_distributed("gloo")
     setup = DistributedSetup.build(**options)
     with pytest.raises(ValueError) as caught:
@@ -123,7 +123,7 @@ def refusal_of(folder, **options):
 def test_a_scope_that_the_model_lacks_is_refused_at_load(on_ranks):
     strategy = FSDP2Config(activation_checkpointing_scope="language,vision")
     options = {"strategy": strategy, "activation_checkpointing": True}
-    message = on_ranks(1, refusal_of, checkpoint("llama"), **options)[0]
+    message = on_ranks(1, on_rank_refusal, checkpoint("llama"), **options)[0]
     assert "names 'vision', but LlamaForCausalLM has no such part; it has language" in message
 
 
@@ -147,12 +147,12 @@ def test_a_scope_that_the_model_lacks_is_refused_at_load(on_ranks):
         ({"plugins": (RecomputeConfig(mode="full"),), "activation_checkpointing": True}, "set it once"),
     ],
 )
-def test_what_cannot_be_meant_is_refused_at_build(options, message):
+def test_contradictory_recompute_options_are_refused_at_build(options, message):
     with pytest.raises(ValueError, match=message):
         DistributedSetup.build(world_size=2, **options)
 
 
-def test_the_mode_on_the_strategy_config_or_in_plugins_counts_as_asked_for():
+def test_the_mode_may_be_given_on_the_setup_the_strategy_or_a_plugin():
     for options in (
         {"strategy": FSDP2Config(activation_checkpointing=True)},
         {"plugins": (RecomputeConfig(mode="full"),)},
@@ -172,7 +172,7 @@ def test_a_strategy_that_is_not_proven_with_a_mode_is_refused(monkeypatch):
             DistributedSetup.build(world_size=2, **options)
 
 
-def generated(folder):
+def on_rank_generate(folder):
     initialize_distributed("gloo")
     texts = []
     for mode in (False, True):
@@ -183,5 +183,5 @@ def generated(folder):
 
 
 def test_generation_still_uses_its_cache(on_ranks):
-    plain, recomputed = on_ranks(1, generated, checkpoint("llama"))[0]
+    plain, recomputed = on_ranks(1, on_rank_generate, checkpoint("llama"))[0]
     assert plain == recomputed

@@ -28,13 +28,13 @@ def refused(error=ValueError, **options):
 
 
 @pytest.mark.parametrize("given", [{}, {"pp_schedule": "1f1b"}])
-def test_a_pipeline_config_without_pipeline_stages(given):
+def test_a_pipeline_config_without_pipeline_stages_is_refused(given):
     message = refused(pipeline_config=given)
     assert "pipeline_config was given" in message and "pp_size" in message
 
 
 @pytest.mark.parametrize("given", [{}, {"ignore_router_for_ac": True}])
-def test_a_moe_config_without_expert_parallelism(given):
+def test_a_moe_config_without_expert_parallelism_is_refused(given):
     message = refused(moe_parallel_config=given)
     assert "moe_parallel_config was given" in message and "ep_size" in message
 
@@ -51,12 +51,12 @@ def test_a_strategy_name_is_normalised(name):
     assert DistributedSetup.build(strategy=name, world_size=2).strategy.name == name.strip().lower()
 
 
-def test_a_class_instead_of_an_instance():
+def test_a_class_instead_of_an_instance_is_refused():
     assert "write FSDP2Config()" in refused(TypeError, strategy=FSDP2Config)
 
 
 @pytest.mark.parametrize("strategy", [None, 3, {"name": "fsdp2"}])
-def test_a_strategy_of_the_wrong_type(strategy):
+def test_a_strategy_of_the_wrong_type_is_refused(strategy):
     message = refused(TypeError, strategy=strategy)
     assert (
         "strategy must be a plugin name, a config object or a plugin instance" in message and repr(strategy) in message
@@ -89,7 +89,7 @@ def test_an_unknown_field_of_a_policy_suggests_the_near_one():
         (DDPConfig, {"static_graph": None}),
     ],
 )
-def test_an_option_of_the_wrong_type_or_range_names_itself_and_what_it_got(config, options):
+def test_an_option_of_the_wrong_type_or_range_is_refused_by_name(config, options):
     ((name, value),) = options.items()
     with pytest.raises((TypeError, ValueError)) as error:
         config(**options)
@@ -112,7 +112,7 @@ def test_a_size_of_the_wrong_type_names_its_field(field, value):
     assert field in str(error.value) and repr(value) in str(error.value)
 
 
-def test_sizes_of_the_wrong_type():
+def test_sizes_of_the_wrong_type_are_refused():
     assert "ParallelismSizes(tp_size=2)" in refused(TypeError, parallelism_sizes={"tp_size": 2})
 
 
@@ -121,7 +121,7 @@ def test_a_world_that_the_sizes_do_not_divide_shows_the_arithmetic():
     assert "world_size 8 is not divisible by" in message and "= 3" in message
 
 
-def test_a_data_parallel_size_that_leaves_ranks_without_a_place():
+def test_a_data_parallel_size_that_leaves_ranks_without_a_place_is_refused():
     message = refused(parallelism_sizes=ParallelismSizes(dp_size=3))
     assert "dp_size" in message and "= 3, but world_size is 8" in message
 
@@ -129,7 +129,7 @@ def test_a_data_parallel_size_that_leaves_ranks_without_a_place():
 @pytest.mark.parametrize(
     ("replicate", "words"), [(3, "does not divide"), (8, "equals the data-parallel size"), (16, "does not divide")]
 )
-def test_replicas_that_do_not_fit_the_data_parallel_size(replicate, words):
+def test_replicas_that_do_not_fit_the_data_parallel_size_are_refused(replicate, words):
     message = refused(parallelism_sizes=ParallelismSizes(dp_replicate_size=replicate))
     assert f"dp_replicate_size {replicate} {words}" in message
 
@@ -145,17 +145,17 @@ def test_ddp_refuses_every_model_axis(axis):
     assert f"axis {axis!r} has size 2" in message and "ddp" in message
 
 
-def test_resharding_to_a_number_that_does_not_divide_the_shards():
+def test_resharding_to_a_number_that_does_not_divide_the_shards_is_refused():
     assert "reshard_after_forward=3 must divide the 8 ranks" in refused(strategy=FSDP2Config(reshard_after_forward=3))
 
 
 @pytest.mark.parametrize("value", ["bogus", "Full", 2, 0.5, ()])
-def test_an_unknown_mode_of_activation_checkpointing(value):
+def test_an_unknown_mode_of_activation_checkpointing_is_refused(value):
     message = refused(activation_checkpointing=value)
     assert "must be False, True, 'full' or 'selective'" in message and repr(value) in message
 
 
-def test_activation_checkpointing_that_contradicts_itself():
+def test_activation_checkpointing_that_contradicts_itself_is_refused():
     message = refused(strategy=FSDP2Config(activation_checkpointing="selective"), activation_checkpointing=True)
     assert "'full' on the setup but 'selective' on FSDP2Config" in message
 
@@ -169,30 +169,30 @@ def test_activation_checkpointing_that_contradicts_itself():
         ([], "empty"),
     ],
 )
-def test_ranks_that_are_repeated_out_of_range_or_none(ranks, words):
+def test_repeated_unknown_or_no_ranks_are_refused(ranks, words):
     assert words in refused(ranks=ranks)
 
 
-def test_ranks_that_do_not_fill_the_mesh():
+def test_ranks_that_do_not_fill_the_mesh_are_refused():
     message = refused(ranks=[0, 1, 2], parallelism_sizes=ParallelismSizes(dp_size=2))
     assert "= 2, but world_size is 3" in message
 
 
-def test_ranks_of_the_wrong_type():
+def test_ranks_of_the_wrong_type_are_refused():
     assert "ranks must be ints (got '1')" in refused(TypeError, ranks=["1"])
 
 
 @pytest.mark.parametrize(("option", "value"), [("timeout_minutes", "5"), ("device_type", 3), ("plugins", "recompute")])
-def test_a_keyword_of_the_wrong_type(option, value):
+def test_a_keyword_of_the_wrong_type_is_refused(option, value):
     assert option in refused(TypeError, **{option: value})
 
 
-def test_a_timeout_that_is_not_positive():
+def test_a_timeout_that_is_not_positive_is_refused():
     assert "timeout_minutes must be positive (got 0)" in refused(timeout_minutes=0)
 
 
 @pytest.mark.parametrize("value", [0, -1, 2.0, "8", True])
-def test_a_world_size_that_is_no_number_of_ranks(value):
+def test_a_world_size_that_is_no_number_of_ranks_is_refused(value):
     assert "world_size" in refused((TypeError, ValueError), world_size=value)
 
 
@@ -209,7 +209,7 @@ def test_all_problems_are_raised_together():
         assert sum(words in problem for problem in error.value.problems) == 1, (words, error.value.problems)
 
 
-def test_a_mesh_with_foreign_axis_names():
+def test_a_mesh_that_is_no_device_mesh_is_refused():
     with pytest.raises(TypeError, match="must be a torch DeviceMesh"):
         MeshContext.from_meshes("mesh")
 
@@ -250,7 +250,7 @@ def test_a_misspelled_hook_names_plugin_and_hook():
     assert "'stranger'" in message and "validat()" in message and "did you mean 'validate'" in message
 
 
-def test_a_hook_argument_that_does_not_exist():
+def test_a_hook_argument_that_does_not_exist_is_refused():
     @hookimpl
     def validate(self, plan, model):
         return []
@@ -259,7 +259,7 @@ def test_a_hook_argument_that_does_not_exist():
     assert "'stranger'" in message and "model" in message
 
 
-def test_a_hook_argument_with_a_default():
+def test_a_hook_argument_with_a_default_is_refused():
     @hookimpl
     def validate(self, plan=None):
         return []
@@ -269,7 +269,7 @@ def test_a_hook_argument_with_a_default():
 
 
 @pytest.mark.parametrize("order", ["tryfirst", "trylast", "wrapper"])
-def test_an_order_other_than_the_stage(order):
+def test_an_order_other_than_the_stage_is_refused(order):
     def validate(self, plan):
         yield
 
@@ -287,16 +287,16 @@ def test_an_exception_in_a_hook_names_plugin_and_hook():
     assert error.value.__notes__ == ["raised by the validate hook of plugin 'stranger'"]
 
 
-def test_two_strategies():
+def test_two_strategies_are_refused():
     message = refused(plugins=("ddp",))
     assert "'ddp' is a strategy; a setup has exactly one" in message
 
 
-def test_a_plugin_that_is_no_strategy_as_strategy():
+def test_a_plugin_that_is_no_strategy_as_strategy_is_refused():
     assert "is no strategy" in refused(strategy=plugin())
 
 
-def test_the_same_plugin_twice():
+def test_the_same_plugin_twice_is_refused():
     assert "selected twice" in refused(plugins=(plugin(), plugin()))
 
 
@@ -321,7 +321,7 @@ class Entry:
         return self.loaded
 
 
-def test_two_owners_of_one_name():
+def test_two_owners_of_one_name_are_refused():
     other = Entry("mine", "b:B", dist=Entry.Dist("other-dist", "2.0"))
     with pytest.raises(
         PluginError, match=r"'mine' is declared by both some-dist 1\.0 .* and other-dist 2\.0.*uninstall"
@@ -338,12 +338,12 @@ def test_a_plugin_that_fails_to_import_names_its_distribution():
 @pytest.mark.parametrize(
     ("loaded", "words"), [(3, "must be a class"), (type("P", (), {}), "lacks the class attribute")]
 )
-def test_an_entry_point_that_holds_no_plugin(loaded, words):
+def test_an_entry_point_that_holds_no_plugin_is_refused(loaded, words):
     with pytest.raises(PluginError, match=words):
         Registry((Entry("mine", "a:A", loaded),)).load("mine")
 
 
-def test_a_class_that_calls_itself_otherwise_than_its_entry_point():
+def test_a_class_named_otherwise_than_its_entry_point_is_refused():
     stranger = type(plugin())
     with pytest.raises(PluginError, match="calls itself 'stranger'"):
         Registry((Entry("mine", "a:A", stranger),)).load("mine")

@@ -29,7 +29,7 @@ def test_a_strategy_computes_the_router_loss_of_all_tokens(ranks, specimen, stra
 
 def test_a_batch_may_turn_the_router_loss_off(ranks):
     """Then the loss of a step is the mean over labels alone."""
-    losses = ranks(2).run(losses_with_the_switch, checkpoint("qwen3-moe"))
+    losses = ranks(2).run(on_rank_losses, checkpoint("qwen3-moe"))
 
     for on, off, default in losses:
         assert on == default
@@ -37,7 +37,7 @@ def test_a_batch_may_turn_the_router_loss_off(ranks):
         assert on > off
 
 
-def losses_with_the_switch(folder):
+def on_rank_losses(folder):
     setup = DistributedSetup.build(**SETUPS["fsdp2"])
     model = SPECIMENS["qwen3-moe"].load.from_pretrained(folder, distributed_setup=setup, dtype=torch.float32)
     runtime = setup.runtime(model)
@@ -80,7 +80,7 @@ def test_a_dense_model_has_no_router_loss():
     assert RouterLoss.of([SPECIMENS["llama"].make()], MeshContext()) is None
 
 
-def test_every_load_balancing_loss_of_these_arguments_in_transformers_is_the_same_code():
+def test_load_balancing_losses_of_transformers_share_one_formula():
     """The contract with transformers: the one formula that is summed over ranks here is told by its arguments."""
     bodies = {}
     for path in sorted(Path(transformers.__file__).parent.glob("models/*/modeling_*.py")):

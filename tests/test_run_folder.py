@@ -16,7 +16,7 @@ from nemo_dist.testing.equivalence import checkpoint
 from nemo_dist.testing.tiny_models import SPECIMENS
 
 
-def save_steps(folders, path, steps, keep):
+def on_rank_save_steps(folders, path, steps, keep):
     runs.FOLDERS.update(folders)
     runtime, optimizer = runs.start("fsdp2")
     folder = RunFolder(path, **keep)
@@ -25,7 +25,7 @@ def save_steps(folders, path, steps, keep):
     return folder.steps()
 
 
-def resume(folders, path):
+def on_rank_resume(folders, path):
     runs.FOLDERS.update(folders)
     runtime, optimizer = runs.start("fsdp2")
     with warnings.catch_warnings(record=True) as caught:
@@ -44,8 +44,8 @@ def resume(folders, path):
         ({"keep_last": 1, "keep_every": 2}, [2, 4, 6]),
     ],
 )
-def test_the_newest_and_every_kth_stay(ranks, tmp_path, keep, left):
-    assert ranks(2).run(save_steps, runs.folders("llama"), tmp_path / "run", range(1, 7), keep) == [left, left]
+def test_the_newest_and_every_kth_checkpoint_are_kept(ranks, tmp_path, keep, left):
+    assert ranks(2).run(on_rank_save_steps, runs.folders("llama"), tmp_path / "run", range(1, 7), keep) == [left, left]
     names = sorted(entry.name for entry in (tmp_path / "run").iterdir())
     assert names == ["latest", *(f"step-{step:08d}" for step in left)]
     assert (tmp_path / "run" / "latest").read_text() == "step-00000006\n"
@@ -64,43 +64,46 @@ def flip(path):
 
 
 @pytest.mark.parametrize("harm", [damage, flip])
-def test_of_damaged_checkpoints_the_reason_is_told_and_the_one_before_is_taken(ranks, tmp_path, harm):
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_loaded(ranks, tmp_path, harm):
     folders, path = runs.folders("llama"), tmp_path / "run"
-    ranks(2).run(save_steps, folders, path, [1, 2, 3], {})
+    ranks(2).run(on_rank_save_steps, folders, path, [1, 2, 3], {})
     harm(path / "step-00000003")
-    for found, warned in ranks(2).run(resume, folders, path):
+    for found, warned in ranks(2).run(on_rank_resume, folders, path):
         assert found == (2, "step 2")
         assert len(warned) == 1 and "step 3" in warned[0] and "rank-00000.safetensors" in warned[0]
     for step in (1, 2):
         harm(path / f"step-{step:08d}")
     with pytest.raises(Exception, match=r"none of the checkpoints in .* is whole: steps \[3, 2, 1\]"):
-        ranks(2).run(resume, folders, path)
+        ranks(2).run(on_rank_resume, folders, path)
 
 
-def test_latest_points_back_after_a_run_went_back(ranks, tmp_path):
+def test_latest_points_to_the_older_step_after_a_run_went_back(ranks, tmp_path):
     folders, path = runs.folders("llama"), tmp_path / "run"
-    ranks(2).run(save_steps, folders, path, [1, 2, 9], {})
-    ranks(2).run(save_steps, folders, path, [3], {})
+    ranks(2).run(on_rank_save_steps, folders, path, [1, 2, 9], {})
+    ranks(2).run(on_rank_save_steps, folders, path, [3], {})
     assert RunFolder(path).latest().name == "step-00000003"
-    assert [found for found, _ in ranks(2).run(resume, folders, path)] == [(3, "step 3")] * 2
+    assert [found for found, _ in ranks(2).run(on_rank_resume, folders, path)] == [(3, "step 3")] * 2
     damage(path / "step-00000003")
-    assert [found for found, _ in ranks(2).run(resume, folders, path)] == [(2, "step 2")] * 2
+    assert [found for found, _ in ranks(2).run(on_rank_resume, folders, path)] == [(2, "step 2")] * 2
 
 
 def test_without_a_pointer_the_highest_step_is_the_newest(ranks, tmp_path):
     folders, path = runs.folders("llama"), tmp_path / "run"
-    ranks(2).run(save_steps, folders, path, [1, 2], {})
+    ranks(2).run(on_rank_save_steps, folders, path, [1, 2], {})
     (path / "latest").write_text("../../etc\n")
     assert RunFolder(path).latest().name == "step-00000002"
 
 
 def test_a_folder_without_checkpoints_starts_from_nothing(ranks, tmp_path):
-    assert [found for found, _ in ranks(2).run(resume, runs.folders("llama"), tmp_path / "none")] == [None, None]
+    assert [found for found, _ in ranks(2).run(on_rank_resume, runs.folders("llama"), tmp_path / "none")] == [
+        None,
+        None,
+    ]
     assert RunFolder(tmp_path / "none").latest() is None
 
 
 @pytest.mark.parametrize("option", [{"keep_last": 0}, {"keep_every": -1}, {"keep_last": 1.5}, {"keep_last": True}])
-def test_nonsense_is_refused(option):
+def test_numbers_of_checkpoints_to_keep_must_be_positive(option):
     with pytest.raises(ValueError, match="must be a positive number or None"):
         RunFolder("run", **option)
 
@@ -115,7 +118,7 @@ def weights(folder):
     return found
 
 
-def save_and_export(name, folders, path, out, specimen):
+def on_rank_save_and_export(name, folders, path, out, specimen):
     runs.FOLDERS.update(folders)
     runtime, optimizer = runs.start(name, specimen)
     runs.steps(runtime, optimizer, runs.Task(specimen=specimen), range(1))
@@ -129,7 +132,7 @@ def save_and_export(name, folders, path, out, specimen):
 )
 def test_the_command_exports_what_the_ranks_would(ranks, tmp_path, name, world, specimen):
     run, ours, out = tmp_path / "run", tmp_path / "ours", tmp_path / "out"
-    ranks(world).run(save_and_export, name, runs.folders(specimen), run, ours, specimen)
+    ranks(world).run(on_rank_save_and_export, name, runs.folders(specimen), run, ours, specimen)
     answer = CliRunner().invoke(app, ["export", str(run), str(out), "--max-shard-size", "50KB"])
     assert answer.exit_code == 0, answer.output
     assert "step-00000001" in answer.output
@@ -153,7 +156,7 @@ def test_the_command_refuses_in_one_block(tmp_path):
 
 
 def test_a_class_that_transformers_lacks_is_refused(ranks, tmp_path):
-    ranks(2).run(save_steps, runs.folders("llama"), tmp_path / "run", [1], {})
+    ranks(2).run(on_rank_save_steps, runs.folders("llama"), tmp_path / "run", [1], {})
     for name in ("NoSuchModel", "AutoConfig", "logging"):
         runs.rewrite(tmp_path / "run" / "step-00000001", model=lambda _, name=name: name)
         with pytest.raises(CheckpointError, match=f"is of a {name}, which transformers"):

@@ -24,7 +24,7 @@ def whole(tensor):
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
-def learn_nothing(strategy, folder):
+def on_rank_learn_nothing(strategy, folder):
     _, model, runtime = start(strategy, folder)
     tokens = torch.arange(1, 13).reshape(2, 6)
     loss = runtime.forward_backward({"input_ids": tokens, "labels": torch.full_like(tokens, -100)})
@@ -36,12 +36,12 @@ def learn_nothing(strategy, folder):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_batch_without_a_label_anywhere_is_a_loss_of_zero_with_zero_gradients(ranks, strategy):
-    for loss, gradients, norm in ranks(2).run(learn_nothing, strategy, checkpoint("llama")):
+def test_a_batch_without_labels_has_zero_loss_and_zero_gradients(ranks, strategy):
+    for loss, gradients, norm in ranks(2).run(on_rank_learn_nothing, strategy, checkpoint("llama")):
         assert (loss, norm, set(gradients)) == (0.0, 0.0, {0.0})
 
 
-def own_loop(strategy, folder, task):
+def on_rank_own_loop(strategy, folder, task):
     _, model, runtime = start(strategy, folder)
     batches = [{n: v.chunk(runtime.dp_size)[runtime.dp_rank] for n, v in b.items()} for b in task.batches(0)]
     counts = torch.stack([count_labels(model, batch) for batch in batches])
@@ -58,26 +58,26 @@ def own_loop(strategy, folder, task):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_loop_of_ones_own_with_no_sync_gets_the_same_gradients(ranks, strategy):
+def test_a_hand_written_loop_with_no_sync_gets_the_same_gradients(ranks, strategy):
     task = Task(specimen="llama", accumulate=3, seed=0)
     expected = reference(task).gradients
 
-    for found in ranks(2).run(own_loop, strategy, checkpoint("llama"), task):
+    for found in ranks(2).run(on_rank_own_loop, strategy, checkpoint("llama"), task):
         for name, gradient in expected.items():
             torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
 
 
-def places(folder, options):
+def on_rank_place(folder, options):
     _, _, runtime = start("fsdp2", folder, **options)
     return runtime.dp_rank, runtime.dp_size
 
 
-def test_ranks_have_different_places_among_the_batches(ranks):
+def test_every_rank_has_its_own_data_parallel_rank(ranks):
     options = {"parallelism_sizes": ParallelismSizes(dp_replicate_size=2)}
-    assert ranks(4).run(places, checkpoint("llama"), options) == [(0, 4), (1, 4), (2, 4), (3, 4)]
+    assert ranks(4).run(on_rank_place, checkpoint("llama"), options) == [(0, 4), (1, 4), (2, 4), (3, 4)]
 
 
-def norms(folder, norm_type):
+def on_rank_norms(folder, norm_type):
     _, _, runtime = start("fsdp2", folder)
     tokens = torch.arange(1, 25).reshape(2, 12)
     runtime.forward_backward({"input_ids": tokens, "labels": tokens})
@@ -85,18 +85,18 @@ def norms(folder, norm_type):
 
 
 @pytest.mark.parametrize("norm_type", [1.0, 2.0, float("inf")])
-def test_the_norm_is_global_for_every_type_and_clipping_brings_it_down(ranks, norm_type):
+def test_clipping_reduces_the_global_norm_of_every_type(ranks, norm_type):
     model = NeMoAutoModelForCausalLM.from_pretrained(checkpoint("llama"))
     tokens = torch.arange(1, 25).reshape(2, 12)
     model(input_ids=tokens, labels=tokens).loss.backward()
     expected = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3, norm_type).item()
 
-    for before, after in ranks(2).run(norms, checkpoint("llama"), norm_type):
+    for before, after in ranks(2).run(on_rank_norms, checkpoint("llama"), norm_type):
         assert before == pytest.approx(expected, rel=1e-5)
         assert after == pytest.approx(1e-3, rel=1e-3)
 
 
-def grouped(folder):
+def on_rank_group(folder):
     _, _, runtime = start("fsdp2", folder)
     decayed = [p for n, p in runtime.named_parameters() if p.ndim > 1]
     plain = [p for n, p in runtime.named_parameters() if p.ndim <= 1]
@@ -106,11 +106,11 @@ def grouped(folder):
 
 
 def test_parameter_groups_are_kept(ranks):
-    groups, decayed, plain = ranks(2).run(grouped, checkpoint("llama"))[0]
+    groups, decayed, plain = ranks(2).run(on_rank_group, checkpoint("llama"))[0]
     assert groups == [(0.1, decayed), (0.0, plain)]
 
 
-def refusals(folder):
+def on_rank_refusals(folder):
     setup, model, runtime = start("fsdp2", folder)
     other = DistributedSetup.build(strategy=STRATEGIES["fsdp2"])
     plain = NeMoAutoModelForCausalLM.from_pretrained(folder)
@@ -130,8 +130,8 @@ def refusals(folder):
     return messages
 
 
-def test_what_a_runtime_cannot_do_is_said(ranks):
-    empty, unlabelled, other, plain, text = ranks(1).run(refusals, checkpoint("llama"))[0]
+def test_wrong_use_of_a_runtime_is_refused(ranks):
+    empty, unlabelled, other, plain, text = ranks(1).run(on_rank_refusals, checkpoint("llama"))[0]
 
     assert "empty list" in empty
     assert "no labels" in unlabelled and "input_ids" in unlabelled
@@ -139,7 +139,7 @@ def test_what_a_runtime_cannot_do_is_said(ranks):
     assert "no setup" in plain and "no setup" in text
 
 
-def default_precision(folder):
+def on_rank_default_precision(folder):
     seen = {}
     setup = DistributedSetup.build()
     model = NeMoAutoModelForCausalLM.from_pretrained(folder, distributed_setup=setup, dtype=torch.float32)
@@ -152,8 +152,8 @@ def default_precision(folder):
     return seen, layer.weight.dtype, layer.weight.grad.dtype, loss.dtype
 
 
-def test_the_default_computes_in_bfloat16_and_keeps_parameters_gradients_and_loss_in_float32(ranks):
-    for seen, parameter, gradient, loss in ranks(2).run(default_precision, checkpoint("llama")):
+def test_the_default_computes_in_bfloat16_and_stores_in_float32(ranks):
+    for seen, parameter, gradient, loss in ranks(2).run(on_rank_default_precision, checkpoint("llama")):
         assert seen == {"weight": torch.bfloat16, "output": torch.bfloat16}
         assert (parameter, gradient, loss) == (torch.float32, torch.float32, torch.float32)
 
@@ -169,7 +169,7 @@ def test_the_default_computes_in_bfloat16_and_keeps_parameters_gradients_and_los
         ("bert-sequences", {"labels": torch.zeros(2, 3)}, 6),
     ],
 )
-def test_the_labels_that_count_are_those_of_the_models_mean(specimen, batch, count):
+def test_labels_are_counted_as_the_models_own_loss_does(specimen, batch, count):
     assert count_labels(SPECIMENS[specimen].make(), batch).item() == count
 
 

@@ -20,17 +20,17 @@ def run(folder, code):
     return subprocess.run([sys.executable, "-c", code], env=os.environ | {"TMPDIR": str(folder)}, timeout=60).returncode
 
 
-def test_the_folders_of_a_process_go_when_it_ends(tmp_path):
+def test_the_folders_of_a_process_are_removed_when_it_ends(tmp_path):
     assert run(tmp_path, f"{MAKE}\nassert len(os.listdir(scratch('three').parent)) == 3") == 0
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_folders_of_a_process_that_failed_go_too(tmp_path):
+def test_the_folders_of_a_failed_process_are_removed_too(tmp_path):
     assert run(tmp_path, f"{MAKE}\nraise ValueError") == 1
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_a_killed_process_left_goes_with_the_next_one_and_what_a_living_one_has_stays(tmp_path):
+def test_the_folders_of_a_killed_process_are_removed_by_the_next_one(tmp_path):
     assert run(tmp_path, f"{MAKE}\nos.kill(os.getpid(), signal.SIGKILL)") < 0
     (left,) = tmp_path.iterdir()
     assert left.name.startswith("nemo_dist_test_")
@@ -41,12 +41,12 @@ def test_what_a_killed_process_left_goes_with_the_next_one_and_what_a_living_one
     assert sorted(tmp_path.iterdir()) == sorted([living, tmp_path / "nemo_dist_test_notes"])
 
 
-def make_folder():
+def on_rank_make_folder():
     return tempfile.mkdtemp(prefix="torchelastic_")
 
 
-def test_what_ranks_leave_goes_with_their_pool():
+def test_the_folders_of_ranks_are_removed_with_their_pool():
     with RankPool(1) as pool:
-        (made,) = pool.run(make_folder)
+        (made,) = pool.run(on_rank_make_folder)
         assert Path(made).is_dir()
     assert not Path(made).exists()

@@ -149,7 +149,7 @@ def test_a_policy_of_torch_is_written_by_the_names_of_its_dtypes():
         ({"moe": {}}, "moe_parallel_config was given, but ep_size is 1"),
     ],
 )
-def test_what_a_section_cannot_mean_is_refused(section, message):
+def test_a_section_with_wrong_keys_is_refused(section, message):
     with pytest.raises(ValueError, match=message):
         DistributedSetup.from_dict(section, world_size=4)
 
@@ -170,7 +170,7 @@ def test_wrong_types_are_refused():
         ("distributed: [1\n", "is not YAML"),
     ],
 )
-def test_a_file_that_says_two_things_or_nothing_is_refused(tmp_path, text, message):
+def test_a_file_with_double_keys_or_no_section_is_refused(tmp_path, text, message):
     path = tmp_path / "config.yaml"
     path.write_text(text)
     with pytest.raises(ValueError, match=message):

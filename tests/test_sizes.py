@@ -108,7 +108,7 @@ def test_a_wrong_extra_axis_is_refused_by_name(extra, error, message):
 
 @pytest.mark.parametrize("query", [ParallelismSizes().dp, ParallelismSizes().problems])
 @pytest.mark.parametrize(("world", "error"), [(0, ValueError), (-4, ValueError), (True, TypeError), (8.0, TypeError)])
-def test_the_number_of_ranks_is_judged_like_a_size(query, world, error):
+def test_the_number_of_ranks_is_checked_like_a_size(query, world, error):
     with pytest.raises(error, match=rf"world_size must be an int from 1 up \(got {world}"):
         query(world)
 
@@ -164,34 +164,34 @@ def test_the_dp_replicate_size_that_a_problem_says_to_use_does_fit(replicate, wo
             assert ParallelismSizes(dp_replicate_size=int(better)).problems(world) == []
 
 
-def test_a_world_that_does_not_divide_is_told_with_its_factors():
+def test_a_world_that_does_not_divide_is_shown_with_its_factors():
     assert ParallelismSizes(tp_size=4, pp_size=2).problems(20) == [
         "world_size 20 is not divisible by pp_size * cp_size * tp_size = 2 * 1 * 4 = 8; "
         "start 16 or 24 ranks, or choose sizes whose product divides 20"
     ]
 
 
-def test_a_world_that_is_too_small_is_told_the_least_that_fits():
+def test_a_world_that_is_too_small_is_shown_the_smallest_that_fits():
     (problem,) = ParallelismSizes(tp_size=4, pp_size=2).problems(6)
 
     assert "start 8 ranks" in problem
 
 
-def test_an_explicit_dp_size_that_leaves_ranks_over_is_told_with_the_product():
+def test_a_dp_size_that_leaves_ranks_over_is_shown_with_the_product():
     assert ParallelismSizes(dp_size=3, tp_size=2).problems(8) == [
         "dp_size * pp_size * cp_size * tp_size = 3 * 1 * 1 * 2 = 6, but world_size is 8; "
         "leave dp_size out to get 4, or start 6 ranks"
     ]
 
 
-def test_replicas_that_do_not_divide_dp_are_told_what_does():
+def test_replicas_that_do_not_divide_dp_are_shown_what_does():
     assert ParallelismSizes(dp_replicate_size=5).problems(12) == [
         "dp_replicate_size 5 does not divide the data-parallel size 12, which is world_size / (pp_size * cp_size * "
         "tp_size); use 4 or 6, or leave it out"
     ]
 
 
-def test_pure_replicas_are_told_to_be_ddp():
+def test_pure_replicas_are_pointed_to_ddp():
     (problem,) = ParallelismSizes(dp_size=4, dp_replicate_size=4).problems(4)
 
     assert problem == (
@@ -200,13 +200,13 @@ def test_pure_replicas_are_told_to_be_ddp():
     )
 
 
-def test_every_problem_is_told_at_once():
+def test_all_problems_are_reported_at_once():
     problems = ParallelismSizes(tp_size=4, dp_size=4, dp_replicate_size=3).problems(10)
 
     assert [problem.partition(" ")[0] for problem in problems] == ["world_size", "dp_size", "dp_replicate_size"]
 
 
-def test_dp_is_not_judged_where_the_world_leaves_none():
+def test_dp_is_not_checked_when_the_world_does_not_divide():
     (problem,) = ParallelismSizes(tp_size=4, dp_replicate_size=3).problems(10)
 
     assert problem.startswith("world_size 10 is not divisible")

@@ -12,7 +12,7 @@ from nemo_dist.mesh.rank_group import Team
 MEMBERS = [1, 3]
 
 
-def on_members(folders, path):
+def on_rank_save_on_members(folders, path):
     """Save in the foreground and in the background, go on from a run folder, and export; the others do nothing."""
     runs.FOLDERS.update(folders)
     setup = DistributedSetup.build(strategy=runs.FSDP2, ranks=MEMBERS)
@@ -39,14 +39,14 @@ def on_members(folders, path):
     return saved
 
 
-def test_some_of_the_ranks_save_and_load_together_and_any_others_go_on(ranks, tmp_path):
+def test_some_of_the_ranks_save_and_any_other_ranks_resume(ranks, tmp_path):
     folders = runs.folders("llama")
-    answers = ranks(4).run(on_members, folders, tmp_path)
+    answers = ranks(4).run(on_rank_save_on_members, folders, tmp_path)
     saved = runs.joined([answers[rank] for rank in MEMBERS])
     path = tmp_path / "background"
     assert sorted(file.name for file in path.glob("rank-*")) == ["rank-00000.safetensors", "rank-00001.safetensors"]
     for reports, exported in ranks(2).run(
-        runs.load_each, "tp", folders, "llama", [path, tmp_path / "run" / "step-00000002"], runs.export_of(path)
+        runs.on_rank_load_each, "tp", folders, "llama", [path, tmp_path / "run" / "step-00000002"], runs.export_of(path)
     ):
         assert [found for found, _ in reports] == [saved, saved]
         assert exported.items() <= saved.items()

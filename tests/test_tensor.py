@@ -42,12 +42,12 @@ def options(sequence=False, mode=False, plan=None, **sizes):
         ("llava", 2, {"tp_size": 2}),
     ],
 )
-def test_tensor_parallelism_computes_what_one_process_computes(ranks, specimen, world, sizes, sequence):
+def test_tensor_parallelism_matches_one_process(ranks, specimen, world, sizes, sequence):
     assert_equivalent(ranks(world), Task(specimen=specimen, length=UNEVEN), **options(sequence, **sizes))
 
 
 @pytest.mark.parametrize("specimen", ["gemma2", "gemma3", "olmo2", "neox", "qwen3-moe", "deepseek"])
-def test_the_plan_of_every_kind_of_model_is_carried_out(ranks, specimen):
+def test_the_plan_of_every_kind_of_model_matches_one_process(ranks, specimen):
     assert_equivalent(ranks(2), Task(specimen=specimen, length=UNEVEN), **options(True, tp_size=2))
 
 
@@ -58,24 +58,24 @@ def test_accumulated_batches_weigh_by_their_labels(ranks, sequence):
 
 @pytest.mark.parametrize("mode", ["full", "selective"])
 @pytest.mark.parametrize("sequence", [False, True])
-def test_recomputed_activations_are_cut_as_the_first_ones_were(ranks, mode, sequence):
+def test_recomputation_matches_one_process(ranks, mode, sequence):
     assert_equivalent(ranks(4), Task(specimen="qwen3", length=UNEVEN), **options(sequence, mode, tp_size=2))
 
 
 @pytest.mark.parametrize("sequence", [False, True])
 @pytest.mark.parametrize(("world", "sizes"), [(4, {"cp_size": 2}), (8, {"cp_size": 2}), (4, {"pp_size": 2})])
-def test_tensor_ranks_within_context_ranks_and_stages(ranks, world, sizes, sequence):
+def test_tensor_parallelism_beside_cp_and_pp_matches_one_process(ranks, world, sizes, sequence):
     choice = options(sequence, tp_size=2, **sizes)
     if "pp_size" in sizes:
         choice["pipeline_config"] = {"pp_schedule": "1f1b"}
     assert_equivalent(ranks(world), Task(specimen="llama", length=16), **choice)
 
 
-def test_more_ranks_than_tokens(ranks):
+def test_more_ranks_than_tokens_match_one_process(ranks):
     assert_equivalent(ranks(4), Task(specimen="llama", length=3), **options(True, tp_size=4))
 
 
-def test_a_rule_of_the_user_takes_the_place_of_the_model_s(ranks):
+def test_a_rule_of_the_user_replaces_that_of_the_model(ranks):
     whole = {"layers.*.mlp.gate_proj": "replicate", "model.layers.*.mlp.up_proj": "replicate"}
     plan = {
         **whole,
@@ -113,7 +113,7 @@ def load(folder, choice):
     return setup.runtime(model)
 
 
-def shapes_of_a_step(folder, choice, batch):
+def on_rank_shapes(folder, choice, batch):
     runtime = load(folder, choice)
     with Seen() as seen:
         runtime.forward_backward(batch)
@@ -128,13 +128,13 @@ def test_no_rank_ever_holds_whole_logits_when_labels_are_given(ranks, sequence):
     (batch,) = Task(specimen="llama-odd", rows=2, length=UNEVEN).batches(0)
 
     for shapes, without_labels in ranks(2).run(
-        shapes_of_a_step, checkpoint("llama-odd"), options(sequence, tp_size=2), batch
+        on_rank_shapes, checkpoint("llama-odd"), options(sequence, tp_size=2), batch
     ):
         assert [shape for shape in shapes if words in shape and shape != (words, 36)] == []
         assert (2, UNEVEN, words) in without_labels
 
 
-def logits_of(folder, choice, batch):
+def on_rank_logits(folder, choice, batch):
     runtime = load(folder, choice)
     cut = runtime.model(**batch)
     whole = runtime.model(input_ids=batch["input_ids"])
@@ -143,17 +143,19 @@ def logits_of(folder, choice, batch):
 
 
 @pytest.mark.parametrize("sequence", [False, True])
-def test_logits_with_labels_are_a_tensor_that_knows_it_is_cut(ranks, sequence):
+def test_logits_with_labels_are_a_sharded_dtensor(ranks, sequence):
     (batch,) = Task(specimen="llama-odd", rows=2, length=UNEVEN).batches(0)
     single = SPECIMENS["llama-odd"].load.from_pretrained(checkpoint("llama-odd"), dtype=torch.float32)(**batch)
 
-    for joined, whole, loss in ranks(2).run(logits_of, checkpoint("llama-odd"), options(sequence, tp_size=2), batch):
+    for joined, whole, loss in ranks(2).run(
+        on_rank_logits, checkpoint("llama-odd"), options(sequence, tp_size=2), batch
+    ):
         torch.testing.assert_close(joined, single.logits, rtol=1e-5, atol=1e-5)
         assert torch.equal(joined, whole)
         torch.testing.assert_close(loss, single.loss, rtol=1e-5, atol=0)
 
 
-def collectives_of_a_step(folder, choice, batch):
+def on_rank_collectives(folder, choice, batch):
     runtime = load(folder, choice)
     with Seen() as seen:
         loss = runtime.model(**batch).loss
@@ -168,11 +170,11 @@ def test_a_step_runs_the_collectives_that_explain_names(ranks):
     (batch,) = Task(specimen="llama-odd", rows=2, length=UNEVEN).batches(0)
     folder, blocks = checkpoint("llama-odd"), 3
 
-    for forward, backward in ranks(2).run(collectives_of_a_step, folder, options(tp_size=2), batch):
+    for forward, backward in ranks(2).run(on_rank_collectives, folder, options(tp_size=2), batch):
         assert forward == {"all_reduce": 2 * blocks + 1 + 2}
         # Of the 3 key heads no 2 ranks hold equally many, so those projections are whole: their gradients are summed.
         assert backward == {"all_reduce": 2 * blocks + 1 + 4 * blocks}
-    for forward, _ in ranks(2).run(collectives_of_a_step, folder, options(True, tp_size=2), batch):
+    for forward, _ in ranks(2).run(on_rank_collectives, folder, options(True, tp_size=2), batch):
         # The last block's tokens are joined once more.
         assert forward == {
             "all_reduce": 3,
@@ -181,7 +183,7 @@ def test_a_step_runs_the_collectives_that_explain_names(ranks):
         }
 
 
-def saved_bytes(folder, choice, batch):
+def on_rank_saved_bytes(folder, choice, batch):
     runtime = load(folder, choice)
     saved = {}
 
@@ -199,14 +201,14 @@ def saved_bytes(folder, choice, batch):
 def test_sequence_parallelism_keeps_fewer_activations(ranks):
     (batch,) = Task(specimen="llama-odd", rows=4, length=64).batches(0)
 
-    plain = ranks(2).run(saved_bytes, checkpoint("llama-odd"), options(tp_size=2), batch)
-    cut = ranks(2).run(saved_bytes, checkpoint("llama-odd"), options(True, tp_size=2), batch)
+    plain = ranks(2).run(on_rank_saved_bytes, checkpoint("llama-odd"), options(tp_size=2), batch)
+    cut = ranks(2).run(on_rank_saved_bytes, checkpoint("llama-odd"), options(True, tp_size=2), batch)
 
     print(f"bytes saved for the backward per rank: {plain} without, {cut} with sequence parallelism")
     assert all(b < a for a, b in zip(plain, cut, strict=True))
 
 
-def bytes_read(folder, specimen, choice):
+def on_rank_count_bytes(folder, specimen, choice):
     with BytesRead() as reading:
         model = SPECIMENS[specimen].load.from_pretrained(folder, distributed_setup=DistributedSetup.build(**choice))
     own = {p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()}
@@ -231,7 +233,7 @@ def bytes_read(folder, specimen, choice):
 def test_a_rank_reads_exactly_the_bytes_of_its_shard(ranks, specimen, world, sizes, copies):
     if (specimen, world, sizes.get("cp_size")) == ("llama-odd", 8, 2) and "tp_size" in sizes:
         pytest.skip("57 rows over 2 x 4 ranks are refused, as the test below says")
-    answers = ranks(world).run(bytes_read, checkpoint(specimen), specimen, options(**sizes))
+    answers = ranks(world).run(on_rank_count_bytes, checkpoint(specimen), specimen, options(**sizes))
 
     print(f"{specimen} on {world} ranks: bytes read {[read for read, _, _ in answers]} of {answers[0][2]}")
     assert all(read == held for read, held, _ in answers)
@@ -239,7 +241,7 @@ def test_a_rank_reads_exactly_the_bytes_of_its_shard(ranks, specimen, world, siz
     assert sum(read for read, _, _ in answers) < 1.2 * copies * answers[0][2]
 
 
-def drawn(specimen, choice):
+def on_rank_from_config(specimen, choice):
     torch.manual_seed(7)
     config = SPECIMENS[specimen].config()
     setup = DistributedSetup.build(**choice)
@@ -254,11 +256,11 @@ def test_from_config_draws_what_one_process_draws(ranks, specimen, world):
     config = SPECIMENS[specimen].config()
     single = dict(SPECIMENS[specimen].load.from_config(config, dtype=torch.float32).named_parameters())
 
-    for tensors in ranks(world).run(drawn, specimen, options(tp_size=2)):
+    for tensors in ranks(world).run(on_rank_from_config, specimen, options(tp_size=2)):
         assert [name for name in single if not torch.equal(single[name], tensors[name])] == []
 
 
-def generated(folder, choice, prompt):
+def on_rank_generate(folder, choice, prompt):
     return load(folder, choice).model.generate(prompt, max_new_tokens=5, do_sample=False)
 
 
@@ -268,23 +270,23 @@ def test_generation_with_a_cache_gives_the_tokens_of_one_process(ranks, sequence
     single = SPECIMENS["llama-odd"].load.from_pretrained(checkpoint("llama-odd"), dtype=torch.float32)
     expected = single.generate(prompt, max_new_tokens=5, do_sample=False)
 
-    for tokens in ranks(2).run(generated, checkpoint("llama-odd"), options(sequence, tp_size=2), prompt):
+    for tokens in ranks(2).run(on_rank_generate, checkpoint("llama-odd"), options(sequence, tp_size=2), prompt):
         assert torch.equal(tokens, expected)
 
 
-def refused(folder, choice, loader, what):
+def on_rank_refusal(folder, choice, loader, what):
     with pytest.raises((ValueError, RankError)) as caught:
         getattr(loader, what)(folder, distributed_setup=DistributedSetup.build(**choice))
     return str(caught.value)
 
 
 @pytest.mark.parametrize("what", ["from_pretrained", "from_config"])
-def test_a_dim_that_two_axes_would_cut_in_unlike_ways_is_refused_with_the_numbers(ranks, what):
+def test_a_dim_that_two_axes_cannot_both_shard_is_refused(ranks, what):
     loader, choice = SPECIMENS["llama-odd"].load, options(tp_size=2, cp_size=2)
     source = checkpoint("llama-odd")
     given = source if what == "from_pretrained" else transformers.AutoConfig.from_pretrained(source)
 
-    messages = ranks(8).run(refused, given, choice, loader, what)
+    messages = ranks(8).run(on_rank_refusal, given, choice, loader, what)
 
     assert any("up_proj.weight of shape (57, 36) cannot be cut along one dim by axes of sizes" in m for m in messages)
     assert all("cannot be cut" in message or "rank" in message for message in messages)

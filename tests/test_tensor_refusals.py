@@ -27,7 +27,7 @@ def refused(error=TopologyError, tp_size=2, **options):
     ("option", "value"),
     [("sequence_parallel", True), ("enable_async_tensor_parallel", True), ("tp_plan", {"lm_head": "replicate"})],
 )
-def test_an_option_of_tensor_parallelism_without_tensor_parallel_ranks(option, value):
+def test_tensor_parallel_options_with_tp_size_1_are_refused(option, value):
     message = refused(tp_size=1, strategy=FSDP2Config(**{option: value}))
     assert (
         message == f"- {option}={value!r} was given on the strategy, but tp_size is 1; set tp_size > 1 or leave it out"
@@ -48,7 +48,7 @@ def test_an_unknown_style_suggests_the_near_one():
 
 
 @pytest.mark.parametrize("plan", ["auto", {"lm_head": 1}, ["lm_head"]])
-def test_a_plan_of_the_wrong_type(plan):
+def test_a_plan_of_the_wrong_type_is_refused(plan):
     assert "tp_plan must be a dict from module names to styles" in refused(
         TypeError, strategy=FSDP2Config(tp_plan=plan)
     )
@@ -65,12 +65,12 @@ def test_ddp_does_not_compose_with_tensor_parallelism():
     assert "axis 'tp' has size 2, but strategy 'ddp' does not compose with it" in message and "'fsdp2'" in message
 
 
-def test_an_option_on_the_strategy_and_a_plugin_of_one_s_own():
+def test_options_on_the_strategy_beside_a_tensor_plugin_are_refused():
     message = refused(strategy=FSDP2Config(sequence_parallel=True), plugins=(TensorConfig(),))
     assert "sequence_parallel=True was given on the strategy, but plugin 'tensor' was given for axis 'tp'" in message
 
 
-def test_the_options_arrive_where_they_are_carried_out():
+def test_options_on_the_strategy_reach_the_tensor_plugin():
     setup = DistributedSetup.build(
         FSDP2Config(sequence_parallel=True, tp_plan={"lm_head": "replicate"}), ParallelismSizes(tp_size=2), world_size=4
     )
@@ -79,7 +79,7 @@ def test_the_options_arrive_where_they_are_carried_out():
     assert "reduce-scatter of their outputs" in setup.explain() and "1 rules of tp_plan" in setup.explain()
 
 
-def failure(config, tp_size, options):
+def on_rank_failure(config, tp_size, options):
     """Return what loading raises on this rank."""
     setup = DistributedSetup.build(FSDP2Config(**options), ParallelismSizes(tp_size=tp_size))
     loader = NeMoAutoModelForCausalLM if config.architectures is None else SPECIMENS[config.architectures[0]].load
@@ -157,14 +157,14 @@ REFUSED_AT_LOAD = {
 
 
 @pytest.mark.parametrize("case", REFUSED_AT_LOAD)
-def test_what_needs_the_model_is_refused_at_load_on_every_rank(ranks, case):
+def test_a_model_that_does_not_fit_is_refused_at_load_on_every_rank(ranks, case):
     config, tp_size, options, expected = REFUSED_AT_LOAD[case]
 
-    for message in ranks(tp_size).run(failure, config, tp_size, options):
+    for message in ranks(tp_size).run(on_rank_failure, config, tp_size, options):
         assert [part for part in expected if part not in message] == [], message
 
 
-def asked_for(folder, options):
+def on_rank_forward(folder, options):
     setup = DistributedSetup.build("fsdp2", ParallelismSizes(tp_size=2))
     model = NeMoAutoModelForCausalLM.from_pretrained(folder, distributed_setup=setup)
     try:
@@ -175,17 +175,17 @@ def asked_for(folder, options):
 
 
 @pytest.mark.parametrize("option", ["output_hidden_states", "output_attentions"])
-def test_what_would_come_out_in_pieces_is_refused(ranks, option):
-    for message in ranks(2).run(asked_for, checkpoint("llama"), {option: True}):
+def test_outputs_that_would_be_sharded_are_refused(ranks, option):
+    for message in ranks(2).run(on_rank_forward, checkpoint("llama"), {option: True}):
         assert f"{option} is not available with tp_size=2" in message
 
 
-def test_a_label_that_is_no_word_is_refused_like_on_one_process(ranks):
-    for message in ranks(2).run(asked_for, checkpoint("llama"), {"labels": torch.full((1, 4), 96)}):
+def test_a_label_outside_the_vocabulary_is_refused(ranks):
+    for message in ranks(2).run(on_rank_forward, checkpoint("llama"), {"labels": torch.full((1, 4), 96)}):
         assert "label 96 is no token of a vocabulary of 96" in message
 
 
-def step(folder, batches):
+def on_rank_step(folder, batches):
     setup = DistributedSetup.build("fsdp2", ParallelismSizes(tp_size=2))
     model = NeMoAutoModelForCausalLM.from_pretrained(folder, distributed_setup=setup)
     runtime = setup.runtime(model)
@@ -196,32 +196,32 @@ def step(folder, batches):
     return "nothing"
 
 
-def test_ranks_that_share_a_batch_must_be_given_the_same(ranks):
-    one, other = (Task(rows=2).batches(step)[0] for step in (0, 1))
+def test_tensor_parallel_ranks_with_different_batches_are_refused(ranks):
+    one, other = (Task(rows=2).batches(index)[0] for index in (0, 1))
 
-    messages = ranks(4).run(step, checkpoint("llama"), [one, one, other, one])
+    messages = ranks(4).run(on_rank_step, checkpoint("llama"), [one, one, other, one])
     for message in messages:
         assert message.startswith("RankError") and "num_replicas=runtime.dp_size" in message
         assert "data-parallel rank 1: the batch of rank 3 is not that of rank 2" in message
         assert "data-parallel rank 0" not in message
-    assert ranks(4).run(step, checkpoint("llama"), [one, one, other, other]) == ["nothing"] * 4
+    assert ranks(4).run(on_rank_step, checkpoint("llama"), [one, one, other, other]) == ["nothing"] * 4
 
 
-def test_a_batch_of_another_shape_or_one_more_is_noticed_too(ranks):
+def test_a_batch_of_another_shape_or_one_more_batch_is_refused(ranks):
     (one,) = Task(rows=2).batches(0)
     short = {name: value[:, :5] for name, value in one.items()}
     for batches in ([one, short], [[one], [one, one]], [one, {**one, "position_ids": torch.arange(12).unsqueeze(0)}]):
         assert all(
             "the batch of rank 1 is not that of rank 0" in text
-            for text in ranks(2).run(step, checkpoint("llama"), batches)
+            for text in ranks(2).run(on_rank_step, checkpoint("llama"), batches)
         )
 
 
-def test_the_first_batch_is_checked_and_no_later_one(ranks):
-    assert ranks(2).run(steps_of_one_rank) == [1, 1]
+def test_only_the_first_batch_is_checked(ranks):
+    assert ranks(2).run(on_rank_count_gathers) == [1, 1]
 
 
-def steps_of_one_rank():
+def on_rank_count_gathers():
     from nemo_dist.mesh.mesh_context import MeshContext
     from nemo_dist.training.batch_checks import BatchCheck
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from sent_bytes import measured
+from sent_bytes import on_rank_measure_bytes
 
 from nemo_dist import ContextConfig, DDPConfig, DistributedSetup, FSDP2Config, ParallelismSizes
 from nemo_dist.plugin.comm_estimate import readable
@@ -49,13 +49,13 @@ KINDS = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("specimen", "sequence", "mode"), KINDS)
-def test_tensor_parallel_ranks_of_every_kind_of_model_send_what_explain_says(on_ranks, specimen, sequence, mode):
+def test_tensor_parallel_traffic_of_every_model_is_what_explain_says(on_ranks, specimen, sequence, mode):
     options = {
         "strategy": FSDP2Config(mp_policy=FP32, sequence_parallel=sequence),
         "parallelism_sizes": ParallelismSizes(tp_size=2),
         "activation_checkpointing": mode,
     }
-    for sent, said in on_ranks(2, measured, specimen, options):
+    for sent, said in on_ranks(2, on_rank_measure_bytes, specimen, options):
         assert said == sent
 
 
@@ -63,7 +63,7 @@ def test_tensor_parallel_ranks_of_every_kind_of_model_send_what_explain_says(on_
 def test_a_step_sends_what_explain_says(on_ranks, case):
     world, specimen, options = CASES[case]
     options = {"strategy": FSDP2Config(mp_policy=FP32), **options}
-    for sent, said in on_ranks(world, measured, specimen, options):
+    for sent, said in on_ranks(world, on_rank_measure_bytes, specimen, options):
         for kind, count in sent.items():
             assert said[kind] == pytest.approx(count, rel=0.01), (kind, sent, said)  # FSDP2 pads to equal shards
 

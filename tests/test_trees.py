@@ -52,7 +52,7 @@ def test_a_tree_comes_back_with_its_types(value):
     assert_same(through_json(value), value)
 
 
-def test_a_dict_that_looks_like_a_marked_value_comes_back_too():
+def test_a_dict_that_looks_like_an_encoded_tensor_comes_back():
     value = {"nemo_dist": "tensor", "value": "AAAA"}
     assert through_json(value) == value
 
@@ -79,12 +79,12 @@ class Count(int):
 
 
 @pytest.mark.parametrize("value", [object(), len, Count(1), {"a": [lambda: 0]}, np.array([object()]), torch.float32])
-def test_what_would_not_come_back_is_refused(value):
+def test_values_that_json_cannot_restore_are_refused(value):
     with pytest.raises(TypeError, match=r"extra.* is a .*cannot be saved without pickle"):
         to_json(value)
 
 
-def test_a_file_is_read_by_the_library_and_has_the_checksum_of_its_bytes(tmp_path):
+def test_a_written_file_is_valid_safetensors_with_the_right_checksum(tmp_path):
     tensors = {
         str(dtype): (torch.arange(5) % 2).to(dtype) if dtype != torch.bool else torch.tensor([True, False, True])
         for dtype in DTYPES
@@ -109,13 +109,13 @@ def test_a_file_is_read_by_the_library_and_has_the_checksum_of_its_bytes(tmp_pat
     assert all(slot.start % slot.dtype.itemsize == 0 for slot in file.slots.values())
 
 
-def test_a_file_that_lacks_what_was_announced_is_an_error(tmp_path):
+def test_leaving_out_an_announced_tensor_is_an_error(tmp_path):
     with pytest.raises(ValueError, match=r"\['b'\] were announced, but not written"):  # noqa: SIM117
         with SafetensorsFile(tmp_path / "x", {"a": ((1,), torch.float32), "b": ((1,), torch.float32)}) as file:
             file.write("a", torch.ones(1))
 
 
-def test_another_tensor_than_announced_is_an_error(tmp_path):
+def test_writing_another_shape_than_announced_is_an_error(tmp_path):
     with SafetensorsFile(tmp_path / "x", {"a": ((1,), torch.float32)}) as file:
         with pytest.raises(ValueError, match=r"was announced as torch\.float32"):
             file.write("a", torch.ones(2))
