@@ -19,17 +19,19 @@ if TYPE_CHECKING:
         TopologyError,
         UnknownNameError,
     )
-    from nemo_dist.mesh.mesh_context import DistEnv, MeshContext, initialize_distributed
+    from nemo_dist.mesh.mesh_context import MeshContext
+    from nemo_dist.mesh.process_group import DistEnv, initialize_distributed
     from nemo_dist.models.auto_model import (
         NeMoAutoModelForCausalLM,
         NeMoAutoModelForImageTextToText,
         NeMoAutoModelForSequenceClassification,
         NeMoAutoModelForTokenClassification,
     )
-    from nemo_dist.planning.mesh_plan import Axis, MeshPlan, View
+    from nemo_dist.planning.mesh_plan import Axis, MeshPlan, Role, View
     from nemo_dist.planning.sizes import ParallelismSizes
-    from nemo_dist.plugin.hookspecs import RuntimePart, hookimpl
-    from nemo_dist.plugin.registry import Plugin, Registry, Stage
+    from nemo_dist.plugin.hookspecs import PluginState, RuntimePart, SavedState, hookimpl
+    from nemo_dist.plugin.protocol import Plugin, Stage
+    from nemo_dist.plugin.registry import Registry
     from nemo_dist.setup.setup import DistributedSetup
     from nemo_dist.training.runtime import Runtime
     from nemo_dist_context import ContextConfig
@@ -43,7 +45,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "nemo_dist.checkpoint.offline_export": ("export_checkpoint",),
     "nemo_dist.setup.setup": ("DistributedSetup",),
-    "nemo_dist.mesh.mesh_context": ("DistEnv", "MeshContext", "initialize_distributed"),
+    "nemo_dist.mesh.mesh_context": ("MeshContext",),
+    "nemo_dist.mesh.process_group": ("DistEnv", "initialize_distributed"),
     "nemo_dist.errors": (
         "CheckpointError",
         "NemoDistError",
@@ -52,15 +55,16 @@ _HOMES = {
         "TopologyError",
         "UnknownNameError",
     ),
-    "nemo_dist.plugin.hookspecs": ("RuntimePart", "hookimpl"),
+    "nemo_dist.plugin.hookspecs": ("PluginState", "RuntimePart", "SavedState", "hookimpl"),
+    "nemo_dist.plugin.protocol": ("Plugin", "Stage"),
     "nemo_dist.models.auto_model": (
         "NeMoAutoModelForCausalLM",
         "NeMoAutoModelForImageTextToText",
         "NeMoAutoModelForSequenceClassification",
         "NeMoAutoModelForTokenClassification",
     ),
-    "nemo_dist.planning.mesh_plan": ("Axis", "MeshPlan", "View"),
-    "nemo_dist.plugin.registry": ("Plugin", "Registry", "Stage"),
+    "nemo_dist.planning.mesh_plan": ("Axis", "MeshPlan", "Role", "View"),
+    "nemo_dist.plugin.registry": ("Registry",),
     "nemo_dist.checkpoint.run_folder": ("RunFolder",),
     "nemo_dist.training.runtime": ("Runtime",),
     "nemo_dist.planning.sizes": ("ParallelismSizes",),
@@ -95,11 +99,14 @@ __all__ = [
     "PipelineConfig",
     "Plugin",
     "PluginError",
+    "PluginState",
     "RankError",
     "Registry",
+    "Role",
     "RunFolder",
     "Runtime",
     "RuntimePart",
+    "SavedState",
     "Stage",
     "TopologyError",
     "UnknownNameError",

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from nemo_dist.plugin.hookspecs import Batch, Hooks, RuntimePart, hookimpl, hookspec
+from nemo_dist.plugin.hookspecs import Batch, Hooks, PluginState, RuntimePart, SavedState, hookimpl, hookspec
 
-__all__ = ["Batch", "Hooks", "RuntimePart", "hookimpl", "hookspec"]
+__all__ = ["Batch", "Hooks", "PluginState", "RuntimePart", "SavedState", "hookimpl", "hookspec"]

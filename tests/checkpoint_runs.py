@@ -79,13 +79,13 @@ def whole(tensor):
 
 def everything(runtime, optimizer=None):
     """Return every parameter, and what the optimizer has of it, whole, by name."""
-    own = own_state(runtime)
-    found = {f"model/{name}": whole(tensor) for name, tensor in exported(runtime, own).items()}
+    own = own_state(runtime.sharded)
+    found = {f"model/{name}": whole(tensor) for name, tensor in exported(runtime.sharded, own).items()}
     state = {} if optimizer is None else optimizer.state
     for kind in sorted({kind for held in state.values() for kind in held}):
         tensors = {name: state[p][kind] for name, p in own.items() if kind in state.get(p, {})}
         same = {name: tensor for name, tensor in tensors.items() if tensor.shape == own[name].shape}
-        found |= {f"{kind}/{name}": whole(tensor) for name, tensor in exported(runtime, same).items()}
+        found |= {f"{kind}/{name}": whole(tensor) for name, tensor in exported(runtime.sharded, same).items()}
         found |= {f"{kind}/{name}": whole(tensor) for name, tensor in tensors.items() if name not in same}
     return found
 

@@ -200,7 +200,7 @@ def on_rank_start(zero=3, folder=None, dtype=torch.float32, **options):
 
 def canonical(runtime, state):
     """Return the whole tensors of *state*."""
-    runtime.setup.calls.export_state(state=state, parts=list(runtime.parts), mesh=runtime.mesh)
+    runtime.sharded.calls.export_state(state=state, parts=list(runtime.parts), mesh=runtime.mesh)
     return {name: tensor.full_tensor().clone() for name, tensor in state.items()}
 
 

@@ -357,5 +357,5 @@ def test_a_broken_plugin_that_nobody_selects_changes_nothing():
 
 def test_a_role_with_two_owners_is_refused_when_it_is_needed():
     registry = Registry(roles=(Entry("pp", "one"), Entry("pp", "two", dist=Entry.Dist("other-dist"))))
-    message = refused(PluginError, parallelism_sizes=ParallelismSizes(pp_size=2), registry=registry)
+    message = refused(PluginError, strategy="fsdp2", parallelism_sizes=ParallelismSizes(pp_size=2), registry=registry)
     assert "'pp' is declared by 'one' of some-dist 1.0 and 'two' of other-dist 1.0" in message

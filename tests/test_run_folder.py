@@ -104,7 +104,7 @@ def test_a_folder_without_checkpoints_starts_from_nothing(ranks, tmp_path):
 
 @pytest.mark.parametrize("option", [{"keep_last": 0}, {"keep_every": -1}, {"keep_last": 1.5}, {"keep_last": True}])
 def test_numbers_of_checkpoints_to_keep_must_be_positive(option):
-    with pytest.raises(ValueError, match="must be a positive number or None"):
+    with pytest.raises((TypeError, ValueError), match="must be an int from 1 up"):
         RunFolder("run", **option)
 
 

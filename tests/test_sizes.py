@@ -196,7 +196,7 @@ def test_pure_replicas_are_pointed_to_ddp():
 
     assert problem == (
         "dp_replicate_size 4 equals the data-parallel size: that leaves dp_shard 1, which is pure replicas; "
-        "use strategy 'ddp', or lower dp_replicate_size"
+        "lower it, leave it out, or use a strategy that only replicates"
     )
 
 

@@ -1,17 +1,17 @@
-"""A folder that is written beside its place by all ranks, and appears there only when it is complete."""
+"""Write a folder with all ranks beside its place; it appears there only when it is complete."""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import attrs
 
 from nemo_dist.errors import CheckpointError
-from nemo_dist.mesh.rank_group import Team
+from nemo_dist.mesh.rank_group import RankGroup
 
 
 @attrs.frozen
@@ -90,21 +90,36 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-@contextmanager
-def written_beside(team: Team, path: str | os.PathLike[str], what: str, stale: Callable[[str], bool]) -> Iterator[Path]:
-    """Give all ranks the folder to write *what* into; at the end it is put at *path*. Collective over *team*.
+def write_folder(
+    ranks: RankGroup,
+    path: str | os.PathLike[str],
+    what: str,
+    *,
+    write: Callable[[Path], Any],
+    stale: Callable[[str], bool],
+    finish: Callable[[Path, list[Any]], None] = lambda folder, answers: None,
+    committed: Callable[[], None] = lambda: None,
+) -> None:
+    """Have every rank *write* into a folder beside *path*, then put it in place; collective over *ranks*.
 
-    *stale* says which entries of a folder that is there already go with it. Raises CheckpointError where the disk
-    fails, and RankError on the other ranks; what was at *path* is then still there.
+    *what* names the folder in errors. *write* returns a small JSON value. The first rank then *finishes* the folder,
+    with what every rank returned, puts it at *path*, and calls *committed*. *stale* says which entries of a folder that
+    is there already go with it. Raises CheckpointError where the disk fails, and RankError on the other ranks; what was
+    at *path* is then still there.
     """
     staging = Staging.beside(path)
-    with team.agreed(f"preparing {what} at {staging.final}"):
-        if team.first:
+    with ranks.agreed(f"preparing {what} at {staging.final}"):
+        if ranks.first:
             staging.begin()
-    with team.agreed(f"writing {what} to {staging.final}"):
+
+    def written() -> Any:
         if not staging.partial.is_dir():
             raise CheckpointError(f"this rank does not see {staging.partial}; all ranks must share the file system")
-        yield staging.partial
-    with team.agreed(f"putting {what} in place at {staging.final}"):
-        if team.first:
+        return write(staging.partial)
+
+    answers = ranks.collect(f"writing {what} to {staging.final}", written)
+    with ranks.agreed(f"putting {what} in place at {staging.final}"):
+        if ranks.first:
+            finish(staging.partial, answers)
             staging.commit(stale)
+            committed()

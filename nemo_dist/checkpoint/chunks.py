@@ -1,8 +1,8 @@
-"""Which boxes of a global tensor each rank holds, and how to bring the pieces of one tensor to one rank.
+"""Which chunks of a global tensor each rank holds, and how to assemble the chunks of one tensor on one rank.
 
-A box is an axis-parallel part of the global tensor. Every layout comes down to boxes: replicas hold the same one, a
-shard is one, and a strided shard (packed projections, two mesh axes on one dim) is several. Nothing else is assumed, so
-what is written under one layout is read under any other.
+A chunk is a part of the global tensor with an offset and a size per dim, as in torch's distributed checkpoints. Every
+layout comes down to chunks: replicas hold the same one, a shard is one, and a strided shard (packed projections, two
+mesh axes on one dim) is several. Nothing else is assumed, so what is written under one layout is read under any other.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ import attrs
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
-from torch.distributed.tensor.placement_types import _StridedShard
 
 from nemo_dist.errors import PluginError
-from nemo_dist.mesh.rank_group import Team
+from nemo_dist.mesh.rank_group import RankGroup
+from nemo_dist.plugin.mixed_precision import dtype_name
+from nemo_dist.torch_private import StridedShard
 
 
 @attrs.frozen
-class Box:
+class Chunk:
     """A part of a global tensor: where it starts and its size, one int per dim."""
 
     offsets: tuple[int, ...]
@@ -36,38 +37,38 @@ class Box:
         return math.prod(self.sizes)
 
     def of(self, whole: Tensor) -> Tensor:
-        """Return the view of this box in *whole*."""
+        """Return the view of this chunk in *whole*."""
         for dim, (start, size) in enumerate(zip(self.offsets, self.sizes, strict=True)):
             whole = whole.narrow(dim, start, size)
         return whole
 
-    def within(self, other: Box) -> Box:
-        """Return this box as seen from the corner of *other*."""
-        return Box(tuple(mine - its for mine, its in zip(self.offsets, other.offsets, strict=True)), self.sizes)
+    def within(self, other: Chunk) -> Chunk:
+        """Return this chunk as seen from the corner of *other*."""
+        return Chunk(tuple(mine - its for mine, its in zip(self.offsets, other.offsets, strict=True)), self.sizes)
 
-    def common(self, other: Box) -> Box | None:
-        """Return what this box and *other* share, or None."""
+    def common(self, other: Chunk) -> Chunk | None:
+        """Return what this chunk and *other* share, or None."""
         corners = zip(self.offsets, self.sizes, other.offsets, other.sizes, strict=True)
         spans = [(max(a, b), min(a + n, b + m)) for a, n, b, m in corners]
         if any(stop <= start for start, stop in spans):
             return None
-        return Box(tuple(start for start, _ in spans), tuple(stop - start for start, stop in spans))
+        return Chunk(tuple(start for start, _ in spans), tuple(stop - start for start, stop in spans))
 
 
-def pieces(tensor: Tensor) -> Iterator[tuple[Box, Tensor]]:
-    """Yield the boxes that this rank holds of *tensor*, each with a view of its values; no communication."""
+def chunks(tensor: Tensor) -> Iterator[tuple[Chunk, Tensor]]:
+    """Yield the parts that this rank holds of *tensor*, each with a view of its values; no communication."""
     if tensor.numel() == 0:
         return
     if not isinstance(tensor, DTensor):
-        yield Box((0,) * tensor.dim(), tuple(tensor.shape)), tensor.detach()
+        yield Chunk((0,) * tensor.dim(), tuple(tensor.shape)), tensor.detach()
         return
     local = tensor.to_local().detach()
     if local.numel() == 0:
         return
     runs = [_runs(tensor, local, dim) for dim in range(tensor.dim())]
     for chosen in product(*runs):
-        box = Box(tuple(run[0] for run in chosen), tuple(run[2] for run in chosen))
-        yield box, Box(tuple(run[1] for run in chosen), box.sizes).of(local)
+        chunk = Chunk(tuple(run[0] for run in chosen), tuple(run[2] for run in chosen))
+        yield chunk, Chunk(tuple(run[1] for run in chosen), chunk.sizes).of(local)
 
 
 def _runs(tensor: DTensor, local: Tensor, dim: int) -> tuple[tuple[int, int, int], ...]:
@@ -95,7 +96,7 @@ def _stretches(size: int, splits: tuple[tuple[int | None, int, int], ...]) -> tu
     index = torch.arange(size)
     # Left to right, as DTensor does it; how a placement splits is private to torch, and exactly what is needed here.
     for factor, ranks, coordinate in splits:
-        flat: Any = Shard(0) if factor is None else _StridedShard(0, split_factor=factor)
+        flat: Any = Shard(0) if factor is None else StridedShard(0, split_factor=factor)
         shards, _ = flat._split_tensor(index, ranks, with_padding=False)
         index = shards[coordinate]
     breaks = [0, *(torch.nonzero(index.diff() != 1).flatten() + 1).tolist(), len(index)]
@@ -104,11 +105,11 @@ def _stretches(size: int, splits: tuple[tuple[int | None, int, int], ...]) -> tu
 
 @attrs.frozen(kw_only=True)
 class Entry:
-    """What all ranks together hold of one tensor: its global shape, its dtype, and the ranks that hold each box."""
+    """What all ranks together hold of one tensor: its global shape, its dtype, and the ranks that hold each chunk."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    holders: Mapping[Box, Sequence[int]]
+    holders: Mapping[Chunk, Sequence[int]]
 
     @property
     def nbytes(self) -> int:
@@ -119,39 +120,39 @@ class Entry:
 def describe(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """Return as JSON what this rank holds of each tensor; raise PluginError for one that is not what it declares."""
     return {
-        name: [list(tensor.shape), _text(tensor.dtype), [[box.offsets, box.sizes] for box, _ in pieces(tensor)]]
+        name: [
+            list(tensor.shape),
+            dtype_name(tensor.dtype),
+            [[chunk.offsets, chunk.sizes] for chunk, _ in chunks(tensor)],
+        ]
         for name, tensor in state.items()
     }
 
 
-def survey(described: Sequence[Mapping[str, Any]]) -> dict[str, Entry]:
+def merged(described: Sequence[Mapping[str, Any]]) -> dict[str, Entry]:
     """Return what all ranks together hold, from what ``describe`` said on each.
 
-    Raises PluginError when the boxes of a tensor leave holes or overlap, or ranks disagree about its shape or dtype.
+    Raises PluginError when the parts of a tensor leave holes or overlap, or ranks disagree about its shape or dtype.
     """
-    found: dict[str, tuple[Any, str, dict[Box, list[int]]]] = {}
+    found: dict[str, tuple[Any, str, dict[Chunk, list[int]]]] = {}
     for rank, theirs in enumerate(described):
-        for name, (shape, dtype, boxes) in theirs.items():
+        for name, (shape, dtype, parts) in theirs.items():
             known = found.setdefault(name, (shape, dtype, {}))
             if known[:2] != (shape, dtype):
                 raise PluginError(f"{name} is {dtype} {shape} on rank {rank}, but {known[1]} {known[0]} on another")
-            for offsets, sizes in boxes:
-                known[2].setdefault(Box(tuple(offsets), tuple(sizes)), []).append(rank)
+            for offsets, sizes in parts:
+                known[2].setdefault(Chunk(tuple(offsets), tuple(sizes)), []).append(rank)
     entries = {
-        name: Entry(shape=tuple(shape), dtype=getattr(torch, dtype), holders=boxes)
-        for name, (shape, dtype, boxes) in found.items()
+        name: Entry(shape=tuple(shape), dtype=getattr(torch, dtype), holders=parts)
+        for name, (shape, dtype, parts) in found.items()
     }
     _check_cover(entries)
     return entries
 
 
-def _text(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def _check_cover(entries: Mapping[str, Entry]) -> None:
     for name, entry in entries.items():
-        held, wanted = sum(box.numel for box in entry.holders), math.prod(entry.shape)
+        held, wanted = sum(chunk.numel for chunk in entry.holders), math.prod(entry.shape)
         if held != wanted:
             what = "overlap" if held > wanted else "leave holes"
             raise PluginError(
@@ -160,37 +161,37 @@ def _check_cover(entries: Mapping[str, Entry]) -> None:
             )
 
 
-def bring(
-    team: Team,
+def assemble(
+    ranks: RankGroup,
     wanted: Sequence[Iterable[str]],
     state: Mapping[str, Tensor],
     entries: Mapping[str, Entry],
     dtypes: Mapping[str, torch.dtype],
 ) -> dict[str, Tensor]:
-    """Return the whole tensors ``wanted[team.rank]`` on the CPU, in *dtypes*; collective.
+    """Return the whole tensors ``wanted[ranks.rank]`` on the CPU, in *dtypes*; collective.
 
     All ranks exchange the pieces of what all of them want in one all-to-all, so each sends at most what it holds of
     them, and receives nothing but its own.
     """
     outgoing: list[list[Tensor]] = [[] for _ in wanted]
-    incoming: list[list[tuple[str, Box]]] = [[] for _ in wanted]
-    held = {name: dict(pieces(state[name])) for names in wanted for name in names if name in state}
+    incoming: list[list[tuple[str, Chunk]]] = [[] for _ in wanted]
+    held = {name: dict(chunks(state[name])) for names in wanted for name in names if name in state}
     for owner, names in enumerate(wanted):
         for name in names:
-            for box, holders in entries[name].holders.items():
+            for chunk, holders in entries[name].holders.items():
                 sender = owner if owner in holders else holders[owner % len(holders)]
-                if sender == team.rank:
-                    outgoing[owner].append(as_bytes(held[name][box].to(dtypes[name])))
-                if owner == team.rank:
-                    incoming[sender].append((name, box))
-    sizes = [sum(box.numel * dtypes[name].itemsize for name, box in boxes) for boxes in incoming]
-    received = team.exchange(outgoing, sizes)
-    whole = {name: torch.empty(entries[name].shape, dtype=dtypes[name]) for name in wanted[team.rank]}
-    for buffer, boxes in zip(received.split(sizes), incoming, strict=True):
+                if sender == ranks.rank:
+                    outgoing[owner].append(as_bytes(held[name][chunk].to(dtypes[name])))
+                if owner == ranks.rank:
+                    incoming[sender].append((name, chunk))
+    sizes = [sum(chunk.numel * dtypes[name].itemsize for name, chunk in parts) for parts in incoming]
+    received = ranks.exchange(outgoing, sizes)
+    whole = {name: torch.empty(entries[name].shape, dtype=dtypes[name]) for name in wanted[ranks.rank]}
+    for buffer, parts in zip(received.split(sizes), incoming, strict=True):
         start = 0
-        for name, box in boxes:
-            stop = start + box.numel * dtypes[name].itemsize
-            box.of(whole[name]).copy_(buffer[start:stop].clone().view(dtypes[name]).view(box.sizes))
+        for name, chunk in parts:
+            stop = start + chunk.numel * dtypes[name].itemsize
+            chunk.of(whole[name]).copy_(buffer[start:stop].clone().view(dtypes[name]).view(chunk.sizes))
             start = stop
     return whole
 

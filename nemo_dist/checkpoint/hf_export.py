@@ -9,24 +9,22 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import attrs
 import torch
 from torch import Tensor
 
-from nemo_dist.checkpoint.atomic_dir import written_beside
-from nemo_dist.checkpoint.chunks import Entry, bring, describe, survey
+from nemo_dist.checkpoint.atomic_dir import write_folder
+from nemo_dist.checkpoint.chunks import Entry, assemble, describe, merged
 from nemo_dist.checkpoint.hf_side_files import write_companions
-from nemo_dist.checkpoint.hf_weight_conversion import Group, Layout, groups, nbytes, refuse_unplain, skeleton
+from nemo_dist.checkpoint.hf_weight_conversion import Group, ShapeAndDtype, groups, nbytes, refuse_unplain, skeleton
 from nemo_dist.checkpoint.safetensors_writer import DTYPES, SafetensorsFile
+from nemo_dist.checkpoint.sharded_model import ShardedModel
 from nemo_dist.checkpoint.state_dict import model_state
-from nemo_dist.mesh.rank_group import Team
+from nemo_dist.mesh.rank_group import RankGroup
 
-if TYPE_CHECKING:
-    from nemo_dist.training.runtime import Runtime
-
-Bring = Callable[[Sequence[Sequence[str]]], dict[str, Tensor]]  # from what each rank wants, to what this one wanted
+Assemble = Callable[[Sequence[Sequence[str]]], dict[str, Tensor]]  # from what each rank wants, to what this one wanted
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin*")
@@ -37,27 +35,26 @@ class Bundle:
     """What one rank writes in one go: groups of parameters, and the one file (or, of a huge group, files) for them."""
 
     groups: list[Group]
-    files: list[dict[str, Layout]]
+    files: list[dict[str, ShapeAndDtype]]
 
 
 def export(
-    runtime: Runtime,
+    sharded: ShardedModel,
     path: str | os.PathLike[str],
     dtype: torch.dtype | str | None = None,
     max_shard_size: int | str = "5GB",
 ) -> None:
-    """Write the model of *runtime* to the folder *path*; see :meth:`nemo_dist.Runtime.export`."""
-    team = Team.of(runtime.mesh)
-    with team.agreed("collecting what to export"):
+    """Write the model to the folder *path*; see :meth:`nemo_dist.Runtime.export`."""
+    ranks, model = sharded.ranks, sharded.model
+    with ranks.agreed("collecting what to export"):
         target, limit = dtype_of(dtype), bytes_of(max_shard_size)
-        model = runtime.parts[0]
         refuse_unplain(model)
-        state = model_state(runtime)
+        state = model_state(sharded)
         described = describe(state)
-    entries = survey(team.gather(described))
-    with team.agreed("planning the export"):
+    entries = merged(ranks.gather(described))
+    with ranks.agreed("planning the export"):
         plan = Plan.of(skeleton(model), entries, target, limit)
-    plan.write(team, path, model, lambda wanted: bring(team, wanted, state, entries, plan.dtypes))
+    plan.write(ranks, path, model, lambda wanted: assemble(ranks, wanted, state, entries, plan.dtypes))
 
 
 @attrs.frozen(kw_only=True)
@@ -80,15 +77,19 @@ class Plan:
         found = groups(bare, {name: (entries[name].shape, kind) for name, kind in dtypes.items()})
         return cls(bare=bare, bundles=pack(found, limit), dtypes=dtypes)
 
-    def write(self, team: Team, path: str | os.PathLike[str], model: Any, bring: Bring) -> None:
-        """Write the folder at *path*; *bring* gives this rank the whole parameters that it asks for. Collective."""
+    def write(self, ranks: RankGroup, path: str | os.PathLike[str], model: Any, assemble: Assemble) -> None:
+        """Write the folder at *path*; *assemble* gives this rank the whole parameters that it asks for. Collective."""
         names = file_names(self.bundles)
-        with written_beside(team, path, "the export", stale=_is_weights) as folder:
-            if team.first:
-                _write_index(folder, self.bundles, names)
-                write_companions(folder, model, next((d for d in self.dtypes.values() if d.is_floating_point), None))
-            with _Writer(team, folder, self.bare, names) as writer:
-                writer.write(self.bundles, bring)
+
+        def write(folder: Path) -> None:
+            with _Writer(ranks, folder, self.bare, names) as writer:
+                writer.write(self.bundles, assemble)
+
+        def finish(folder: Path, _: list[Any]) -> None:
+            _write_index(folder, self.bundles, names)
+            write_companions(folder, model, next((d for d in self.dtypes.values() if d.is_floating_point), None))
+
+        write_folder(ranks, path, "the export", write=write, finish=finish, stale=_is_weights)
 
 
 def pack(found: Sequence[Group], limit: int) -> list[Bundle]:
@@ -109,8 +110,8 @@ def pack(found: Sequence[Group], limit: int) -> list[Bundle]:
     return bundles
 
 
-def _split(saved: Mapping[str, Layout], limit: int) -> list[dict[str, Layout]]:
-    files: list[dict[str, Layout]] = [{}]
+def _split(saved: Mapping[str, ShapeAndDtype], limit: int) -> list[dict[str, ShapeAndDtype]]:
+    files: list[dict[str, ShapeAndDtype]] = [{}]
     room = limit
     for name, layout in saved.items():
         size = nbytes(layout)
@@ -134,8 +135,8 @@ def file_names(bundles: Sequence[Bundle]) -> list[list[str]]:
 class _Writer:
     """The files of this rank: every bundle is written by one rank, in turn, one group of parameters at a time."""
 
-    def __init__(self, team: Team, folder: Path, bare: Any, names: list[list[str]]) -> None:
-        self._team, self._folder, self._bare, self._names = team, folder, bare, names
+    def __init__(self, ranks: RankGroup, folder: Path, bare: Any, names: list[list[str]]) -> None:
+        self._ranks, self._folder, self._bare, self._names = ranks, folder, bare, names
         self._open: dict[str, SafetensorsFile] = {}  # the file of each name in the bundle under way
         self._stack = ExitStack()
         self._failure: Exception | None = None
@@ -146,14 +147,14 @@ class _Writer:
     def __exit__(self, *exception: Any) -> None:
         self._stack.__exit__(*exception)
 
-    def write(self, bundles: list[Bundle], bring: Bring) -> None:
+    def write(self, bundles: list[Bundle], assemble: Assemble) -> None:
         """Write this rank's bundles; every rank takes part in every exchange, also when its own disk has failed."""
-        world = self._team.size
+        world = self._ranks.size
         steps = [_steps(range(owner, len(bundles), world), bundles) for owner in range(world)]
         for turn in range(max(map(len, steps))):
             wanted = [mine[turn][1].sources if turn < len(mine) else () for mine in steps]
-            whole = bring(wanted)
-            mine = steps[self._team.rank]
+            whole = assemble(wanted)
+            mine = steps[self._ranks.rank]
             if turn < len(mine) and self._failure is None:
                 self._try(bundles, *mine[turn], whole)
         if self._failure is not None:

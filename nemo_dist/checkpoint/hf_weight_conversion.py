@@ -13,34 +13,27 @@ from typing import Any
 
 import attrs
 import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
+from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from nemo_dist.errors import CheckpointError
+from nemo_dist.hf_model import has_adapters, plain_class
+from nemo_dist.plugin.mixed_precision import dtype_name
+from nemo_dist.torch_private import TorchDispatchMode, storage_id, tensors_in
 
-Layout = tuple[tuple[int, ...], torch.dtype]
+ShapeAndDtype = tuple[tuple[int, ...], torch.dtype]
 
 
-def nbytes(layout: Layout) -> int:
+def nbytes(layout: ShapeAndDtype) -> int:
     """Return the size in bytes of a tensor with this shape and dtype."""
     return torch.Size(layout[0]).numel() * layout[1].itemsize
-
-
-def plain_class(model: nn.Module) -> type[Any]:
-    """Return the class of *model* without what a strategy made of it (``FSDPLlamaForCausalLM``)."""
-    for kind in type(model).__mro__:
-        if not any(base.__module__.startswith("torch.distributed") for base in kind.__mro__):
-            return kind
-    return type(model)
 
 
 def plain_config(model: Any, dtype: torch.dtype | None) -> Any:
     """Return a copy of the config of *model* as ``save_pretrained`` writes it, with the *dtype* of the weights."""
     config = copy.deepcopy(model.config)
     config.architectures = [plain_class(model).__name__]
-    config.dtype = str(dtype or model.dtype).removeprefix("torch.")
+    config.dtype = dtype_name(dtype or model.dtype)
     return config
 
 
@@ -58,7 +51,7 @@ def refuse_unplain(model: Any) -> None:
     """Raise CheckpointError for a model whose weights are not those of its class: quantized, or with adapters."""
     if getattr(model, "hf_quantizer", None) is not None:
         raise CheckpointError("a quantized model cannot be exported; load it unquantized, or use its save_pretrained")
-    if getattr(model, "_hf_peft_config_loaded", False):
+    if has_adapters(model):
         raise CheckpointError("a model with adapters cannot be exported; merge them into the weights first")
 
 
@@ -67,7 +60,7 @@ class Group:
     """Parameters that must be converted together, and what is saved of them, by name."""
 
     sources: tuple[str, ...]
-    saved: Mapping[str, Layout]
+    saved: Mapping[str, ShapeAndDtype]
     renamed_only: bool = False
 
     @property
@@ -96,21 +89,21 @@ class _Origins(TorchDispatchMode):
         self._alive: list[Any] = list(named.values())  # a storage that is freed would give its identity to another
         self._names: dict[int, frozenset[str]] = {}
         for name, tensor in named.items():
-            self._names[_storage(tensor)] = frozenset({name})
+            self._names[storage_id(tensor)] = frozenset({name})
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
         self._alive.append(result)
-        names: frozenset[str] = frozenset().union(*(self.of(tensor) for tensor in _tensors((args, kwargs or {}))))
-        for tensor in _tensors(result):
-            self._names[_storage(tensor)] = self.of(tensor) | names
+        names: frozenset[str] = frozenset().union(*(self.of(tensor) for tensor in tensors_in((args, kwargs or {}))))
+        for tensor in tensors_in(result):
+            self._names[storage_id(tensor)] = self.of(tensor) | names
         return result
 
     def of(self, tensor: Tensor) -> frozenset[str]:
-        return self._names.get(_storage(tensor), frozenset())
+        return self._names.get(storage_id(tensor), frozenset())
 
 
-def groups(bare: Any, layouts: Mapping[str, Layout]) -> list[Group]:
+def groups(bare: Any, layouts: Mapping[str, ShapeAndDtype]) -> list[Group]:
     """Return the groups in which to convert parameters of these *layouts*, in the order of their names."""
     metas = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in layouts.items()}
     with _Origins(metas) as origins:
@@ -120,7 +113,7 @@ def groups(bare: Any, layouts: Mapping[str, Layout]) -> list[Group]:
         joined = set().union(*(group_of[name] for name in origins.of(tensor)))
         for name in joined:
             group_of[name] = joined
-    found: dict[frozenset[str], dict[str, Layout]] = {frozenset(group): {} for group in group_of.values()}
+    found: dict[frozenset[str], dict[str, ShapeAndDtype]] = {frozenset(group): {} for group in group_of.values()}
     for target, tensor in saved.items():
         (source, *_) = origins.of(tensor)
         found[frozenset(group_of[source])][target] = (tuple(tensor.shape), tensor.dtype)
@@ -134,11 +127,3 @@ def groups(bare: Any, layouts: Mapping[str, Layout]) -> list[Group]:
         for sources, made in found.items()
         if made
     ]
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)]
-
-
-def _storage(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)

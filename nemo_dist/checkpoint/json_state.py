@@ -13,9 +13,10 @@ from torch.distributed.tensor import DTensor
 
 from nemo_dist.checkpoint.chunks import as_bytes
 from nemo_dist.checkpoint.safetensors_writer import DTYPES
+from nemo_dist.plugin.mixed_precision import dtype_name
 
 _KIND = "nemo_dist"  # the key that marks an object that JSON has no form for
-_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+_NAMES = {dtype_name(dtype): dtype for dtype in DTYPES}
 _SEQUENCES: dict[str, Any] = {"tuple": tuple, "set": set, "deque": deque}
 _MAPPINGS: dict[str, Any] = {"dict": dict, "Counter": Counter, "OrderedDict": OrderedDict}
 
@@ -54,7 +55,7 @@ def _mapping(value: Mapping[Any, Any], kind: str, where: str) -> Any:
 
 
 def _tensor(value: Tensor, where: str) -> Any:
-    name = str(value.dtype).removeprefix("torch.")
+    name = dtype_name(value.dtype)
     if name not in _NAMES:
         raise TypeError(f"{where} is a tensor of {value.dtype}, which cannot be saved")
     content = _text(as_bytes(value.detach().cpu()).numpy().tobytes())

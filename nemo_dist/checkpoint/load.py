@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import attrs
 import torch
@@ -14,22 +15,21 @@ from torch import Tensor, nn
 
 from nemo_dist.checkpoint import async_save, rng_state
 from nemo_dist.checkpoint.atomic_dir import Staging
-from nemo_dist.checkpoint.chunks import Box, pieces
-from nemo_dist.checkpoint.hf_weight_conversion import plain_class
+from nemo_dist.checkpoint.chunks import Chunk, chunks
 from nemo_dist.checkpoint.json_state import from_json
-from nemo_dist.checkpoint.manifest import Manifest, Stored, key
-from nemo_dist.checkpoint.optimizer_state import count_of, fitted, named, options_of_groups, place, restore_scheduler
-from nemo_dist.checkpoint.save import MODEL, OPTIMIZER, topology
+from nemo_dist.checkpoint.manifest import Manifest, key
+from nemo_dist.checkpoint.optimizer_state import count_of, named, options_of_groups, place
+from nemo_dist.checkpoint.save import MODEL, OPTIMIZER, PLUGIN
+from nemo_dist.checkpoint.scheduler_state import fitted, restore_scheduler
+from nemo_dist.checkpoint.sharded_model import ShardedModel
 from nemo_dist.checkpoint.state_dict import exported, imported, own_state
 from nemo_dist.errors import CheckpointError
-from nemo_dist.mesh.rank_group import Team
-
-if TYPE_CHECKING:
-    from nemo_dist.training.runtime import Runtime
+from nemo_dist.mesh.rank_group import RankGroup
+from nemo_dist.plugin.hookspecs import SavedState
 
 
 def load(
-    runtime: Runtime,
+    sharded: ShardedModel,
     path: str | os.PathLike[str],
     optimizer: Any = None,
     *,
@@ -37,50 +37,58 @@ def load(
     data: Any = None,
 ) -> Any:
     """Load the run; see :meth:`nemo_dist.Runtime.load`."""
-    manifest = intact(Team.of(runtime.mesh), path)
-    return load_from(runtime, manifest, optimizer, schedulers=schedulers, data=data)
+    manifest = intact(sharded.ranks, path)
+    return load_from(sharded, manifest, optimizer, schedulers=schedulers, data=data)
 
 
-def intact(team: Team, path: str | os.PathLike[str]) -> Manifest:
-    """Return the manifest of the checkpoint at *path* when every byte is what was saved; collective over *team*.
+def intact(ranks: RankGroup, path: str | os.PathLike[str]) -> Manifest:
+    """Return the manifest of the checkpoint at *path* when every byte is what was saved; collective over *ranks*.
 
     Each file is read whole by one of the ranks. Raises CheckpointError with the reason, or RankError that quotes it.
     """
     async_save.finish()
-    with team.agreed(f"finding the checkpoint at {path}"):
-        if team.first:
+    with ranks.agreed(f"finding the checkpoint at {path}"):
+        if ranks.first:
             Staging.beside(path).recover()
-    with team.agreed(f"reading the manifest of {path}"):
+    with ranks.agreed(f"reading the manifest of {path}"):
         manifest = Manifest.read(path)
-    with team.agreed(f"verifying {path}"):
-        for index in range(team.rank, len(manifest.files), team.size):
+    with ranks.agreed(f"verifying {path}"):
+        for index in range(ranks.rank, len(manifest.files), ranks.size):
             manifest.verify(index)
     return manifest
 
 
 def load_from(
-    runtime: Runtime, manifest: Manifest, optimizer: Any = None, *, schedulers: Sequence[Any] = (), data: Any = None
+    sharded: ShardedModel,
+    manifest: Manifest,
+    optimizer: Any = None,
+    *,
+    schedulers: Sequence[Any] = (),
+    data: Any = None,
 ) -> Any:
     """Load the run from an intact checkpoint, after all ranks agreed that it fits; nothing is changed before."""
-    team, path = Team.of(runtime.mesh), manifest.folder
-    with team.agreed(f"comparing {path} with the model"):
-        own = own_state(runtime)
-        names = _check_model(runtime, manifest, own)
+    ranks, path = sharded.ranks, manifest.folder
+    with ranks.agreed(f"comparing {path} with the model"):
+        own = own_state(sharded)
+        names = _check_model(sharded, manifest, own)
         parameters = _check_optimizer(manifest, optimizer, own)
         options = options_of_groups(optimizer, parameters, manifest.about["options"]) if optimizer is not None else []
         _check_rest(manifest, schedulers, data)
         states = [from_json(state) for state in manifest.about["schedulers"]]
         fits = [fitted(scheduler, state) for scheduler, state in zip(schedulers, states, strict=True)]
-        mine = _rank_state(runtime, manifest, team)
-        data_state = _data_state(manifest, data, runtime.dp_rank, runtime.dp_size)
-    _check_complete(team, manifest, names)
-    with team.agreed(f"loading {path}"), Reader(manifest) as reader, torch.no_grad():
-        with imported(runtime, own) as canonical:
+        mine = _rank_state(sharded, manifest)
+        plugin_states = _plugin_states(sharded, manifest)
+        data_state = _data_state(manifest, data, sharded.batch, sharded.batches)
+    _check_complete(ranks, manifest, names)
+    with ranks.agreed(f"loading {path}"), Reader(manifest) as reader, torch.no_grad():
+        with imported(sharded, own) as canonical:
             reader.fill(MODEL, canonical)
         if optimizer is not None:
-            _load_optimizer(runtime, manifest, reader, optimizer, parameters)
+            _load_optimizer(sharded, manifest, reader, optimizer, parameters)
             for group, values in zip(optimizer.param_groups, options, strict=True):
                 group.update(values)
+        for name, saved in plugin_states.items():
+            _load_plugin(sharded, reader, name, saved, {n: p for n, p in own.items() if isinstance(p, nn.Parameter)})
         for scheduler, state in zip(schedulers, fits, strict=True):
             restore_scheduler(scheduler, state)
         if data is not None:
@@ -105,20 +113,20 @@ class Reader:
         self._stack.close()
 
     def fill(self, prefix: str, canonical: Mapping[str, Tensor]) -> None:
-        """Read into every tensor the boxes that this rank holds of it."""
+        """Read into every tensor the chunks that this rank holds of it."""
         for name, tensor in canonical.items():
-            for box, values in pieces(tensor):
-                self.read(prefix + name, box, values)
+            for chunk, values in chunks(tensor):
+                self.read(prefix + name, chunk, values)
 
-    def read(self, name: str, wanted: Box, into: Tensor) -> None:
-        """Read the box *wanted* of the stored tensor *name* into the view *into*."""
+    def read(self, name: str, wanted: Chunk, into: Tensor) -> None:
+        """Read the chunk *wanted* of the stored tensor *name* into the view *into*."""
         for piece in self.manifest.tensors[name].pieces:
-            common = piece.box.common(wanted)
+            common = piece.chunk.common(wanted)
             if common is not None:
-                there = common.within(piece.box)
+                there = common.within(piece.chunk)
                 spans = tuple(slice(a, a + n) for a, n in zip(there.offsets, there.sizes, strict=True))
-                file, label = self._open(piece.file), key(name, piece.box)
-                found = file.get_tensor(label) if there == _whole(piece.box) else file.get_slice(label)[spans]
+                file, label = self._open(piece.file), key(name, piece.chunk)
+                found = file.get_tensor(label) if there == _whole(piece.chunk) else file.get_slice(label)[spans]
                 common.within(wanted).of(into).copy_(found)
 
     def _open(self, index: int) -> Any:
@@ -128,17 +136,17 @@ class Reader:
         return self._files[index]
 
 
-def _whole(box: Box) -> Box:
-    return Box((0,) * len(box.sizes), box.sizes)
+def _whole(chunk: Chunk) -> Chunk:
+    return Chunk((0,) * len(chunk.sizes), chunk.sizes)
 
 
-def _check_model(runtime: Runtime, manifest: Manifest, own: Mapping[str, Tensor]) -> list[str]:
+def _check_model(sharded: ShardedModel, manifest: Manifest, own: Mapping[str, Tensor]) -> list[str]:
     """Return the names that this rank will read, or raise CheckpointError when they are not those of the checkpoint."""
-    about, kind = manifest.about, plain_class(runtime.parts[0]).__name__
+    about, kind = manifest.about, sharded.kind
     if about["model"] != kind:
         raise CheckpointError(f"{manifest.folder} is of a {about['model']}, but the model is a {kind}")
     problems = []
-    canonical = exported(runtime, own)
+    canonical = exported(sharded, own)
     for name, tensor in canonical.items():
         stored = manifest.tensors.get(MODEL + name)
         if stored is None:
@@ -150,9 +158,9 @@ def _check_model(runtime: Runtime, manifest: Manifest, own: Mapping[str, Tensor]
     return list(canonical)
 
 
-def _check_complete(team: Team, manifest: Manifest, names: Sequence[str]) -> None:
+def _check_complete(ranks: RankGroup, manifest: Manifest, names: Sequence[str]) -> None:
     """Refuse a checkpoint with parameters that no rank has."""
-    known = {name for names in team.gather(list(names)) for name in names}
+    known = {name for names in ranks.gather(list(names)) for name in names}
     stored = {name.removeprefix(MODEL) for name in manifest.tensors if name.startswith(MODEL)}
     _raise(manifest, [f"{name} is not in the model" for name in sorted(stored - known)])
 
@@ -182,12 +190,52 @@ def _check_rest(manifest: Manifest, schedulers: Sequence[Any], data: Any) -> Non
         raise CheckpointError(f"{manifest.folder} has no state of data; leave data out")
 
 
-def _rank_state(runtime: Runtime, manifest: Manifest, team: Team) -> Any:
+def _same_topology(sharded: ShardedModel, manifest: Manifest) -> bool:
+    """Whether every rank has what the rank of the same number had when the checkpoint was saved."""
+    saved = {axis: size for axis, size in manifest.about["topology"].items() if size != 1}
+    return saved == sharded.topology and len(manifest.about["ranks"]) == sharded.ranks.size
+
+
+def _rank_state(sharded: ShardedModel, manifest: Manifest) -> Any:
     """Return what the rank saved that stands for this one: the same rank, or one that read the same batches."""
-    ranks = manifest.about["ranks"]
-    if manifest.about["topology"] == topology(runtime) and len(ranks) == team.size:
-        return ranks[team.rank]
-    return next((rank for rank in ranks if rank["dp_rank"] == runtime.dp_rank), None)
+    saved = manifest.about["ranks"]
+    if _same_topology(sharded, manifest):
+        return saved[sharded.ranks.rank]
+    return next((rank for rank in saved if rank["dp_rank"] == sharded.batch), None)
+
+
+def _plugin_states(sharded: ShardedModel, manifest: Manifest) -> dict[str, SavedState]:
+    """Return what the checkpoint holds of each plugin that keeps state, tensors left out.
+
+    Raises CheckpointError with the words of every plugin that cannot take it. A plugin on one side only is named in a
+    warning: the run may go on without it, or begin with it.
+    """
+    saved: Mapping[str, Any] = manifest.about.get("plugin_states", {})
+    for name in saved.keys() ^ sharded.states.keys():
+        here, there = ("the run", "the checkpoint") if name in sharded.states else ("the checkpoint", "the run")
+        warnings.warn(f"{here} has state of plugin {name!r}, and {there} has not: it is left out", stacklevel=3)
+    same, found, problems = _same_topology(sharded, manifest), {}, []
+    for name in [name for name in sharded.states if name in saved]:
+        own = manifest.about["ranks"][sharded.ranks.rank]["plugin_states"][name] if same else None
+        found[name] = SavedState(shared=from_json(saved[name]), own=from_json(own))
+        state = sharded.states[name]
+        if state.accepts is not None:
+            problem = state.accepts(found[name])
+        else:
+            lost = state.own is not None and not same
+            problem = "it keeps state of its own on every rank, and the topology is another one" if lost else None
+        problems += [f"plugin {name!r}: {problem}"] if problem else []
+    _raise(manifest, problems)
+    return found
+
+
+def _load_plugin(
+    sharded: ShardedModel, reader: Reader, name: str, saved: SavedState, parameters: Mapping[str, nn.Parameter]
+) -> None:
+    """Read the tensors of the plugin *name*, laid out like *parameters*, and hand it all that was saved of it."""
+    kinds = reader.manifest.kinds(f"{PLUGIN}{name}.")
+    tensors = {kind: _read_like(sharded, reader, f"{PLUGIN}{name}.{kind}/", parameters) for kind in kinds}
+    sharded.states[name].load(attrs.evolve(saved, tensors=tensors))
 
 
 def _data_state(manifest: Manifest, data: Any, dp_rank: int, dp_size: int) -> Any:
@@ -207,19 +255,12 @@ def _data_state(manifest: Manifest, data: Any, dp_rank: int, dp_size: int) -> An
 
 
 def _load_optimizer(
-    runtime: Runtime, manifest: Manifest, reader: Reader, optimizer: Any, parameters: Mapping[str, nn.Parameter]
+    sharded: ShardedModel, manifest: Manifest, reader: Reader, optimizer: Any, parameters: Mapping[str, nn.Parameter]
 ) -> None:
     """Give *optimizer* the moments and counts of the checkpoint; nothing of what it had is left."""
     optimizer.state.clear()
-    kinds = sorted(
-        {name[len(OPTIMIZER) :].partition("/")[0] for name in manifest.tensors if name.startswith(OPTIMIZER)}
-    )
-    for kind in kinds:
-        prefix = f"{OPTIMIZER}{kind}/"
-        stored = {
-            name.removeprefix(prefix): value for name, value in manifest.tensors.items() if name.startswith(prefix)
-        }
-        for name, tensor in _read_moments(runtime, reader, prefix, stored, parameters).items():
+    for kind in manifest.kinds(OPTIMIZER):
+        for name, tensor in _read_like(sharded, reader, f"{OPTIMIZER}{kind}/", parameters).items():
             optimizer.state[parameters[name]][kind] = tensor
     group_of = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
     counts = count_of(manifest.about["counts"])
@@ -228,22 +269,23 @@ def _load_optimizer(
             optimizer.state[parameter][kind] = place(value, parameter, group_of[id(parameter)])
 
 
-def _read_moments(
-    runtime: Runtime, reader: Reader, prefix: str, stored: Mapping[str, Stored], parameters: Mapping[str, nn.Parameter]
+def _read_like(
+    sharded: ShardedModel, reader: Reader, prefix: str, parameters: Mapping[str, nn.Parameter]
 ) -> dict[str, Tensor]:
-    """Return the moments of one kind, laid out like the parameters; of those that had none, none."""
-    moments = {
+    """Return the tensors stored under *prefix*, laid out like the parameters; of those that had none, none."""
+    tensors = reader.manifest.tensors
+    stored = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    found = {
         name: torch.empty_like(parameter, dtype=stored[name].dtype if name in stored else None)
         for name, parameter in parameters.items()
     }
-    absent = [name for name in exported(runtime, moments) if name not in stored]
-    for name in absent:
-        moments.pop(name, None)
-    with imported(runtime, moments) as canonical:
+    for name in [name for name in exported(sharded, found) if name not in stored]:
+        found.pop(name, None)
+    with imported(sharded, found) as canonical:
         for name, tensor in canonical.items():
             if name not in stored or stored[name].shape != tuple(tensor.shape):
                 raise CheckpointError(
                     f"{prefix}{name} of shape {tuple(tensor.shape)} is not in {reader.manifest.folder}"
                 )
         reader.fill(prefix, canonical)
-    return moments
+    return found

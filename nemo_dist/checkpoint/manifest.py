@@ -13,22 +13,23 @@ from typing import Any
 import attrs
 from safetensors import SafetensorError, safe_open
 
-from nemo_dist.checkpoint.chunks import Box
+from nemo_dist.checkpoint.chunks import Chunk
 from nemo_dist.checkpoint.safetensors_writer import DTYPES
 from nemo_dist.errors import CheckpointError
+from nemo_dist.plugin.mixed_precision import dtype_name
 
 FORMAT = 1
 NAME = "manifest.json"
 _FILE = re.compile(r"rank-[0-9]{5}\.safetensors")
 _CHUNK = 1 << 24
-_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+_DTYPES = {dtype_name(dtype): dtype for dtype in DTYPES}
 
 
 @attrs.frozen
-class Piece:
-    """A box of a tensor, and the file (its index in the manifest) that has it."""
+class StoredChunk:
+    """A chunk of a tensor, and the file (its index in the manifest) that has it."""
 
-    box: Box
+    chunk: Chunk
     file: int
 
 
@@ -38,12 +39,12 @@ class Stored:
 
     shape: tuple[int, ...]
     dtype: Any
-    pieces: Sequence[Piece]
+    pieces: Sequence[StoredChunk]
 
 
-def key(name: str, box: Box) -> str:
+def key(name: str, chunk: Chunk) -> str:
     """Return the name in its file of a piece of the tensor *name*."""
-    spans = (f"{start}:{start + size}" for start, size in zip(box.offsets, box.sizes, strict=True))
+    spans = (f"{start}:{start + size}" for start, size in zip(chunk.offsets, chunk.sizes, strict=True))
     return f"{name}[{','.join(spans)}]"
 
 
@@ -92,12 +93,16 @@ class Manifest:
             if path.stat().st_size != size:
                 raise CheckpointError(f"{path} has {path.stat().st_size} bytes, not {size}; it was cut or replaced")
         for name, stored in self.tensors.items():
-            whole = Box((0,) * len(stored.shape), stored.shape)
+            whole = Chunk((0,) * len(stored.shape), stored.shape)
             for piece in stored.pieces:
-                if not 0 <= piece.file < len(self.files) or piece.box.common(whole) != piece.box:
+                if not 0 <= piece.file < len(self.files) or piece.chunk.common(whole) != piece.chunk:
                     raise ValueError(f"a piece of {name} lies outside the tensor or the files")
-            if sum(piece.box.numel for piece in stored.pieces) != whole.numel:
+            if sum(piece.chunk.numel for piece in stored.pieces) != whole.numel:
                 raise ValueError(f"the pieces of {name} do not make the whole tensor")
+
+    def kinds(self, prefix: str) -> list[str]:
+        """Return the kinds of tensors under *prefix*, in order: ``exp_avg`` of ``optimizer.exp_avg/lm_head.weight``."""
+        return sorted({name[len(prefix) :].partition("/")[0] for name in self.tensors if name.startswith(prefix)})
 
     def verify(self, index: int) -> None:
         """Read the file *index*; raise CheckpointError when a byte has changed, or it is not what the manifest says."""
@@ -120,8 +125,8 @@ class Manifest:
         for name, tensor in self.tensors.items():
             for piece in tensor.pieces:
                 if piece.file == index:
-                    found = stored.get_slice(key(name, piece.box))
-                    if (tuple(found.get_shape()), found.get_dtype()) != (piece.box.sizes, DTYPES[tensor.dtype]):
+                    found = stored.get_slice(key(name, piece.chunk))
+                    if (tuple(found.get_shape()), found.get_dtype()) != (piece.chunk.sizes, DTYPES[tensor.dtype]):
                         raise CheckpointError(f"{path} has {name} as {found.get_dtype()} {found.get_shape()}")
 
 
@@ -143,7 +148,8 @@ def _parse(where: Path) -> dict[str, Any]:
 def _stored(value: Any) -> Stored:
     shape, dtype, listed = value
     pieces = [
-        Piece(Box(tuple(map(int, offsets)), tuple(map(int, sizes))), int(file)) for file, offsets, sizes in listed
+        StoredChunk(Chunk(tuple(map(int, offsets)), tuple(map(int, sizes))), int(file))
+        for file, offsets, sizes in listed
     ]
     return Stored(tuple(map(int, shape)), _DTYPES[dtype], pieces)
 
@@ -155,8 +161,8 @@ def write(
     listed = {
         name: [
             stored.shape,
-            str(stored.dtype).removeprefix("torch."),
-            [[piece.file, piece.box.offsets, piece.box.sizes] for piece in stored.pieces],
+            dtype_name(stored.dtype),
+            [[piece.file, piece.chunk.offsets, piece.chunk.sizes] for piece in stored.pieces],
         ]
         for name, stored in tensors.items()
     }

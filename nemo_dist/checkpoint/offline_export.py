@@ -11,14 +11,14 @@ import torch
 import transformers
 from torch import Tensor
 
-from nemo_dist.checkpoint.chunks import Box, Entry
+from nemo_dist.checkpoint.chunks import Chunk, Entry
 from nemo_dist.checkpoint.hf_export import Plan, bytes_of, dtype_of
 from nemo_dist.checkpoint.load import Reader, intact
 from nemo_dist.checkpoint.manifest import NAME, Manifest
 from nemo_dist.checkpoint.run_folder import RunFolder
 from nemo_dist.checkpoint.save import IDENTITY, MODEL
 from nemo_dist.errors import CheckpointError
-from nemo_dist.mesh.rank_group import Team
+from nemo_dist.mesh.rank_group import RankGroup
 
 
 def export_checkpoint(
@@ -34,18 +34,18 @@ def export_checkpoint(
     CheckpointError for a checkpoint that is damaged, or whose model class transformers does not have.
     """
     target, limit = dtype_of(dtype), bytes_of(max_shard_size)
-    team, where = Team(), _checkpoint(Path(checkpoint))
-    manifest = intact(team, where)
+    ranks, where = RankGroup(), _checkpoint(Path(checkpoint))
+    manifest = intact(ranks, where)
     model = _identity(manifest)
     stored = {n.removeprefix(MODEL): tensor for n, tensor in manifest.tensors.items() if n.startswith(MODEL)}
     entries = {name: Entry(shape=tensor.shape, dtype=tensor.dtype, holders={}) for name, tensor in stored.items()}
     plan = Plan.of(model, entries, target, limit)
     with Reader(manifest) as reader:
 
-        def bring(wanted: Sequence[Sequence[str]]) -> dict[str, Tensor]:
+        def assemble(wanted: Sequence[Sequence[str]]) -> dict[str, Tensor]:
             return {name: _whole(reader, name, entries[name]).to(plan.dtypes[name]) for name in wanted[0]}
 
-        plan.write(team, path, model, bring)
+        plan.write(ranks, path, model, assemble)
     return where
 
 
@@ -81,5 +81,5 @@ def _identity(manifest: Manifest) -> Any:
 def _whole(reader: Reader, name: str, entry: Entry) -> Tensor:
     whole = torch.empty(entry.shape, dtype=entry.dtype)
     if whole.numel():
-        reader.read(MODEL + name, Box((0,) * whole.dim(), tuple(whole.shape)), whole)
+        reader.read(MODEL + name, Chunk((0,) * whole.dim(), tuple(whole.shape)), whole)
     return whole

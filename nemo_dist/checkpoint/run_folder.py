@@ -8,7 +8,7 @@ import shutil
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import attrs
 
@@ -17,11 +17,9 @@ from nemo_dist.checkpoint.atomic_dir import Staging, sync
 from nemo_dist.checkpoint.load import intact, load_from
 from nemo_dist.checkpoint.manifest import Manifest
 from nemo_dist.checkpoint.save import save
+from nemo_dist.checkpoint.sharded_model import Holder
 from nemo_dist.errors import CheckpointError, RankError
-from nemo_dist.mesh.rank_group import Team
-
-if TYPE_CHECKING:
-    from nemo_dist.training.runtime import Runtime
+from nemo_dist.planning.validation import integer
 
 _NAME = re.compile(r"step-([0-9]+)")
 _LATEST = "latest"
@@ -31,9 +29,11 @@ def _folder(path: str | os.PathLike[str]) -> Path:
     return Path(path).expanduser().resolve()
 
 
-def _positive(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        raise ValueError(f"{attribute.name} must be a positive number or None (got {value!r})")
+def _count(_: object, attribute: attrs.Attribute[Any], value: object) -> None:
+    integer(attribute.name, value)
+
+
+_at_least_one = attrs.validators.optional(_count)
 
 
 @attrs.frozen
@@ -45,12 +45,12 @@ class RunFolder:
     """
 
     path: Path = attrs.field(converter=_folder)
-    keep_last: int | None = attrs.field(default=None, validator=_positive, kw_only=True)
-    keep_every: int | None = attrs.field(default=None, validator=_positive, kw_only=True)
+    keep_last: int | None = attrs.field(default=None, validator=_at_least_one, kw_only=True)
+    keep_every: int | None = attrs.field(default=None, validator=_at_least_one, kw_only=True)
 
     def save(
         self,
-        runtime: Runtime,
+        runtime: Holder,
         optimizer: Any = None,
         *,
         step: int,
@@ -63,14 +63,13 @@ class RunFolder:
 
         Arguments and errors as for ``Runtime.save``.
         """
-        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
-            raise ValueError(f"step must be a number from 0 (got {step!r})")
+        integer("step", step, 0)
         state: dict[str, Any] = {"extra": extra, "schedulers": schedulers, "data": data, "asynchronous": asynchronous}
         where = self.path / f"step-{step:08d}"
-        return save(runtime, where, optimizer, step=step, committed=lambda: self._committed(where), **state)
+        return save(runtime.sharded, where, optimizer, step=step, committed=lambda: self._committed(where), **state)
 
     def resume(
-        self, runtime: Runtime, optimizer: Any = None, *, schedulers: Sequence[Any] = (), data: Any = None
+        self, runtime: Holder, optimizer: Any = None, *, schedulers: Sequence[Any] = (), data: Any = None
     ) -> tuple[int, Any] | None:
         """Load the newest checkpoint that is whole; return its step and ``extra``, or None where there is none yet.
 
@@ -78,19 +77,15 @@ class RunFolder:
         ``Runtime.load``. Raises CheckpointError when all are damaged, or when the newest whole one does not fit.
         """
         async_save.finish()
-        team = Team.of(runtime.mesh)
-        with team.agreed(f"listing {self.path}"):
-            steps = self.steps()
-        if team.first:
-            steps = self._newest_first(steps)
-        steps = team.tell(f"the checkpoints in {self.path}", steps)[0]
+        ranks = runtime.sharded.ranks
+        steps = ranks.collect(f"listing {self.path}", lambda: self._newest_first(self.steps()))[0]
         for step in steps:
             try:
-                manifest = intact(team, self._folder(step))
+                manifest = intact(ranks, self._folder(step))
             except (CheckpointError, RankError) as error:
                 warnings.warn(f"step {step} of {self.path} is left out: {error}", stacklevel=2)
                 continue
-            return step, load_from(runtime, manifest, optimizer, schedulers=schedulers, data=data)
+            return step, load_from(runtime.sharded, manifest, optimizer, schedulers=schedulers, data=data)
         if steps:
             raise CheckpointError(f"none of the checkpoints in {self.path} is whole: steps {steps}")
         return None

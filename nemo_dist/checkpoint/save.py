@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
+import zlib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import attrs
 import torch
@@ -14,27 +18,29 @@ import transformers
 from torch import Tensor
 
 from nemo_dist.checkpoint import async_save, manifest, rng_state
-from nemo_dist.checkpoint.atomic_dir import written_beside
-from nemo_dist.checkpoint.chunks import Box, Entry, describe, pieces, survey
+from nemo_dist.checkpoint.atomic_dir import write_folder
+from nemo_dist.checkpoint.chunks import Chunk, Entry, chunks, describe, merged
 from nemo_dist.checkpoint.hf_side_files import write_companions
-from nemo_dist.checkpoint.hf_weight_conversion import plain_class, refuse_unplain
+from nemo_dist.checkpoint.hf_weight_conversion import refuse_unplain
 from nemo_dist.checkpoint.json_state import to_json
-from nemo_dist.checkpoint.manifest import Piece, Stored, key
-from nemo_dist.checkpoint.optimizer_state import by_value, counts, moments, named, options, scheduler_state
+from nemo_dist.checkpoint.manifest import Stored, StoredChunk, key
+from nemo_dist.checkpoint.optimizer_state import by_value, counts, group_options, moments, named
 from nemo_dist.checkpoint.safetensors_writer import SafetensorsFile
+from nemo_dist.checkpoint.scheduler_state import scheduler_state
+from nemo_dist.checkpoint.sharded_model import ShardedModel
 from nemo_dist.checkpoint.state_dict import exported, own_state
-from nemo_dist.mesh.rank_group import Team
+from nemo_dist.errors import CheckpointError
+from nemo_dist.mesh.rank_group import RankGroup
 
-if TYPE_CHECKING:
-    from nemo_dist.training.runtime import Runtime
-
+# What the names of tensors begin with: the model's, an optimizer's moments of a kind, a plugin's tensors of a kind.
 MODEL = "model/"
 OPTIMIZER = "optimizer."
+PLUGIN = "plugin."
 IDENTITY = "hf"  # the folder with config and tokenizer, for an export without the ranks
 
 
 def save(
-    runtime: Runtime,
+    sharded: ShardedModel,
     path: str | os.PathLike[str],
     optimizer: Any = None,
     *,
@@ -45,65 +51,118 @@ def save(
     step: int | None = None,
     committed: Callable[[], None] = lambda: None,
 ) -> async_save.Save:
-    """Save the run; see :meth:`nemo_dist.Runtime.save`. *committed* runs on one rank when the checkpoint is there."""
+    """Save the run; see :meth:`nemo_dist.Runtime.save`. *committed* runs on one rank when the checkpoint is there.
+
+    Each rank collects what it has, all exchange descriptions of it once, and then each writes its share.
+    """
     async_save.finish()
-    team = Team.of(runtime.mesh)
-    with team.agreed("collecting the state of the run"):
-        found = _Found.on_this_rank(runtime, optimizer, data)
-        about = _about(runtime, optimizer, extra, schedulers) | {"step": _step(extra) if step is None else step}
-    kinds = sorted({kind for kinds in team.tell("the moments of the optimizer", list(found.moments)) for kind in kinds})
-    with team.agreed("collecting what to save"):
-        state, mine = found.canonical(runtime, kinds), found.described
-    answers = team.gather({**mine, "tensors": describe(state)})
-    with team.agreed("planning the save"):
-        entries = survey([answer.pop("tensors") for answer in answers])
-        work = _Work.plan(team, runtime, path, state, entries)
-        joined = _joined(answers) | about
+    ranks = sharded.ranks
+    found = _Collected()
+    summaries = ranks.collect(
+        "collecting the state of the run", lambda: found.take(sharded, optimizer, data, extra, schedulers, step)
+    )
+    _refuse_unequal_states([summary["shared"] for summary in summaries])
+    prefixes = sorted({prefix for summary in summaries for prefix in summary["prefixes"]})
+    with ranks.agreed("collecting what to save"):
+        state = found.canonical(sharded, prefixes)
+        described = describe(state)
+    answers = ranks.gather({**found.of_rank, "tensors": described})
+    with ranks.agreed("planning the save"):
+        entries = merged([answer.pop("tensors") for answer in answers])
+        work = _Work.plan(ranks, sharded.model, path, state, entries, _joined(answers) | found.of_all)
         if asynchronous:
             work = work.copied()
-    under_way = async_save.begin(lambda: work.run(joined, committed))
+    under_way = async_save.begin(lambda: work.run(committed))
     if not asynchronous:
         under_way.wait()
     return under_way
 
 
-@attrs.frozen(kw_only=True)
-class _Found:
-    """What this rank has: tensors laid out like parameters, by name; the rest ``described`` as JSON."""
+@attrs.define
+class _Collected:
+    """What this rank has.
 
-    own: Mapping[str, Tensor]
-    moments: Mapping[str, Mapping[str, Tensor]]
-    described: Mapping[str, Any]
+    ``own`` and ``layers`` are tensors laid out like parameters, by parameter name; the layers (an optimizer's moments,
+    a plugin's tensors) by what their names begin with. ``of_rank`` and ``of_all`` are JSON: what differs between ranks,
+    and what is the same on every one.
+    """
 
-    @classmethod
-    def on_this_rank(cls, runtime: Runtime, optimizer: Any, data: Any) -> _Found:
-        refuse_unplain(runtime.parts[0])
-        own = own_state(runtime)
-        described: dict[str, Any] = {
-            "dp_rank": runtime.dp_rank,
+    own: Mapping[str, Tensor] = attrs.field(factory=dict)
+    layers: dict[str, Mapping[str, Tensor]] = attrs.field(factory=dict)
+    of_rank: dict[str, Any] = attrs.field(factory=dict)
+    of_all: dict[str, Any] = attrs.field(factory=dict)
+
+    def take(
+        self, sharded: ShardedModel, optimizer: Any, data: Any, extra: Any, schedulers: Sequence[Any], step: int | None
+    ) -> dict[str, Any]:
+        """Collect; return what all ranks must know of each other before they go on."""
+        refuse_unplain(sharded.model)
+        self.own = own_state(sharded)
+        self.of_rank = {
+            "dp_rank": sharded.batch,
             "generators": to_json(rng_state.capture(), "the generators"),
             "data": None if data is None else to_json(data.state_dict(), "the state of data"),
         }
-        if optimizer is None:
-            return cls(own=own, moments={}, described=described)
-        parameters = named(optimizer, {name: p for name, p in own.items() if isinstance(p, torch.nn.Parameter)})
-        described |= {"counts": counts(optimizer, parameters), "options": options(optimizer, parameters)}
-        return cls(own=own, moments=moments(optimizer, parameters), described=described)
+        self.of_all = _about(sharded, optimizer, extra, schedulers) | {"step": _step(extra) if step is None else step}
+        if optimizer is not None:
+            self._take_optimizer(optimizer)
+        shared = self._take_plugins(sharded)
+        return {"prefixes": list(self.layers), "shared": shared}
 
-    def canonical(self, runtime: Runtime, kinds: Sequence[str]) -> dict[str, Tensor]:
-        """Return the canonical state; every rank goes through all *kinds*, as a plugin may communicate for each."""
-        state = {MODEL + name: tensor for name, tensor in exported(runtime, self.own).items()}
-        for kind in kinds:
-            tensors = exported(runtime, self.moments.get(kind, {}))
-            state |= {f"{OPTIMIZER}{kind}/{name}": tensor for name, tensor in tensors.items()}
+    def _take_optimizer(self, optimizer: Any) -> None:
+        parameters = named(optimizer, {name: p for name, p in self.own.items() if isinstance(p, torch.nn.Parameter)})
+        self.of_rank |= {
+            "counts": counts(optimizer, parameters),
+            "options": group_options(optimizer, parameters),
+        }
+        self.layers |= {f"{OPTIMIZER}{kind}/": found for kind, found in moments(optimizer, parameters).items()}
+
+    def _take_plugins(self, sharded: ShardedModel) -> dict[str, int]:
+        """Collect the states of plugins; return a digest of each that must be equal on every rank."""
+        own, shared = {}, {}
+        for name, state in sharded.states.items():
+            for kind, tensors in (state.tensors() if state.tensors else {}).items():
+                if not kind.isidentifier():
+                    raise CheckpointError(
+                        f"plugin {name!r} keeps tensors of the kind {kind!r}; use a Python identifier"
+                    )
+                if strangers := sorted(set(tensors) - set(self.own)):
+                    raise CheckpointError(
+                        f"plugin {name!r} keeps {kind!r} of {', '.join(strangers)}, which are no parameters here"
+                    )
+                self.layers[f"{PLUGIN}{name}.{kind}/"] = tensors
+            shared[name] = to_json(state.shared() if state.shared else None, f"the state of plugin {name!r}")
+            own[name] = to_json(state.own() if state.own else None, f"the state of plugin {name!r}")
+        if sharded.states:
+            self.of_rank["plugin_states"], self.of_all["plugin_states"] = own, shared
+        return {name: zlib.crc32(json.dumps(value, sort_keys=True).encode()) for name, value in shared.items()}
+
+    def canonical(self, sharded: ShardedModel, prefixes: Sequence[str]) -> dict[str, Tensor]:
+        """Return the canonical state; every rank goes through all *prefixes*, as a plugin may communicate for each."""
+        state = {MODEL + name: tensor for name, tensor in exported(sharded, self.own).items()}
+        for prefix in prefixes:
+            tensors = exported(sharded, self.layers.get(prefix, {}))
+            state |= {prefix + name: tensor for name, tensor in tensors.items()}
         return state
 
 
+def _refuse_unequal_states(digests: Sequence[Mapping[str, int]]) -> None:
+    """Raise CheckpointError, on every rank alike, for a plugin whose state should be equal on all ranks and is not."""
+    for name in digests[0]:
+        values = [digest.get(name) for digest in digests]
+        usual = Counter(values).most_common(1)[0][0]
+        odd = [str(rank) for rank, value in enumerate(values) if value != usual]
+        if odd:
+            raise CheckpointError(
+                f"plugin {name!r} calls its state equal on every rank, but that of rank {', '.join(odd)} differs; "
+                "return it from PluginState.own, or mend what makes it differ"
+            )
+
+
 def _joined(answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return what is kept of the ranks' answers: per rank what differs, and once what belongs to parameters."""
-    joined: dict[str, Any] = {
-        "ranks": [{name: answer[name] for name in ("dp_rank", "generators", "data")} for answer in answers]
-    }
+    """Merge the metadata of all ranks: per rank what differs, and once what belongs to parameters."""
+    of_rank = ("dp_rank", "generators", "data", "plugin_states")
+    joined: dict[str, Any] = {"ranks": [{name: a[name] for name in of_rank if name in a} for a in answers]}
     if "counts" in answers[0]:
         joined["counts"] = by_value([_turned(answer["counts"]) for answer in answers])
         joined["options"] = by_value([answer["options"] for answer in answers])
@@ -114,19 +173,18 @@ def _turned(counts: Mapping[str, Any]) -> list[Any]:
     return [[value, [name]] for name, value in counts.items()]
 
 
-def _about(runtime: Runtime, optimizer: Any, extra: Any, schedulers: Sequence[Any]) -> dict[str, Any]:
+def _about(sharded: ShardedModel, optimizer: Any, extra: Any, schedulers: Sequence[Any]) -> dict[str, Any]:
     """Return what is the same on every rank: who wrote it, of which model, under which topology, and the extras."""
-    setup = runtime.setup
     return {
         "versions": {
             "nemo_dist": importlib.metadata.version("nemo-dist"),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
-        "model": plain_class(runtime.parts[0]).__name__,
+        "model": sharded.kind,
         "optimizer": None if optimizer is None else type(optimizer).__name__,
-        "topology": topology(runtime),
-        "plugins": {plugin.name: _version(type(plugin).__module__.partition(".")[0]) for plugin in setup.plugins},
+        "topology": sharded.topology,
+        "plugins": {name: _version(package) for name, package in sharded.plugins.items()},
         "schedulers": [to_json(scheduler_state(scheduler), "the state of a scheduler") for scheduler in schedulers],
         "extra": to_json(extra, "extra"),
     }
@@ -135,13 +193,6 @@ def _about(runtime: Runtime, optimizer: Any, extra: Any, schedulers: Sequence[An
 def _step(extra: Any) -> int | None:
     found = extra.get("step") if isinstance(extra, Mapping) else None
     return found if type(found) is int else None
-
-
-def topology(runtime: Runtime) -> dict[str, Any]:
-    """Return the sizes that say which rank has which part, and the strategy."""
-    axes = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep")
-    strategy = runtime.setup.strategy
-    return {axis: runtime.mesh.size(axis) for axis in axes} | {"strategy": strategy.name if strategy else None}
 
 
 @lru_cache
@@ -153,68 +204,82 @@ def _version(package: str) -> str | None:
 
 @attrs.frozen(kw_only=True)
 class _Work:
-    """What is left to do when the state is known, and may be done in the background: nothing here is collective."""
+    """What is left to do when the state is known, and may be done in the background: nothing here is collective.
 
-    team: Team
+    ``about`` is what the manifest says besides the tensors.
+    """
+
+    ranks: RankGroup
     model: Any
     path: str | os.PathLike[str]
-    writers: Mapping[str, Mapping[Box, int]]
+    writers: Mapping[str, Mapping[Chunk, int]]
     entries: Mapping[str, Entry]
     mine: Mapping[str, Tensor]
+    about: Mapping[str, Any]
 
     @classmethod
     def plan(
-        cls, team: Team, runtime: Runtime, path: Any, state: Mapping[str, Tensor], entries: Mapping[str, Entry]
+        cls,
+        ranks: RankGroup,
+        model: Any,
+        path: str | os.PathLike[str],
+        state: Mapping[str, Tensor],
+        entries: Mapping[str, Entry],
+        about: Mapping[str, Any],
     ) -> _Work:
-        writers = share_out(entries, team.size)
+        writers = share_out(entries, ranks.size)
         mine = {
-            key(name, box): values
+            key(name, chunk): values
             for name, tensor in state.items()
-            for box, values in pieces(tensor)
-            if writers[name][box] == team.rank
+            for chunk, values in chunks(tensor)
+            if writers[name][chunk] == ranks.rank
         }
-        return cls(team=team, model=runtime.parts[0], path=path, writers=writers, entries=entries, mine=mine)
+        return cls(ranks=ranks, model=model, path=path, writers=writers, entries=entries, mine=mine, about=about)
 
     def copied(self) -> _Work:
         """Return this work on copies in host memory, that training does not change."""
         copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.mine.items()}
-        return attrs.evolve(self, mine=copies, team=self.team.in_background())
+        return attrs.evolve(self, mine=copies, ranks=self.ranks.in_background())
 
-    def run(self, about: Mapping[str, Any], committed: Callable[[], None]) -> None:
-        """Write this rank's file and, on the first rank, the manifest; then put the folder in place."""
-        with written_beside(self.team, self.path, "the checkpoint", stale=lambda name: True) as folder:
-            with self.team.agreed(f"writing the tensors to {folder}"):
-                file = self._write_file(folder)
-            files = self.team.tell("the files of the checkpoint", file)
-            if self.team.first:
-                tensors = {name: self._stored(name) for name in sorted(self.entries)}
-                write_companions(folder / IDENTITY, self.model)
-                manifest.write(folder, files, tensors, about)
-        with self.team.agreed("finishing the save"):
-            if self.team.first:
-                committed()
+    def run(self, committed: Callable[[], None]) -> None:
+        """Write this rank's file; the first rank then writes the manifest and puts the folder in place."""
+        write_folder(
+            self.ranks,
+            self.path,
+            "the checkpoint",
+            write=self._write_file,
+            finish=self._write_manifest,
+            stale=lambda name: True,
+            committed=committed,
+        )
 
-    def _write_file(self, folder: Any) -> dict[str, Any]:
-        name = f"rank-{self.team.rank:05d}.safetensors"
+    def _write_file(self, folder: Path) -> dict[str, Any]:
+        name = f"rank-{self.ranks.rank:05d}.safetensors"
         layouts = {piece: (tuple(tensor.shape), tensor.dtype) for piece, tensor in self.mine.items()}
         with SafetensorsFile(folder / name, layouts) as file:
             for piece in file.slots:
                 file.write(piece, self.mine[piece])
         return {"name": name, "bytes": file.nbytes, "crc32": file.checksum}
 
+    def _write_manifest(self, folder: Path, files: Sequence[Mapping[str, Any]]) -> None:
+        write_companions(folder / IDENTITY, self.model)
+        manifest.write(folder, files, {name: self._stored(name) for name in sorted(self.entries)}, self.about)
+
     def _stored(self, name: str) -> Stored:
         entry = self.entries[name]
-        return Stored(entry.shape, entry.dtype, [Piece(box, rank) for box, rank in self.writers[name].items()])
+        return Stored(
+            entry.shape, entry.dtype, [StoredChunk(chunk, rank) for chunk, rank in self.writers[name].items()]
+        )
 
 
-def share_out(entries: Mapping[str, Entry], ranks: int) -> dict[str, dict[Box, int]]:
-    """Say which rank writes each box: of those that hold it, the one with the least to write so far."""
-    load = [0] * ranks
-    writers: dict[str, dict[Box, int]] = {}
+def share_out(entries: Mapping[str, Entry], count: int) -> dict[str, dict[Chunk, int]]:
+    """Say which rank writes each chunk: of those that hold it, the one with the least to write so far."""
+    load = [0] * count
+    writers: dict[str, dict[Chunk, int]] = {}
     for name, entry in entries.items():
         writers[name] = {}
-        for box, holders in entry.holders.items():
+        for chunk, holders in entry.holders.items():
             writer = min(holders, key=lambda rank: (load[rank], rank))
-            load[writer] += box.numel * entry.dtype.itemsize
-            writers[name][box] = writer
+            load[writer] += chunk.numel * entry.dtype.itemsize
+            writers[name][chunk] = writer
     return writers

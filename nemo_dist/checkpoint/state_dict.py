@@ -1,22 +1,23 @@
-"""The canonical state: what the ranks hold, under the names and shapes of the whole Hugging Face model."""
+"""The canonical state dict: what ranks hold, under the names and global shapes of the whole Hugging Face model."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from nemo_dist.training.runtime import Runtime
+from nemo_dist.checkpoint.sharded_model import ShardedModel
+from nemo_dist.hf_model import name_root
+from nemo_dist.mesh.dtensor import local
 
 
-def own_state(runtime: Runtime) -> dict[str, Tensor]:
+def own_state(model: ShardedModel) -> dict[str, Tensor]:
     """Return this rank's parameters and persistent buffers, each once, under their names in the whole model."""
     state: dict[str, Tensor] = {}
-    for part in runtime.parts:
+    for part in map(name_root, model.parts):
         # The state dict, not the parameters: its hooks give back the shards where a forward left gathered ones.
         own = {name: value for name, value in part.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
         names = canonical_names(part, own)
@@ -25,24 +26,24 @@ def own_state(runtime: Runtime) -> dict[str, Tensor]:
     return state
 
 
-def model_state(runtime: Runtime) -> dict[str, Tensor]:
+def model_state(model: ShardedModel) -> dict[str, Tensor]:
     """Return the canonical state of this rank's parameters and persistent buffers."""
-    return exported(runtime, own_state(runtime))
+    return exported(model, own_state(model))
 
 
-def exported(runtime: Runtime, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def exported(model: ShardedModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return *state*, tensors that are laid out like parameters by their names, as the canonical state."""
     result = {name: tensor.detach() for name, tensor in state.items()}
-    runtime.setup.calls.export_state(state=result, parts=list(runtime.parts), mesh=runtime.mesh)
+    model.calls.export_state(state=result, parts=list(model.parts), mesh=model.mesh)
     return result
 
 
 @contextmanager
-def imported(runtime: Runtime, state: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+def imported(model: ShardedModel, state: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
     """Give *state* as the canonical state, to be filled; at the end its values are those of *state*."""
-    canonical = exported(runtime, state)
+    canonical = exported(model, state)
     yield canonical
-    runtime.setup.calls.import_state(state=canonical, parts=list(runtime.parts), mesh=runtime.mesh)
+    model.calls.import_state(state=canonical, parts=list(model.parts), mesh=model.mesh)
     with torch.no_grad():
         for name, tensor in state.items():
             if not _same_memory(canonical[name], tensor):
@@ -53,9 +54,9 @@ def _same_memory(one: Tensor, other: Tensor) -> bool:
     return _address(one) == _address(other)
 
 
-def _address(tensor: Any) -> tuple[int, ...]:
-    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return (local.data_ptr(), *local.shape, *local.stride())
+def _address(tensor: Tensor) -> tuple[int, ...]:
+    own = local(tensor)
+    return (own.data_ptr(), *own.shape, *own.stride())
 
 
 def canonical_names(part: nn.Module, state: Mapping[str, Any]) -> dict[str, str]:

@@ -16,7 +16,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from nemo_dist.cli.demo_config import REPORT, DemoOptions
 from nemo_dist.cli.demo_dataset import Windows, collate
-from nemo_dist.mesh.mesh_context import initialize_distributed
+from nemo_dist.mesh.process_group import initialize_distributed
 from nemo_dist.models.auto_model import NeMoAutoModelForCausalLM
 from nemo_dist.training.runtime import Runtime
 

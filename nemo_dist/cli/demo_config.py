@@ -11,6 +11,7 @@ import attrs
 from nemo_dist.planning.sizes import ParallelismSizes
 from nemo_dist.planning.validation import integer
 from nemo_dist.plugin.registry import Registry
+from nemo_dist.setup.selection import DEFAULT, Selection
 from nemo_dist.setup.setup import DistributedSetup
 
 REPORT = "demo.json"  # beside the exported weights: the losses, and the mark of a folder that the demo may replace
@@ -26,7 +27,7 @@ class DemoOptions:
     """
 
     nproc: int = 4
-    strategy: str = "fsdp2"
+    strategy: str = DEFAULT
     sizes: dict[str, int] = attrs.field(factory=dict)
     steps: int = 160
     out: Path = attrs.field(default=Path("nemo_dist_demo"), converter=Path)
@@ -66,10 +67,10 @@ class DemoOptions:
 
     def setup(self, world_size: int | None = None, device_type: str | None = None) -> DistributedSetup:
         """Build the setup; every number is float32, so that the export can be compared with what was trained."""
-        config_type: Any = Registry().load(self.strategy).config_type
+        config_type: Any = Selection(Registry()).strategy_type(self.strategy).config_type
         known = attrs.fields_dict(config_type) if attrs.has(config_type) else {}
         return DistributedSetup.build(
-            strategy=config_type(mp_policy=_EXACT) if "mp_policy" in known else self.strategy,
+            strategy=config_type(mp_policy=_EXACT) if "mp_policy" in known else config_type(),
             parallelism_sizes=self.parallelism_sizes,
             pipeline_config=self._pipeline,
             world_size=self.nproc if world_size is None else world_size,

@@ -17,6 +17,7 @@ from nemo_dist.cli.tables import groups_table, plan_data, plan_table, plugin_row
 from nemo_dist.errors import NemoDistError, TopologyError
 from nemo_dist.planning.sizes import ParallelismSizes
 from nemo_dist.plugin.registry import Registry
+from nemo_dist.setup.selection import DEFAULT
 from nemo_dist.setup.setup import DistributedSetup
 
 if TYPE_CHECKING:
@@ -69,14 +70,14 @@ def _options(
     epilog=_examples(
         "plan --world-size 8",
         "plan --world-size 16384 --dp-replicate 64",
-        "plan --world-size 8 --strategy ddp --rank 5",
+        "plan --world-size 8 --dp-replicate 2 --rank 5",
         "plan --world-size 8 --config recipe.yaml",
         "plan --world-size 8 --json",
     )
 )
 def plan(
     world_size: WorldSize,
-    strategy: Strategy = "fsdp2",
+    strategy: Strategy = DEFAULT,
     tp: Tp = 1,
     pp: Pp = 1,
     cp: Cp = 1,
@@ -105,13 +106,12 @@ def plan(
     epilog=_examples(
         "explain --world-size 8",
         "explain --world-size 16 --dp-replicate 2",
-        "explain --world-size 4 --strategy ddp",
         "explain --world-size 8 --config recipe.yaml",
     )
 )
 def explain(
     world_size: WorldSize,
-    strategy: Strategy = "fsdp2",
+    strategy: Strategy = DEFAULT,
     tp: Tp = 1,
     pp: Pp = 1,
     cp: Cp = 1,
@@ -140,14 +140,14 @@ def plugins(as_json: Json = False) -> None:
 @app.command(
     epilog=_examples(
         "demo",
-        "demo --strategy ddp --nproc 2",
+        "demo --tp 2 --nproc 2",
         "demo --dp-replicate 2 --steps 300 --out my_model",
         "demo --moe --ep 2 --tp 2",
     )
 )
 def demo(
     nproc: Annotated[int, typer.Option("--nproc", "-n", help="How many ranks to start on this machine.")] = 4,
-    strategy: Strategy = "fsdp2",
+    strategy: Strategy = DEFAULT,
     tp: Tp = 1,
     pp: Pp = 1,
     cp: Cp = 1,
@@ -221,7 +221,7 @@ def _sizes(tp: int, pp: int, cp: int, ep: int, dp: int | None, dp_replicate: int
 
 def _build(world_size: int, strategy: str, sizes: ParallelismSizes, config: Path | None) -> DistributedSetup:
     if config is not None:
-        if strategy != "fsdp2" or sizes != ParallelismSizes():
+        if strategy != DEFAULT or sizes != ParallelismSizes():
             raise ValueError("--config gives the strategy and every size; leave the other options out, or --config")
         return DistributedSetup.from_yaml(config, world_size)
     return DistributedSetup.build(strategy=strategy, parallelism_sizes=sizes, world_size=world_size)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from nemo_dist.errors import PluginError
 from nemo_dist.planning.mesh_plan import MeshPlan, View
-from nemo_dist.plugin.registry import Registry, Stage
+from nemo_dist.plugin.protocol import Stage, claimant
+from nemo_dist.plugin.registry import Registry
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -56,7 +57,8 @@ def _names(plan: MeshPlan) -> list[str]:
 
 
 def _claimant(setup: DistributedSetup, axis: str) -> str | None:
-    return next((plugin.name for plugin in setup.plugins if axis in plugin.axes), None)
+    found = claimant(setup.plugins, axis)
+    return found.name if found else None
 
 
 def _place(plan: MeshPlan, rank: int) -> dict[str, int]:
@@ -76,8 +78,8 @@ def plan_table(setup: DistributedSetup) -> Table:
         table.add_column(column, justify="right" if column == "size" else "left")
     for view in (setup.plan.dense, *setup.plan.views):
         for axis in view.axes:
-            claimant = _claimant(setup, axis.name) if axis.size > 1 else None
-            table.add_row(view.name, axis.name, str(axis.size), claimant or "-", style=None if axis.size > 1 else "dim")
+            by = _claimant(setup, axis.name) if axis.size > 1 else None
+            table.add_row(view.name, axis.name, str(axis.size), by or "-", style=None if axis.size > 1 else "dim")
     return table
 
 

@@ -18,11 +18,17 @@ from typing import Any, cast
 import attrs
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_flatten, tree_map_only
 from transformers.initialization import TORCH_INIT_FUNCTIONS
 
-from nemo_dist.loading.hf_weight_loader import filled, slots
+from nemo_dist.errors import PluginError
+from nemo_dist.mesh.dtensor import filled, parameter_slots
+from nemo_dist.torch_private import (
+    TorchDispatchMode,
+    disable_current_modes,
+    storage_id,
+    tensors_in,
+    tree_map_only,
+)
 
 _aten = torch.ops.aten
 _FRESH = {_aten.empty.memory_format, _aten.empty_strided.default, _aten.new_empty.default}
@@ -69,14 +75,14 @@ class _Call:
         replaces: bool,
     ) -> _Call:
         """Note a call; *replaces* says that the function replaces the whole content of its first argument."""
-        used = {_storage(tensor) for tensor in _tensors((args, kwargs)) if tensor.is_meta}
-        changed = {_storage(tensor) for tensor in _tensors(result) if tensor.is_meta}
+        used = {storage_id(tensor) for tensor in tensors_in((args, kwargs)) if tensor.is_meta}
+        changed = {storage_id(tensor) for tensor in tensors_in(result) if tensor.is_meta}
         schema = getattr(function, "_schema", None)
         for argument, value in zip(schema.arguments if schema else (), args, strict=False):
             if argument.is_write:
-                changed |= {_storage(tensor) for tensor in _tensors(value) if tensor.is_meta}
+                changed |= {storage_id(tensor) for tensor in tensors_in(value) if tensor.is_meta}
         overwrites = replaces and args[0].is_meta and _covers_its_storage(args[0])
-        reads = used - {_storage(args[0])} if overwrites else used
+        reads = used - {storage_id(args[0])} if overwrites else used
         return cls(function, args, kwargs, result, generator, frozenset(reads), frozenset(changed), overwrites)
 
 
@@ -111,7 +117,7 @@ class DeferredInit(TorchDispatchMode):
             if not tensor.is_meta:
                 return function(tensor, *args, **kwargs)
             generator = torch.get_rng_state()
-            with _disable_current_modes():
+            with disable_current_modes():
                 _draw_and_forget(function, (tensor, *args), kwargs)
             self._record(_Call.of(function, (tensor, *args), kwargs, tensor, generator, replaces=True))
             return tensor
@@ -120,7 +126,7 @@ class DeferredInit(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        deferred = any(tensor.is_meta for tensor in _tensors((args, kwargs)))
+        deferred = any(tensor.is_meta for tensor in tensors_in((args, kwargs)))
         if not deferred and not _makes_deferrable(function, args, kwargs):
             return function(*args, **kwargs)
         if not deferred:
@@ -142,7 +148,7 @@ class DeferredInit(TorchDispatchMode):
         """Remember under its name where every parameter comes from, and leave them all on the meta device."""
         tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
         self._origin = {name: tensor.detach() for name, tensor in tensors}
-        for module, name, parameter in slots(model):
+        for _, module, name, parameter in parameter_slots(model):
             if not parameter.is_meta:
                 setattr(
                     module, name, nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
@@ -152,20 +158,23 @@ class DeferredInit(TorchDispatchMode):
     def fill(self, part: nn.Module, device: torch.device) -> None:
         """Give the parameters and buffers of *part* their values on *device*: of a DTensor, this rank's slice."""
         done: dict[int, nn.Parameter] = {}
+        for path, module, name, parameter in parameter_slots(part):
+            if parameter.is_meta or id(parameter) in done:
+                if id(parameter) not in done:
+                    done[id(parameter)] = filled(parameter, self.value(path), device)
+                setattr(module, name, done[id(parameter)])
         for prefix, module in part.named_modules():
-            for name, parameter in list(module.named_parameters(recurse=False)):
-                if parameter.is_meta or id(parameter) in done:
-                    path = f"{prefix}.{name}" if prefix else name
-                    if id(parameter) not in done:
-                        done[id(parameter)] = filled(parameter, self.value(path), device)
-                    setattr(module, name, done[id(parameter)])
             for name, buffer in list(module.named_buffers(recurse=False)):
                 path = f"{prefix}.{name}" if prefix else name
-                value = self.value(path) if buffer.is_meta else buffer
-                module._buffers[name] = value.to(device)
+                module._buffers[name] = (self.value(path) if buffer.is_meta else buffer).to(device)
 
     def value(self, name: str) -> Tensor:
-        """Return the full initial value of the tensor called *name* in the model that was hollowed, on the CPU."""
+        """Return the full initial value of the tensor called *name* in the model that was hollowed, on the CPU.
+
+        Raises PluginError for a name that it did not have.
+        """
+        if name not in self._origin:
+            raise PluginError(f"{name} is on the meta device, but the model had no such tensor when it was built")
         origin = self._origin[name]
         return self.replay(origin) if origin.is_meta else origin
 
@@ -175,7 +184,7 @@ class DeferredInit(TorchDispatchMode):
         storages: dict[int, Tensor] = {}
         before = torch.get_rng_state()
         try:
-            for call in self._history(_storage(origin)):
+            for call in self._history(storage_id(origin)):
                 if call.generator is not None:
                     torch.set_rng_state(call.generator)
                 _run(call, storages)
@@ -229,15 +238,15 @@ def _run(call: _Call, storages: dict[int, Tensor]) -> None:
     if "device" in kwargs:
         kwargs["device"] = torch.device("cpu")
     with torch.no_grad():
-        results = _tensors(call.function(*args, **kwargs))
-    for recorded, value in zip(_tensors(call.result), results, strict=True):
-        if recorded.is_meta and _storage(recorded) not in storages:
+        results = tensors_in(call.function(*args, **kwargs))
+    for recorded, value in zip(tensors_in(call.result), results, strict=True):
+        if recorded.is_meta and storage_id(recorded) not in storages:
             _view(storages, recorded).copy_(value)
 
 
 def _view(storages: dict[int, Tensor], recorded: Tensor) -> Tensor:
     """Return the real tensor that stands for the meta tensor *recorded*, as a view of its real storage."""
-    key = _storage(recorded)
+    key = storage_id(recorded)
     if key not in storages:
         storages[key] = torch.empty(
             recorded.untyped_storage().nbytes() // recorded.element_size(), dtype=recorded.dtype
@@ -253,13 +262,5 @@ def _is_view(function: Any) -> bool:
     )
 
 
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)]
-
-
 def _covers_its_storage(tensor: Tensor) -> bool:
     return tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
-
-
-def _storage(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)

@@ -11,21 +11,19 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+from typing import Any, NoReturn, Protocol
 
 import attrs
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers.distributed.sharding_utils import DtensorShardOperation
 from transformers.modeling_utils import PreTrainedModel
 
-from nemo_dist.errors import CheckpointError, PluginError, RankError, TopologyError
-from nemo_dist.mesh.store_consensus import meet, report
-
-if TYPE_CHECKING:
-    from nemo_dist.setup.setup import DistributedSetup
+from nemo_dist.errors import CheckpointError, RankError, TopologyError
+from nemo_dist.hf_model import class_name, inner_model
+from nemo_dist.mesh.dtensor import local_slice
+from nemo_dist.mesh.store_consensus import consensus, report
 
 
 class Missing(Protocol):
@@ -36,15 +34,6 @@ class Missing(Protocol):
 
     def draw(self, part: nn.Module, initialise: Callable[[], None]) -> None:
         """Give *part* its own."""
-
-
-def local_slice(full: Tensor, shard: DTensor) -> Tensor:
-    """Return the slice of the global tensor *full* that this rank holds of *shard*; no communication.
-
-    Strided shards (packed projections, two mesh axes on one dim) included; a view where the slice is contiguous.
-    """
-    local = DtensorShardOperation(shard).shard_tensor(full)
-    return full if local is None else local  # None is only for experts stored one by one
 
 
 def refuse_uneven(parts: Sequence[nn.Module]) -> None:
@@ -69,34 +58,24 @@ def refuse_uneven(parts: Sequence[nn.Module]) -> None:
         raise TopologyError(problems)
 
 
-def filled(parameter: nn.Parameter, value: Tensor, device: torch.device) -> nn.Parameter:
-    """Return *parameter* with *value*, the global tensor, on *device*: of a DTensor this rank's slice."""
-    if not isinstance(parameter, DTensor):
-        return nn.Parameter(value.to(device), requires_grad=parameter.requires_grad)
-    local = local_slice(value, parameter).to(device).clone()  # a copy, or the slice would keep the whole tensor alive
-    shard = DTensor.from_local(
-        local,
-        parameter.device_mesh,
-        parameter.placements,
-        run_check=False,
-        shape=parameter.shape,
-        stride=parameter.stride(),
-    )
-    return nn.Parameter(shard, requires_grad=parameter.requires_grad)
+@attrs.frozen(kw_only=True)
+class Target:
+    """Where the weights go: ``shard`` turns the model on meta into this rank's parts, which are filled on ``device``.
 
+    ``ranks`` load together (None: all); ``splits_layers`` says that each of them may get a part of the layers only.
+    """
 
-def slots(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
-    """Yield every place of *model* that holds a parameter: the module, the name in it, the parameter."""
-    for module in model.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            yield module, name, parameter
+    shard: Callable[[nn.Module], list[nn.Module]]
+    device: torch.device
+    ranks: Sequence[int] | None
+    splits_layers: bool
 
 
 @attrs.define
 class Reading:
-    """One ``from_pretrained`` under way: the setup that shards the model, and the parts that came of it."""
+    """One ``from_pretrained`` under way: the target that shards the model, and the parts that came of it."""
 
-    setup: DistributedSetup
+    target: Target
     source: Any
     missing: Missing
     _parts: list[nn.Module] = attrs.field(factory=list)
@@ -104,27 +83,33 @@ class Reading:
 
     def load(self, original: Callable[..., Any], model: Any, state: Any, files: Any, config: Any, *rest: Any) -> Any:
         """Shard *model*, then let transformers read the slices of every part; return its answer for *model*."""
-        device = self.setup.mesh_context.device
-        if device.type != "cpu":
-            object.__setattr__(config, "device_map", {"": device})  # frozen, but transformers uses it again to finish
+        if self.target.device.type != "cpu":
+            # frozen, but transformers uses it again to finish
+            object.__setattr__(config, "device_map", {"": self.target.device})
         whole = frozenset(model.state_dict())
-        undivided = copy.deepcopy(model) if self.setup.plan.size("pp") > 1 else None  # the axis that divides by names
-        self._parts = self.setup.shard(model)
-        if not any(part is model for part in self._parts):
-            raise PluginError(
-                "a plugin replaced the model that is being loaded; edit it in place, or add parts beside it"
-            )
-        answers = {id(part): self._read(original, part, state, files, config, *rest) for part in self._parts}
+        undivided = copy.deepcopy(model) if self.target.splits_layers else None
+        self._parts = self.target.shard(model)
+        parts: list[Any] = self._models()
+        infos: dict[int, Any] = {}
+        answer = None
+        for part in parts:
+            info, *rest_of_answer = self._read(original, part, state, files, config, *rest)
+            infos[id(part)] = info
+            answer = (info, *rest_of_answer) if part is model else answer
         self._report(None)
-        for info, *_ in answers.values():
+        for info in infos.values():
             info.unexpected_keys -= whole  # what this part does not have, another one does
-        self._agree_on_shapes({id(part): answers[id(part)][0] for part in self._parts}, config)
+        self._agree_on_shapes(infos, config)
         if undivided is not None:
-            self._foresee(undivided, {id(part): answers[id(part)][0] for part in self._parts}, config)
-        others: list[Any] = [part for part in self._parts if part is not model]
-        for part in others:
-            part._finalize_model_loading(part, config, answers[id(part)][0])
-        return answers[id(model)]
+            self._foresee(undivided, infos, config)
+        for part in parts:
+            if part is not model:
+                part._finalize_model_loading(part, config, infos[id(part)])
+        return answer
+
+    def _models(self) -> list[nn.Module]:
+        """Return the transformers models of the parts, which a plugin may have wrapped."""
+        return [inner_model(part) for part in self._parts]
 
     def _read(self, original: Callable[..., Any], part: Any, *args: Any) -> Any:
         whole = part._initialize_missing_keys
@@ -134,15 +119,15 @@ class Reading:
     def _foresee(self, model: Any, infos: Mapping[int, Any], config: Any) -> None:
         """Have the weights drawn that any part of the divided *model* lacks; *infos* as for the shapes."""
         mine: set[str] = set()
-        for part in self._parts:
+        for part in self._models():
             info: Any = infos[id(part)]
             tied: Any = part.all_tied_weights_keys
             mine |= (info.missing_keys - tied.keys()) | {name for name, *_ in info.mismatched_keys}
-        names = meet(
+        names = consensus(
             "the weights that the checkpoint lacks",
             sorted(mine),
             lambda lists: sorted({name for ours in lists for name in ours}),
-            self.setup.ranks,
+            self.target.ranks,
         )
         if names:
             self.missing.foresee(model, names, lambda: model._initialize_missing_keys(config.is_quantized))
@@ -154,11 +139,11 @@ class Reading:
         """
         mismatched = [item for info in infos.values() for item in info.mismatched_keys]
         mine = [[name, list(found), list(wanted)] for name, found, wanted in mismatched]
-        union = meet(
+        union = consensus(
             "the shapes in the checkpoint",
             mine,
             lambda lists: {item[0]: item for ours in lists for item in ours},
-            self.setup.ranks,
+            self.target.ranks,
         )
         if union and not config.ignore_mismatched_sizes:
             lines = [f"- {name}: a slice of {a} in the checkpoint, {b} in the model" for name, a, b in union.values()]
@@ -166,7 +151,7 @@ class Reading:
                 f"{config.pretrained_model_name_or_path} does not fit the model; pass ignore_mismatched_sizes=True to "
                 "draw these anew:\n" + "\n".join(lines)
             )
-        for part in self._parts:
+        for part in self._models():
             info = infos[id(part)]
             own = set(part.state_dict()) - {name for name, _, _ in info.mismatched_keys}
             info.mismatched_keys |= {(name, tuple(f), tuple(w)) for name, f, w in union.values() if name in own}
@@ -174,11 +159,10 @@ class Reading:
     def parts(self, model: nn.Module) -> list[nn.Module]:
         """Return the parts of the *model* that ``from_pretrained`` returned."""
         if not self._parts:
-            kind = type(model).__name__
             raise CheckpointError(
-                f"{kind} does not load through transformers' weight loader, so it could not be sharded"
+                f"{class_name(model)} does not load through transformers' weight loader, so it could not be sharded"
             )
-        for part in self._parts:
+        for part in self._models():
             part.__dict__.pop("_initialize_missing_keys", None)
         return self._parts
 
@@ -195,13 +179,13 @@ class Reading:
 
     def _report(self, failure: Exception | None) -> None:
         self._reported = True
-        report("reading the checkpoint", failure, self.setup.ranks)
+        report("reading the checkpoint", failure, self.target.ranks)
 
 
 @contextmanager
-def read_through(setup: DistributedSetup, source: Any, missing: Missing) -> Iterator[Reading]:
-    """Within the context, a model that transformers loads is sharded by *setup* before its weights are read."""
-    reading = Reading(setup, source, missing)
+def read_through(target: Target, source: Any, missing: Missing) -> Iterator[Reading]:
+    """Within the context, a model that transformers loads is sharded by *target* before its weights are read."""
+    reading = Reading(target, source, missing)
     original = PreTrainedModel._load_pretrained_model
 
     def load(model: Any, state: Any, files: Any, config: Any, *rest: Any, **more: Any) -> Any:

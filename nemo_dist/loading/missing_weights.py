@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from nemo_dist.loading.deferred_init import DeferredInit
-from nemo_dist.loading.hf_weight_loader import filled, slots
-from nemo_dist.mesh.store_consensus import meet
+from nemo_dist.mesh.dtensor import filled, local, parameter_slots
+from nemo_dist.mesh.store_consensus import consensus
 
 
 @contextmanager
@@ -24,7 +24,7 @@ def shared_draws(ranks: Sequence[int] | None) -> Iterator[None]:
     mine = torch.get_rng_state()
     text = base64.b64encode(mine.numpy().tobytes()).decode()
     follows = dist.is_initialized() and dist.get_rank() != (ranks[0] if ranks else 0)
-    shared = meet("the generator for the weights", "" if follows else text, lambda states: states[0], ranks)
+    shared = consensus("the generator for the weights", "" if follows else text, lambda states: states[0], ranks)
     if shared == text:
         yield
         return
@@ -50,7 +50,7 @@ class Draws:
         """
         origins: dict[str, Tensor] = {}
         with shared_draws(self.ranks), DeferredInit() as init:
-            for path, module, name, parameter in _named_slots(model):
+            for path, module, name, parameter in parameter_slots(model):
                 if path in names:
                     origins[path] = torch.empty(parameter.shape, dtype=parameter.dtype)
                     setattr(module, name, nn.Parameter(origins[path], requires_grad=parameter.requires_grad))
@@ -63,33 +63,23 @@ class Draws:
     def draw(self, part: nn.Module, initialise: Callable[[], None]) -> None:
         """Give *part* the weights that it lacks; *initialise* draws them, and makes the buffers that no file has."""
         if self._whole:
-            for path, module, name, parameter in _named_slots(part):
+            for path, module, name, parameter in parameter_slots(part):
                 if path in self._whole and not _marked(parameter):
-                    setattr(module, name, _mark(filled(parameter, self._whole[path](), _local_device(parameter))))
+                    setattr(module, name, _mark(filled(parameter, self._whole[path](), local(parameter).device)))
         missing: dict[int, tuple[nn.Parameter, Tensor]] = {}
-        lacking = [slot for slot in slots(part) if isinstance(slot[2], DTensor) and not _marked(slot[2])]
+        lacking = [slot for slot in parameter_slots(part) if isinstance(slot[3], DTensor) and not _marked(slot[3])]
         with shared_draws(self.ranks), DeferredInit() as init:
-            for module, name, parameter in lacking:
+            for _, module, name, parameter in lacking:
                 if id(parameter) not in missing:
                     missing[id(parameter)] = (parameter, torch.empty(parameter.shape, dtype=parameter.dtype))
                 setattr(module, name, nn.Parameter(missing[id(parameter)][1], requires_grad=parameter.requires_grad))
             initialise()
         drawn = {
-            key: _mark(filled(parameter, init.replay(whole), _local_device(parameter)))
+            key: _mark(filled(parameter, init.replay(whole), local(parameter).device))
             for key, (parameter, whole) in missing.items()
         }
-        for module, name, parameter in lacking:
+        for _, module, name, parameter in lacking:
             setattr(module, name, drawn[id(parameter)])
-
-
-def _named_slots(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
-    for prefix, module in model.named_modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            yield f"{prefix}.{name}" if prefix else name, module, name, parameter
-
-
-def _local_device(parameter: nn.Parameter) -> torch.device:
-    return parameter.to_local().device if isinstance(parameter, DTensor) else parameter.device
 
 
 def _mark(parameter: nn.Parameter) -> nn.Parameter:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING
 
 import attrs
 import torch
@@ -15,65 +13,11 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from nemo_dist.errors import RankError
-from nemo_dist.mesh.store_consensus import compare
-from nemo_dist.planning.mesh_plan import View
+from nemo_dist.mesh.process_group import default_device_type, require_process_group
+from nemo_dist.planning.mesh_plan import DENSE_AXES, FLATTENED, MeshPlan, Role, View
 
-if TYPE_CHECKING:
-    from nemo_dist.setup.setup import DistributedSetup
-
-AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
-FLATTENED: Mapping[str, tuple[str, ...]] = {
-    "dp": ("dp_replicate", "dp_shard"),
-    "dp_shard_cp": ("dp_shard", "cp"),
-    "dp_cp": ("dp_replicate", "dp_shard", "cp"),
-}
-
-
-@attrs.frozen
-class DistEnv:
-    """This process in its group: its rank in all and on this machine, and the torch ``device`` it uses."""
-
-    backend: str
-    rank: int
-    local_rank: int
-    world_size: int
-    device: torch.device
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this is rank 0."""
-        return self.rank == 0
-
-
-def initialize_distributed(backend: str | None = None, timeout_minutes: float = 10) -> DistEnv:
-    """Join the process group, under torchrun or alone, and return this process's place in it.
-
-    ``backend``: "nccl", "gloo", or None for what the machine has. ``timeout_minutes``: the limit of every collective. A
-    process group that exists already is taken as it is.
-
-    Raises RuntimeError for "nccl" without CUDA.
-    """
-    cuda = torch.cuda.is_available()
-    if backend is not None and "nccl" in backend and not cuda:
-        raise RuntimeError(f"backend {backend!r} needs CUDA, and this machine has none; use 'gloo'")
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    device = torch.device("cuda", local_rank) if cuda and backend != "gloo" else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if not dist.is_initialized():
-        chosen = backend or ("cpu:gloo,cuda:nccl" if cuda else "gloo")
-        timeout = timedelta(minutes=timeout_minutes)
-        if "RANK" in os.environ:
-            dist.init_process_group(chosen, timeout=timeout)
-        else:
-            dist.init_process_group(chosen, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-    return DistEnv(
-        backend=dist.get_backend(),
-        rank=dist.get_rank(),
-        local_rank=local_rank,
-        world_size=dist.get_world_size(),
-        device=device,
-    )
+_DP = "dp"  # in a user's own mesh, the axis that stands for dp_replicate x dp_shard
+_EXPERT_AXES = ("ep_shard", "ep")
 
 
 @attrs.frozen(eq=False)
@@ -81,45 +25,54 @@ class MeshContext:
     """The live meshes of a setup.
 
     ``device_mesh`` has the axes ``pp, dp_replicate, dp_shard, cp, tp`` (or the user's own), and the flattened names
-    ``dp``, ``dp_shard_cp`` and ``dp_cp``. ``views`` are the meshes that plugins added, by name, and ``flattened`` says
-    which axes a flattened name of any of them stands for. Sizes are read from the live mesh, 1 where an axis is absent.
+    ``dp``, ``dp_shard_cp`` and ``dp_cp``. ``views`` are the meshes that plugins added, by name; ``flattened`` says
+    which axes a flattened name of any of them stands for, and ``roles`` what the axes of ``device_mesh`` split. Sizes
+    are read from the live mesh, 1 where an axis is absent. Where a method takes ``along``, that is an axis, a flattened
+    name, or a :class:`~nemo_dist.Role`, which stands for all axes that split what it says.
     """
 
     device_mesh: DeviceMesh | None = None
     views: Mapping[str, DeviceMesh] = attrs.field(factory=dict)
     flattened: Mapping[str, tuple[str, ...]] = attrs.field(default=FLATTENED)
+    roles: Mapping[str, Role] = attrs.field(default=DENSE_AXES)
 
     @classmethod
-    def realise(cls, setup: DistributedSetup) -> MeshContext:
-        """Make the live mesh of *setup*; collective over all ranks of the process group.
+    def realise(
+        cls,
+        plan: MeshPlan,
+        ranks: Sequence[int] | None = None,
+        device_type: str | None = None,
+        timeout_minutes: float | None = None,
+    ) -> MeshContext:
+        """Make the live mesh of *plan*, laid over *ranks* (None: all); collective over the process group.
 
-        Raises RankError when the ranks built different setups, or when the group has another size than was planned.
+        ``device_type``: None is what the process group can use. ``timeout_minutes``: the limit of every collective on
+        the mesh. Raises RankError when the group has another size than was planned.
         """
-        if not dist.is_initialized():
-            raise RankError("there is no process group to lay the mesh over; call initialize_distributed() first")
-        compare("the setup", setup.describe())
-        plan = setup.plan
-        if setup.ranks is None and plan.world_size != dist.get_world_size():
+        require_process_group()
+        if ranks is None and plan.world_size != dist.get_world_size():
             raise RankError(
                 f"the setup is planned for {plan.world_size} ranks, but the process group has {dist.get_world_size()}; "
                 "build it with that world_size"
             )
-        ranks = torch.tensor(setup.ranks if setup.ranks is not None else range(plan.world_size), dtype=torch.int)
-        device_type = setup.device_type or default_device_type()
-        dense = _live(plan.dense, ranks, device_type)
-        views = {view.name: _live(view, ranks, device_type) for view in plan.views}
-        flattened = {name: axes for view in (plan.dense, *plan.views) for name, axes in view.flattened.items()}
-        context = cls(dense, views, flattened)
-        if setup.timeout_minutes is not None:
-            _limit(context, timedelta(minutes=setup.timeout_minutes))
+        members = torch.tensor(range(plan.world_size) if ranks is None else ranks, dtype=torch.int)
+        kind = device_type or default_device_type()
+        context = cls(
+            device_mesh=_live(plan.dense, members, kind),
+            views={view.name: _live(view, members, kind) for view in plan.views},
+            flattened={name: axes for view in (plan.dense, *plan.views) for name, axes in view.flattened.items()},
+            roles={axis.name: axis.role for axis in plan.dense.axes},
+        )
+        if timeout_minutes is not None:
+            _limit(context, timedelta(minutes=timeout_minutes))
         return context
 
     @classmethod
     def from_meshes(cls, device_mesh: DeviceMesh | None, moe_mesh: DeviceMesh | None = None) -> MeshContext:
         """Wrap the user's own meshes; raise ValueError for an axis name that no plan has."""
         for what, mesh, known in (
-            ("device_mesh", device_mesh, (*AXES, "dp")),
-            ("moe_mesh", moe_mesh, ("pp", "ep_shard", "ep")),
+            ("device_mesh", device_mesh, (*DENSE_AXES, _DP)),
+            ("moe_mesh", moe_mesh, ("pp", *_EXPERT_AXES)),
         ):
             if mesh is None:
                 continue
@@ -129,31 +82,34 @@ class MeshContext:
             foreign = [name for name in names if name not in known]
             if foreign or not names:
                 raise ValueError(f"{what} has the axes {foreign or 'without names'}; valid names: {', '.join(known)}")
-            if "dp" in names and {"dp_shard", "dp_replicate"} & set(names):
+            if _DP in names and {"dp_shard", "dp_replicate"} & set(names):
                 raise ValueError(
                     f"{what} has the axes {names}; 'dp' stands for dp_replicate x dp_shard, so name it or them"
                 )
             _refuse_disorder(what, mesh)
-        return cls(device_mesh, {} if moe_mesh is None else {"moe": moe_mesh})
+        return cls(
+            device_mesh, {} if moe_mesh is None else {"experts": moe_mesh}, roles={**DENSE_AXES, _DP: Role.BATCH}
+        )
 
     @property
     def moe_mesh(self) -> DeviceMesh | None:
         """The mesh of the experts, with the axes ``ep_shard, ep``; None when ep is 1."""
-        moe = self.views.get("moe")
-        return None if moe is None else _sliced(moe, ["ep_shard", "ep"])
+        view = next((mesh for mesh in self.views.values() if all(self._present(mesh, a) for a in _EXPERT_AXES)), None)
+        return None if view is None else _sliced(view, list(_EXPERT_AXES))
 
-    def __getitem__(self, names: str | tuple[str, ...]) -> DeviceMesh:
-        """Return the submesh of an axis or flattened name, or the mesh over several of them, one dim each."""
-        wanted = (names,) if isinstance(names, str) else names
+    def __getitem__(self, along: str | Role | tuple[str, ...]) -> DeviceMesh:
+        """Return the 1-D submesh *along* an axis, or the mesh over several of them, one dim each."""
+        wanted = along if isinstance(along, tuple) else (self._name(along),)
         for mesh in self._meshes():
             present = [self._present(mesh, name) for name in wanted]
             if all(present):
                 axes = [self._axis(mesh, name, axes) for name, axes in zip(wanted, present, strict=True)]
                 return _sliced(mesh, axes)
-        raise KeyError(f"the mesh has no axis {names!r} (axes: {[mesh.mesh_dim_names for mesh in self._meshes()]})")
+        raise KeyError(f"the mesh has no axis {along!r} (axes: {[mesh.mesh_dim_names for mesh in self._meshes()]})")
 
-    def size(self, name: str) -> int:
-        """Return the number of ranks along an axis or flattened name; 1 where it is absent."""
+    def size(self, along: str | Role) -> int:
+        """Return the number of ranks *along*; 1 where there is no such axis."""
+        name = self._name(along)
         for mesh in self._meshes():
             present = self._present(mesh, name)
             if present:
@@ -161,13 +117,18 @@ class MeshContext:
                 return math.prod(mesh.size(own.index(axis)) for axis in present)
         return 1
 
-    def group(self, name: str) -> dist.ProcessGroup | None:
-        """Return the process group of this rank along *name*, or None where it has only this rank."""
-        return self[name].get_group() if self.size(name) > 1 else None
+    def group(self, along: str | Role) -> dist.ProcessGroup | None:
+        """Return the process group of this rank *along*, or None where it has only this rank."""
+        return self[along].get_group() if self.size(along) > 1 else None
 
-    def rank(self, name: str) -> int:
-        """Return the coordinate of this rank along *name*."""
-        return self[name].get_local_rank() if self.size(name) > 1 else 0
+    def rank(self, along: str | Role) -> int:
+        """Return the coordinate of this rank *along*."""
+        return self[along].get_local_rank() if self.size(along) > 1 else 0
+
+    def wide(self) -> dict[str, int]:
+        """Return the axes with more than one rank, over all meshes, each name once, and their sizes."""
+        names = dict.fromkeys(name for mesh in self._meshes() for name in mesh.mesh_dim_names or ())
+        return {name: size for name in names if (size := self.size(name)) > 1}
 
     @property
     def device(self) -> torch.device:
@@ -191,6 +152,17 @@ class MeshContext:
         doc="Number of ranks that share one copy of the parameters.",
     )
 
+    def _name(self, along: str | Role) -> str:
+        """Return the axis or flattened name that *along* stands for; "" for a role that no axis has."""
+        if isinstance(along, str):
+            return along
+        own = () if self.device_mesh is None else self.device_mesh.mesh_dim_names or ()
+        axes = tuple(axis for axis in own if self.roles.get(axis, Role(0)) & along)
+        if len(axes) == 1:
+            return axes[0]
+        # Every run of axes with one role has a flattened name: its groups were made, in one order, with the mesh.
+        return next(name for name in self.flattened if self._parts(own, name) == axes) if axes else ""
+
     def _meshes(self) -> tuple[DeviceMesh, ...]:
         dense = () if self.device_mesh is None else (self.device_mesh,)
         return (*dense, *self.views.values())
@@ -201,10 +173,14 @@ class MeshContext:
         The ``dp`` of a user's own mesh stands for dp_shard.
         """
         own = mesh.mesh_dim_names or ()
-        alias = {"dp_shard": "dp"} if "dp" in own else {}
-        parts = [alias.get(part, part) for part in self.flattened.get(name, (name,))]
-        present = tuple(dict.fromkeys(part for part in parts if part in own))
+        present = self._parts(own, name)
         return tuple(axis for axis in present if mesh.size(own.index(axis)) > 1) or present[:1]
+
+    def _parts(self, own: Sequence[str], name: str) -> tuple[str, ...]:
+        """Return which of the axes *own* make up *name*."""
+        alias = {"dp_shard": _DP} if _DP in own else {}
+        parts = [alias.get(part, part) for part in self.flattened.get(name, (name,))]
+        return tuple(dict.fromkeys(part for part in parts if part in own))
 
     def _axis(self, mesh: DeviceMesh, name: str, present: tuple[str, ...]) -> str:
         """Return the name under which *mesh* has *name*, made by flattening where it spans several axes."""
@@ -230,7 +206,7 @@ def in_order(mesh: DeviceMesh) -> DeviceMesh:
     torch composes shardings only on meshes in which the data axes lie outside of the tensor-parallel one.
     """
     names = mesh.mesh_dim_names or ()
-    order = sorted(names, key=lambda name: AXES.index("dp_shard" if name == "dp" else name))
+    order = sorted(names, key=lambda name: list(DENSE_AXES).index("dp_shard" if name == _DP else name))
     if tuple(order) == names:
         return mesh
     if mesh.mesh.numel() != dist.get_world_size():
@@ -240,12 +216,6 @@ def in_order(mesh: DeviceMesh) -> DeviceMesh:
         )
     ranks = mesh.mesh.permute([names.index(name) for name in order])
     return DeviceMesh(mesh.device_type, ranks, mesh_dim_names=tuple(order))
-
-
-def default_device_type() -> str:
-    """Return "cuda" where the process group can use it, else "cpu"."""
-    nccl = dist.is_initialized() and "nccl" in str(dist.get_backend_config())
-    return "cuda" if torch.cuda.is_available() and (nccl or not dist.is_initialized()) else "cpu"
 
 
 def flatten(mesh: DeviceMesh, axes: tuple[str, ...], name: str) -> DeviceMesh:

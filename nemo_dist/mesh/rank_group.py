@@ -1,9 +1,9 @@
-"""The ranks that save and load together: those of one mesh."""
+"""The ranks of one mesh as a group: what they tell each other while they save and load."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import lru_cache
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nemo_dist.errors import CheckpointError
-from nemo_dist.mesh.store_consensus import default_store, meet, report
+from nemo_dist.mesh.store_consensus import default_store, share
 
 if TYPE_CHECKING:
     from nemo_dist.mesh.mesh_context import MeshContext
@@ -24,7 +24,7 @@ _PATIENCE = timedelta(minutes=30)  # the slowest disk may be much slower than th
 
 
 @attrs.frozen
-class Team:
+class RankGroup:
     """The ranks of a mesh, in the order of ``ranks`` (None: all of the process group), and this rank's device.
 
     ``store`` is for a background thread, which needs a connection of its own.
@@ -35,13 +35,13 @@ class Team:
     store: dist.Store | None = None
 
     @classmethod
-    def of(cls, mesh: MeshContext) -> Team:
-        """Return the team of the ranks of *mesh*."""
+    def of(cls, mesh: MeshContext) -> RankGroup:
+        """Return the group of the ranks of *mesh*."""
         laid = None if mesh.device_mesh is None else tuple(mesh.device_mesh.mesh.flatten().tolist())
         return cls(None if laid is None or len(laid) == _world() else laid, mesh.device)
 
-    def in_background(self) -> Team:
-        """Return this team for use in another thread."""
+    def in_background(self) -> RankGroup:
+        """Return this group for use in another thread."""
         return self if self.size == 1 else attrs.evolve(self, store=default_store().clone())  # type: ignore[attr-defined]
 
     @property
@@ -66,20 +66,24 @@ class Team:
         failure: BaseException | None = None
         try:
             yield
-        except OSError as error:
-            failure = CheckpointError(f"{occasion} failed: {error}")
-            failure.__cause__ = error
         except Exception as error:
-            failure = error
-        report(occasion, failure, self.ranks, _PATIENCE, self.store)
+            failure = _in_words(occasion, error)
+        share(occasion, None, failure, self.ranks, _PATIENCE, self.store)
 
-    def tell(self, occasion: str, value: Any) -> list[Any]:
-        """Return what every rank passed, JSON values in rank order, through the store; for few and small values."""
-        told: list[Any] = meet(occasion, value, lambda values: values, self.ranks, _PATIENCE, self.store)
-        return told
+    def collect(self, occasion: str, value_of: Callable[[], Any]) -> list[Any]:
+        """Call *value_of* on every rank; return all answers, small JSON values in rank order, through the store.
+
+        What it raises on one rank is raised on all.
+        """
+        failure, value = None, None
+        try:
+            value = value_of()
+        except Exception as error:
+            failure = _in_words(occasion, error)
+        return share(occasion, value, failure, self.ranks, _PATIENCE, self.store)
 
     def gather(self, value: Any) -> list[Any]:
-        """Return what every rank passed, JSON values in rank order; collective."""
+        """Return what every rank passed, JSON values of any size in rank order; collective."""
         text = json.dumps(value)
         if self.size == 1:
             return [json.loads(text)]
@@ -107,6 +111,15 @@ class Team:
         lengths = [sum(len(part) for part in parts) for parts in outgoing]
         dist.all_to_all_single(received, sent.to(self.device), list(sizes), lengths, group=_group(self.ranks))
         return received.cpu()
+
+
+def _in_words(occasion: str, error: Exception) -> Exception:
+    """Return *error*, as a CheckpointError when a file system made it."""
+    if not isinstance(error, OSError):
+        return error
+    failure = CheckpointError(f"{occasion} failed: {error}")
+    failure.__cause__ = error
+    return failure
 
 
 def _world() -> int:

@@ -1,8 +1,8 @@
-"""A meeting of all ranks, through the store of the process group.
+"""Gather small values through the store of the process group; rank 0 computes one result, and all read it.
 
-It is no collective: ranks that are about to do different things, and a rank that has already failed, can still meet, so
-a disagreement ends in an error that names the ranks instead of in a hang. Rank 0 reads what everybody brought and tells
-everybody one verdict, which costs each rank two round trips to the store.
+This is no collective: it also works between ranks that are about to do different things, and when one of them has
+failed, so that a disagreement ends in an error that names the ranks instead of in a hang. It costs each rank two round
+trips to the store, and rank 0 one read per rank.
 """
 
 from __future__ import annotations
@@ -18,46 +18,47 @@ import torch.distributed as dist
 from nemo_dist.errors import RankError
 
 _PATIENCE = timedelta(minutes=5)
-_held: defaultdict[str, int] = defaultdict(int)  # every rank holds its meetings in the same order
+_held: defaultdict[str, int] = defaultdict(int)  # every rank asks for the same results in the same order
 
 
-def meet(
+def consensus(
     occasion: str,
-    brought: Any,
-    judge: Callable[[list[Any]], Any],
+    mine: Any,
+    decide: Callable[[list[Any]], Any],
     ranks: Sequence[int] | None = None,
     patience: timedelta = _PATIENCE,
     store: dist.Store | None = None,
 ) -> Any:
-    """Return, on every rank, what *judge* makes of what the ranks brought: JSON values, in the order of *ranks*.
+    """Return, on every rank, what *decide* makes of the values of all: JSON values, in the order of *ranks*.
 
-    Only the first of *ranks* (None: all) judges. ``patience`` is for the slowest rank. A background thread passes a
-    ``store`` of its own (a clone): a connection that waits is of no use to other threads meanwhile. Raises RankError on
-    every rank when one does not come; it names the missing ones.
+    *decide* runs on the first of *ranks* (None: all) only. ``occasion`` names what this is about, in errors.
+    ``patience`` is for the slowest rank. A background thread passes a ``store`` of its own (a clone): a connection that
+    waits is of no use to other threads meanwhile. Raises RankError on every rank when one does not come; it names the
+    missing ones.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
-        return judge([brought])
+        return decide([mine])
     members = list(range(dist.get_world_size()) if ranks is None else ranks)
     store = store or default_store()
     name = occasion if ranks is None else f"{occasion} of {members}"
     _held[name] += 1
     prefix = f"nemo_dist/{name}/{_held[name]}"
     rank = dist.get_rank()
-    store.set(f"{prefix}/{rank}", json.dumps(brought))
+    store.set(f"{prefix}/{rank}", json.dumps(mine))
     if rank == members[0]:
-        _preside(store, prefix, members, judge, patience)
+        _publish(store, prefix, members, decide, patience)
     try:
-        store.wait([f"{prefix}/verdict"], patience * 2)
+        store.wait([f"{prefix}/result"], patience * 2)
     except dist.DistStoreError as error:
         raise RankError(
             f"rank {rank} waited {patience * 2} for rank {members[0]} at {occasion!r}, and it did not come"
         ) from error
-    verdict = json.loads(store.get(f"{prefix}/verdict"))
-    if "missing" in verdict:
+    result = json.loads(store.get(f"{prefix}/result"))
+    if "missing" in result:
         raise RankError(
-            f"ranks {verdict['missing']} did not come to {occasion!r} within {patience}; look at their logs first"
+            f"ranks {result['missing']} did not come to {occasion!r} within {patience}; look at their logs first"
         )
-    return verdict["verdict"]
+    return result["result"]
 
 
 def default_store() -> dist.Store:
@@ -65,26 +66,26 @@ def default_store() -> dist.Store:
     return dist.distributed_c10d._get_default_store()
 
 
-def _preside(
-    store: dist.Store, prefix: str, members: list[int], judge: Callable[[list[Any]], Any], patience: timedelta
+def _publish(
+    store: dist.Store, prefix: str, members: list[int], decide: Callable[[list[Any]], Any], patience: timedelta
 ) -> None:
     keys = {rank: f"{prefix}/{rank}" for rank in members}
     try:
         store.wait(list(keys.values()), patience)
-        verdict = {"verdict": judge([json.loads(value) for value in store.multi_get(list(keys.values()))])}
+        result = {"result": decide([json.loads(value) for value in store.multi_get(list(keys.values()))])}
     except dist.DistStoreError:
-        verdict = {"missing": [rank for rank, key in keys.items() if not store.check([key])]}
-    store.set(f"{prefix}/verdict", json.dumps(verdict))
+        result = {"missing": [rank for rank, key in keys.items() if not store.check([key])]}
+    store.set(f"{prefix}/result", json.dumps(result))
 
 
-def compare(occasion: str, fields: Mapping[str, str]) -> None:
+def compare(occasion: str, fields: Mapping[str, str], ranks: Sequence[int] | None = None) -> None:
     """Raise RankError on every rank when *fields* differ between ranks; it says which ranks and which fields."""
-    differing = meet(occasion, dict(fields), _differences)
+    differing = consensus(occasion, dict(fields), differences, ranks)
     if differing:
         raise RankError(f"the ranks disagree about {occasion}:\n" + "\n".join(f"- {line}" for line in differing))
 
 
-def _differences(answers: Sequence[Mapping[str, str]]) -> list[str]:
+def differences(answers: Sequence[Mapping[str, str]]) -> list[str]:
     """Say, per field, which ranks differ from the value that most ranks have."""
     lines = []
     for name in sorted({name for answer in answers for name in answer}):
@@ -101,21 +102,35 @@ def _differences(answers: Sequence[Mapping[str, str]]) -> list[str]:
     return lines
 
 
-def report(
+def report(occasion: str, failure: BaseException | None, ranks: Sequence[int] | None = None) -> None:
+    """Raise on every one of *ranks* when one has a *failure*: its own there, RankError that quotes it elsewhere."""
+    share(occasion, None, failure, ranks)
+
+
+def share(
     occasion: str,
+    value: Any,
     failure: BaseException | None,
     ranks: Sequence[int] | None = None,
     patience: timedelta = _PATIENCE,
     store: dist.Store | None = None,
-) -> None:
-    """Raise on every one of *ranks* when one brought a *failure*: its own there, RankError that quotes it elsewhere."""
-    mine = dist.get_rank() if dist.is_initialized() else 0
-    brought = [mine, "" if failure is None else f"{type(failure).__name__}: {failure}"]
-    failed = meet(
-        occasion, brought, lambda answers: [answer for answer in answers if answer[1]], ranks, patience, store
-    )
+) -> list[Any]:
+    """Return the *value* of every rank, JSON values in the order of *ranks*; where one has a *failure*, raise on all.
+
+    Arguments as for :func:`consensus`, errors as for :func:`report`.
+    """
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    error = "" if failure is None else f"{type(failure).__name__}: {failure}"
+    failed, values = consensus(occasion, [rank, error, value], _failed_or_values, ranks, patience, store)
     if failure is not None:
         raise failure
     if failed:
         lines = "\n".join(f"- rank {rank}: {text}" for rank, text in failed)
         raise RankError(f"{occasion} failed on {len(failed)} of the ranks:\n{lines}")
+    return list(values)
+
+
+def _failed_or_values(answers: Sequence[Sequence[Any]]) -> list[Any]:
+    failed = [[rank, error] for rank, error, _ in answers if error]
+    values = [value for _, _, value in answers]
+    return [failed, [] if failed or all(value is None for value in values) else values]

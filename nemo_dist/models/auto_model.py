@@ -13,15 +13,18 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
+from nemo_dist.checkpoint.hf_export import export
+from nemo_dist.checkpoint.sharded_model import ShardedModel
 from nemo_dist.errors import RankError
+from nemo_dist.hf_model import has_adapters, inner_model
 from nemo_dist.loading.deferred_init import DeferredInit
-from nemo_dist.loading.hf_weight_loader import read_through
+from nemo_dist.loading.hf_weight_loader import Target, read_through
 from nemo_dist.loading.missing_weights import Draws, shared_draws
 from nemo_dist.mesh.mesh_context import MeshContext
 from nemo_dist.mesh.store_consensus import report
+from nemo_dist.planning.mesh_plan import Role
 from nemo_dist.setup.setup import DistributedSetup
 from nemo_dist.training.peft_adapters import mark_loaded
-from nemo_dist.training.runtime import Runtime
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -33,7 +36,7 @@ _MOVED = {
     "moe_parallel_config": "DistributedSetup.build(moe_parallel_config=...)",
     "moe_mesh": "DistributedSetup.build(parallelism_sizes=ParallelismSizes(ep_size=...))",
     "pipeline_config": "DistributedSetup.build(pipeline_config=...)",
-    "tp_plan": "DistributedSetup.build(strategy=FSDP2Config(tp_plan=...))",
+    "tp_plan": "the config of the strategy or of the tp axis, DistributedSetup.build(strategy=...Config(tp_plan=...))",
     "activation_checkpointing": "DistributedSetup.build(activation_checkpointing=...)",
     "strategy": "DistributedSetup.build(strategy=...)",
     "parallelism_sizes": "DistributedSetup.build(parallelism_sizes=...)",
@@ -68,6 +71,15 @@ def _setup(
     return setup
 
 
+def _target(setup: DistributedSetup) -> Target:
+    return Target(
+        shard=setup.shard,
+        device=setup.mesh_context.device,
+        ranks=setup.ranks,
+        splits_layers=setup.plan.splitting(Role.LAYERS) > 1,
+    )
+
+
 def _refuse_placement(kwargs: dict[str, Any]) -> None:
     """Refuse transformers keywords that place or trust weights in another way than the setup does."""
     for name in ("device_map", "max_memory", "offload_folder"):
@@ -78,17 +90,14 @@ def _refuse_placement(kwargs: dict[str, Any]) -> None:
 
 
 def _finish(setup: DistributedSetup, parts: list[nn.Module]) -> object:
-    for part in parts:
-        part.distributed_setup = setup  # type: ignore[assignment]  # a plain attribute, so that runtime() can tell
-    model = setup.wrap(parts)
+    given = setup.wrap(parts)
     mark_loaded(parts)
+    model: Any = inner_model(given) if isinstance(given, nn.Module) else None
     if isinstance(model, PreTrainedModel):
         own: Any = model
-        own.save_pretrained = partial(
-            _save_pretrained, Runtime(setup=setup, model=model, parts=parts, plugins=()), model.save_pretrained
-        )
+        own.save_pretrained = partial(_save_pretrained, setup.sharded(parts), model, model.save_pretrained)
         own.resize_token_embeddings = partial(_resize_token_embeddings, model)
-    return model
+    return given
 
 
 def _resize_token_embeddings(
@@ -108,7 +117,8 @@ def _resize_token_embeddings(
 
 
 def _save_pretrained(
-    runtime: Runtime,
+    sharded: ShardedModel,
+    model: PreTrainedModel,
     original: Callable[..., None],
     save_directory: str | os.PathLike[str],
     is_main_process: bool = True,
@@ -117,7 +127,7 @@ def _save_pretrained(
     **others: Any,
 ) -> None:
     """Save a sharded model as ``Runtime.export`` does, or its adapters as transformers does; all ranks call this."""
-    if getattr(runtime.model, "_hf_peft_config_loaded", False):
+    if has_adapters(model):
         original(save_directory, is_main_process=is_main_process, max_shard_size=max_shard_size, **others)
         return
     if others:
@@ -125,7 +135,7 @@ def _save_pretrained(
             f"save_pretrained of a sharded model takes a folder and max_shard_size (got {', '.join(others)}); "
             "save it, then do the rest with the folder"
         )
-    runtime.export(save_directory, max_shard_size=max_shard_size)
+    export(sharded, save_directory, max_shard_size=max_shard_size)
 
 
 class _Loader:
@@ -161,7 +171,7 @@ class _Loader:
         _refuse_placement(kwargs)
         if kwargs.get("output_loading_info"):
             raise TypeError("output_loading_info is not supported with distributed_setup or device_mesh; leave it out")
-        with read_through(setup, pretrained_model_name_or_path, Draws(setup.ranks)) as reading:
+        with read_through(_target(setup), pretrained_model_name_or_path, Draws(setup.ranks)) as reading:
             model = cls.auto.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         return _finish(setup, reading.parts(model))
 
@@ -195,7 +205,7 @@ class _Loader:
             raise
         report("sharding the model", None, setup.ranks)
         for part in parts:
-            init.fill(part, setup.mesh_context.device)
+            init.fill(inner_model(part), setup.mesh_context.device)
         return _finish(setup, parts)
 
 

@@ -10,12 +10,15 @@ axis, outermost first   size                            ranks that differ only i
 ``tp``                  ``tp_size``                     hold different parts of the same matrices
 ======================  ==============================  =============================================
 
-Ranks run from 0 to ``world_size - 1`` in row-major order: the last axis of a view changes fastest, as in torch's
-``init_device_mesh``. A plugin may add views: other factorisations of the same ranks.
+An axis of a third party that declares a :class:`Role` stands beside ours of that role: after ``pp``, before
+``dp_replicate``, after ``cp`` or after ``tp``. Ranks run from 0 to ``world_size - 1`` in row-major order: the last axis
+of a view changes fastest, as in torch's ``init_device_mesh``. A plugin may add views: other factorisations of the same
+ranks.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 
 import attrs
@@ -23,21 +26,51 @@ import attrs
 from nemo_dist.errors import TopologyError
 from nemo_dist.planning.sizes import ParallelismSizes
 from nemo_dist.planning.validation import integer, near
-from nemo_dist.planning.views import DENSE, Axis, View, coverage_problems, layout_problems, missing_axes, unknown_axis
+from nemo_dist.planning.views import (
+    DENSE,
+    Axis,
+    Role,
+    View,
+    coverage_problems,
+    layout_problems,
+    missing_axes,
+    unknown_axis,
+)
 
-__all__ = ["DENSE", "Axis", "MeshPlan", "View"]
+__all__ = ["DENSE", "DENSE_AXES", "FLATTENED", "Axis", "MeshPlan", "Role", "View"]
 
-_FLATTENED = {
+# The axes that every plan has, outermost first, and what each splits.
+DENSE_AXES = {
+    "pp": Role.LAYERS,
+    "dp_replicate": Role.BATCH,
+    "dp_shard": Role.BATCH,
+    "cp": Role.SEQUENCE,
+    "tp": Role.PARAMETERS,
+}
+# Names for runs of consecutive dense axes; axes of third parties join those of their role.
+FLATTENED = {
     "dp": ("dp_replicate", "dp_shard"),
     "dp_shard_cp": ("dp_shard", "cp"),
     "dp_cp": ("dp_replicate", "dp_shard", "cp"),
 }
 
 
-def _dense(pp: int, replicate: int, shard: int, cp: int, tp: int) -> View:
-    names = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
-    sizes = (pp, replicate, shard, cp, tp)
-    return View(DENSE, [Axis(name, size) for name, size in zip(names, sizes, strict=True)], _FLATTENED)
+def _dense(sizes: ParallelismSizes, world_size: int) -> View:
+    """Return the dense view of *sizes*: our five axes, and beside those of the same role the axes of third parties."""
+    replicate = sizes.dp_replicate_size or 1
+    shard = max(1, sizes.dp(world_size) // replicate)
+    ours = dict(zip(DENSE_AXES, (sizes.pp_size, replicate, shard, sizes.cp_size, sizes.tp_size), strict=True))
+    axes: list[Axis] = []
+    for role in (Role.LAYERS, Role.BATCH, Role.SEQUENCE, Role.PARAMETERS):
+        mine = [Axis(name, size, role) for name, size in ours.items() if DENSE_AXES[name] is role]
+        theirs = [Axis(name, size, role) for name, size in sizes.own_axes(role).items()]
+        axes += theirs + mine if role is Role.BATCH else mine + theirs
+    runs = {role: tuple(axis.name for axis in axes if axis.role is role) for role in Role}
+    batch, sequence = runs.pop(Role.BATCH), runs[Role.SEQUENCE]
+    flattened = {"dp": batch, "dp_shard_cp": ("dp_shard", *sequence), "dp_cp": (*batch, *sequence)}
+    if len(batch) > 2:
+        flattened["replicas"] = batch[:-1]  # the ranks of other batches that hold equal shards
+    return View(DENSE, axes, flattened | {"_".join(run): run for run in runs.values() if len(run) > 1})
 
 
 def _tuple(views: Iterable[View]) -> tuple[View, ...]:
@@ -81,9 +114,7 @@ class MeshPlan:
 
         Every axis keeps the size that was asked for, so that a plugin finds in it all that is wrong for itself.
         """
-        replicate = sizes.dp_replicate_size or 1
-        shard = max(1, sizes.dp(world_size) // replicate)
-        dense = _dense(sizes.pp_size, replicate, shard, sizes.cp_size, sizes.tp_size)
+        dense = _dense(sizes, world_size)
         return cls(dense.size, dense)
 
     @property
@@ -163,8 +194,15 @@ class MeshPlan:
         size, step = self.dense.span("dp")
         return rank // step % size
 
+    def splitting(self, role: Role) -> int:
+        """Return how many ways the ranks split what *role* says: the product of the dense axes with that role."""
+        return math.prod(self.dense.size_of(axis) for axis in self.dense.splitting(role))
+
     def batch_ranks(self, rank: int) -> tuple[int, ...]:
         """Return the ranks that read the same batch as *rank*, itself included, in order: the same dp coordinate."""
         step = self.dense.span("dp")[1]
         first = self.dp_rank(rank) * step
-        return tuple(stage + inner for stage in self.group_of(first, "pp") for inner in range(step))
+        stages = self.splitting(Role.LAYERS)  # the outermost axes
+        return tuple(
+            stage * (self.world_size // stages) + first + inner for stage in range(stages) for inner in range(step)
+        )

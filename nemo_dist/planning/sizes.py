@@ -9,6 +9,7 @@ from typing import Any
 import attrs
 
 from nemo_dist.planning.validation import FrozenMapping, integer
+from nemo_dist.planning.views import Role
 
 # An axis that has a field of its own, or that the planner derives, cannot be declared a second time in ``extra``.
 _FIELD_OF = {axis: f"{axis}_size" for axis in ("tp", "pp", "cp", "ep", "dp", "dp_replicate")}
@@ -30,6 +31,12 @@ def _frozen_extra(extra: object) -> FrozenMapping[int]:
             "pass extra={'axis': 2}"
         )
     return FrozenMapping(extra)
+
+
+def _frozen_roles(roles: object) -> FrozenMapping[Role]:
+    if not isinstance(roles, Mapping) or not all(isinstance(role, Role) for role in roles.values()):
+        raise TypeError(f"roles must be a mapping from axis names to Role (got {roles!r}); plugins declare it")
+    return FrozenMapping(roles)
 
 
 def _check_extra(_: object, __: object, extra: Mapping[str, int]) -> None:
@@ -61,7 +68,9 @@ class ParallelismSizes:
     """Ask for a size per axis; sizes are numbers of ranks, and an axis that is left out has size 1.
 
     ``dp_size=None`` means what is left: ``world_size / (pp_size * cp_size * tp_size)``; ``dp_replicate_size=None``, 1.
-    ``ep_size`` and ``extra`` name axes that are not of the dense mesh: a selected plugin must add a view that has them.
+    ``extra`` has the axes of other plugins. One with a role takes a place in the dense mesh, beside our axes of that
+    role; ``roles`` says which, and ``build`` fills it in from what the plugins declare. For ``ep_size`` and the rest
+    of ``extra`` a selected plugin must add a view, another factorisation of the same ranks.
 
     Raises TypeError for a size that is not an int, ValueError for one below 1; each names its field.
     """
@@ -73,16 +82,32 @@ class ParallelismSizes:
     dp_size: int | None = attrs.field(default=None, validator=_check_optional_size)
     dp_replicate_size: int | None = attrs.field(default=None, validator=_check_optional_size)
     extra: Mapping[str, int] = attrs.field(factory=FrozenMapping, converter=_frozen_extra, validator=_check_extra)
+    roles: Mapping[str, Role] = attrs.field(factory=FrozenMapping, converter=_frozen_roles)
+
+    def with_roles(self, roles: Mapping[str, Role]) -> ParallelismSizes:
+        """Return these sizes, with the role of every axis of ``extra`` that *roles* names."""
+        return attrs.evolve(self, roles={axis: role for axis, role in roles.items() if axis in self.extra})
+
+    def own_axes(self, role: Role) -> dict[str, int]:
+        """Return the sizes of the axes of ``extra`` that split what *role* says, by name."""
+        return {axis: size for axis, size in self.extra.items() if self.roles.get(axis, Role(0)) & role}
+
+    @property
+    def beside_dp(self) -> Mapping[str, int]:
+        """The sizes that, with ``dp_size``, multiply to the world, each under the name that the user knows it by."""
+        sizes = {"pp_size": self.pp_size, "cp_size": self.cp_size, "tp_size": self.tp_size}
+        return sizes | {axis: size for axis, size in self.extra.items() if axis in self.roles}
 
     @property
     def model_size(self) -> int:
-        """The ranks that share one replica of the batch: ``pp_size * cp_size * tp_size``."""
-        return self.pp_size * self.cp_size * self.tp_size
+        """The ranks for each of the ``dp_size`` batches: ``pp_size * cp_size * tp_size``, and axes with a role."""
+        return math.prod(self.beside_dp.values())
 
     @property
     def beyond_dense(self) -> Mapping[str, int]:
-        """The axes that the dense mesh does not have, so that a plugin must add them: ``ep`` above 1, and ``extra``."""
-        return FrozenMapping({"ep": self.ep_size, **self.extra} if self.ep_size > 1 else self.extra)
+        """The axes that the dense mesh does not have, so that a plugin must add them: ``ep`` above 1, some of extra."""
+        own = {axis: size for axis, size in self.extra.items() if axis not in self.roles}
+        return FrozenMapping({"ep": self.ep_size, **own} if self.ep_size > 1 else own)
 
     def dp(self, world_size: int) -> int:
         """Return the data-parallel size: ``dp_size``, or what *world_size* leaves for it, rounded down, at least 1."""
@@ -104,9 +129,8 @@ class ParallelismSizes:
             return []
         below = world_size // model * model
         worlds = f"{below} or {below + model}" if below else str(model)
-        factors = {"pp_size": self.pp_size, "cp_size": self.cp_size, "tp_size": self.tp_size}
         reason = (
-            f"world_size {world_size} is not divisible by {_product(factors)}; "
+            f"world_size {world_size} is not divisible by {_product(self.beside_dp)}; "
             f"start {worlds} ranks, or choose sizes whose product divides {world_size}"
         )
         return [reason]
@@ -114,7 +138,7 @@ class ParallelismSizes:
     def _dp_problems(self, world_size: int) -> list[str]:
         if self.dp_size is None or self.dp_size * self.model_size == world_size:
             return []
-        factors = {"dp_size": self.dp_size, "pp_size": self.pp_size, "cp_size": self.cp_size, "tp_size": self.tp_size}
+        factors = {"dp_size": self.dp_size, **self.beside_dp}
         inferred, rest = divmod(world_size, self.model_size)
         leave = f"leave dp_size out to get {inferred}, or " if not rest else ""
         return [
@@ -123,7 +147,7 @@ class ParallelismSizes:
 
     def _replicate_problems(self, dp: int) -> list[str]:
         replicate = self.dp_replicate_size or 1
-        origin = "" if self.dp_size is not None else ", which is world_size / (pp_size * cp_size * tp_size)"
+        origin = "" if self.dp_size is not None else f", which is world_size / ({' * '.join(self.beside_dp)})"
         if dp % replicate:
             return [
                 f"dp_replicate_size {replicate} does not divide the data-parallel size {dp}{origin}; "
@@ -132,6 +156,6 @@ class ParallelismSizes:
         if replicate == dp > 1:
             return [
                 f"dp_replicate_size {replicate} equals the data-parallel size{origin}: that leaves dp_shard 1, "
-                "which is pure replicas; use strategy 'ddp', or lower dp_replicate_size"
+                "which is pure replicas; lower it, leave it out, or use a strategy that only replicates"
             ]
         return []

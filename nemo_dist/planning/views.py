@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from enum import Flag, auto
 from itertools import combinations
 from typing import Any
 
@@ -14,6 +15,21 @@ from nemo_dist.planning.validation import FrozenMapping, integer, near
 DENSE = "dense"  # the name of the view that every plan has
 
 
+class Role(Flag):
+    """What the ranks along an axis split between them; roles are joined by ``|``.
+
+    ``BATCH``: they read different rows. ``SEQUENCE``: different parts of the same rows. ``PARAMETERS``: they hold
+    different parts of the same matrices, or different experts, and read the same tokens. ``LAYERS``: different layers.
+    ``TOKENS`` are the ranks that see different tokens, over which losses are summed and gradients averaged.
+    """
+
+    BATCH = auto()
+    SEQUENCE = auto()
+    PARAMETERS = auto()
+    LAYERS = auto()
+    TOKENS = BATCH | SEQUENCE
+
+
 def _check_name(_: object, field: attrs.Attribute[Any], name: object) -> None:
     if not isinstance(name, str) or not name.isidentifier():
         raise ValueError(f"the {field.name} of an axis or view must be a Python identifier (got {name!r})")
@@ -21,10 +37,12 @@ def _check_name(_: object, field: attrs.Attribute[Any], name: object) -> None:
 
 @attrs.frozen
 class Axis:
-    """One axis of a view: its name and its size in ranks."""
+    """One axis of a view: its name, its size in ranks, and what they split between them."""
 
     name: str = attrs.field(validator=_check_name)
     size: int = attrs.field()
+    # Views may share an axis, whose role is that which the first of them, the dense one, gives it.
+    role: Role = attrs.field(default=Role.PARAMETERS, validator=attrs.validators.instance_of(Role), eq=False)
 
     @size.validator
     def _check_size(self, _: object, size: int) -> None:
@@ -81,6 +99,10 @@ class View:
     def size(self) -> int:
         """The ranks that the view covers: the product of its axes."""
         return math.prod(self.shape)
+
+    def splitting(self, role: Role) -> tuple[str, ...]:
+        """Return the axes whose ranks split what *role* says, outermost first."""
+        return tuple(axis.name for axis in self.axes if axis.role in role)
 
     def __contains__(self, axis: object) -> bool:
         return axis in self.names or axis in self.flattened

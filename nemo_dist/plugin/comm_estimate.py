@@ -11,6 +11,9 @@ from typing import Any
 
 import attrs
 
+from nemo_dist.hf_model import blocks as hf_blocks
+from nemo_dist.plugin.mixed_precision import dtype_name
+
 _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -53,16 +56,14 @@ class ModelFacts:
     def of(cls, model: Any, rows: int, length: int, compute_dtype: str | None, recomputes: bool) -> ModelFacts:
         """Read the facts of *model*, a transformers model on any device; meta will do."""
         config = model.config.get_text_config()
-        names = set(model._no_split_modules or ())
-        # A sharded block has another class, derived from its own.
-        blocks = [m for m in model.modules() if any(kind.__name__ in names for kind in type(m).__mro__)]
+        blocks = hf_blocks(model).values()
         layers = [block for block in blocks if any(hasattr(module, "is_causal") for module in block.modules())]
         own = {id(parameter): parameter.numel() for parameter in model.parameters()}
         inside = {id(parameter): parameter.numel() for block in blocks for parameter in block.parameters()}
         head = model.get_output_embeddings()
         weight = model.get_input_embeddings().weight
         tied = head is not None and head.weight is weight
-        stored = _BYTES[str(next(model.parameters()).dtype).removeprefix("torch.")]
+        stored = _BYTES[dtype_name(next(model.parameters()).dtype)]
         heads = config.num_attention_heads
         fused = {module: found for module in model.modules() if (found := _experts(module))}
         return cls(

@@ -1,10 +1,8 @@
-"""Call the hooks of the selected plugins, and say whose fault it is when one fails."""
+"""Call the hooks of the selected plugins in order, and name the plugin when one fails."""
 
 from __future__ import annotations
 
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import pluggy
@@ -12,7 +10,7 @@ import pluggy
 from nemo_dist.errors import PluginError
 from nemo_dist.planning.validation import near
 from nemo_dist.plugin.hookspecs import Hooks
-from nemo_dist.plugin.registry import Plugin
+from nemo_dist.plugin.protocol import Plugin
 
 _REVERSED = frozenset({"import_state"})
 
@@ -20,8 +18,8 @@ _REVERSED = frozenset({"import_state"})
 class PluginCalls:
     """One pluggy manager that holds only *plugins*; ``calls.shard(...)`` reaches them in stage order.
 
-    Raises PluginError for a hook that does not exist, for unknown or defaulted arguments, and for an order other than
-    stages.
+    A call returns the answers that are not None. What a hook raises bears a note with the name of its plugin. Raises
+    PluginError for a hook that does not exist, for unknown or defaulted arguments, and for an order other than stages.
     """
 
     def __init__(self, plugins: Sequence[Plugin]) -> None:
@@ -35,14 +33,30 @@ class PluginCalls:
         self._refuse_misspelled()
         self._refuse_hidden_rules()
 
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        hook: pluggy.HookCaller = getattr(self._manager.hook, name)
-
-        def call(**kwargs: Any) -> Any:
-            with _blame(hook):
-                return _backwards(hook, kwargs) if name in _REVERSED else hook(**kwargs)
+    def __getattr__(self, name: str) -> Callable[..., list[Any]]:
+        def call(**arguments: Any) -> list[Any]:
+            return [answer for _, answer in self.each(name, **arguments) if answer is not None]
 
         return call
+
+    def each(self, hook: str, **arguments: Any) -> Iterator[tuple[str, Any]]:
+        """Call *hook* of one plugin after the other; yield its name and its answer, before the next is called."""
+        found: pluggy.HookCaller = getattr(self._manager.hook, hook)
+        implementations = found.get_hookimpls()  # in the order of registration, which is the reverse of ours
+        for one in implementations if hook in _REVERSED else reversed(implementations):
+            try:
+                answer = one.function(**{name: arguments[name] for name in one.argnames})
+            except Exception as error:
+                error.add_note(f"raised by the {hook} hook of plugin {one.plugin_name!r}")
+                raise
+            yield one.plugin_name, answer
+
+    def only(self, hook: str, **arguments: Any) -> Any:
+        """Return the one answer to *hook* that is not None, or None; raise PluginError when two plugins answer."""
+        answers = {name: answer for name, answer in self.each(hook, **arguments) if answer is not None}
+        if len(answers) > 1:
+            raise PluginError(f"plugins {_listed(answers)} both answer {hook}(), which only one may; leave one out")
+        return next(iter(answers.values()), None)
 
     def _refuse_misspelled(self) -> None:
         names = [name for name in vars(Hooks) if not name.startswith("_")]
@@ -73,24 +87,9 @@ class PluginCalls:
                     )
 
 
-def _backwards(hook: pluggy.HookCaller, kwargs: dict[str, Any]) -> list[Any]:
-    """Call the outermost plugin first; pluggy itself knows only the one order."""
-    answers = [impl.function(**{name: kwargs[name] for name in impl.argnames}) for impl in hook.get_hookimpls()]
-    return [answer for answer in answers if answer is not None]
+def _listed(names: Iterable[str]) -> str:
+    return " and ".join(map(repr, names))
 
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
-
-
-@contextmanager
-def _blame(hook: pluggy.HookCaller) -> Iterator[None]:
-    """Note on an exception which plugin's hook raised it."""
-    try:
-        yield
-    except Exception as error:
-        names = {impl.function.__code__: impl.plugin_name for impl in hook.get_hookimpls()}
-        for frame, _ in traceback.walk_tb(error.__traceback__):
-            if frame.f_code in names:
-                error.add_note(f"raised by the {hook.name} hook of plugin {names[frame.f_code]!r}")
-        raise

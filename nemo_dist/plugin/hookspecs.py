@@ -1,28 +1,31 @@
 """The hooks a plugin may implement: implement those you need, take the arguments you need.
 
-A plugin is a small attrs class with the attributes of :class:`nemo_dist.plugin.registry.Plugin` and methods marked
-``@hookimpl``. A hook is called once per setup, never in a training step: what a step needs of a plugin is the
-:class:`RuntimePart` that its ``runtime`` hook returns.
+A plugin is a small attrs class with the attributes of :class:`nemo_dist.Plugin` and methods marked ``@hookimpl``. A
+hook is called once per setup, never in a training step: what a step needs of a plugin is the :class:`RuntimePart` that
+its ``runtime`` hook returns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import attrs
 from pluggy import HookimplMarker, HookspecMarker
 
+from nemo_dist.planning.validation import FrozenMapping
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
     from nemo_dist.mesh.mesh_context import MeshContext
-    from nemo_dist.planning.mesh_plan import MeshPlan, View
+    from nemo_dist.planning.mesh_plan import MeshPlan
     from nemo_dist.planning.sizes import ParallelismSizes
+    from nemo_dist.planning.views import View
     from nemo_dist.plugin.comm_estimate import ModelFacts, Traffic
-    from nemo_dist.plugin.registry import Plugin
+    from nemo_dist.plugin.protocol import Plugin
 
 hookspec = HookspecMarker("nemo_dist")
 hookimpl = HookimplMarker("nemo_dist")
@@ -31,39 +34,93 @@ Batch = Mapping[str, Any]
 
 
 @attrs.frozen(kw_only=True, eq=False)
+class SavedState:
+    """What a checkpoint holds of one plugin.
+
+    ``tensors``: for each kind, by parameter name, laid out like the parameters of this run, whatever they were laid out
+    like when saved; empty while ``accepts`` is asked. ``shared``: what was equal on every rank. ``own``: what this rank
+    saved; None where the topology is another one, so that no rank of then stands for this one.
+    """
+
+    tensors: Mapping[str, Mapping[str, Tensor]] = attrs.field(factory=FrozenMapping)
+    shared: Any = None
+    own: Any = None
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class PluginState:
+    """The state of a plugin that belongs into a checkpoint; leave out what you do not have.
+
+    ``tensors`` returns tensors that are laid out like parameters (an outer momentum, the rounding error of a compressed
+    gradient): for each kind, by parameter name. They are saved in the canonical layout, as an optimizer's moments are,
+    so they load under any topology. ``shared`` returns plain values that are equal on every rank (a loss scale): None,
+    numbers, text, tensors, and containers of them; a save fails when ranks differ. ``own`` returns plain values of this
+    rank alone.
+
+    ``accepts`` says, before anything is changed, why a :class:`SavedState` cannot be loaded, or returns None. ``load``
+    takes it over; both run on every rank.
+    """
+
+    tensors: Callable[[], Mapping[str, Mapping[str, Tensor]]] | None = None
+    shared: Callable[[], Any] | None = None
+    own: Callable[[], Any] | None = None
+    accepts: Callable[[SavedState], str | None] | None = None
+    load: Callable[[SavedState], None]
+
+
+@attrs.frozen(kw_only=True, eq=False)
 class RuntimePart:
-    """What a training step needs of one plugin; leave out what you do not need.
+    """What a training step needs of one plugin; leave out what you do not need. Parts act in the order of plugins.
+
+    The batch:
 
     ``batch`` rewrites the batch of this data-parallel rank into what this rank computes on (a slice of the sequence,
-    say).
+    say). ``lockstep`` says that the forwards of ranks with different batches wait for each other, module by module, so
+    that all must run the same modules equally often.
+
+    The backward:
 
     ``no_sync`` returns a context in which a backward leaves gradients unsynchronised, for gradient accumulation.
-
+    ``loss_scale`` returns a factor that every loss is multiplied by before its backward; the loss that the user gets is
+    without it, and gradients bear it until ``after_backward`` or ``before_clip`` of the same part takes it out.
+    ``after_backward`` runs once per ``forward_backward``, when all gradients are there.
     ``engine`` replaces the loop over the batches: it gets every batch, already rewritten, and one 0-dim float32 weight
     each. It runs forward and backward of ``sum(weight * loss)`` and returns that sum, detached, equal on every rank of
-    its own axes. At most one plugin gives an engine. ``survey`` runs only the forwards of the same batches, under
+    its own axes. Only one plugin may give an engine. ``survey`` runs only the forwards of the same batches, under
     ``torch.no_grad``, for losses that need to know all of them before the first backward.
 
-    ``lockstep`` says that the forwards of ranks with different batches wait for each other, module by module, so that
-    all must run the same modules equally often.
+    The optimizer:
 
     ``optimizer`` takes the optimizer that was made over the local parameters and returns the one that the user steps.
-
+    ``before_clip`` runs before gradients are clipped. ``kept_gradients`` returns gradients that are kept elsewhere than
+    in ``.grad`` (in buffers of the plugin, say): the norm counts them, and clipping scales them in place.
     ``norm_axes`` are the mesh axes along which ranks hold *different* parameters that no DTensor mesh spans, so that
     a global norm must be summed over them (``pp``). ``norm_skip`` are parameters whose gradient another rank counts.
+    ``zero_grad`` runs whenever the user's optimizer drops its gradients.
+
+    The run:
 
     ``metrics`` returns figures by name about the steps since it was called last; every rank calls it at the same time.
+    ``state`` is what a checkpoint holds of the plugin. ``close`` gives back what the plugin holds (threads, buffers,
+    hooks); ``Runtime.close`` calls the parts in reverse order, on every rank.
     """
 
     batch: Callable[[Batch], Batch] | None = None
+    lockstep: bool = False
     no_sync: Callable[[], AbstractContextManager[None]] | None = None
+    loss_scale: Callable[[], Tensor | float] | None = None
+    after_backward: Callable[[], None] | None = None
     engine: Callable[[list[Batch], list[Tensor]], Tensor] | None = None
     survey: Callable[[list[Batch]], None] | None = None
-    lockstep: bool = False
     optimizer: Callable[[Optimizer], Optimizer] | None = None
+    before_clip: Callable[[], None] | None = None
+    kept_gradients: Callable[[], Iterable[Tensor]] | None = None
     norm_axes: tuple[str, ...] = ()
     norm_skip: Collection[nn.Parameter] = ()
+    zero_grad: Callable[[], None] | None = None
     metrics: Callable[[], Mapping[str, float]] | None = None
+    state: PluginState | None = None
+    close: Callable[[], None] | None = None
 
 
 class Hooks:
@@ -100,7 +157,7 @@ class Hooks:
     def traffic(self, plan: MeshPlan, facts: ModelFacts | None, model: nn.Module | None) -> list[Traffic] | None:
         """Say which collectives a step will run, one entry for each kind; with bytes where *facts* are known.
 
-        Called by ``setup.explain()``; *facts*, which are those of *model*, are None where it was given no model.
+        ``setup.explain()`` calls it; *facts* are those of *model*, and None where it was given no model.
         """
 
     @hookspec
@@ -114,20 +171,27 @@ class Hooks:
 
     @hookspec
     def shard(self, parts: list[nn.Module], mesh: MeshContext, plan: MeshPlan) -> None:
-        """Replace or transform entries of *parts* in place; their parameters are on the meta device.
+        """Shard the modules in *parts*, whose parameters are on the meta device.
 
-        The loader then reads, for every parameter that is a DTensor, only this rank's slice.
+        Edit them in place, append further parts, or replace an entry by a module that wraps it: plugins after you, and
+        the core, look into it with ``nemo_dist.hf_model.inner_model``. A wrapper has no parameters of its own. The
+        loader then reads, for every parameter that is a DTensor, only this rank's slice. To change a forward use
+        ``nemo_dist.plugin.forwards.wrap_forward``, so that none before you is lost.
         """
 
     @hookspec
     def wrap(self, parts: list[nn.Module], mesh: MeshContext, plan: MeshPlan) -> None:
-        """The same, now that the weights are loaded and on their device."""
+        """Edit *parts* as in ``shard``, now that the weights are loaded and on their device.
 
-    @hookspec(firstresult=True)
+        What is put in the place of the first part (a wrapper like torch's ``DistributedDataParallel``, say) is what the
+        loader returns.
+        """
+
+    @hookspec
     def present(self, parts: list[nn.Module], mesh: MeshContext, plan: MeshPlan) -> object | None:
         """Return what the loader hands to the user in place of the model; it must offer ``.parts``.
 
-        At most one plugin answers (the pipeline). None means the model itself.
+        Only one plugin may answer (the pipeline does). None means the model itself.
         """
 
     # ---- training ----

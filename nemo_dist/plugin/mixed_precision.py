@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 _DTYPES = ("param_dtype", "reduce_dtype", "output_dtype")
 _FIELDS = (*_DTYPES, "cast_forward_inputs")
+_SHORT = {"bf16": "bfloat16", "fp32": "float32", "fp16": "float16"}
 _NAMES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -35,7 +36,7 @@ def mixed_precision_fields(value: Any) -> Any:
             raise UnknownNameError(
                 f"mp_policy has no field {field!r}{near(str(field), _FIELDS)}; valid: {', '.join(_FIELDS)}"
             )
-        if field in _DTYPES and content is not None and _dtype_name(content) not in _NAMES:
+        if field in _DTYPES and content is not None and dtype_name(content) not in _NAMES:
             name = str(content)
             raise UnknownNameError(
                 f"mp_policy.{field} must be a dtype name (got {name!r}){near(name, _NAMES)}; valid: {', '.join(_NAMES)}"
@@ -43,15 +44,14 @@ def mixed_precision_fields(value: Any) -> Any:
         if field == "cast_forward_inputs" and not isinstance(content, bool):
             raise TypeError(f"mp_policy.cast_forward_inputs must be True or False (got {content!r})")
     return FrozenMapping(
-        {field: _dtype_name(content) if field in _DTYPES else content for field, content in value.items()}
+        {field: dtype_name(content) if field in _DTYPES else content for field, content in value.items()}
     )
 
 
-def _dtype_name(value: Any) -> Any:
-    """Return ``"bfloat16"`` for ``"bf16"``, ``"torch.bfloat16"`` and ``torch.bfloat16``."""
-    short = {"bf16": "bfloat16", "fp32": "float32", "fp16": "float16"}
+def dtype_name(value: Any) -> Any:
+    """Return ``"bfloat16"`` for ``"bf16"``, ``"torch.bfloat16"`` and ``torch.bfloat16``; None for None."""
     name = str(value).removeprefix("torch.")
-    return None if value is None else short.get(name, name)
+    return None if value is None else _SHORT.get(name, name)
 
 
 def without_target(value: Mapping[str, Any], name: str) -> dict[str, Any]:

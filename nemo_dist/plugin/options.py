@@ -9,7 +9,8 @@ from typing import Any, TypeVar, dataclass_transform
 import attrs
 
 from nemo_dist.errors import UnknownNameError
-from nemo_dist.planning.validation import near
+from nemo_dist.planning import validation
+from nemo_dist.planning.validation import FrozenMapping, near
 
 T = TypeVar("T")
 Validator = Callable[[Any, "attrs.Attribute[Any]", Any], None]
@@ -67,13 +68,10 @@ def boolean(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
 
 
 def integer(at_least: int) -> Validator:
-    """Judge that the value is an int of at least *at_least*."""
+    """Judge that the value is an int of at least *at_least*; a bool is none."""
 
     def judge(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{_where(instance, attribute)} must be an int (got {value!r})")
-        if value < at_least:
-            raise ValueError(f"{_where(instance, attribute)} must be at least {at_least} (got {value})")
+        validation.integer(_where(instance, attribute), value, at_least)
 
     return judge
 
@@ -92,14 +90,9 @@ def one_of(choices: Collection[Any]) -> Validator:
     return judge
 
 
-def optional(validator: Validator) -> Validator:
-    """Judge like *validator*, and let None pass."""
-
-    def judge(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
-        if value is not None:
-            validator(instance, attribute, value)
-
-    return judge
+def frozen_mapping(value: Any) -> Any:
+    """Convert a dict to a mapping that cannot change, as options keep it; anything else is returned as it is."""
+    return FrozenMapping(value) if isinstance(value, dict) else value
 
 
 def _where(instance: Any, attribute: attrs.Attribute[Any]) -> str:

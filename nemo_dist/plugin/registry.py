@@ -1,66 +1,27 @@
 """Find plugins by entry point; import one only when it is asked for.
 
-Two groups of entry points exist. ``nemo_dist`` is the catalogue: one name, one plugin class. ``nemo_dist.roles`` names
-the plugin to take when a role is needed and the user chose none: a role is a mesh axis (``tp``) or a keyword of
-``DistributedSetup.build`` (``activation_checkpointing``), its value the name of a plugin in the catalogue.
+Three groups of entry points exist. ``nemo_dist`` is the catalogue: one name, one plugin class. ``nemo_dist.roles``
+names the plugin to take when a role is needed and the user chose none: a role is a mesh axis (``tp``) or a keyword of
+``DistributedSetup.build`` (``strategy``, ``activation_checkpointing``), its value the name of a plugin.
+``nemo_dist.aliases`` gives plugins further names.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from enum import IntEnum
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, ClassVar, Protocol, cast, runtime_checkable
+from typing import Any, cast
 
 import attrs
 
 from nemo_dist.errors import PluginError, UnknownNameError
 from nemo_dist.planning.validation import near
+from nemo_dist.plugin.protocol import Plugin, Stage
 
 GROUP = "nemo_dist"
 ROLES = "nemo_dist.roles"
-
-
-class Stage(IntEnum):
-    """When a plugin acts on the model, innermost transformation first; a third party may take a value between."""
-
-    SPLIT = 10  # pipeline: one module becomes several parts
-    TENSOR = 20
-    EXPERT = 30
-    CONTEXT = 40
-    RECOMPUTE = 50
-    COMPILE = 60
-    DATA = 70  # FSDP2, DDP, Megatron-FSDP: the outermost, exactly one is selected
-
-
-@runtime_checkable
-class Plugin(Protocol):
-    """What the core asks of a plugin besides its hooks: an ``attrs.frozen(eq=False)`` class with these attributes.
-
-    ``axes`` are the mesh axes that it claims. ``composes_with`` matters for a strategy (stage ``DATA``): the axes and
-    roles of other plugins that it works with. It may have ``delegates`` besides: for an axis, the names of the options
-    of its config that belong to the plugin of that axis. A config class names its plugin in a class variable
-    ``plugin``.
-    """
-
-    name: ClassVar[str]
-    config_type: ClassVar[type]
-    stage: ClassVar[int]
-    axes: ClassVar[frozenset[str]]
-    composes_with: ClassVar[frozenset[str]]
-
-    @property
-    def config(self) -> Any:
-        """The options of this plugin, a ``config_type``."""
-
-
-def normalise(name: str) -> str:
-    """Return *name* as the catalogue spells it: lower case, underscores, NeMo's short name resolved."""
-    plain = name.strip().lower().replace("-", "_")
-    return _ALIASES.get(plain, plain)
-
-
-_ALIASES = {"mfsdp": "megatron_fsdp"}
+ALIASES = "nemo_dist.aliases"
+STRATEGY = "strategy"  # the role of the strategy that is taken when the user names none
 
 
 def owner(entry: EntryPoint) -> str:
@@ -81,6 +42,7 @@ class Registry:
 
     entries: tuple[EntryPoint, ...] = attrs.field(factory=lambda: _installed(GROUP))
     roles: tuple[EntryPoint, ...] = attrs.field(factory=lambda: _installed(ROLES))
+    aliases: tuple[EntryPoint, ...] = attrs.field(factory=lambda: _installed(ALIASES))
 
     @entries.validator
     def _one_owner_each(self, _: object, entries: tuple[EntryPoint, ...]) -> None:
@@ -99,13 +61,18 @@ class Registry:
 
     def entry(self, name: str) -> EntryPoint:
         """Return the entry point called *name*; raise UnknownNameError (a ValueError) with the near match."""
-        wanted = normalise(name)
+        wanted = self.spelled(name)
         for entry in self.entries:
             if entry.name == wanted:
                 return entry
         raise UnknownNameError(
             f"no plugin {name!r} is installed{near(wanted, self)} (installed: {', '.join(self) or 'none'})"
         )
+
+    def spelled(self, name: str) -> str:
+        """Return *name* as the catalogue spells it: lower case, underscores, an alias resolved."""
+        plain = name.strip().lower().replace("-", "_")
+        return next((alias.value for alias in self.aliases if alias.name == plain), plain)
 
     def load(self, name: str) -> type[Plugin]:
         """Import and return the plugin class called *name*; raise PluginError that names who ships it."""

@@ -1,4 +1,4 @@
-"""Where a module's parameters are sharded, when it is not where its strategy shards the rest.
+"""A per-module override of how parameters are sharded, which the strategy honours.
 
 A plugin of an earlier stage marks a module; the strategy, whichever it is, honours the mark. Neither knows the other.
 """
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.distributed.device_mesh import DeviceMesh
 
-_MARK = "nemo_dist_placement"
+_MARK = "nemo_dist_sharding_override"
 
 
 @attrs.frozen(kw_only=True, eq=False)
-class Placement:
+class ShardingOverride:
     """How a strategy shards one module and all that is in it.
 
     ``mesh``: shard over its last axis; an outer axis, if any, holds replicas; None leaves the strategy's own.
@@ -34,11 +34,11 @@ class Placement:
     mp_policy: Any = None
 
 
-def place(module: nn.Module, placement: Placement) -> None:
-    """Mark *module*: a strategy shards it as *placement* says."""
-    setattr(module, _MARK, placement)
+def override_sharding(module: nn.Module, how: ShardingOverride) -> None:
+    """Mark *module*: a strategy shards it as *how* says."""
+    setattr(module, _MARK, how)
 
 
-def placements(model: nn.Module) -> dict[nn.Module, Placement]:
+def sharding_overrides(model: nn.Module) -> dict[nn.Module, ShardingOverride]:
     """Return the marked modules of *model* and how to shard each."""
     return {module: found for module in model.modules() if (found := getattr(module, _MARK, None)) is not None}

@@ -7,10 +7,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from nemo_dist.plugin.registry import Plugin
-from nemo_dist.setup.selection import Selection
+from nemo_dist.plugin.protocol import Plugin
+from nemo_dist.setup.selection import RECOMPUTE, Selection
 
-RECOMPUTE = "activation_checkpointing"
+SCOPE = f"{RECOMPUTE}_scope"
 _MODES: dict[Any, str] = {True: "full", "full": "full", "selective": "selective"}
 
 
@@ -47,19 +47,19 @@ def mesh_ranks(ranks: Sequence[int] | None, world_size: int, problems: list[str]
 
 def select_recompute(asked: Any, strategy: Plugin, selection: Selection) -> str | None:
     """Select the plugin that recomputes activations, if that was asked for anywhere, and return the mode."""
-    config = strategy.config
-    given = selection.filling(RECOMPUTE)
-    mode = given.config.mode if given else _recompute_mode(asked, config, selection.problems)
-    scope = getattr(config, f"{RECOMPUTE}_scope", None)
-    if given and (asked or getattr(config, RECOMPUTE, None) or scope is not None):
-        selection.problems.append(f"{RECOMPUTE} is set both here and in plugins=({given.config!r},); set it once")
-    elif mode and not given:
+    kind, given = type(strategy.config).__name__, selection.delegated(RECOMPUTE)
+    named = selection.filling(RECOMPUTE)
+    mode = named.config.mode if named else _recompute_mode(asked, given.get(RECOMPUTE), kind, selection.problems)
+    scope = given.get(SCOPE)
+    if named and (asked or given):
+        selection.problems.append(f"{RECOMPUTE} is set both here and in plugins=({named.config!r},); set it once")
+    elif mode and not named:
         settings = {"mode": mode} if scope is None else {"mode": mode, "scope": scope}
         selection.role(RECOMPUTE, f"{RECOMPUTE}={mode!r} was asked for", **settings)
     elif scope is not None:
         selection.problems.append(
-            f"{type(config).__name__}.{RECOMPUTE}_scope={scope!r} was given, but nothing is recomputed; "
-            f"set {RECOMPUTE}=True, or leave the scope out"
+            f"{kind}.{SCOPE}={scope!r} was given, but nothing is recomputed; set {RECOMPUTE}=True, or leave the scope "
+            "out"
         )
     if mode:
         feature = RECOMPUTE if mode == "full" else f"{RECOMPUTE}:{mode}"
@@ -67,13 +67,10 @@ def select_recompute(asked: Any, strategy: Plugin, selection: Selection) -> str 
     return mode
 
 
-def _recompute_mode(asked: Any, config: Any, problems: list[str]) -> str | None:
-    """Return the mode of activation checkpointing from the setup or from the strategy config; they may not conflict."""
+def _recompute_mode(asked: Any, on_config: Any, kind: str, problems: list[str]) -> str | None:
+    """Return the mode of activation checkpointing, *asked* of the setup or *on_config*, which may not conflict."""
     modes: list[str | None] = []
-    for where, value in (
-        (RECOMPUTE, asked),
-        (f"{type(config).__name__}.{RECOMPUTE}", getattr(config, RECOMPUTE, None)),
-    ):
+    for where, value in ((RECOMPUTE, asked), (f"{kind}.{RECOMPUTE}", on_config)):
         if isinstance(value, bool | str) and value in _MODES:
             modes.append(_MODES[value])
         elif value is None or value is False:
@@ -81,13 +78,10 @@ def _recompute_mode(asked: Any, config: Any, problems: list[str]) -> str | None:
         else:
             modes.append(None)
             problems.append(f"{where} must be False, True, 'full' or 'selective' (got {value!r})")
-    on_setup, on_config = modes
-    if on_setup and on_config and on_setup != on_config:
-        problems.append(
-            f"{RECOMPUTE} is {on_setup!r} on the setup but {on_config!r} on {type(config).__name__}; "
-            "set it in one place"
-        )
-    return on_setup or on_config
+    on_setup, on_strategy = modes
+    if on_setup and on_strategy and on_setup != on_strategy:
+        problems.append(f"{RECOMPUTE} is {on_setup!r} on the setup but {on_strategy!r} on {kind}; set it in one place")
+    return on_setup or on_strategy
 
 
 def judge_runtime_options(device_type: Any, timeout_minutes: Any, problems: list[str]) -> None:

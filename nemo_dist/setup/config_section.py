@@ -11,7 +11,7 @@ import dataclasses
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import attrs
 
@@ -19,16 +19,15 @@ from nemo_dist.errors import UnknownNameError
 from nemo_dist.planning.sizes import ParallelismSizes
 from nemo_dist.planning.validation import near
 from nemo_dist.plugin.options import from_mapping, option_names
-from nemo_dist.plugin.registry import Registry, Stage
-from nemo_dist.setup.selection import Selection
+from nemo_dist.plugin.protocol import Plugin, Stage, declared
+from nemo_dist.plugin.registry import Registry
+from nemo_dist.setup.build_arguments import SCOPE
+from nemo_dist.setup.composition import Composition
+from nemo_dist.setup.selection import DEFAULT, RECOMPUTE, Selection
 
-if TYPE_CHECKING:
-    from nemo_dist.plugin.registry import Plugin
-    from nemo_dist.setup.setup import DistributedSetup
-
-RECOMPUTE = "activation_checkpointing"
+# The keys of the section that are keywords of ``build``, by the axis that the plugin must claim.
 _CONFIGS = {"pipeline": ("pipeline_config", "pp"), "moe": ("moe_parallel_config", "ep")}
-_SIZES = tuple(field.name for field in attrs.fields(ParallelismSizes))
+_SIZES = tuple(field.name for field in attrs.fields(ParallelismSizes) if field.name != "roles")
 _OTHER = ("device_type", "timeout_minutes", "ranks")
 
 
@@ -71,12 +70,13 @@ def build_keywords(section: Mapping[str, Any], registry: Registry) -> dict[str, 
     values = {
         key: None if isinstance(value, str) and value.lower() == "none" else value for key, value in section.items()
     }
-    strategy = values.pop("strategy", None) or "fsdp2"
-    if not isinstance(strategy, str):
-        raise TypeError(f"strategy must be the name of a strategy (got {strategy!r})")
-    config_type = Selection(registry).strategy_type(strategy).config_type
+    named = values.pop("strategy", None) or DEFAULT
+    if not isinstance(named, str):
+        raise TypeError(f"strategy must be the name of a strategy (got {named!r})")
+    strategy = Selection(registry).strategy_type(named)
+    config_type = strategy.config_type
     options = [name for name in option_names(config_type) if name != RECOMPUTE]
-    _refuse_unknown(values, strategy, options, registry)
+    _refuse_unknown(values, strategy.name, options, registry)
     keywords: dict[str, Any] = {
         "strategy": config_type(**{name: values[name] for name in options if name in values}),
         "parallelism_sizes": ParallelismSizes(**_given(values, _SIZES)),
@@ -121,7 +121,7 @@ def _extras(plugins: Any, registry: Registry) -> Iterator[Any]:
         yield from_mapping(config_type, options or {}, f"plugins.{name}")
 
 
-def section_of(setup: DistributedSetup, registry: Registry) -> dict[str, Any]:
+def section_of(setup: Composition, registry: Registry) -> dict[str, Any]:
     """Return the section that builds *setup* again: plain values, and nothing that is a default.
 
     Raises ValueError for a setup that no section can describe: a plugin that is not installed, an option that is an
@@ -131,7 +131,7 @@ def section_of(setup: DistributedSetup, registry: Registry) -> dict[str, Any]:
     if strategy is None:
         raise ValueError("the setup wraps a device mesh without a strategy, which a section cannot describe")
     section: dict[str, Any] = {"strategy": _installed(strategy, registry).name}
-    section |= _options(setup.parallelism_sizes, "the sizes")
+    section |= _options(setup.parallelism_sizes, "the sizes", without=("roles",))
     section |= _options(strategy.config, strategy.name, without=(RECOMPUTE,))
     further: dict[str, Any] = {}
     for plugin in setup.plugins:
@@ -142,11 +142,11 @@ def section_of(setup: DistributedSetup, registry: Registry) -> dict[str, Any]:
 
 
 def _describe(
-    plugin: Plugin, setup: DistributedSetup, registry: Registry, section: dict[str, Any], further: dict[str, Any]
+    plugin: Plugin, setup: Composition, registry: Registry, section: dict[str, Any], further: dict[str, Any]
 ) -> None:
     """Add *plugin* to the section: under the key of its role where it fills one, else under ``plugins:``."""
     if registry.role(RECOMPUTE) == plugin.name:
-        scope = getattr(setup.strategy_config, f"{RECOMPUTE}_scope", None)
+        scope = getattr(setup.strategy_config, SCOPE, None)
         settings = {"mode": setup.activation_checkpointing} | ({} if scope is None else {"scope": scope})
         if plugin.config == type(plugin.config)(**settings):
             section[RECOMPUTE] = setup.activation_checkpointing
@@ -160,9 +160,9 @@ def _describe(
         further[plugin.name] = options
 
 
-def _default(plugin: Plugin, setup: DistributedSetup, registry: Registry) -> Any:
+def _default(plugin: Plugin, setup: Composition, registry: Registry) -> Any:
     """Return the config that ``build`` gives *plugin* for an axis that nobody was named for; None if it would not."""
-    delegates = getattr(setup.strategy, "delegates", {})
+    delegates = declared(setup.strategy, "delegates")
     usual = type(setup.strategy_config)()
     for axis in (axis.name for axis in setup.plan.wide if axis.name in plugin.axes):
         if registry.role(axis) == plugin.name:

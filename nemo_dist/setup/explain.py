@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from nemo_dist.planning.mesh_plan import FLATTENED
 from nemo_dist.plugin.comm_estimate import ModelFacts
+from nemo_dist.plugin.protocol import Plugin, claimants, declared
+from nemo_dist.setup.composition import Composition
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-    from nemo_dist.setup.setup import DistributedSetup
 
+def explanation(setup: Composition, own_mesh: DeviceMesh | None, model: Any, rows: int, length: int | None) -> str:
+    """Return the explanation of *setup*: a line per axis, per plugin and per kind of collective in a step.
 
-def explanation(setup: DistributedSetup, model: Any = None, rows: int = 1, length: int | None = None) -> str:
-    """Return the explanation of *setup*: a line per axis, per plugin and per kind of collective in a step."""
+    ``own_mesh``: the user's own mesh, where the setup wraps one. The rest as for ``DistributedSetup.explain``.
+    """
     plan = setup.plan
     lines = [f"{plan.world_size} ranks, strategy {setup.strategy.name if setup.strategy else 'none'}"]
     for view in (plan.dense, *plan.views):
         lines.append(f"mesh {view.name!r}, outermost axis first:")
         for axis in view.axes:
-            lines.append(f"  {axis.name:<12} {axis.size:>6}  {_claimants(setup, axis.name) if axis.size > 1 else '-'}")
+            lines.append(
+                f"  {axis.name:<12} {axis.size:>6}  {_claimants(setup.plugins, axis.name) if axis.size > 1 else '-'}"
+            )
     lines.append("plugins, in the order they act on the model:")
     lines += [f"  {line}" for line in setup.calls.explain(plan=plan, model=model)]
     facts = _facts(setup, model, rows, length)
@@ -28,14 +35,14 @@ def explanation(setup: DistributedSetup, model: Any = None, rows: int = 1, lengt
     if sent:
         lines.append("collectives of a step" + (", with the bytes that one rank sends:" if model is not None else ":"))
         lines += [f"  {line}" for line in sent]
-    lines += _place(setup)
+    lines += _place(setup, own_mesh)
     return "\n".join(lines)
 
 
-def _place(setup: DistributedSetup) -> list[str]:
+def _place(setup: Composition, own_mesh: DeviceMesh | None) -> list[str]:
     """Say where this rank stands: in the user's own mesh, or by the launcher's word in the plan."""
-    if setup.own_mesh is not None:
-        rank, place, together = _in_own_mesh(setup.own_mesh)
+    if own_mesh is not None:
+        rank, place, together = _in_own_mesh(own_mesh)
     else:
         rank = int(os.environ.get("RANK", "0"))
         if rank >= setup.plan.world_size or setup.ranks is not None:
@@ -49,21 +56,22 @@ def _place(setup: DistributedSetup) -> list[str]:
 def _in_own_mesh(mesh: DeviceMesh) -> tuple[int, dict[str, int], list[int]]:
     """Return this rank, its coordinates in *mesh*, and the ranks with the same coordinates on the data axes."""
     place = dict(zip(mesh.mesh_dim_names or (), mesh.get_coordinate() or (), strict=False))
-    here = tuple(index if name.startswith("dp") else slice(None) for name, index in place.items())
+    batch = {*FLATTENED["dp"], "dp"}
+    here = tuple(index if name in batch else slice(None) for name, index in place.items())
     return mesh.get_rank(), place, sorted(mesh.mesh[here].flatten().tolist())
 
 
-def _claimants(setup: DistributedSetup, axis: str) -> str:
-    return ", ".join(plugin.name for plugin in setup.plugins if axis in plugin.axes)
+def _claimants(plugins: Iterable[Plugin], axis: str) -> str:
+    return ", ".join(plugin.name for plugin in claimants(plugins, axis))
 
 
-def _facts(setup: DistributedSetup, model: Any, rows: int, length: int | None) -> ModelFacts | None:
+def _facts(setup: Composition, model: Any, rows: int, length: int | None) -> ModelFacts | None:
     if model is None:
         return None
     return ModelFacts.of(
         model,
         rows,
         length or model.config.get_text_config().max_position_embeddings,
-        getattr(setup.strategy, "compute_dtype", None),
+        declared(setup.strategy, "compute_dtype"),
         setup.activation_checkpointing == "full",
     )

@@ -7,13 +7,18 @@ from typing import Any
 
 import attrs
 
-from nemo_dist.errors import UnknownNameError
+from nemo_dist.errors import TopologyError, UnknownNameError
+from nemo_dist.planning.mesh_plan import DENSE_AXES, MeshPlan, Role
 from nemo_dist.planning.sizes import ParallelismSizes
 from nemo_dist.planning.validation import near
 from nemo_dist.plugin.options import from_mapping
-from nemo_dist.plugin.registry import Plugin, Registry, Stage, normalise
+from nemo_dist.plugin.protocol import Plugin, Stage, claimant, declared, strategy_of
+from nemo_dist.plugin.registry import STRATEGY, Registry
 
 Choice = Any  # a plugin name, a config object, or a plugin instance
+DEFAULT = "default"  # stands for the strategy that fills the role of that name
+RECOMPUTE = "activation_checkpointing"
+_KEYWORDS = (RECOMPUTE,)  # what a strategy may delegate beside the options of axes
 
 
 @attrs.define
@@ -24,9 +29,9 @@ class Selection:
     plugins: list[Plugin] = attrs.field(factory=list)
     problems: list[str] = attrs.field(factory=list)
 
-    def strategy(self, choice: Choice) -> Plugin:
+    def strategy(self, choice: Choice = DEFAULT) -> Plugin:
         """Select the strategy: a name, a config object, or a plugin instance that need not be installed."""
-        plugin = self._plugin(choice, "strategy")
+        plugin = self._plugin(self._default_strategy() if choice == DEFAULT else choice, "strategy")
         if plugin.stage != Stage.DATA:
             self.problems.append(
                 f"plugin {plugin.name!r} is no strategy (it acts at stage {plugin.stage}); pass it in plugins=(...), "
@@ -37,7 +42,15 @@ class Selection:
 
     def strategy_type(self, name: str) -> type[Plugin]:
         """Return the plugin class of the strategy called *name*; raise UnknownNameError with the near match."""
-        return self._load(name, "strategy")
+        return self._load(self._default_strategy() if name == DEFAULT else name, "strategy")
+
+    def _default_strategy(self) -> str:
+        name = self.registry.role(STRATEGY)
+        if name is None:
+            raise TopologyError(
+                [f"no strategy was named and no installed plugin has that role; name one of {self._strategies()}"]
+            )
+        return name
 
     def extras(self, choices: Iterable[Choice]) -> None:
         """Select what the user passed as ``plugins=``."""
@@ -77,38 +90,57 @@ class Selection:
         name = self.registry.role(role)
         return next((plugin for plugin in self.plugins if plugin.name == name), None)
 
+    def own_axes(self, sizes: ParallelismSizes) -> ParallelismSizes:
+        """Select a plugin for every axis of ``extra``, and return *sizes* with the roles that the plugins declare."""
+        for axis, size in sizes.extra.items():
+            if size > 1 and claimant(self.plugins, axis) is None:
+                self.role(axis, f"axis {axis!r} has size {size}")
+        roles: dict[str, Role] = {}
+        for plugin in self.plugins:
+            for axis, role in declared(plugin, "roles").items():
+                if axis in DENSE_AXES or axis not in plugin.axes:
+                    self.problems.append(
+                        f"plugin {plugin.name!r} declares a role for axis {axis!r}, which is not an axis of its own; "
+                        "claim it in 'axes' under a name that no plan has"
+                    )
+                elif role not in (Role.LAYERS, Role.BATCH, Role.SEQUENCE, Role.PARAMETERS):
+                    self.problems.append(f"plugin {plugin.name!r} gives axis {axis!r} the role {role!r}; name one Role")
+                else:
+                    roles[axis] = role
+        return sizes.with_roles(roles)
+
     def axes(self, sizes: ParallelismSizes, world_size: int) -> None:
         """Select a plugin for every axis of size > 1 that nobody claims yet; it gets the strategy's options for it."""
-        delegated = {axis: self._delegated(axis) for axis in self._delegates()}
+        delegated = {axis: self.delegated(axis) for axis in self._delegates() if axis not in _KEYWORDS}
         for axis, size in _wide(sizes, world_size).items():
-            if not self._claimant(axis):
+            if claimant(self.plugins, axis) is None:
                 self.role(axis, f"axis {axis!r} has size {size}", **delegated.pop(axis, {}))
         for axis, given in delegated.items():
-            claimant = self._claimant(axis)
+            found = claimant(self.plugins, axis)
             for option, value in given.items():
-                way = f"set {axis}_size > 1 or leave it out" if claimant is None else f"set it on {claimant.config!r}"
-                who = (
-                    f"{axis}_size is 1" if claimant is None else f"plugin {claimant.name!r} was given for axis {axis!r}"
-                )
+                way = f"set {axis}_size > 1 or leave it out" if found is None else f"set it on {found.config!r}"
+                who = f"{axis}_size is 1" if found is None else f"plugin {found.name!r} was given for axis {axis!r}"
                 self.problems.append(f"{option}={value!r} was given on the strategy, but {who}; {way}")
 
     def _delegates(self) -> Mapping[str, tuple[str, ...]]:
-        strategy = next((plugin for plugin in self.plugins if plugin.stage == Stage.DATA), None)
-        return getattr(strategy, "delegates", {})
+        delegates: Mapping[str, tuple[str, ...]] = declared(strategy_of(self.plugins), "delegates")
+        return delegates
 
-    def _delegated(self, axis: str) -> dict[str, Any]:
-        """Return the options for *axis* that were given on the strategy's config: those that are not the default."""
-        strategy = next(plugin for plugin in self.plugins if plugin.stage == Stage.DATA)
-        default, names = strategy.config_type(), self._delegates()[axis]
+    def delegated(self, role: str) -> dict[str, Any]:
+        """Return the options for *role* that were given on the strategy's config: those that are not the default."""
+        strategy = strategy_of(self.plugins)
+        if strategy is None:
+            return {}
+        default, names = strategy.config_type(), self._delegates().get(role, ())
         return {name: value for name in names if (value := getattr(strategy.config, name)) != getattr(default, name)}
 
     def judge_composition(self, strategy: Plugin, sizes: ParallelismSizes, world_size: int) -> None:
         """Judge that *strategy* composes with every other claimed axis of size > 1."""
         for axis, size in _wide(sizes, world_size).items():
-            claimant = self._claimant(axis)
-            if claimant is None or claimant is strategy:
+            found = claimant(self.plugins, axis)
+            if found is None or found is strategy:
                 continue
-            if axis not in strategy.composes_with and strategy.name not in claimant.composes_with:
+            if axis not in strategy.composes_with and strategy.name not in found.composes_with:
                 self.problems.append(self._uncomposed(f"axis {axis!r} has size {size}", axis, strategy))
 
     def judge_feature(self, strategy: Plugin, feature: str, need: str) -> None:
@@ -120,9 +152,6 @@ class Selection:
         others = " or ".join(map(repr, self.registry.composing(feature)))
         way = f"use {others}" if others else "no installed strategy does"
         return f"{need}, but strategy {strategy.name!r} does not compose with it; {way}"
-
-    def _claimant(self, axis: str) -> Plugin | None:
-        return next((plugin for plugin in self.plugins if axis in plugin.axes), None)
 
     def _add(self, plugin: Plugin) -> None:
         if any(plugin.name == other.name for other in self.plugins):
@@ -158,7 +187,7 @@ class Selection:
                 raise
             valid = self._strategies()
             raise UnknownNameError(
-                f"unknown strategy {name!r}{near(normalise(name), valid)}; valid names: {', '.join(valid)}"
+                f"unknown strategy {name!r}{near(self.registry.spelled(name), valid)}; valid names: {', '.join(valid)}"
             ) from error
 
     def _strategies(self) -> list[str]:
@@ -166,16 +195,6 @@ class Selection:
 
 
 def _wide(sizes: ParallelismSizes, world_size: int) -> dict[str, int]:
-    """Return the requested axes of size > 1, outermost first."""
-    replicate = sizes.dp_replicate_size or 1
-    shard = max(1, sizes.dp(world_size) // replicate)
-    axes = {
-        "pp": sizes.pp_size,
-        "dp_replicate": replicate,
-        "dp_shard": shard,
-        "cp": sizes.cp_size,
-        "tp": sizes.tp_size,
-        "ep": sizes.ep_size,
-        **sizes.extra,
-    }
-    return {axis: size for axis, size in axes.items() if size > 1}
+    """Return the requested axes of size > 1, outermost first, those that the dense mesh does not have last."""
+    dense = {axis.name: axis.size for axis in MeshPlan.nearest(sizes, world_size).wide}
+    return dense | {axis: size for axis, size in sizes.beyond_dense.items() if size > 1}

@@ -1,4 +1,4 @@
-"""A setup is the plan of a mesh and the plugins that act on it, in stage order."""
+"""``DistributedSetup``: what a user builds, loads models with, and makes a runtime of."""
 
 from __future__ import annotations
 
@@ -10,47 +10,41 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from nemo_dist.errors import TopologyError
-from nemo_dist.planning.mesh_plan import MeshPlan, View
+from nemo_dist.hf_model import inner_model
+from nemo_dist.planning.mesh_plan import MeshPlan, Role, View
 from nemo_dist.planning.sizes import ParallelismSizes
 from nemo_dist.plugin.hook_caller import PluginCalls
 from nemo_dist.plugin.hookspecs import RuntimePart
-from nemo_dist.plugin.registry import Plugin, Registry, Stage
+from nemo_dist.plugin.parts import judge_parts
+from nemo_dist.plugin.registry import Registry
 from nemo_dist.setup.build_arguments import judge_runtime_options, launched_ranks, mesh_ranks, select_recompute
-from nemo_dist.setup.selection import Choice, Selection
+from nemo_dist.setup.composition import Composition
+from nemo_dist.setup.composition import in_order as in_plugin_order
+from nemo_dist.setup.selection import DEFAULT, Choice, Selection
 
 if TYPE_CHECKING:
     from torch import nn
     from torch.distributed.device_mesh import DeviceMesh
 
+    from nemo_dist.checkpoint.sharded_model import ShardedModel
     from nemo_dist.mesh.mesh_context import MeshContext
     from nemo_dist.training.runtime import Runtime
 
 
-def _in_stage_order(plugins: Iterable[Plugin]) -> tuple[Plugin, ...]:
-    return tuple(sorted(plugins, key=lambda plugin: (plugin.stage, plugin.name)))
-
-
-@attrs.frozen(kw_only=True, eq=False)
-class DistributedSetup:
+@attrs.frozen(kw_only=True, eq=False, slots=False)
+class DistributedSetup(Composition):
     """The typed description of a distributed run: a mesh plan and the plugins selected for it, in stage order.
 
     Make one with :meth:`build`; it is complete and valid, and neither torch nor a process group was needed. The live
     mesh is :attr:`mesh_context`, made on first use, on every rank.
     """
 
-    plan: MeshPlan
-    plugins: tuple[Plugin, ...] = attrs.field(converter=_in_stage_order)
-    parallelism_sizes: ParallelismSizes
-    activation_checkpointing: str | bool = False
-    device_type: str | None = None
-    timeout_minutes: float | None = None
-    ranks: tuple[int, ...] | None = None
     _live_mesh: DeviceMesh | None = attrs.field(default=None, alias="live_mesh")
 
     @classmethod
     def build(
         cls,
-        strategy: Choice = "fsdp2",
+        strategy: Choice = DEFAULT,
         parallelism_sizes: ParallelismSizes | None = None,
         pipeline_config: Any = None,
         moe_parallel_config: Any = None,
@@ -65,7 +59,8 @@ class DistributedSetup:
     ) -> DistributedSetup:
         """Select the plugins, plan the mesh and validate everything, without torch and without a process group.
 
-        ``strategy``: a plugin name, a config object or a plugin instance. ``pipeline_config`` and
+        ``strategy``: a plugin name, a config object or a plugin instance; "default" is the one that fills the role of
+        a strategy, which is FSDP2 as nemo_dist ships. ``pipeline_config`` and
         ``moe_parallel_config``: a config object or a dict. ``activation_checkpointing``: False, True or "full", or
         "selective". ``world_size``: the number of ranks; by default that of the process group, else of the launcher's
         environment, else 1. ``ranks``: lay the mesh over these ranks only. ``timeout_minutes``: limit of every
@@ -94,6 +89,7 @@ class DistributedSetup:
                 )
             elif value is not None:
                 selection.option(role, keyword, value)
+        sizes = selection.own_axes(sizes)
         selection.axes(sizes, total)
         mode = select_recompute(activation_checkpointing, chosen, selection)
         selection.judge_composition(chosen, sizes, total)
@@ -127,12 +123,10 @@ class DistributedSetup:
             dp_replicate_size=context.dp_replicate_size,
         )
         selection = Selection(Registry())
-        if context.dp_size * context.cp_size > 1:
-            strategy = selection.strategy("fsdp2")
-            selection.axes(sizes, device_mesh.size())
+        strategy = selection.strategy() if context.size(Role.TOKENS) > 1 else None
+        selection.axes(sizes, device_mesh.size())
+        if strategy is not None:
             selection.judge_composition(strategy, sizes, device_mesh.size())
-        else:
-            selection.axes(sizes, device_mesh.size())
         plan = _plan(sizes, device_mesh.size(), selection, device_mesh.device_type)
         return cls(plan=plan, plugins=selection.plugins, parallelism_sizes=sizes, live_mesh=device_mesh)
 
@@ -169,80 +163,83 @@ class DistributedSetup:
         return section_of(self, Registry())
 
     @cached_property
-    def calls(self) -> PluginCalls:
-        """The hooks of the selected plugins, and of nothing else."""
-        return PluginCalls(self.plugins)
-
-    @cached_property
     def mesh_context(self) -> MeshContext:
         """The live mesh of this setup; the first use is collective over all ranks of the process group.
 
         Raises RankError that names the ranks and fields when the ranks built different setups.
         """
         from nemo_dist.mesh.mesh_context import MeshContext
+        from nemo_dist.mesh.process_group import require_process_group
+        from nemo_dist.mesh.store_consensus import compare
 
         if self._live_mesh is not None:
             return MeshContext.from_meshes(self._live_mesh)
-        return MeshContext.realise(self)
+        require_process_group()
+        compare("the setup", self.describe())
+        return MeshContext.realise(self.plan, self.ranks, self.device_type, self.timeout_minutes)
 
     @property
     def own_mesh(self) -> DeviceMesh | None:
         """The mesh that the user passed to a loader, its axes in order; None for one that is laid by the plan."""
         return self._live_mesh
 
-    @property
-    def strategy(self) -> Plugin | None:
-        """The selected strategy; None only for a topology wrapped from a mesh without a data axis."""
-        return next((plugin for plugin in self.plugins if plugin.stage == Stage.DATA), None)
-
-    @property
-    def strategy_config(self) -> Any:
-        """The config of the selected strategy."""
-        return self.strategy.config if self.strategy else None
-
-    @property
-    def pipeline_config(self) -> Any:
-        """The config of the plugin that claims ``pp``; None when pp is 1."""
-        return self._config_of("pp", self.parallelism_sizes.pp_size)
-
-    @property
-    def moe_parallel_config(self) -> Any:
-        """The config of the plugin that claims ``ep``; None when ep is 1."""
-        return self._config_of("ep", self.parallelism_sizes.ep_size)
-
-    def _config_of(self, axis: str, size: int) -> Any:
-        return next((plugin.config for plugin in self.plugins if axis in plugin.axes), None) if size > 1 else None
-
     def shard(self, model: nn.Module) -> list[nn.Module]:
         """Split and shard *model*, whose parameters are on the meta device; return its local parts.
 
-        Raises TopologyError for parameters that the axes cannot cut.
+        Raises TopologyError for parameters that the axes cannot cut, PluginError for a plugin that replaced the model.
         """
         from nemo_dist.loading.hf_weight_loader import refuse_uneven
 
         parts = [model]
-        self.calls.shard(parts=parts, mesh=self.mesh_context, plan=self.plan)
+        for plugin, _ in self.calls.each("shard", parts=parts, mesh=self.mesh_context, plan=self.plan):
+            judge_parts(plugin, "shard", parts, [model])
         refuse_uneven(parts)
         return parts
 
     def wrap(self, parts: list[nn.Module]) -> object:
         """Finish *parts*, whose weights are loaded, and return what the user gets."""
-        self.calls.wrap(parts=parts, mesh=self.mesh_context, plan=self.plan)
-        presented: object | None = self.calls.present(parts=parts, mesh=self.mesh_context, plan=self.plan)
+        models = [inner_model(part) for part in parts]
+        for plugin, _ in self.calls.each("wrap", parts=parts, mesh=self.mesh_context, plan=self.plan):
+            judge_parts(plugin, "wrap", parts, models)
+        for part in parts:
+            part.distributed_setup = self  # type: ignore[assignment]  # a plain attribute, so that runtime() can tell
+        presented = self.calls.only("present", parts=parts, mesh=self.mesh_context, plan=self.plan)
         return parts[0] if presented is None else presented
 
     def runtime(self, model: object) -> Runtime:
-        """Return what a training loop holds; *model* is what the loader returned for this setup."""
+        """Return what a training loop holds; *model* is what the loader returned for this setup.
+
+        Raises ValueError for a model that was loaded with another setup, or whose loss is not known to be a mean over
+        labels.
+        """
+        from torch import nn
+
         from nemo_dist.training.runtime import Runtime
 
-        return Runtime.assemble(self, model)
+        parts = [model] if isinstance(model, nn.Module) else list(getattr(model, "parts", ()))
+        for part in parts or [None]:
+            owner = getattr(part, "distributed_setup", None)
+            if owner is not self:
+                made = "another setup" if owner is not None else "no setup"
+                raise ValueError(f"the model was loaded with {made}; load it with distributed_setup=<this setup> first")
+        return Runtime.assemble(model, self.sharded(parts), self.runtime_parts, self.strategy)
 
-    def runtime_parts(self, parts: list[nn.Module], model: object) -> list[RuntimePart]:
-        """Return what a step needs of each plugin, in stage order."""
-        answers: list[RuntimePart] = self.calls.runtime(
-            parts=parts, mesh=self.mesh_context, plan=self.plan, model=model
+    def sharded(self, parts: Sequence[nn.Module]) -> ShardedModel:
+        """Return *parts* with what is needed to save, load and export them."""
+        from nemo_dist.checkpoint.sharded_model import ShardedModel
+
+        return ShardedModel(
+            parts=tuple(parts),
+            mesh=self.mesh_context,
+            calls=self.calls,
+            strategy=self.strategy.name if self.strategy else None,
+            plugins={plugin.name: type(plugin).__module__.partition(".")[0] for plugin in self.plugins},
         )
-        return answers
+
+    def runtime_parts(self, parts: list[nn.Module], model: object) -> dict[str, RuntimePart]:
+        """Return what a step needs of each plugin, by its name, in stage order."""
+        answers = self.calls.each("runtime", parts=parts, mesh=self.mesh_context, plan=self.plan, model=model)
+        return {name: part for name, part in answers if part is not None}
 
     def explain(self, model: Any = None, rows: int = 1, length: int | None = None) -> str:
         """Say which axes there are, who claims each, what every plugin and every step will do, and this rank's place.
@@ -253,28 +250,12 @@ class DistributedSetup:
         """
         from nemo_dist.setup.explain import explanation
 
-        return explanation(self, model, rows, length)
-
-    def describe(self) -> Mapping[str, str]:
-        """Return the fields that must be the same on every rank, each as text."""
-        fields = {
-            "parallelism_sizes": repr(self.parallelism_sizes),
-            "plan": repr(self.plan),
-            "plugins": ", ".join(plugin.name for plugin in self.plugins),
-            "activation_checkpointing": repr(self.activation_checkpointing),
-            "device_type": repr(self.device_type),
-            "timeout_minutes": repr(self.timeout_minutes),
-            "ranks": repr(self.ranks),
-        }
-        fields |= {f"{plugin.name} config": repr(plugin.config) for plugin in self.plugins}
-        for found in self.calls.agree(plan=self.plan):
-            fields |= found
-        return fields
+        return explanation(self, self.own_mesh, model, rows, length)
 
 
 def _plan(sizes: ParallelismSizes, world_size: int, selection: Selection, device_type: str | None) -> MeshPlan:
     """Return the plan, or raise every problem of the selection, the arithmetic and the plugins at once."""
-    plugins = _in_stage_order(selection.plugins)
+    plugins = in_plugin_order(selection.plugins)
     calls = PluginCalls(plugins)
     problems = [*selection.problems, *sizes.problems(world_size)]
     nearest = MeshPlan.nearest(sizes, world_size)

@@ -23,7 +23,8 @@ from nemo_dist.errors import TopologyError
 from nemo_dist.planning.mesh_plan import MeshPlan
 from nemo_dist.planning.sizes import ParallelismSizes
 from nemo_dist.plugin.hook_caller import PluginCalls
-from nemo_dist.plugin.registry import Plugin, Registry, Stage
+from nemo_dist.plugin.protocol import Plugin, Stage
+from nemo_dist.plugin.registry import Registry
 from nemo_dist.setup.setup import DistributedSetup
 from nemo_dist.testing import strategies
 from nemo_dist.testing.equivalence import Task, assert_equivalent
@@ -57,7 +58,7 @@ class PluginConformance:
         return {"strategy": self.plugin} if is_strategy else {"plugins": (self.plugin,)}
 
     def test_the_catalogue_has_it_complete(self) -> None:
-        """The class has what ``nemo_dist.plugin.registry.Plugin`` asks for, a docstring, and a config that names it."""
+        """The class has what ``nemo_dist.Plugin`` asks for, a docstring, and a config that names it."""
         plugin = self.plugin_type(self.plugin_type.config_type())
 
         assert isinstance(plugin, Plugin)

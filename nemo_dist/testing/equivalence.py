@@ -197,6 +197,6 @@ def _rows(batch: Mapping[str, Tensor], index: int, count: int) -> dict[str, Tens
 
 def _whole(runtime: Runtime, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the whole tensors of *state*, by way of the canonical state: a strategy may cut them in its own way."""
-    runtime.setup.calls.export_state(state=state, parts=list(runtime.parts), mesh=runtime.mesh)
+    runtime.sharded.calls.export_state(state=state, parts=list(runtime.parts), mesh=runtime.mesh)
     whole = {name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for name, tensor in state.items()}
     return {name: tensor.detach().clone().cpu() for name, tensor in whole.items()}

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nemo_dist.errors import RankError
+from nemo_dist.planning.mesh_plan import Role
 
 if TYPE_CHECKING:
     from nemo_dist.mesh.mesh_context import MeshContext
@@ -34,10 +35,10 @@ class BatchCheck:
 
         Collective over the whole mesh on the first call: three numbers per rank.
         """
-        if self.done or mesh.device_mesh is None or mesh.device_mesh.size() == mesh.size("dp"):
+        if self.done or mesh.device_mesh is None or mesh.device_mesh.size() == mesh.size(Role.BATCH):
             return
         self.done = True
-        differing = _differences(_everywhere([dist.get_rank(), mesh.rank("dp"), digest(batches)], mesh))
+        differing = _differences(_everywhere([dist.get_rank(), mesh.rank(Role.BATCH), digest(batches)], mesh))
         if differing:
             raise RankError(
                 "ranks that share a batch were given different ones:\n"

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from nemo_dist.hf_model import IGNORED, NEXT_TOKEN_LOSSES, class_name, predicts_next_token
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from nemo_dist.plugin.hookspecs import Batch
 
-IGNORED = -100  # torch's and transformers' mark of a label that does not count
-_NEXT_TOKEN = ("ForCausalLM", "ForConditionalGeneration")
 _PER_LABEL = ("ForMaskedLM", "ForTokenClassification", "ForSequenceClassification")
 _REDUCTIONS = ("num_items_in_batch", "ignore_index")  # what transformers' losses take besides labels
 # Names in the code of forwards whose loss is a plain mean over labels. A next-token loss of transformers.loss shifts
@@ -36,7 +36,7 @@ def judge_loss(model: Any, routers_known: bool) -> None:
     loss is unknown passes; ``count_labels`` will refuse its batches.
     """
     kind, names = getattr(model, "loss_type", None), _loss_names(model)
-    if _predicts_next_token(model, kind):
+    if predicts_next_token(model):
         known = (_MEANS if "loss_function" in names else set()) | (_ROUTERS if routers_known else set())
         if not getattr(model, "z_loss_coefficient", 1):
             known = known | _LOGITS
@@ -53,12 +53,6 @@ def judge_loss(model: Any, routers_known: bool) -> None:
             f"{class_name(model)} makes a loss of its own (from {', '.join(strange)}) that is not known to be the mean "
             f"over the labels, so ranks and batches cannot be weighted by theirs; {way_out}"
         )
-
-
-def class_name(model: Any) -> str:
-    """Return the name of the model's class as transformers knows it, below what sharding made of it."""
-    kinds = [kind for kind in type(model).__mro__ if kind.__module__.startswith("transformers")]
-    return (kinds or [type(model)])[0].__name__
 
 
 def _loss_names(model: Any) -> set[str]:
@@ -90,13 +84,9 @@ def count_labels(model: nn.Module, batch: Batch) -> Tensor:
     kind = getattr(model, "loss_type", None)
     if labels.is_floating_point():
         return torch.tensor(float(labels.numel()), device=labels.device)
-    if _predicts_next_token(model, kind):
+    if predicts_next_token(model):
         labels = labels if "shift_labels" in batch else labels[..., 1:]
     elif kind not in _PER_LABEL:
-        known = ", ".join((*_NEXT_TOKEN, *_PER_LABEL))
+        known = ", ".join((*NEXT_TOKEN_LOSSES, *_PER_LABEL))
         raise ValueError(f"{class_name(model)} has a loss of type {kind!r}, whose mean is not known; known: {known}")
     return (labels != IGNORED).sum().float()
-
-
-def _predicts_next_token(model: Any, kind: str | None) -> bool:
-    return kind in _NEXT_TOKEN and not model.config.is_encoder_decoder

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import attrs
 import torch
@@ -15,11 +15,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from nemo_dist.mesh.mesh_context import MeshContext
+from nemo_dist.planning.mesh_plan import Role
 from nemo_dist.plugin.hookspecs import RuntimePart
+from nemo_dist.plugin.protocol import Plugin
 from nemo_dist.plugin.registry import Registry
-
-if TYPE_CHECKING:
-    from nemo_dist.setup.setup import DistributedSetup
+from nemo_dist.torch_private import run_after_backward
 
 FEATURE = "adapters"  # what a strategy lists in ``composes_with`` when it is proven with them
 _LOADED = "loaded_by_nemo_dist"
@@ -32,22 +33,17 @@ def mark_loaded(parts: Iterable[nn.Module]) -> None:
             setattr(parameter, _LOADED, True)
 
 
-def adapted(part: nn.Module) -> nn.Module:
-    """Return the transformers model in *part*, which is that, or PEFT's wrapper of it.
-
-    Raises ValueError for adapters that lengthen the sequence, because a loss is then a mean over more labels.
-    """
+def refuse_prompts(part: nn.Module) -> None:
+    """Raise ValueError for adapters that lengthen the sequence, because a loss is then a mean over more labels."""
     config: Any = getattr(part, "active_peft_config", None)
     if getattr(config, "is_prompt_learning", False):
         raise ValueError(
             f"{type(config).__name__} adds tokens of its own to every sequence, so ranks and batches cannot be "
             "weighted by their labels; use adapters within the model's layers, LoRA for one"
         )
-    within: Any = getattr(part, "get_base_model", None)
-    return within() if callable(within) else part
 
 
-def adapters(setup: DistributedSetup, parts: Sequence[nn.Module]) -> list[RuntimePart]:
+def adapters(parts: Sequence[nn.Module], mesh: MeshContext, strategy: Plugin | None) -> dict[str, RuntimePart]:
     """Make the trainable parameters added to *parts* equal on all ranks, and average their gradients from now on.
 
     Collective over the mesh when there are any; otherwise the answer is empty. Raises ValueError where they are not
@@ -60,25 +56,27 @@ def adapters(setup: DistributedSetup, parts: Sequence[nn.Module]) -> list[Runtim
         if parameter.requires_grad and not hasattr(parameter, _LOADED)
     }
     if not added:
-        return []
-    _refuse(setup, added)
-    group = setup.mesh_context.group("dp_cp")
+        return {}
+    _refuse(added, mesh, strategy)
+    group = mesh.group(Role.TOKENS)
     if group is None:
-        return []
+        return {}
     replicas = _Replicas(list(added.values()), group)
     replicas.start()
-    return [RuntimePart(no_sync=replicas.unsynchronised)]
+    return {FEATURE: RuntimePart(no_sync=replicas.unsynchronised)}
 
 
-def _refuse(setup: DistributedSetup, added: dict[str, nn.Parameter]) -> None:
+def _refuse(added: dict[str, nn.Parameter], mesh: MeshContext, strategy: Plugin | None) -> None:
+    """Refuse every axis but one that splits the batch: nothing else is proven."""
     some = f"{len(added)} trainable parameters were added after loading ({next(iter(added))}, ...)"
-    for axis in ("tp", "cp", "pp", "ep", "dp_replicate"):
-        size = getattr(setup.mesh_context, f"{axis}_size")
-        if size > 1:
-            raise ValueError(f"{some}; this is not proven with {axis} (got {axis}_size={size}), leave it at 1")
-    if setup.strategy is not None and FEATURE not in setup.strategy.composes_with:
+    wide = mesh.wide()
+    batch = [axis for axis in wide if mesh.roles.get(axis) is Role.BATCH]
+    for axis in wide:
+        if axis not in batch or axis in batch[:-1]:
+            raise ValueError(f"{some}; this is not proven with {axis} (got {axis}_size={wide[axis]}), leave it at 1")
+    if strategy is not None and FEATURE not in strategy.composes_with:
         others = " or ".join(map(repr, Registry().composing(FEATURE)))
-        raise ValueError(f"{some}; this is not proven with {setup.strategy.name!r}, use {others}")
+        raise ValueError(f"{some}; this is not proven with {strategy.name!r}, use {others}")
     if any(isinstance(parameter, DTensor) for parameter in added.values()):
         raise ValueError(f"{some} as DTensors; add them as plain tensors, whole on every rank")
 
@@ -106,8 +104,7 @@ class _Replicas:
     def _arrived(self, _: Tensor) -> None:
         if self._synchronised and not self._due:
             self._due = True
-            engine: Any = torch.autograd.Variable._execution_engine
-            engine.queue_callback(self._average)  # at the end of this backward, as FSDP2 does
+            run_after_backward(self._average)
 
     def _average(self) -> None:
         """Average what has accumulated: of an earlier backward's average, the average is itself."""

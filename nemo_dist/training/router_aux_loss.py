@@ -26,7 +26,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers.utils.output_capturing import OutputRecorder
 
-from nemo_dist.training.loss_weighting import class_name
+from nemo_dist.hf_model import class_name
+from nemo_dist.planning.mesh_plan import Role
 
 if TYPE_CHECKING:
     from nemo_dist.mesh.mesh_context import MeshContext
@@ -68,8 +69,8 @@ class RouterLoss:
     def of(cls, parts: Sequence[nn.Module], mesh: MeshContext) -> RouterLoss | None:
         """Hook the routers of *parts*; None where the model has no load balancing loss.
 
-        Ranks of ``dp_cp`` route different tokens and ranks of ``pp`` hold different routers, so what they count is
-        added; ranks of ``tp`` route the same tokens.
+        What is counted is added over the ranks that see different tokens and over those that hold different layers,
+        so other routers; ranks that split parameters route the same tokens.
 
         Raises ValueError when it has one that is turned on, and its form is not known.
         """
@@ -89,7 +90,7 @@ class RouterLoss:
             if default:
                 raise ValueError(unknown)
             return cls(0, 0, 0.0, default, mesh.device, (), unknown)
-        groups = [group for axis in ("dp_cp", "pp") if (group := mesh.group(axis)) is not None]
+        groups = [group for role in (Role.TOKENS, Role.LAYERS) if (group := mesh.group(role)) is not None]
         loss = cls(int(experts), int(top_k), float(coefficient), default, mesh.device, groups)
         for part in parts:
             loss._hook(part)

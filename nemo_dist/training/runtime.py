@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import attrs
 import torch
@@ -15,71 +15,93 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import Optimizer
 
+from nemo_dist.checkpoint import async_save
+from nemo_dist.checkpoint.hf_export import export
+from nemo_dist.checkpoint.load import load
+from nemo_dist.checkpoint.save import save
+from nemo_dist.checkpoint.sharded_model import ShardedModel
+from nemo_dist.errors import PluginError
+from nemo_dist.hf_model import has_towers, inner_model, name_root
 from nemo_dist.mesh.mesh_context import MeshContext
+from nemo_dist.planning.mesh_plan import Role
 from nemo_dist.plugin.hookspecs import Batch, RuntimePart
+from nemo_dist.plugin.protocol import Plugin
 from nemo_dist.training.batch_checks import BatchCheck, require_one_form, tally
 from nemo_dist.training.grad_norm import by_mesh, global_norm, one_mesh_per_group
 from nemo_dist.training.loss_weighting import count_labels, judge_loss
-from nemo_dist.training.peft_adapters import adapted, adapters
+from nemo_dist.training.peft_adapters import adapters, refuse_prompts
 from nemo_dist.training.router_aux_loss import SWITCH, RouterLoss
 
-if TYPE_CHECKING:
-    from nemo_dist.checkpoint.async_save import Save
-    from nemo_dist.setup.setup import DistributedSetup
+RuntimeParts = Callable[[list[nn.Module], object], dict[str, RuntimePart]]
 
 
-@attrs.frozen(kw_only=True, eq=False)
+@attrs.frozen(kw_only=True, eq=False, slots=False)
 class Runtime:
     """Train a sharded model like a single process would; make one with ``setup.runtime(model)``.
 
     Gradients: after ``forward_backward`` every gradient is that of the global token-weighted mean loss, the same as on
     one process that sees the whole batch. Strategies average gradients over the ranks that see different tokens
-    (``dp_cp``); the loss is scaled for that here, once.
+    (``Role.TOKENS``); the loss is scaled for that here, once. ``plugins`` are what the plugins do in a step, by name.
     """
 
-    setup: DistributedSetup
+    sharded: ShardedModel
     model: Any
-    parts: Sequence[nn.Module]
-    plugins: Sequence[RuntimePart]
+    plugins: Mapping[str, RuntimePart]
     router_loss: RouterLoss | None = None
     _agreement: BatchCheck = attrs.field(factory=BatchCheck, init=False)
 
     @classmethod
-    def assemble(cls, setup: DistributedSetup, model: Any) -> Runtime:
-        """Return the runtime of *model*, which a loader returned for *setup*; raise ValueError for another one."""
-        parts = [model] if isinstance(model, nn.Module) else list(getattr(model, "parts", ()))
-        for part in parts or [None]:
-            owner = getattr(part, "distributed_setup", None)
-            if owner is not setup:
-                made = "another setup" if owner is not None else "no setup"
-                raise ValueError(f"the model was loaded with {made}; load it with distributed_setup=<this setup> first")
-        within = [adapted(part) for part in parts]
-        router_loss = RouterLoss.of(within, setup.mesh_context)
+    def assemble(
+        cls, model: Any, sharded: ShardedModel, parts_of_plugins: RuntimeParts, strategy: Plugin | None
+    ) -> Runtime:
+        """Return the runtime of *model*, whose parts are *sharded*; *parts_of_plugins* asks the plugins.
+
+        Raises ValueError for a model whose loss is not known to be a mean over labels, and for adapters that *strategy*
+        is not proven with; PluginError when two plugins would run the batches.
+        """
+        parts = list(sharded.parts)
+        for part in parts:
+            refuse_prompts(part)
+        within = [inner_model(part) for part in parts]
+        router_loss = RouterLoss.of(within, sharded.mesh)
         judge_loss(within[-1], routers_known=router_loss is not None)
-        added = adapters(setup, parts)  # or refuses them, before plugins meet a model that they do not know
-        plugins = [*setup.runtime_parts(parts, model), *added]
-        return cls(setup=setup, model=model, parts=parts, plugins=plugins, router_loss=router_loss)
+        added = adapters(parts, sharded.mesh, strategy)  # or refuses them, before plugins see a model they do not know
+        plugins = parts_of_plugins(parts, model) | added
+        engines = [name for name, part in plugins.items() if part.engine is not None]
+        if len(engines) > 1:
+            raise PluginError(
+                f"plugins {' and '.join(map(repr, engines))} both give an engine, which runs the batches in place of "
+                "all others; leave one of them out"
+            )
+        states = {name: part.state for name, part in plugins.items() if part.state is not None}
+        sharded = attrs.evolve(sharded, states=states)
+        return cls(sharded=sharded, model=model, plugins=plugins, router_loss=router_loss)
+
+    @property
+    def parts(self) -> Sequence[nn.Module]:
+        """The local parts of the model: the model itself, or the stages of this rank."""
+        return self.sharded.parts
 
     @property
     def mesh(self) -> MeshContext:
         """The live mesh."""
-        return self.setup.mesh_context
+        return self.sharded.mesh
 
     @property
     def dp_size(self) -> int:
         """The number of different batches in a step: ``num_replicas`` of a ``DistributedSampler``."""
-        return self.mesh.size("dp")
+        return self.mesh.size(Role.BATCH)
 
     @property
     def dp_rank(self) -> int:
         """Which of them is this rank's: ``rank`` of a ``DistributedSampler``."""
-        return self.mesh.rank("dp")
+        return self.mesh.rank(Role.BATCH)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield the local parameters, each once, under their names in the full model."""
         seen: set[int] = set()
         for part in self.parts:
-            for name, parameter in part.named_parameters():
+            for name, parameter in name_root(part).named_parameters():
                 if id(parameter) not in seen:
                     seen.add(id(parameter))
                     yield name, parameter
@@ -93,13 +115,14 @@ class Runtime:
         if params is None:
             params = [parameter for _, parameter in self.named_parameters() if parameter.requires_grad]
         optimizer = optimizer_type(one_mesh_per_group(params), **options)
-        for part in self.plugins:
+        for part in self._parts:
             optimizer = part.optimizer(optimizer) if part.optimizer else optimizer
-        return optimizer
+        droppers = [part.zero_grad for part in self._parts if part.zero_grad is not None]
+        return _dropping_gradients_of(optimizer, droppers) if droppers else optimizer
 
     def batch(self, batch: Batch) -> dict[str, Any]:
         """Return what this rank computes of the *batch* of its data-parallel rank, on its device."""
-        for part in self.plugins:
+        for part in self._parts:
             batch = part.batch(batch) if part.batch else batch
         device = self.mesh.device
         return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
@@ -127,16 +150,28 @@ class Runtime:
         total = self._total(counts.sum(), given)
         weights = counts / total.clamp(min=1)
         # The strategy will average gradients over these ranks, each of which contributes a sum.
-        scale = 1 if self._token_group is None else self._token_group.size()
+        scale = (1 if self._token_group is None else self._token_group.size()) * self._loss_scale()
         routers = self.router_loss
         if routers is None or not routers.wanted(local):
-            return self._sum_over_batches(self._engine(local, list(weights * scale)) / scale)
-        with routers.step():
-            loss, balance = self._balanced(routers, [routers.without(batch) for batch in local], weights, scale)
-            return self._sum_over_batches(loss / scale) + balance
+            loss, balance = self._engine(local, list(weights * scale)), torch.zeros((), device=self.mesh.device)
+        else:
+            with routers.step():
+                batches = [routers.without(batch) for batch in local]
+                loss, balance = self._balanced(routers, batches, weights, scale)
+        for part in self._parts:
+            if part.after_backward is not None:
+                part.after_backward()
+        return self._sum_over_batches(loss / scale) + balance
+
+    def _loss_scale(self) -> Any:
+        """Return the factor that plugins ask every loss to bear in its backward, 1 where none does."""
+        scale: Any = 1
+        for part in self._parts:
+            scale = scale * part.loss_scale() if part.loss_scale is not None else scale
+        return scale
 
     def _balanced(
-        self, routers: RouterLoss, batches: list[Batch], weights: Tensor, scale: int
+        self, routers: RouterLoss, batches: list[Batch], weights: Tensor, scale: Any
     ) -> tuple[Tensor, Tensor]:
         """Run forward and backward with the router loss; return the weighted model losses and the router loss."""
         settled: list[Tensor] = []
@@ -145,7 +180,7 @@ class Runtime:
             if not settled:
                 settled.append(routers.settle(scale))
 
-        engine = next((part for part in self.plugins if part.engine is not None), None)
+        engine = self._engine_part
         if engine is not None or len(batches) > 1:
             self._survey(engine, routers, batches)
             settle()
@@ -168,9 +203,8 @@ class Runtime:
     def _engine(
         self, batches: list[Batch], weights: list[Tensor], before_backward: Callable[[], None] | None = None
     ) -> Tensor:
-        for part in self.plugins:
-            if part.engine is not None:
-                return part.engine(batches, weights)
+        if self._engine_part is not None and self._engine_part.engine is not None:
+            return self._engine_part.engine(batches, weights)
         return self._accumulate(batches, weights, before_backward)
 
     def _accumulate(
@@ -190,15 +224,23 @@ class Runtime:
 
     @cached_property  # looking a group up on a mesh costs half a millisecond, too much for every step
     def _token_group(self) -> dist.ProcessGroup | None:
-        """The ranks that see different tokens, all data-parallel and context-parallel ones; None when there is one."""
-        return self.mesh.group("dp_cp")
+        """The ranks that see different tokens: other rows, or other parts of them; None when there is one."""
+        return self.mesh.group(Role.TOKENS)
+
+    @cached_property
+    def _parts(self) -> tuple[RuntimePart, ...]:
+        return tuple(self.plugins.values())
+
+    @cached_property
+    def _engine_part(self) -> RuntimePart | None:
+        return next((part for part in self._parts if part.engine is not None), None)
 
     @cached_property
     def _last(self) -> nn.Module:
-        return adapted(self.parts[-1])
+        return inner_model(self.parts[-1])
 
     def _total(self, count: Tensor, given: Sequence[Batch]) -> Tensor:
-        """Sum the label *count* over the ranks that see different tokens, and refuse batches that would not meet."""
+        """Sum the label *count* over the ranks that see different tokens; refuse batches that would make ranks hang."""
         if self._token_group is None:
             return count
         sums = tally(count, given)
@@ -210,11 +252,11 @@ class Runtime:
 
     @cached_property
     def _lockstep(self) -> bool:
-        return any(part.lockstep for part in self.plugins)
+        return any(part.lockstep for part in self._parts)
 
     @cached_property
     def _has_towers(self) -> bool:
-        return any(len(getattr(part.config, "sub_configs", ())) > 1 for part in self.parts)
+        return any(has_towers(inner_model(part)) for part in self.parts)
 
     def _sum_over_batches(self, value: Tensor) -> Tensor:
         """Sum over the ranks that see different tokens."""
@@ -227,27 +269,35 @@ class Runtime:
     def no_sync(self) -> Iterator[None]:
         """Within the context a backward leaves gradients unsynchronised, for accumulation in a loop of your own."""
         with ExitStack() as stack:
-            for part in self.plugins:
+            for part in self._parts:
                 if part.no_sync is not None:
                     stack.enter_context(part.no_sync())
             yield
 
     def metrics(self) -> dict[str, float]:
         """Return what the plugins measured since the last call, by name; collective, and the same on every rank."""
-        return {name: value for part in self.plugins if part.metrics for name, value in part.metrics().items()}
+        return {name: value for part in self._parts if part.metrics for name, value in part.metrics().items()}
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
         """Scale all gradients to a global norm of at most *max_norm*; return the norm before, equal on every rank.
 
         The norm is over every parameter of the whole model once, across all meshes, stages and experts.
         """
-        skipped = {id(parameter) for part in self.plugins for parameter in part.norm_skip}
+        for part in self._parts:
+            if part.before_clip is not None:
+                part.before_clip()
+        skipped = {id(parameter) for part in self._parts for parameter in part.norm_skip}
         parameters = [parameter for _, parameter in self.named_parameters() if parameter.grad is not None]
         counted = [parameter.grad for parameter in parameters if id(parameter) not in skipped]
-        axes = tuple(axis for part in self.plugins for axis in part.norm_axes)
-        norm = global_norm([grad for grad in counted if grad is not None], norm_type, axes, self.mesh)
+        kept = [grad for part in self._parts if part.kept_gradients is not None for grad in part.kept_gradients()]
+        axes = tuple(axis for part in self._parts for axis in part.norm_axes)
+        norm = global_norm([*(grad for grad in counted if grad is not None), *kept], norm_type, axes, self.mesh)
         for group in by_mesh(parameters).values():
             clip_grads_with_norm_(group, max_norm, norm)
+        if kept:
+            factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch clips the others
+            for grad in kept:
+                grad.mul_(factor)
         return norm
 
     def save(
@@ -259,7 +309,7 @@ class Runtime:
         schedulers: Sequence[Any] = (),
         data: Any = None,
         asynchronous: bool = False,
-    ) -> Save:
+    ) -> async_save.Save:
         """Save the run to the folder *path*, so that any strategy and topology can go on; collective over all ranks.
 
         Saved are the weights, the optimizer by parameter name, the learning-rate ``schedulers``, the generators of
@@ -271,9 +321,9 @@ class Runtime:
         Raises CheckpointError where the disk fails, RankError on the other ranks, TypeError for what JSON and
         safetensors cannot hold.
         """
-        from nemo_dist.checkpoint.save import save
-
-        return save(self, path, optimizer, extra=extra, schedulers=schedulers, data=data, asynchronous=asynchronous)
+        return save(
+            self.sharded, path, optimizer, extra=extra, schedulers=schedulers, data=data, asynchronous=asynchronous
+        )
 
     def load(
         self,
@@ -292,9 +342,7 @@ class Runtime:
         Raises CheckpointError that says what is damaged, missing or does not fit, RankError that quotes it on the other
         ranks.
         """
-        from nemo_dist.checkpoint.load import load
-
-        return load(self, path, optimizer, schedulers=schedulers, data=data)
+        return load(self.sharded, path, optimizer, schedulers=schedulers, data=data)
 
     def export(
         self, path: str | os.PathLike[str], dtype: torch.dtype | str | None = None, max_shard_size: int | str = "5GB"
@@ -308,6 +356,35 @@ class Runtime:
 
         Raises CheckpointError where the disk fails or the model is quantized or has adapters, RankError on the others.
         """
-        from nemo_dist.checkpoint.hf_export import export
+        export(self.sharded, path, dtype, max_shard_size)
 
-        export(self, path, dtype, max_shard_size)
+    def close(self) -> None:
+        """Wait for the save under way, and let every plugin give back what it holds; ``with`` does it too.
+
+        Plugins are called in reverse order, all of them, also when one fails; the first error is raised. The model
+        cannot be trained with this runtime afterwards.
+        """
+        with ExitStack() as stack:
+            for part in self._parts:
+                if part.close is not None:
+                    stack.callback(part.close)
+            async_save.finish()
+
+    def __enter__(self) -> Runtime:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def _dropping_gradients_of(optimizer: Any, droppers: Sequence[Callable[[], None]]) -> Any:
+    """Let *optimizer* drop the gradients that plugins keep whenever it drops its own."""
+    found = optimizer.zero_grad
+
+    def zero_grad(*args: Any, **kwargs: Any) -> None:
+        found(*args, **kwargs)
+        for drop in droppers:
+            drop()
+
+    optimizer.zero_grad = zero_grad
+    return optimizer

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import attrs
 
 from nemo_dist import MeshPlan, RuntimePart, Stage, hookimpl
+from nemo_dist.hf_model import inner_model
 from nemo_dist.plugin.comm_estimate import Traffic, shared
-from nemo_dist.plugin.options import boolean, one_of, optional, options
+from nemo_dist_context.config import EXCHANGES, ContextConfig
 
 if TYPE_CHECKING:
     from torch import nn
@@ -16,33 +17,7 @@ if TYPE_CHECKING:
     from nemo_dist import MeshContext
     from nemo_dist.plugin.comm_estimate import ModelFacts
 
-_EXCHANGES = {
-    "all_gather": "all-gather of keys and values",
-    "ulysses": "all-to-all of heads",
-}
-
-
-def _method(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
-    if value == "ring":
-        raise ValueError(
-            "ContextConfig.method 'ring' is not supported: torch's ring attention needs CUDA kernels, and nothing here "
-            "proves it equal to one process; use 'all_gather' or 'ulysses'"
-        )
-    one_of(tuple(_EXCHANGES))(instance, attribute, value)
-
-
-@options(plugin="context")
-class ContextConfig:
-    """How the ranks of ``cp`` compute attention together; pass it as ``plugins=(ContextConfig(...),)``.
-
-    ``method``: "all_gather" gathers all keys and values on every rank, layer by layer, as Llama 3 was trained
-    (arXiv:2407.21783); it works with any number of heads. "ulysses" exchanges parts of the sequence for parts of the
-    heads (DeepSpeed-Ulysses, arXiv:2309.14509); heads must divide. ``balance``: give every rank a chunk from the start
-    and one from the end of a sequence, so that causal attention is equal work for all; None is True for causal models.
-    """
-
-    method: str = attrs.field(default="all_gather", validator=_method)
-    balance: bool | None = attrs.field(default=None, validator=optional(boolean))
+__all__ = ["Context", "ContextConfig"]
 
 
 @attrs.frozen(eq=False)
@@ -62,7 +37,7 @@ class Context:
         from nemo_dist_context.apply import apply_context_parallelism
 
         for part in parts:
-            apply_context_parallelism(part, mesh, self.config)
+            apply_context_parallelism(inner_model(part), mesh, self.config)
 
     @hookimpl
     def runtime(self, parts: list[nn.Module], mesh: MeshContext) -> RuntimePart | None:
@@ -70,7 +45,7 @@ class Context:
 
         if mesh.size("cp") == 1:
             return None
-        return RuntimePart(batch=splitter(parts[0], mesh, self.config))
+        return RuntimePart(batch=splitter(inner_model(parts[0]), mesh, self.config))
 
     @hookimpl
     def explain(self, plan: MeshPlan, model: nn.Module | None) -> str:
@@ -80,7 +55,7 @@ class Context:
         if model is not None:
             kinds = {type(module).__name__ for module in model.modules() if hasattr(module, "is_causal")}
             where = f"every {' and '.join(sorted(kinds))}"
-        return f"context: sequences in {plan.size('cp')} parts, no module; {_EXCHANGES[self.config.method]} in {where}"
+        return f"context: sequences in {plan.size('cp')} parts, no module; {EXCHANGES[self.config.method]} in {where}"
 
     @hookimpl
     def traffic(self, plan: MeshPlan, facts: ModelFacts | None) -> list[Traffic]:

@@ -5,17 +5,18 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from nemo_dist.hf_model import predicts_next_token
 from nemo_dist.training.router_aux_loss import COUNTED
 from nemo_dist_context.attention import SharedAttention
 from nemo_dist_context.batch import SEQUENCES, SequenceSplitter
-from nemo_dist_context.model_check import counts_positions, is_causal, predicts_next_token, require_splittable
+from nemo_dist_context.model_check import counts_positions, is_causal, require_splittable
 from nemo_dist_context.sequence_layout import SequenceLayout
 
 if TYPE_CHECKING:
     from torch import nn
 
     from nemo_dist import MeshContext
-    from nemo_dist_context import ContextConfig
+    from nemo_dist_context.config import ContextConfig
 
 
 def apply_context_parallelism(part: Any, mesh: MeshContext, config: ContextConfig) -> None:

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from nemo_dist.torch_private import current_dispatch_mode
 from nemo_dist_context.batch import APPENDED
 from nemo_dist_context.collectives import gather_sequence, to_heads, to_sequence
 
@@ -140,7 +140,7 @@ def _lower_right(queries: int, keys: int, device: torch.device) -> Tensor:
     torch's own bias, which its fused kernels know, is a tensor subclass and cannot be made under the dispatch mode of
     selective recomputation; and the CPU has no kernel for it.
     """
-    if device.type == "cuda" and _get_current_dispatch_mode() is None:
+    if device.type == "cuda" and current_dispatch_mode() is None:
         return causal_lower_right(queries, keys)
     positions = torch.arange(keys, device=device)
     return (positions[None, :] <= positions[keys - queries :, None])[None, None]

@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from nemo_dist.hf_model import IGNORED
 from nemo_dist.training.router_aux_loss import COUNTED
 from nemo_dist_context.sequence_layout import SequenceLayout
 
 SEQUENCES = "sequence_ids"  # only a split batch has it; the model's forward pre-hook takes it out again
 APPENDED = -1  # the sequence id of padding that makes the length divide
-_IGNORED = -100
 _FILL = {
     "input_ids": 0,
     "inputs_embeds": 0,
-    "labels": _IGNORED,
-    "shift_labels": _IGNORED,
+    "labels": IGNORED,
+    "shift_labels": IGNORED,
     "position_ids": 0,
     "token_type_ids": 0,
 }
@@ -68,7 +68,7 @@ class SequenceSplitter:
                 "tokens attend to other sequences; add use_cache=False to the batch, or set it in the model's config"
             )
         if self.shifts and "labels" in tensors:
-            tensors.setdefault("shift_labels", pad(tensors["labels"], (0, 1), value=_IGNORED)[:, 1:])
+            tensors.setdefault("shift_labels", pad(tensors["labels"], (0, 1), value=IGNORED)[:, 1:])
             tensors["labels"] = tensors["shift_labels"]  # the loss function reads only the shifted ones
         whole = self.layout.padded(length)
         index = torch.tensor(self.layout.indices(whole), device=device)

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from nemo_dist.torch_private import collective_operators as operators
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-_ops = torch.ops._c10d_functional
 
 
 class _Gather(torch.autograd.Function):
@@ -22,12 +22,12 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, part: Tensor, group: ProcessGroup) -> Tensor:
         ctx.group = group
-        whole = _ops.all_gather_into_tensor(part.contiguous(), group.size(), group.group_name)
+        whole = operators.all_gather_into_tensor(part.contiguous(), group.size(), group.group_name)
         return _wait(whole)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        part = _ops.reduce_scatter_tensor(grad.contiguous(), "sum", ctx.group.size(), ctx.group.group_name)
+        part = operators.reduce_scatter_tensor(grad.contiguous(), "sum", ctx.group.size(), ctx.group.group_name)
         return _wait(part), None
 
 
@@ -46,11 +46,11 @@ class _Exchange(torch.autograd.Function):
 
 def _all_to_all(slices: Tensor, group: ProcessGroup) -> Tensor:
     sizes = [1] * group.size()
-    return _wait(_ops.all_to_all_single(slices.contiguous(), sizes, sizes, group.group_name))
+    return _wait(operators.all_to_all_single(slices.contiguous(), sizes, sizes, group.group_name))
 
 
 def _wait(pending: Tensor) -> Tensor:
-    done: Tensor = _ops.wait_tensor(pending)
+    done: Tensor = operators.wait_tensor(pending)
     return done
 
 

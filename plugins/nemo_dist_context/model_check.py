@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-_NEXT_TOKEN = ("ForCausalLM", "ForConditionalGeneration")
+from nemo_dist.hf_model import NEXT_TOKEN_LOSSES, has_towers, towers
+
 _PER_TOKEN = ("ForTokenClassification", "ForMaskedLM")
 _LAYERS = {"full_attention", "sliding_attention"}
 _ROPES_BY_LENGTH = {"dynamic", "longrope"}
@@ -24,11 +25,6 @@ def require_splittable(model: Any, method: str, ranks: int, tensor_ranks: int) -
         raise ValueError(
             f"cp_size={ranks} does not fit {type(model).__name__}:\n" + "\n".join(f"- {reason}" for reason in reasons)
         )
-
-
-def predicts_next_token(model: Any) -> bool:
-    """Whether the loss of *model* compares a token's output with the next label."""
-    return getattr(model, "loss_type", None) in _NEXT_TOKEN
 
 
 def is_causal(model: Any) -> bool:
@@ -47,9 +43,9 @@ def _structure(model: Any) -> Iterator[str]:
     text = config.get_text_config()
     if config.is_encoder_decoder:
         yield "it has an encoder and a decoder, whose sequences differ; use cp_size=1"
-    if len(config.sub_configs) > 1:
-        towers = ", ".join(config.sub_configs)
-        yield f"it has several towers ({towers}), and images or sounds cannot be split with the tokens; use cp_size=1"
+    if has_towers(model):
+        names = ", ".join(towers(model))
+        yield f"it has several towers ({names}), and images or sounds cannot be split with the tokens; use cp_size=1"
     if config._attn_implementation != "sdpa":
         yield (
             f"its attention implementation is {config._attn_implementation!r}, and only 'sdpa' is exact on parts of a "
@@ -85,8 +81,8 @@ def _ropes(config: Any) -> set[str]:
 
 def _loss(model: Any) -> Iterator[str]:
     kind = getattr(model, "loss_type", None)
-    if kind not in (*_NEXT_TOKEN, *_PER_TOKEN):
-        known = ", ".join((*_NEXT_TOKEN, *_PER_TOKEN))
+    if kind not in (*NEXT_TOKEN_LOSSES, *_PER_TOKEN):
+        known = ", ".join((*NEXT_TOKEN_LOSSES, *_PER_TOKEN))
         yield f"its loss ({kind}) is not a mean over tokens, which all ranks could share; known: {known}"
 
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch.distributed._composable.replicate import replicate as torch_replicate
 
+from nemo_dist import Role
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
 
 def replicate(part: nn.Module, mesh: MeshContext, options: dict[str, Any]) -> None:
     """Average the gradients of *part* over the data-parallel ranks during every backward."""
-    group = mesh.group("dp")
+    group = mesh.group(Role.TOKENS)
     if group is not None:
         torch_replicate(part, process_group=group, **options)
 

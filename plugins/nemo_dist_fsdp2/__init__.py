@@ -2,69 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import attrs
 
-from nemo_dist import MeshPlan, RuntimePart, Stage, hookimpl
-from nemo_dist.planning.validation import FrozenMapping
+from nemo_dist import MeshPlan, Role, RuntimePart, Stage, hookimpl
+from nemo_dist.hf_model import inner_model
 from nemo_dist.plugin.comm_estimate import Traffic, bytes_of, shared
-from nemo_dist.plugin.mixed_precision import mixed_precision_fields
-from nemo_dist.plugin.options import boolean, integer, options
-from nemo_dist_fsdp2.policies import offload_fields
+from nemo_dist_fsdp2.config import FSDP2Config
 
 if TYPE_CHECKING:
     from torch import nn
-    from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
 
     from nemo_dist.mesh.mesh_context import MeshContext
     from nemo_dist.plugin.comm_estimate import ModelFacts
 
 _POLICY = ("param_dtype", "reduce_dtype")
 
-
-def _reshard(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
-    if value is not None and not isinstance(value, bool):
-        integer(at_least=2)(instance, attribute, value)
-
-
-def _frozen(value: Any) -> Any:
-    """Return a frozen copy of a plan; the plugin of the ``tp`` axis checks what is in it."""
-    return FrozenMapping(value) if isinstance(value, dict) else value
-
-
-@options(plugin="fsdp2")
-class FSDP2Config:
-    """Options of FSDP2.
-
-    ``mp_policy``: torch's ``MixedPrecisionPolicy``, or its fields as a dict of dtype names; None computes in bfloat16
-    and reduces gradients in float32. ``offload_policy``: torch's ``CPUOffloadPolicy``, or "cpu", or its ``pin_memory``
-    in a dict; None keeps the shards on the device. ``reshard_after_forward``: free the gathered parameters of a block
-    after its forward; an int reshards to that many ranks; None is True for blocks, but False for what the end of the
-    forward needs and in the stages of a pipeline. ``defer_fsdp_grad_sync``: reduce gradients once per
-    ``forward_backward``, not once per batch of a list (faster, but holds whole gradients).
-    ``forward_prefetch_depth``, ``backward_prefetch_depth``: how many blocks ahead are gathered.
-    ``enable_compile``: run ``torch.compile`` on every block. ``activation_checkpointing`` is the same as on
-    ``DistributedSetup.build``; ``activation_checkpointing_scope`` restricts it to parts of a model of several towers:
-    one or more of "language", "vision", "audio" and "multimodal"; None is all. ``sequence_parallel``, ``tp_plan`` and
-    ``enable_async_tensor_parallel`` go to the plugin of the ``tp`` axis, and are refused without one.
-    """
-
-    mp_policy: MixedPrecisionPolicy | dict[str, Any] | None = attrs.field(
-        default=None, converter=mixed_precision_fields
-    )
-    offload_policy: OffloadPolicy | dict[str, Any] | str | None = attrs.field(default=None, converter=offload_fields)
-    reshard_after_forward: bool | int | None = attrs.field(default=None, validator=_reshard)
-    defer_fsdp_grad_sync: bool = attrs.field(default=True, validator=boolean)
-    forward_prefetch_depth: int = attrs.field(default=1, validator=integer(at_least=1))
-    backward_prefetch_depth: int = attrs.field(default=1, validator=integer(at_least=1))
-    enable_compile: bool = attrs.field(default=False, validator=boolean)
-    activation_checkpointing: bool | str = False
-    sequence_parallel: bool = attrs.field(default=False, validator=boolean)
-    tp_plan: Mapping[str, str] | None = attrs.field(default=None, converter=_frozen)
-    enable_async_tensor_parallel: bool = attrs.field(default=False, validator=boolean)
-    activation_checkpointing_scope: str | Sequence[str] | None = None
+__all__ = ["FSDP2", "FSDP2Config"]
 
 
 @attrs.frozen(eq=False)
@@ -79,10 +35,23 @@ class FSDP2:
         {"activation_checkpointing", "activation_checkpointing:selective", "adapters", "cp", "ep", "pp", "tp"}
     )
     delegates: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "tp": ("tp_plan", "sequence_parallel", "enable_async_tensor_parallel")
+        "activation_checkpointing": ("activation_checkpointing", "activation_checkpointing_scope"),
+        "tp": ("tp_plan", "sequence_parallel", "enable_async_tensor_parallel"),
     }
 
     config: FSDP2Config = attrs.field(factory=FSDP2Config)
+
+    @property
+    def features(self) -> Mapping[str, str]:
+        """What other plugins may not be proven with, each with the option that asked for it."""
+        reshard = self.config.reshard_after_forward
+        asked = {
+            "compile": "enable_compile=True" if self.config.enable_compile else "",
+            "offload": "offload_policy" if self.config.offload_policy is not None else "",
+            "reshard_after_forward": f"reshard_after_forward={reshard}" if reshard else "",
+            "reduce_every_backward": "" if self.config.defer_fsdp_grad_sync else "defer_fsdp_grad_sync=False",
+        }
+        return {feature: option for feature, option in asked.items() if option}
 
     @hookimpl
     def validate(self, plan: MeshPlan) -> list[str]:
@@ -99,15 +68,17 @@ class FSDP2:
         from nemo_dist_fsdp2.sharding import shard
 
         for part in parts:
-            shard(part, mesh, self.config)
+            shard(inner_model(part), mesh, self.config)
 
     @hookimpl
     def runtime(self, parts: list[nn.Module], mesh: MeshContext) -> RuntimePart:
         from nemo_dist_fsdp2.sharding import unsynchronised
 
         return RuntimePart(
-            no_sync=(lambda: unsynchronised(parts)) if self.config.defer_fsdp_grad_sync else None,
-            lockstep=mesh.size("dp_cp") > 1,
+            no_sync=(lambda: unsynchronised([inner_model(part) for part in parts]))
+            if self.config.defer_fsdp_grad_sync
+            else None,
+            lockstep=mesh.size(Role.TOKENS) > 1,
         )
 
     @hookimpl
@@ -142,7 +113,9 @@ class FSDP2:
         if shards == 1:
             return []
         reshard = (
-            plan.size("pp") == 1 if self.config.reshard_after_forward is None else self.config.reshard_after_forward
+            plan.splitting(Role.LAYERS) == 1
+            if self.config.reshard_after_forward is None
+            else self.config.reshard_after_forward
         )
         again = ", and again in the backward those of blocks and embedding" if reshard else ""
         gathered = reduced = averaged = None

@@ -12,13 +12,15 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import Shard
 
+from nemo_dist import hf_model
+from nemo_dist.planning.mesh_plan import Role
 from nemo_dist.plugin.mixed_precision import mixed_precision
-from nemo_dist.plugin.sharding_override import Placement, placements
+from nemo_dist.plugin.sharding_override import ShardingOverride, sharding_overrides
 from nemo_dist_fsdp2.policies import offload
 
 if TYPE_CHECKING:
     from nemo_dist.mesh.mesh_context import MeshContext
-    from nemo_dist_fsdp2 import FSDP2Config
+    from nemo_dist_fsdp2.config import FSDP2Config
 
 
 def shard(model: nn.Module, mesh: MeshContext, config: FSDP2Config) -> None:
@@ -34,9 +36,9 @@ def shard(model: nn.Module, mesh: MeshContext, config: FSDP2Config) -> None:
     }
     reshard = config.reshard_after_forward
     # A pipeline stage runs several forwards before the first backward: gather its blocks once for all of them.
-    block_reshard = mesh.size("pp") == 1 if reshard is None else reshard
+    block_reshard = mesh.size(Role.LAYERS) == 1 if reshard is None else reshard
     _shard_placed(model, options, bool(block_reshard))
-    blocks = _blocks(model)
+    blocks = _untied(model, hf_model.blocks(model).values())
     for block in blocks:
         if config.enable_compile:
             block.compile()
@@ -55,37 +57,35 @@ def described(model: nn.Module) -> str:
     """Return the classes of the modules that are gathered one by one, and how many of each there are."""
     sharded: list[nn.Module] = [module for module in model.modules() if isinstance(module, FSDPModule)]
     ends = [*_untied(model, _embeddings(model)), *_untied(model, _tail(model))]
-    names = Counter(_own_class(module) for module in sharded or [*_blocks(model), *ends, model])
+    names = Counter(
+        hf_model.class_name(module)
+        for module in sharded or [*_untied(model, hf_model.blocks(model).values()), *ends, model]
+    )
     return ", ".join(f"{count} {name}" for name, count in names.items())
-
-
-def _own_class(module: nn.Module) -> str:
-    """Return the name of the class that *module* had before it was sharded."""
-    return type(module).__mro__[2 if isinstance(module, FSDPModule) else 0].__name__
 
 
 def _shard_placed(model: nn.Module, options: dict[str, Any], reshard: bool) -> None:
     """Shard the modules for which another plugin overrides how, before the blocks that contain them."""
-    for module, placement in placements(model).items():
-        own: dict[str, Any] = {"reshard_after_forward": reshard, "shard_placement_fn": _along(placement, module)}
-        if placement.reshard_after_forward is not None:
-            own["reshard_after_forward"] = placement.reshard_after_forward
-        if placement.mp_policy is not None:
-            own["mp_policy"] = mixed_precision(placement.mp_policy)
-        if placement.mesh is not None:
-            own["mesh"] = placement.mesh
+    for module, override in sharding_overrides(model).items():
+        own: dict[str, Any] = {"reshard_after_forward": reshard, "shard_placement_fn": _along(override, module)}
+        if override.reshard_after_forward is not None:
+            own["reshard_after_forward"] = override.reshard_after_forward
+        if override.mp_policy is not None:
+            own["mp_policy"] = mixed_precision(override.mp_policy)
+        if override.mesh is not None:
+            own["mesh"] = override.mesh
         placed = fully_shard(module, **{**options, **own})
-        if placement.mesh is None:
+        if override.mesh is None:
             continue
-        placed.set_gradient_divide_factor(float(placement.grad_divisor))
+        placed.set_gradient_divide_factor(float(override.grad_divisor))
         # For a divisor other than the group size FSDP2 takes a premultiplied sum, which gloo lacks: sum, then divide.
         # With a shard axis of one rank there is no reduction, and forcing a sum would divide twice.
-        placed.set_force_sum_reduction_for_comms(placement.mesh.size(-1) > 1)
+        placed.set_force_sum_reduction_for_comms(override.mesh.size(-1) > 1)
 
 
-def _along(placement: Placement, module: nn.Module) -> Callable[[nn.Parameter], Shard]:
+def _along(override: ShardingOverride, module: nn.Module) -> Callable[[nn.Parameter], Shard]:
     """Return the function by which ``fully_shard`` finds the dim to shard of every parameter of *module*."""
-    dims = {parameter: placement.dims.get(name, 0) for name, parameter in module.named_parameters()}
+    dims = {parameter: override.dims.get(name, 0) for name, parameter in module.named_parameters()}
     return lambda parameter: Shard(dims[parameter])
 
 
@@ -95,8 +95,9 @@ def data_mesh(mesh: MeshContext) -> DeviceMesh:
     Where no other axis shards the parameters the mesh is named "fsdp", by which PEFT tells a module that computes on
     whole, gathered parameters from one that computes on its shard.
     """
-    if mesh.size("dp_replicate") > 1:
-        return mesh["dp_replicate", "dp_shard_cp"]
+    replicas = "replicas" if mesh.size("replicas") > 1 else "dp_replicate"  # with axes of other plugins, or without
+    if mesh.size(replicas) > 1:
+        return mesh[replicas, "dp_shard_cp"]
     group = mesh.group("dp_shard_cp")
     if group is None or mesh.size("tp") > 1:
         return mesh["dp_shard_cp"]
@@ -114,18 +115,6 @@ def unsynchronised(parts: list[nn.Module]) -> Iterator[None]:
     finally:
         for part in sharded:
             part.set_requires_gradient_sync(True)
-
-
-def _blocks(model: nn.Module) -> list[nn.Module]:
-    """Return the repeated blocks of *model*: the outermost modules of the classes that it declares indivisible."""
-    names = set(getattr(model, "_no_split_modules", None) or ())
-    found: list[nn.Module] = []
-    inside: set[nn.Module] = set()
-    for module in model.modules():
-        if type(module).__name__ in names and module not in inside:
-            found.append(module)
-            inside.update(module.modules())
-    return _untied(model, found)
 
 
 def _embeddings(model: Any) -> list[nn.Module]:

@@ -10,10 +10,10 @@ import attrs
 import torch
 import torch.distributed as dist
 from megatron_fsdp import fully_shard_optimizer
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves
 
+from nemo_dist.torch_private import run_after_backward, tensors_in
 from nemo_dist_megatron_fsdp.row_layout import RowLayout
 
 _ENGINE = "_nemo_dist_megatron_fsdp"  # key in the model's __dict__, so that the engine is no submodule
@@ -106,7 +106,7 @@ class Engine:
         self.wrapper._replace_param_with_distributed_if_needed()
         if not torch.is_grad_enabled():
             return
-        tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        tensors = [tensor for tensor in tensors_in(output) if tensor.requires_grad]
         # The package's own hook needs a model that returns tensors; a transformers model returns a ModelOutput.
         torch.autograd.graph.register_multi_grad_hook(tensors, self._before_backward, mode="any")
 
@@ -118,11 +118,10 @@ class Engine:
         self.in_backward = True
         self._let_package_reduce(self.synchronise and self.wrapper.ddp_config.overlap_grad_reduce)
         self.wrapper._replace_param_with_raw_if_needed()
-        engine: Any = torch.autograd.Variable._execution_engine
         if not self.wrapper._root_pre_backward_hook_issued:
             self.wrapper.pre_backward()
-            engine.queue_callback(self.wrapper.post_backward)
-        engine.queue_callback(self._after_backward)
+            run_after_backward(self.wrapper.post_backward)
+        run_after_backward(self._after_backward)
 
     def _after_backward(self) -> None:
         self.in_backward = False

@@ -16,7 +16,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
-from torch.distributed.tensor.placement_types import Placement, _StridedShard
+from torch.distributed.tensor.placement_types import Placement
+
+from nemo_dist.mesh.dtensor import from_local
+from nemo_dist.torch_private import StridedShard
 
 _DATA = 0  # the first dim of the mesh that parameters are sharded over; the second one is tensor parallelism
 
@@ -33,13 +36,12 @@ def even(tensor: Tensor, local: Tensor, mesh: DeviceMesh) -> DTensor:
     *tensor* has the global shape: a plain tensor, or a DTensor over the tensor-parallel ranks.
     """
     data: Placement = Shard(0)
-    shape, stride = tensor.shape, tensor.stride()
     if not isinstance(tensor, DTensor):
-        return DTensor.from_local(local, mesh[_names(mesh)[_DATA]], [data], run_check=False, shape=shape, stride=stride)
+        return from_local(local, mesh[_names(mesh)[_DATA]], [data], like=tensor)
     (across,) = tensor.placements
-    if across.is_shard(0) or (isinstance(across, _StridedShard) and across.dim == 0):
-        data = _StridedShard(0, split_factor=mesh.size(1))  # the tensor-parallel ranks split dim 0 first
-    return DTensor.from_local(local, mesh, [data, across], run_check=False, shape=shape, stride=stride)
+    if across.is_shard(0) or (isinstance(across, StridedShard) and across.dim == 0):
+        data = StridedShard(0, split_factor=mesh.size(1))  # the tensor-parallel ranks split dim 0 first
+    return from_local(local, mesh, [data, across], like=tensor)
 
 
 def tensor_dim(tensor: DTensor) -> int:
@@ -153,14 +155,8 @@ class RowLayout:
         """Convert tensors of *state* in even chunks to the layout of parameters; collective, in their order."""
         for name, tensor in self._like_parameters(state):
             own = self.splits[name].own
-            state[name] = DTensor.from_local(
-                self.own_part(name, tensor).clone(),
-                own.device_mesh,
-                own.placements,
-                run_check=False,
-                shape=own.shape,
-                stride=own.stride(),
-            )
+            part = self.own_part(name, tensor).clone()
+            state[name] = from_local(part, own.device_mesh, own.placements, like=own)
 
     def _like_parameters(self, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Any]]:
         for name, tensor in list(state.items()):

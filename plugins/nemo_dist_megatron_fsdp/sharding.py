@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from nemo_dist.errors import TopologyError
+from nemo_dist.hf_model import blocks
+from nemo_dist.mesh.dtensor import local, parameter_slots
 from nemo_dist_megatron_fsdp.engine import Engine
 from nemo_dist_megatron_fsdp.row_layout import RowLayout, even, even_rows, tensor_dim
 
 if TYPE_CHECKING:
     from nemo_dist.mesh.mesh_context import MeshContext
-    from nemo_dist_megatron_fsdp import MegatronFSDPConfig
+    from nemo_dist_megatron_fsdp.config import MegatronFSDPConfig
 
 _WHOLE = "_nemo_dist_megatron_fsdp_whole"  # the parameters on meta before sharding, kept until the weights are loaded
 
@@ -49,10 +51,10 @@ def shard_evenly(model: nn.Module, mesh: MeshContext) -> None:
     model.__dict__[_WHOLE] = whole
     ranks, rank = own_mesh.size(0), own_mesh.get_local_rank(0)
     shards: dict[int, nn.Parameter] = {}
-    for module, name, parameter in _slots(model):
+    for _, module, name, parameter in parameter_slots(model):
         if id(parameter) not in shards:
-            local = _local(parameter)
-            shard = even(parameter, local.split(even_rows(len(local), ranks))[rank], own_mesh)
+            whole_rows = local(parameter)
+            shard = even(parameter, whole_rows.split(even_rows(len(whole_rows), ranks))[rank], own_mesh)
             shards[id(parameter)] = nn.Parameter(shard, requires_grad=parameter.requires_grad)
         setattr(module, name, shards[id(parameter)])
 
@@ -113,10 +115,9 @@ def take_over(model: nn.Module, mesh: MeshContext, config: MegatronFSDPConfig) -
 def unit_classes(model: nn.Module, config: MegatronFSDPConfig) -> list[type[nn.Module]]:
     """Return the classes of the units of *model*: those in *config*, or the blocks that the model declares."""
     names = config.megatron_fsdp_unit_modules
-    declared = set(getattr(model, "_no_split_modules", None) or ())
     present = {type(module) for module in model.modules()}
     if names is None:
-        found = {cls for cls in present if cls.__name__ in declared}
+        found = {type(block) for block in blocks(model).values()}
     else:
         found = {cls for cls in present if {cls.__name__, f"{cls.__module__}.{cls.__qualname__}"} & set(names)}
         known = {name for cls in found for name in (cls.__name__, f"{cls.__module__}.{cls.__qualname__}")}
@@ -131,25 +132,15 @@ def unit_classes(model: nn.Module, config: MegatronFSDPConfig) -> list[type[nn.M
     return sorted(found, key=lambda cls: cls.__name__)
 
 
-def _slots(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
-    for module in model.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            yield module, name, parameter
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def _replace_by_zeros(model: nn.Module, sources: Mapping[str, Tensor], whole: Mapping[str, nn.Parameter]) -> None:
     """Replace the parameters by ones of their full data-parallel size without storage: one zero, expanded."""
     made: dict[int, nn.Parameter] = {}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    for module, slot, parameter in _slots(model):
+    for _, module, slot, parameter in parameter_slots(model):
         if id(parameter) not in made:
             name = names[id(parameter)]
-            zero = torch.zeros((), dtype=sources[name].dtype, device=_local(sources[name]).device)
-            replaced = nn.Parameter(zero.expand(_local(whole[name]).shape), requires_grad=parameter.requires_grad)
+            zero = torch.zeros((), dtype=sources[name].dtype, device=local(sources[name]).device)
+            replaced = nn.Parameter(zero.expand(local(whole[name]).shape), requires_grad=parameter.requires_grad)
             _mark(replaced, whole[name])
             made[id(parameter)] = replaced
         setattr(module, slot, made[id(parameter)])

@@ -2,49 +2,26 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+import math
+from typing import TYPE_CHECKING, ClassVar
 
 import attrs
 
-from nemo_dist import Axis, MeshPlan, ParallelismSizes, Plugin, RuntimePart, Stage, View, hookimpl
-from nemo_dist.plugin.mixed_precision import mixed_precision_fields
-from nemo_dist.plugin.options import boolean, one_of, optional, options
+from nemo_dist import Axis, MeshPlan, ParallelismSizes, Plugin, Role, RuntimePart, Stage, View, hookimpl
+from nemo_dist.hf_model import inner_model
+from nemo_dist.plugin.protocol import asked_for
 from nemo_dist_moe.comm_estimate import BETWEEN, dispatch, shards
+from nemo_dist_moe.config import MoEParallelizerConfig
 
 if TYPE_CHECKING:
     from torch import nn
-    from torch.distributed.fsdp import MixedPrecisionPolicy
 
     from nemo_dist.mesh.mesh_context import MeshContext
     from nemo_dist.plugin.comm_estimate import ModelFacts, Traffic
 
-_DISPATCHERS = ("auto", "all_to_all", "all_reduce")
-_PRECISIONS = ("float32", "bfloat16", "float16")
 _WITHIN = "ep_within_replica"
 
-
-@options(plugin="moe")
-class MoEParallelizerConfig:
-    """Options of expert parallelism.
-
-    ``dispatcher``: ``"all_to_all"`` sends every token to the ranks of its experts; ``"all_reduce"`` runs the local
-    experts on all tokens and sums the outputs, which needs ranks that hold the same tokens (ep = tp); ``"auto"`` takes
-    the first in training, the second where no gradient is needed. ``reshard_after_forward``: free the gathered experts
-    of a block after its forward; None does as the strategy does. ``mp_policy``: the dtypes for the experts, in place of
-    the strategy's; torch's ``MixedPrecisionPolicy`` or its fields as a dict of dtype names. ``lm_head_precision``: the
-    dtype to compute the output head in, "float32" say; None is the strategy's.
-    """
-
-    dispatcher: str = attrs.field(default="auto", validator=one_of(_DISPATCHERS))
-    reshard_after_forward: bool | None = attrs.field(default=None, validator=optional(boolean))
-    mp_policy: MixedPrecisionPolicy | dict[str, Any] | None = attrs.field(
-        default=None, converter=mixed_precision_fields
-    )
-    lm_head_precision: str | None = attrs.field(
-        default=None,
-        converter=lambda value: None if value is None else str(value).removeprefix("torch."),
-        validator=optional(one_of(_PRECISIONS)),
-    )
+__all__ = ["MoE", "MoEParallelizerConfig"]
 
 
 @attrs.frozen(eq=False)
@@ -95,14 +72,13 @@ class MoE:
                 f"dispatcher='all_reduce' needs ranks that hold the same tokens, ep_size = tp_size (got "
                 f"{sizes.ep_size} and {sizes.tp_size}); use 'all_to_all' or 'auto'"
             )
-        if any(getattr(plugin.config, "sequence_parallel", False) for plugin in plugins):
+        if asked_for(plugins, "sequence_parallel"):
             problems.append(
-                f"sequence_parallel=True cuts the tokens between layers, which routers and experts take whole: no rule "
-                f"gathers them there, and their dispatch does the cutting; leave it out, or set ep_size={sizes.ep_size}"
-                " to 1"
+                f"sequence_parallel=True splits the tokens between layers, but routers and experts need all of them, "
+                f"and their dispatch does the splitting; leave it out, or set ep_size={sizes.ep_size} to 1"
             )
-        if any(getattr(plugin.config, "enable_compile", False) for plugin in plugins):
-            problems.append("enable_compile is not proven with expert parallelism; leave it out, or set ep_size to 1")
+        if option := asked_for(plugins, "compile"):
+            problems.append(f"{option} is not proven with expert parallelism; leave it out, or set ep_size to 1")
         for plugin in plugins:
             for axis in sorted(plugin.axes - self.composes_with - self.axes):
                 if axis in plan.dense and plan.size(axis) > 1:
@@ -116,15 +92,16 @@ class MoE:
     def shard(self, parts: list[nn.Module], mesh: MeshContext, plan: MeshPlan) -> None:
         from nemo_dist_moe.experts import shard_experts, shard_head
 
-        shard_experts(parts, mesh, self.config, experts_everywhere=plan.size("pp") == 1)
+        models = [inner_model(part) for part in parts]
+        shard_experts(models, mesh, self.config, experts_everywhere=plan.splitting(Role.LAYERS) == 1)
         if self.config.lm_head_precision is not None:
-            shard_head(parts, self.config.lm_head_precision)
+            shard_head(models, self.config.lm_head_precision)
 
     @hookimpl
     def runtime(self, parts: list[nn.Module], mesh: MeshContext) -> RuntimePart:
         from nemo_dist_moe.expert_load import ExpertLoad
 
-        return RuntimePart(metrics=ExpertLoad.watch(parts, mesh).metrics)
+        return RuntimePart(metrics=ExpertLoad.watch([inner_model(part) for part in parts], mesh).metrics)
 
     @hookimpl
     def traffic(self, plan: MeshPlan, facts: ModelFacts | None) -> list[Traffic]:
@@ -138,4 +115,6 @@ class MoE:
 
 
 def _stage_ranks(sizes: ParallelismSizes, world_size: int) -> int:
-    return sizes.dp(world_size) * sizes.cp_size * sizes.tp_size
+    """Return how many ranks hold the same layers, and share their experts."""
+    layers = sizes.pp_size * math.prod(sizes.own_axes(Role.LAYERS).values())
+    return sizes.dp(world_size) * sizes.model_size // layers

@@ -10,7 +10,7 @@ from nemo_dist.plugin.comm_estimate import Traffic, bytes_of, readable, shared
 if TYPE_CHECKING:
     from nemo_dist import MeshPlan
     from nemo_dist.plugin.comm_estimate import ModelFacts
-    from nemo_dist_moe import MoEParallelizerConfig
+    from nemo_dist_moe.config import MoEParallelizerConfig
 
 BETWEEN = "ep_between_replicas"  # the axis of the replicas that hold the same shards of experts
 _COUNT = 8  # bytes of the number of tokens for one expert

@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from nemo_dist.plugin.sharding_override import placements
+from nemo_dist import Role
+from nemo_dist.plugin.sharding_override import sharding_overrides
 
 if TYPE_CHECKING:
     from nemo_dist.mesh.mesh_context import MeshContext
@@ -28,7 +29,7 @@ class ExpertLoad:
         """Start counting, in the forward of every layer of experts in *parts*."""
         load = cls(mesh)
         for part in parts:
-            for module in placements(part):
+            for module in sharding_overrides(part):
                 experts = int(getattr(module, "num_experts", 0)) * mesh.size("ep")
                 if experts:
                     load.counts[module] = torch.zeros(experts, device=mesh.device)
@@ -43,12 +44,12 @@ class ExpertLoad:
         """
         worst = torch.zeros((), device=self.mesh.device)
         for counts in self.counts.values():
-            group = self.mesh.group("dp_cp")
+            group = self.mesh.group(Role.TOKENS)
             if group is not None:
                 dist.all_reduce(counts, group=group)
             worst = torch.maximum(worst, counts.max() / counts.mean().clamp(min=torch.finfo(counts.dtype).tiny))
             counts.zero_()
-        stages = self.mesh.group("pp")
+        stages = self.mesh.group(Role.LAYERS)
         if stages is not None:
             dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=stages)
         return {"expert_load_max_over_mean": worst.item()}

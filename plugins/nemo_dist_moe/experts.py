@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers.distributed.expert_parallel import apply_expert_parallelism
 
-from nemo_dist import TopologyError
-from nemo_dist.plugin.sharding_override import Placement, place
+from nemo_dist import Role, TopologyError
+from nemo_dist.mesh.dtensor import local
+from nemo_dist.plugin.forwards import wrap_forward
+from nemo_dist.plugin.sharding_override import ShardingOverride, override_sharding
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
     from nemo_dist.mesh.mesh_context import MeshContext
-    from nemo_dist_moe import MoEParallelizerConfig
+    from nemo_dist_moe.config import MoEParallelizerConfig
 
 _DISPATCH, _BY_EXPERT = "ep_dispatch_experts", "grouped_gemm"
 
@@ -38,15 +38,15 @@ def shard_experts(
         apply_expert_parallelism(part, mesh["ep"], mesh["tp"], plan, config.dispatcher)
         shard_mesh = _shard_mesh(mesh)
         for name, module in experts.items():
-            module.forward = partial(_not_a_view, module.forward)
+            wrap_forward(module, _not_a_view)
             dims = {key: _dim(f"{name}.{key}", p, part, shard_mesh.size(-1)) for key, p in module.named_parameters()}
-            place(
+            override_sharding(
                 module,
-                Placement(
+                ShardingOverride(
                     mesh=shard_mesh,
                     # An expert sees the tokens of all ranks of dp and cp, also where tp ranks dispatch a part of them
                     # each, so its gradients sum over the same batches that dense parameters average over.
-                    grad_divisor=mesh.size("dp_cp"),
+                    grad_divisor=mesh.size(Role.TOKENS),
                     dims=dims,
                     reshard_after_forward=config.reshard_after_forward,
                     mp_policy=config.mp_policy,
@@ -70,9 +70,11 @@ def shard_head(parts: list[nn.Module], precision: str) -> None:
                 ]
             )
         # The backward starts with the head, so freeing it after the forward would only gather it twice.
-        place(
+        override_sharding(
             head,
-            Placement(reshard_after_forward=False, mp_policy={"param_dtype": precision, "reduce_dtype": "float32"}),
+            ShardingOverride(
+                reshard_after_forward=False, mp_policy={"param_dtype": precision, "reduce_dtype": "float32"}
+            ),
         )
 
 
@@ -120,13 +122,13 @@ def _dim(name: str, parameter: nn.Parameter, part: Any, shards: int) -> int:
     This is dim 0, the experts, where they divide evenly; else the hidden size, as the intermediate size may be a
     concatenation of gate and up, which checkpoints may store as two tensors.
     """
-    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    own = local(parameter)
     hidden = part.config.get_text_config().hidden_size
-    even = [dim for dim, size in enumerate(local.shape) if size % shards == 0 and (dim == 0 or size == hidden)]
+    even = [dim for dim, size in enumerate(own.shape) if size % shards == 0 and (dim == 0 or size == hidden)]
     if not even:
         raise TopologyError(
             [
-                f"{shards} ranks share {name} of shape {tuple(local.shape)}, but neither its experts nor the hidden "
+                f"{shards} ranks share {name} of shape {tuple(own.shape)}, but neither its experts nor the hidden "
                 f"size {hidden} divide evenly; use a larger ep_size, which leaves fewer ranks to share them"
             ]
         )

@@ -7,7 +7,8 @@ from typing import Any
 
 import attrs
 
-from nemo_dist.plugin.options import boolean, integer, one_of, optional, options
+from nemo_dist.plugin.mixed_precision import dtype_name
+from nemo_dist.plugin.options import boolean, integer, one_of, options
 from nemo_dist_pipeline.schedule.schedules import named
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -20,13 +21,6 @@ def _schedule(instance: Any, attribute: Any, value: Any) -> None:
 
 def _path(value: Any) -> Any:
     return value if value is None or isinstance(value, str) else str(value)
-
-
-def _dtype_name(value: Any) -> Any:
-    """Return ``"bfloat16"`` for ``"bf16"``, ``"torch.bfloat16"`` and ``torch.bfloat16``."""
-    short = {"bf16": "bfloat16", "fp32": "float32", "fp16": "float16"}
-    name = str(value).removeprefix("torch.")
-    return None if value is None else short.get(name, name)
 
 
 def _parts(value: Any) -> Any:
@@ -70,16 +64,16 @@ class PipelineConfig:
     pp_schedule: str | None = attrs.field(default=None, validator=_schedule)
     pp_schedule_csv: str | None = attrs.field(default=None, converter=_path)
     pp_microbatch_size: int = attrs.field(default=1, validator=integer(at_least=1))
-    pp_batch_size: int | None = attrs.field(default=None, validator=optional(integer(at_least=1)))
-    layers_per_stage: int | None = attrs.field(default=None, validator=optional(integer(at_least=1)))
+    pp_batch_size: int | None = attrs.field(default=None, validator=attrs.validators.optional(integer(at_least=1)))
+    layers_per_stage: int | None = attrs.field(default=None, validator=attrs.validators.optional(integer(at_least=1)))
     module_fqns_per_model_part: Iterable[Iterable[str]] | None = attrs.field(default=None, converter=_parts)
     round_virtual_stages_to_pp_multiple: str | None = attrs.field(
-        default=None, validator=optional(one_of(("up", "down")))
+        default=None, validator=attrs.validators.optional(one_of(("up", "down")))
     )
     scale_grads_in_schedule: bool = attrs.field(default=False, validator=boolean)
     loss_fn: Callable[[Any, Any], Any] | None = attrs.field(default=None, validator=_callable, repr=_function_name)
-    dtype: Any = attrs.field(default=None, converter=_dtype_name, validator=optional(one_of(_DTYPES)))
-    pp_seq_len: int | None = attrs.field(default=None, validator=optional(integer(at_least=1)))
+    dtype: Any = attrs.field(default=None, converter=dtype_name, validator=attrs.validators.optional(one_of(_DTYPES)))
+    pp_seq_len: int | None = attrs.field(default=None, validator=attrs.validators.optional(integer(at_least=1)))
 
     def __attrs_post_init__(self) -> None:
         if self.pp_schedule is not None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
-
-from nemo_dist import Plugin, Stage
+from nemo_dist import Plugin
+from nemo_dist.plugin.protocol import asked_for
 from nemo_dist_pipeline.config import PipelineConfig
 from nemo_dist_pipeline.schedule.stage_placement import StagePlacement
 
@@ -71,26 +69,21 @@ def _module_lists(config: PipelineConfig, placement: StagePlacement) -> list[str
 
 def _other_plugins(placement: StagePlacement, plugins: tuple[Plugin, ...]) -> list[str]:
     """Refuse options of other plugins, found by name in any config, that give wrong results or are not proven here."""
-
-    def given(option: str, which: Iterable[Plugin] = plugins) -> list[Any]:
-        return [value for plugin in which if (value := getattr(plugin.config, option, None)) is not None]
-
     problems = []
     if placement.splits:
         reason = (
             f"under schedule {placement.name!r}, whose backward is in two parts; use '1F1B' or 'Interleaved1F1B', or"
         )
-        if any(given("reshard_after_forward")):
-            problems.append(f"reshard_after_forward loses gradients {reason} leave it out")
-        if "selective" in given("mode", [plugin for plugin in plugins if plugin.stage == Stage.RECOMPUTE]):
-            problems.append(f"activation_checkpointing='selective' does not run {reason} take 'full'")
-    if any(given("enable_compile")):
-        problems.append("enable_compile is not proven with a pipeline; leave it out, or set pp_size to 1")
-    if given("offload_policy"):
-        problems.append("offload_policy is not proven with a pipeline; leave it out, or set pp_size to 1")
-    if False in given("defer_fsdp_grad_sync"):
+        if option := asked_for(plugins, "reshard_after_forward"):
+            problems.append(f"{option} loses gradients {reason} leave it out")
+        if option := asked_for(plugins, "activation_checkpointing:selective"):
+            problems.append(f"{option} does not run {reason} take 'full'")
+    for feature in ("compile", "offload"):
+        if option := asked_for(plugins, feature):
+            problems.append(f"{option} is not proven with a pipeline; leave it out, or set pp_size to 1")
+    if option := asked_for(plugins, "reduce_every_backward"):
         problems.append(
-            "defer_fsdp_grad_sync=False asks to reduce gradients in every backward, but a pipeline reduces them once, "
+            f"{option} asks to reduce gradients in every backward, but a pipeline reduces them once, "
             "after its last microbatch; leave it out"
         )
     return problems

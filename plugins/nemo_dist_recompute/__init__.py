@@ -2,55 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
 
 import attrs
 
-from nemo_dist import Stage, UnknownNameError, hookimpl
-from nemo_dist.planning.validation import near
-from nemo_dist.plugin.options import one_of, options
+from nemo_dist import Stage, hookimpl
+from nemo_dist.hf_model import inner_model
+from nemo_dist_recompute.config import RecomputeConfig
 
 if TYPE_CHECKING:
     from torch import nn
 
-SCOPES = ("all", "language", "vision", "audio", "multimodal")
 _KEEPS = {
     "full": "only the inputs of every layer are kept",
     "selective": "attention, collectives and every second matmul are kept, the rest is recomputed",
 }
 
-
-def _scopes(value: Any) -> tuple[str, ...]:
-    """Return the scopes that *value* names: one name, several joined by ``,`` or ``+``, or an iterable of names."""
-    given = [value] if isinstance(value, str) else list(value) if isinstance(value, Iterable) else [value]
-    if not all(isinstance(name, str) for name in given):
-        raise TypeError(f"activation_checkpointing_scope must be a name or a list of names (got {value!r})")
-    names = [part.strip().lower() for text in given for part in text.replace("+", ",").split(",")]
-    for name in names:
-        if name not in SCOPES:
-            valid = ", ".join(SCOPES)
-            raise UnknownNameError(
-                f"activation_checkpointing_scope must name some of {valid} (got {name!r}){near(name, SCOPES)}"
-            )
-    scopes = tuple(dict.fromkeys(names))
-    if not scopes or ("all" in scopes and len(scopes) > 1):
-        raise ValueError(f"activation_checkpointing_scope must be 'all' or some of {SCOPES[1:]} (got {value!r})")
-    return scopes
-
-
-@options(plugin="recompute")
-class RecomputeConfig:
-    """What to recompute.
-
-    ``mode``: "full" keeps only the inputs of every layer; "selective" also keeps what is expensive to recompute:
-    attention, collectives and every second matmul (the policy is that of torchtitan). ``scope``: in a model of several
-    towers, those whose layers are recomputed: "all", or one or more of "language", "vision", "audio" and "multimodal"
-    (every tower but the language model), as in NeMo AutoModel. Raises ValueError for an unknown name.
-    """
-
-    mode: str = attrs.field(default="full", validator=one_of(("full", "selective")))
-    scope: tuple[str, ...] = attrs.field(default=("all",), converter=_scopes)
+__all__ = ["Recompute", "RecomputeConfig"]
 
 
 @attrs.frozen(eq=False)
@@ -65,12 +34,18 @@ class Recompute:
 
     config: RecomputeConfig = attrs.field(factory=RecomputeConfig)
 
+    @property
+    def features(self) -> Mapping[str, str]:
+        """What other plugins may not be proven with: the selective mode."""
+        selective = {"activation_checkpointing:selective": "activation_checkpointing='selective'"}
+        return selective if self.config.mode == "selective" else {}
+
     @hookimpl
     def shard(self, parts: list[nn.Module]) -> None:
         from nemo_dist_recompute.apply import recompute
 
         for part in parts:
-            recompute(part, self.config)
+            recompute(inner_model(part), self.config)
 
     @hookimpl
     def explain(self, model: nn.Module | None) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +12,12 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from nemo_dist.hf_model import class_name, towers
+from nemo_dist.plugin.forwards import wrap_forward
 from nemo_dist_recompute.policy import selective_contexts
 
 if TYPE_CHECKING:
-    from nemo_dist_recompute import RecomputeConfig
+    from nemo_dist_recompute.config import RecomputeConfig
 
 _CACHES = ("past_key_values", "layer_past")
 
@@ -40,32 +42,26 @@ def recompute(model: Any, config: RecomputeConfig) -> None:
     model.activation_checkpointing_enable({"use_reentrant": False, **context})
     model.disable_input_require_grads()  # only reentrant checkpointing needs inputs that require gradients
     for layer in layers:
-        layer.gradient_checkpointing = layer in chosen
+        layer.gradient_checkpointing = False  # transformers' own, which only knows the forward of the class
         if layer in chosen:
-            layer.forward = partial(_forward, layer)
+            wrap_forward(layer, partial(_recomputed, layer))
 
 
 def kinds(model: nn.Module) -> str:
     """Return the classes of the layers of *model* that can recompute, and how many of each there are."""
-    # FSDP2 gives a layer another class, derived from its own.
-    names = Counter(
-        next(kind.__name__ for kind in type(module).__mro__ if not kind.__name__.startswith("FSDP"))
-        for module in model.modules()
-        if isinstance(module, GradientCheckpointingLayer)
-    )
+    names = Counter(class_name(module) for module in model.modules() if isinstance(module, GradientCheckpointingLayer))
     return ", ".join(f"{count} {name}" for name, count in names.items())
 
 
-def _forward(layer: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run *layer*, to be recomputed if gradients are recorded; in training mode transformers does that itself."""
-    forward = type(layer).forward  # looked up late: FSDP2 gives the layer another class
-    if layer.training or not torch.is_grad_enabled() or any(_filled(kwargs.get(name)) for name in _CACHES):
-        return forward(layer, *args, **kwargs)
+def _recomputed(layer: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Run *forward* of *layer*, to be run again in the backward if gradients are recorded."""
+    if not torch.is_grad_enabled() or any(_filled(kwargs.get(name)) for name in _CACHES):
+        return forward(*args, **kwargs)
     # A layer that ran twice would write its keys and values into the cache twice.
     dropped = {name: None for name in _CACHES if name in kwargs and not layer._can_checkpoint_with_cache}
     if kwargs.get("use_cache"):
         dropped["use_cache"] = False  # type: ignore[assignment]
-    return layer._gradient_checkpointing_func(partial(forward, layer, **{**kwargs, **dropped}), *args)
+    return layer._gradient_checkpointing_func(partial(forward, **{**kwargs, **dropped}), *args)
 
 
 def _filled(cache: Any) -> bool:
@@ -97,7 +93,7 @@ def _towers(model: Any) -> Iterator[tuple[str, Any]]:
     """Yield the kind and the config of every tower of *model*; a model of one tower is a language model."""
     language = model.config.get_text_config()
     yield "language", language
-    for name in model.config.sub_configs:
+    for name in towers(model):
         config = getattr(model.config, name)
         if config is not None and config is not language:
             kind = next((kind for kind in ("vision", "audio") if kind in name), name)

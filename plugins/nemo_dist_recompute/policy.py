@@ -8,8 +8,9 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+from nemo_dist.torch_private import FUNCTIONAL_COLLECTIVES, TorchDispatchMode
 
 # Every second one is kept, as in torchtitan, which halves both their memory and their recomputation.
 _MATMULS = (
@@ -25,10 +26,10 @@ _ALWAYS = (
     "aten::_scaled_dot_product_flash_attention",
     "aten::_scaled_dot_product_flash_attention_for_cpu",
     "aten::_scaled_dot_product_fused_attention_overrideable",
-    "_c10d_functional::all_gather_into_tensor",
-    "_c10d_functional::all_reduce",
-    "_c10d_functional::all_to_all_single",
-    "_c10d_functional::reduce_scatter_tensor",
+    f"{FUNCTIONAL_COLLECTIVES}::all_gather_into_tensor",
+    f"{FUNCTIONAL_COLLECTIVES}::all_reduce",
+    f"{FUNCTIONAL_COLLECTIVES}::all_to_all_single",
+    f"{FUNCTIONAL_COLLECTIVES}::reduce_scatter_tensor",
     "aten::topk",  # recomputed, a router might choose other experts
 )
 

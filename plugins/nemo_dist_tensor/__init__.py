@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import attrs
 
 from nemo_dist import MeshPlan, Stage, hookimpl
-from nemo_dist.planning.validation import FrozenMapping
 from nemo_dist.plugin.comm_estimate import Traffic
-from nemo_dist.plugin.options import boolean, options
+from nemo_dist_tensor.config import TensorConfig
 from nemo_dist_tensor.styles import STYLES
 
 if TYPE_CHECKING:
@@ -20,29 +19,7 @@ if TYPE_CHECKING:
     from nemo_dist.plugin.comm_estimate import ModelFacts
     from nemo_dist_tensor.tp_plan import Rules
 
-
-def _rules(value: Any) -> FrozenMapping[str]:
-    """Return the frozen mapping from module names to styles that a config holds."""
-    if value is None:
-        return FrozenMapping()
-    if not isinstance(value, Mapping) or not all(isinstance(text, str) for item in value.items() for text in item):
-        raise TypeError(f"tp_plan must be a dict from module names to styles (got {value!r})")
-    return FrozenMapping(dict(value))
-
-
-@options(plugin="tensor")
-class TensorConfig:
-    """Options of tensor parallelism; a strategy that has the same options passes its values on.
-
-    ``tp_plan``: rules that override the model's own, each from a module name (``"layers.*.mlp.up_proj"``) to a style
-    (``"colwise"``); see ``nemo_dist_tensor.styles``. ``sequence_parallel``: between attention and feed-forward every
-    rank holds only its own tokens. ``enable_async_tensor_parallel``: overlap its collectives with the matrix products
-    around them; refused, with the reason, where that is not proven.
-    """
-
-    tp_plan: Mapping[str, str] | None = attrs.field(default=None, converter=_rules)
-    sequence_parallel: bool = attrs.field(default=False, validator=boolean)
-    enable_async_tensor_parallel: bool = attrs.field(default=False, validator=boolean)
+__all__ = ["TensorConfig", "TensorParallel"]
 
 
 @attrs.frozen(eq=False)
@@ -56,6 +33,11 @@ class TensorParallel:
     composes_with: ClassVar[frozenset[str]] = frozenset()
 
     config: TensorConfig = attrs.field(factory=TensorConfig)
+
+    @property
+    def features(self) -> Mapping[str, str]:
+        """What other plugins may not be proven with."""
+        return {"sequence_parallel": "sequence_parallel=True"} if self.config.sequence_parallel else {}
 
     @hookimpl
     def validate(self) -> list[str]:
@@ -112,6 +94,3 @@ class TensorParallel:
 
         axes = {axis.name for view in plan.views for axis in view.axes}
         return match(model, self.config.tp_plan or {}, skip_experts="ep" in axes)
-
-
-Tensor = TensorParallel  # TEMPORARY, remove once reinstalled: installed metadata still names nemo_dist_tensor:Tensor

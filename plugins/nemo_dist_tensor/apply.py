@@ -12,7 +12,9 @@ from torch import nn
 from torch.distributed.tensor import Placement
 
 from nemo_dist.errors import TopologyError
-from nemo_dist.mesh.store_consensus import meet
+from nemo_dist.hf_model import inner_model
+from nemo_dist.mesh.store_consensus import consensus
+from nemo_dist.planning.mesh_plan import Role
 from nemo_dist_tensor import layers, parameter_sharding
 from nemo_dist_tensor.attention_heads import AttentionHeads
 from nemo_dist_tensor.block_structure import Blocks
@@ -24,7 +26,7 @@ from nemo_dist_tensor.vocab_parallel_loss import VocabularyParallelLoss, can_sta
 
 if TYPE_CHECKING:
     from nemo_dist.mesh.mesh_context import MeshContext
-    from nemo_dist_tensor import TensorConfig
+    from nemo_dist_tensor.config import TensorConfig
 
 _SHARDED_OUTPUTS = ("output_hidden_states", "output_attentions")  # no rank has these whole
 _RANDOM = ("attention_dropout", "attn_dropout", "dropout", "hidden_dropout", "jitter_noise")  # attributes of modules
@@ -33,14 +35,15 @@ _RANDOM = ("attention_dropout", "attn_dropout", "dropout", "hidden_dropout", "ji
 def apply_tensor_parallelism(parts: list[nn.Module], mesh: MeshContext, config: TensorConfig) -> None:
     """Shard the *parts*, transformers models on meta, in place; raise TopologyError with every reason not to."""
     peers = Peers.along(mesh["tp"])
-    stage, experts = mesh.pp_size > 1, mesh.ep_size > 1
-    matched = [match(part, config.tp_plan or {}, stage=stage, skip_experts=experts) for part in parts]
+    stage, experts = mesh.size(Role.LAYERS) > 1, mesh.ep_size > 1
+    models = [inner_model(part) for part in parts]
+    matched = [match(part, config.tp_plan or {}, stage=stage, skip_experts=experts) for part in models]
     found = _unused(matched, mesh)
     if not stage:  # a stage of a pipeline need not have a block
-        found += [problem for part, rules in zip(parts, matched, strict=True) for problem in problems(part, rules)]
+        found += [problem for part, rules in zip(models, matched, strict=True) for problem in problems(part, rules)]
     if found:
         raise TopologyError(found)
-    for part, rules in zip(parts, matched, strict=True):
+    for part, rules in zip(models, matched, strict=True):
         Parallelizer(part, rules, peers, config.sequence_parallel).run()
 
 
@@ -48,8 +51,8 @@ def _unused(matched: list[Rules], mesh: MeshContext) -> list[str]:
     """Say which of the user's rules match nothing in any part; the ranks of all pipeline stages take part."""
     hints = {rule: hint for rules in matched for rule, hint in rules.unused.items()}
     unused = sorted(rule for rule in hints if all(rule in rules.unused for rules in matched))
-    if mesh.pp_size > 1:
-        unused = meet("the tensor-parallel plan", unused, lambda lists: sorted(set.intersection(*map(set, lists))))
+    if mesh.size(Role.LAYERS) > 1:
+        unused = consensus("the tensor-parallel plan", unused, lambda lists: sorted(set.intersection(*map(set, lists))))
     return [
         f"tp_plan has a rule for {rule!r}, which names no module or parameter of the model{hints.get(rule, '')}"
         for rule in unused

@@ -8,6 +8,7 @@ from typing import Any
 import attrs
 from torch import nn
 
+from nemo_dist.hf_model import blocks
 from nemo_dist_tensor.collectives import Peers
 from nemo_dist_tensor.layers import summed
 from nemo_dist_tensor.parallel_regions import Region, Stack
@@ -26,13 +27,7 @@ class Blocks:
     @classmethod
     def of(cls, model: Any, rules: Rules) -> Blocks:
         """Find the outermost modules of the classes that *model* declares indivisible."""
-        names = set(getattr(model, "_no_split_modules", None) or ())
-        found: dict[str, nn.Module] = {}
-        for name, module in model.named_modules():
-            # A block that a strategy has sharded has a subclass of its own class.
-            kinds = {kind.__name__ for kind in type(module).__mro__}
-            if kinds & names and not any(name.startswith(f"{block}.") for block in found):
-                found[name] = module
+        found = blocks(model)
         planned = [*rules.modules, *rules.parameters]
         used = {name: block for name, block in found.items() if any(rule.startswith(f"{name}.") for rule in planned)}
         return cls(model, rules, used)
@@ -75,7 +70,7 @@ class Blocks:
         """Say why the tokens between the regions cannot be sharded, one sentence each."""
         kind = type(self.model).__name__
         if not self.blocks:
-            return [f"sequence_parallel: {kind} declares no blocks (_no_split_modules); use sequence_parallel=False"]
+            return [f"sequence_parallel: {kind} declares no blocks; use sequence_parallel=False"]
         found = {
             f"sequence_parallel: {generic(name)} is planned but stands alone in its block, not in an attention or "
             "feed-forward module; use sequence_parallel=False"

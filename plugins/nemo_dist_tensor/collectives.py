@@ -6,8 +6,8 @@ its own columns), every rank computes a partial gradient, and the sum is the who
 the first kind to the second; the other functions keep the kind. A dim that does not divide is split as ``torch.chunk``
 does, so only the last pieces are short or empty; they are padded for a collective, and the padding is dropped again.
 
-torch's functional collectives, which are not public, are used because ``torch.compile`` and selective checkpointing
-know them; no other module of this plugin calls them.
+torch's functional collectives are used because ``torch.compile`` and selective checkpointing know them; no other module
+of this plugin calls them.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 import torch
-import torch.distributed._functional_collectives as functional
 from torch import Tensor
 from torch.autograd import Function
 from torch.nn.functional import pad
+
+from nemo_dist.torch_private import functional_collectives as functional
 
 if TYPE_CHECKING:
     import torch.distributed as dist

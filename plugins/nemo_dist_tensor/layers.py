@@ -9,25 +9,16 @@ from typing import Any
 import attrs
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import Shard
 
+from nemo_dist.mesh.dtensor import from_local, local
+from nemo_dist.plugin.forwards import wrap_forward
 from nemo_dist_tensor.attention_heads import AttentionHeads, pick
 from nemo_dist_tensor.collectives import Peers, enter, gather, reduce, split
 from nemo_dist_tensor.parallel_regions import Region
 from nemo_dist_tensor.styles import GATHERED, WHOLE_INPUT
 
-Forward = Callable[..., Any]
 Change = Callable[[Tensor], Tensor | None]
-
-
-def local(parameter: Tensor) -> Tensor:
-    """Return what this rank holds of *parameter*; gradients flow back to it."""
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
-
-
-def replace_forward(module: nn.Module, forward: Forward) -> None:
-    """Replace the forward of *module*; its hooks still run around it."""
-    module.forward = forward
 
 
 @contextmanager
@@ -57,57 +48,56 @@ class LMHead:
 
 def column(module: nn.Linear, style: str, region: Region, whole_keys: AttentionHeads | None = None) -> None:
     """Compute this rank's output features; with *whole_keys*, those of the key or value heads that this rank needs."""
-    peers, original, width = region.peers, module.forward, module.out_features
+    peers, width = region.peers, module.out_features
     special: dict[str, Callable[[Tensor], Tensor | None]] = {}
     if whole_keys is not None:
         heads = whole_keys
         special = dict.fromkeys(("weight", "bias"), lambda whole: pick(enter(whole, peers), heads, peers.rank))
 
-    def forward(value: Tensor) -> Tensor:
+    def forward(original: Callable[..., Any], value: Tensor) -> Tensor:
         with parameters_as(module, special=special):
             output: Tensor = original(region.entered(value))
         return gather(output, -1, width, peers) if style in GATHERED else output
 
-    replace_forward(module, forward)
+    wrap_forward(module, forward)
 
 
 def head(module: nn.Linear, region: Region, state: LMHead) -> None:
     """Compute the logits of this rank's part of the vocabulary; gather them unless the loss takes them sharded."""
-    peers, original, width = region.peers, module.forward, module.out_features
+    peers, width = region.peers, module.out_features
 
-    def forward(value: Tensor) -> Tensor:
+    def forward(original: Callable[..., Any], value: Tensor) -> Tensor:
         with parameters_as(module):
             output: Tensor = original(region.entered(value))
         if not state.stays_cut:
             return gather(output, -1, width, peers)
-        shape = torch.Size((*output.shape[:-1], width))
-        strides = torch.empty(shape, device="meta").stride()
-        return DTensor.from_local(output, peers.mesh, [Shard(-1)], run_check=False, shape=shape, stride=strides)
+        whole = torch.empty((*output.shape[:-1], width), device="meta")
+        return from_local(output, peers.mesh, [Shard(-1)], like=whole)
 
-    replace_forward(module, forward)
+    wrap_forward(module, forward)
 
 
 def row(module: nn.Linear, name: str, style: str, region: Region) -> None:
     """Multiply this rank's input features, and sum the products over the ranks; the bias is added once, to the sum."""
-    peers, original = region.peers, module.forward
+    peers = region.peers
 
-    def forward(value: Tensor) -> Tensor:
+    def forward(original: Callable[..., Any], value: Tensor) -> Tensor:
         if style in WHOLE_INPUT:
             value = split(value, -1, peers)
         with parameters_as(module, special={"bias": lambda _: None}):
             partial = original(value)
         return region.leave(partial, name, None if module.bias is None else local(module.bias))
 
-    replace_forward(module, forward)
+    wrap_forward(module, forward)
 
 
 def vocabulary(module: nn.Embedding, peers: Peers) -> None:
     """Look up the tokens whose rows this rank holds, and sum over the ranks."""
-    original, vocabulary_size, padding = module.forward, module.num_embeddings, module.padding_idx
+    vocabulary_size, padding = module.num_embeddings, module.padding_idx
     start, length = peers.bounds(vocabulary_size)
     own_padding = padding - start if padding is not None and start <= padding < start + length else None
 
-    def forward(ids: Tensor) -> Tensor:
+    def forward(original: Callable[..., Any], ids: Tensor) -> Tensor:
         if ids.device.type == "cpu" and bool(((ids < 0) | (ids >= vocabulary_size)).any()):
             raise IndexError(f"a token id lies outside of the vocabulary of {vocabulary_size}")
         elsewhere = (ids < start) | (ids >= start + length)
@@ -119,7 +109,7 @@ def vocabulary(module: nn.Embedding, peers: Peers) -> None:
             module.padding_idx = padding
         return reduce(found.masked_fill(elsewhere.unsqueeze(-1), 0), peers)
 
-    replace_forward(module, forward)
+    wrap_forward(module, forward)
 
 
 def _at_least_one_row(weight: Tensor) -> Tensor:
@@ -130,59 +120,55 @@ def _at_least_one_row(weight: Tensor) -> Tensor:
 
 def features(module: nn.Embedding, peers: Peers) -> None:
     """Look up this rank's features of every token, and gather those of the other ranks."""
-    original, width = module.forward, module.embedding_dim
+    width = module.embedding_dim
 
-    def forward(ids: Tensor) -> Tensor:
+    def forward(original: Callable[..., Any], ids: Tensor) -> Tensor:
         with parameters_as(module):
             return gather(original(ids), -1, width, peers)
 
-    replace_forward(module, forward)
+    wrap_forward(module, forward)
 
 
 def summed(module: nn.Module, peers: Peers) -> None:
     """Sum the gradients of the own parameters of *module*: each rank uses them on heads or tokens of its own."""
-    original: Callable[..., Any] = module.forward
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
+    def forward(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         with parameters_as(module, lambda parameter: enter(local(parameter), peers)):
             return original(*args, **kwargs)
 
-    replace_forward(module, forward)
+    wrap_forward(module, forward)
 
 
 def local_only(module: nn.Module) -> None:
     """Run the forward of *module* on its own parameters as plain local tensors."""
-    original: Callable[..., Any] = module.forward
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
+    def forward(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         with parameters_as(module):
             return original(*args, **kwargs)
 
-    replace_forward(module, forward)
+    wrap_forward(module, forward)
 
 
 def experts(module: nn.Module, peers: Peers) -> None:
     """Run every expert on this rank's part of its features, and sum; inputs get partial gradients, which are summed."""
-    original: Callable[..., Any] = module.forward
 
     def partial(value: Any) -> Any:
         return enter(value, peers) if isinstance(value, Tensor) and value.is_floating_point() else value
 
-    def forward(*args: Any, **kwargs: Any) -> Tensor:
+    def forward(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
         with parameters_as(module):
             output = original(*map(partial, args), **{name: partial(value) for name, value in kwargs.items()})
         return reduce(output, peers)
 
-    replace_forward(module, forward)
+    wrap_forward(module, forward)
 
 
 def latent(module: nn.Linear, rotary: int, peers: Peers) -> None:
     """Sum the gradient of the last *rotary* outputs, which every rank uses for heads of its own."""
-    original = module.forward
 
-    def forward(value: Tensor) -> Tensor:
+    def forward(original: Callable[..., Any], value: Tensor) -> Tensor:
         output = original(value)
         compressed, rotated = output.split([output.shape[-1] - rotary, rotary], dim=-1)
         return torch.cat([compressed, enter(rotated, peers)], dim=-1)
 
-    replace_forward(module, forward)
+    wrap_forward(module, forward)

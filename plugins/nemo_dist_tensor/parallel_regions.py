@@ -8,13 +8,14 @@ is whole on every rank, so that gradients are exact whatever a region does insid
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import attrs
 import torch
 from torch import Tensor, nn
 
+from nemo_dist.plugin.forwards import wrap_forward
 from nemo_dist_tensor.collectives import (
     Peers,
     enter,
@@ -81,9 +82,8 @@ class Region:
 
     def install(self, module: nn.Module) -> None:
         """Run the forward of *module* between the collectives of this region."""
-        original = module.forward
 
-        def forward(*args: Any, **kwargs: Any) -> Any:
+        def forward(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             hidden = _hidden(args, kwargs)
             args, kwargs = _with_hidden(args, kwargs, self._open(hidden))
             try:
@@ -92,7 +92,7 @@ class Region:
             finally:
                 self._alike = self._differing = self._left = None
 
-        module.forward = forward
+        wrap_forward(module, forward)
 
     def _open(self, hidden: Tensor) -> Tensor:
         if self.stack is not None:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 from torch.distributed.tensor import Placement, Shard, distribute_tensor
-from torch.distributed.tensor.placement_types import _StridedShard  # torch has no public name for a packed shard yet
 
+from nemo_dist.torch_private import StridedShard
 from nemo_dist_tensor.collectives import Peers
 from nemo_dist_tensor.styles import COLUMN, ROW
 from nemo_dist_tensor.tp_plan import generic
@@ -35,16 +35,16 @@ def of_parameter(style: str, tensor: Tensor) -> Placement | None:
     out, into = max(tensor.ndim - 2, 0), tensor.ndim - 1
     placements: dict[str, Placement] = {
         "colwise": Shard(out),
-        "packed_colwise": _StridedShard(out, split_factor=HALVES),
+        "packed_colwise": StridedShard(out, split_factor=HALVES),
         "rowwise": Shard(into),
-        "packed_rowwise": _StridedShard(into, split_factor=HALVES),
+        "packed_rowwise": StridedShard(into, split_factor=HALVES),
     }
     return placements.get(style)
 
 
 def packed_problem(name: str, tensor: Tensor, placement: Placement, ranks: int) -> str:
     """Say why a packed parameter cannot be sharded, or return an empty string."""
-    if not isinstance(placement, _StridedShard):
+    if not isinstance(placement, StridedShard):
         return ""
     size = tensor.shape[placement.dim]
     if placement.dim == 0:  # fully_shard shards dim 0 too, and misplaces the rows of a packed shard there

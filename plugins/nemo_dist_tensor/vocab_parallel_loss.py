@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.functional import pad
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from nemo_dist.hf_model import IGNORED
 from nemo_dist_tensor.collectives import Peers
 
 LossFunction = Callable[..., Tensor]
@@ -40,7 +41,7 @@ class VocabularyParallelLoss:
         labels: Tensor,
         vocab_size: int,
         num_items_in_batch: Any = None,
-        ignore_index: int = -100,
+        ignore_index: int = IGNORED,
         shift_labels: Tensor | None = None,
         **more: Any,
     ) -> Tensor:

@@ -26,6 +26,11 @@ def split(parts: list[nn.Module], rank: int, placement: StagePlacement, config: 
     Raises ValueError for a model that cannot be cut, or not as *config* asks.
     """
     model: Any = parts[0]
+    if changed := [name or type(model).__name__ for name, module in model.named_modules() if "forward" in vars(module)]:
+        raise ValueError(
+            f"a plugin that acts before the pipeline changed the forward of {', '.join(changed)}, which copies for "
+            "further stages would share; give it a stage after Stage.SPLIT"
+        )
     structure = ModelStructure.of(model)
     require_plain_forward(model, structure)
     division = _division(model, structure, placement, config)

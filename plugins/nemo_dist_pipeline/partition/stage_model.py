@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Collection
-from functools import partial
 from typing import Any
 
 import attrs
 import torch
 from torch import Tensor, nn
 
+from nemo_dist.plugin.forwards import wrap_forward
 from nemo_dist_pipeline.partition.model_structure import ModelStructure
 
 
@@ -100,9 +99,7 @@ def keep_stage(model: Any, stage: StageInfo, structure: ModelStructure) -> None:
     if not stage.is_first:
         model.base_model.register_forward_pre_hook(_take_embeddings, with_kwargs=True)
     if not stage.is_last:
-        forward: Any = partial(_hidden_states, model)
-        forward.__signature__ = inspect.signature(model.forward)  # callers look up which inputs the model takes
-        model.forward = forward
+        wrap_forward(model, lambda _, **inputs: _hidden_states(model, inputs))
     model.pipeline_stage = stage
 
 
@@ -133,7 +130,8 @@ def _take_embeddings(base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     return args, {**kwargs, **({"input_ids": None} if "input_ids" in kwargs else {})}
 
 
-def _hidden_states(model: Any, **inputs: Any) -> Tensor:
+def _hidden_states(model: Any, inputs: dict[str, Any]) -> Tensor:
+    """Run what a stage without the head has of *model*, its base model, in place of the forward of the whole."""
     hidden: Tensor = model.base_model(**inputs).last_hidden_state
     return hidden
 

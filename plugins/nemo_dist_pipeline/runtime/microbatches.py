@@ -9,8 +9,9 @@ import attrs
 import torch
 from torch import Tensor, nn
 
+from nemo_dist.hf_model import IGNORED
 from nemo_dist.plugin.hookspecs import Batch
-from nemo_dist.training.loss_weighting import IGNORED, count_labels
+from nemo_dist.training.loss_weighting import count_labels
 from nemo_dist.training.router_aux_loss import COUNTED
 from nemo_dist_pipeline.schedule.stage_placement import StagePlacement
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import attrs
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+
+from nemo_dist.mesh.dtensor import from_local, local
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -33,7 +34,7 @@ class TiedWeight:
 
     def freeze_together(self) -> None:
         """Freeze both replicas where one is frozen, since they are one weight; the ranks of both stages take part."""
-        frozen = torch.tensor(float(not self._trained), device=_local(self.replicas[0]).device)
+        frozen = torch.tensor(float(not self._trained), device=local(self.replicas[0]).device)
         if self.peer is not None:
             frozen += self._exchanged(frozen)
         if frozen > 0:
@@ -46,12 +47,12 @@ class TiedWeight:
 
     def sum_gradients(self) -> None:
         """Give both replicas the same sum of their gradients, bit for bit; the ranks of both stages take part."""
-        grads = [_local(replica.grad) for replica in self.replicas]
+        grads = [None if replica.grad is None else local(replica.grad) for replica in self.replicas]
         if self.peer is None:
             total = sum((grad for grad in grads if grad is not None), torch.zeros(()))
             parts = [total] * len(grads)
         else:
-            mine = grads[0] if grads[0] is not None else torch.zeros_like(_local(self.replicas[0]))
+            mine = grads[0] if grads[0] is not None else torch.zeros_like(local(self.replicas[0]))
             parts = [mine + self._exchanged(mine)]
         for replica, part in zip(self.replicas, parts, strict=True):
             if self._trained:
@@ -83,21 +84,10 @@ def gradients_set_aside(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
             parameter.grad = old if parameter.grad is None else parameter.grad + old
 
 
-def _local(tensor: Any) -> Any:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def _set_gradient(replica: nn.Parameter, value: Tensor) -> None:
     if replica.grad is not None:
-        _local(replica.grad).copy_(value)
+        local(replica.grad).copy_(value)
     elif isinstance(replica, DTensor):
-        replica.grad = DTensor.from_local(
-            value,
-            replica.device_mesh,
-            replica.placements,
-            run_check=False,
-            shape=replica.shape,
-            stride=replica.stride(),
-        )
+        replica.grad = from_local(value, replica.device_mesh, replica.placements, like=replica)
     else:
         replica.grad = value.clone()

@@ -1,4 +1,4 @@
-"""The boxes that the ranks hold make up the whole tensor, whatever the layout."""
+"""The chunks that the ranks hold make up the whole tensor, whatever the layout."""
 
 import pytest
 import torch
@@ -7,9 +7,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from nemo_dist.checkpoint.chunks import bring, describe, pieces, survey
+from nemo_dist.checkpoint.chunks import assemble, chunks, describe, merged
 from nemo_dist.errors import PluginError
-from nemo_dist.mesh.rank_group import Team
+from nemo_dist.mesh.rank_group import RankGroup
 
 LAYOUTS = {
     "replicated": (Replicate(), Replicate()),
@@ -39,11 +39,11 @@ def placed(shape, placements, mesh):
 def on_rank_bring_whole(shape, placements):
     mesh = init_device_mesh("cpu", (2, 2))
     state = {"weight": placed(torch.Size(shape), placements, mesh)}
-    for box, values in pieces(state["weight"]):
-        assert torch.equal(values, box.of(torch.arange(torch.Size(shape).numel()).view(shape)))
-    entries = survey(Team().gather(describe(state)))
+    for chunk, values in chunks(state["weight"]):
+        assert torch.equal(values, chunk.of(torch.arange(torch.Size(shape).numel()).view(shape)))
+    entries = merged(RankGroup().gather(describe(state)))
     wanted = [["weight"] if rank != 2 else [] for rank in range(4)]
-    return bring(Team(), wanted, state, entries, {"weight": torch.int64}).get("weight")
+    return assemble(RankGroup(), wanted, state, entries, {"weight": torch.int64}).get("weight")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -58,9 +58,9 @@ def test_the_pieces_of_any_layout_make_the_whole(ranks, layout, shape):
 
 def on_rank_bring_scalars():
     state = {"scalar": torch.tensor(3.0), "empty": torch.empty(0, 4)}
-    entries = survey(Team().gather(describe(state)))
+    entries = merged(RankGroup().gather(describe(state)))
     dtypes = {name: tensor.dtype for name, tensor in state.items()}
-    return bring(Team(), [["scalar", "empty"]] * 2, state, entries, dtypes)
+    return assemble(RankGroup(), [["scalar", "empty"]] * 2, state, entries, dtypes)
 
 
 def test_scalars_and_empty_tensors_are_exchanged_too(ranks):
@@ -71,7 +71,7 @@ def test_scalars_and_empty_tensors_are_exchanged_too(ranks):
 
 def on_rank_survey(make):
     mesh = init_device_mesh("cpu", (2,))
-    return survey(Team().gather(describe({"weight": make(mesh)})))
+    return merged(RankGroup().gather(describe({"weight": make(mesh)})))
 
 
 def partial(mesh):

@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from nemo_dist import DistributedSetup, NeMoAutoModelForCausalLM, RunFolder
 from nemo_dist.errors import CheckpointError, RankError
-from nemo_dist.mesh.rank_group import Team
+from nemo_dist.mesh.rank_group import RankGroup
 
 MEMBERS = [1, 3]
 
@@ -33,7 +33,7 @@ def on_rank_save_on_members(folders, path):
     assert folder.resume(runtime, optimizer) == (2, {"step": 2})
     assert runs.digests(runs.everything(runtime, optimizer)) == saved
     assert runs.steps(runtime, optimizer, runs.Task(), range(2, 4)) == losses
-    assert (Team.of(mesh).size, Team.of(mesh).rank) == (2, MEMBERS.index(dist.get_rank()))
+    assert (RankGroup.of(mesh).size, RankGroup.of(mesh).rank) == (2, MEMBERS.index(dist.get_rank()))
     with pytest.raises((CheckpointError, RankError), match="there is no checkpoint at"):
         runtime.load(path / "none", optimizer)
     return saved

@@ -1,0 +1,80 @@
+"""The composition that a setup is: a plan, the plugins selected for it in their order, and how it is to run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cached_property
+from typing import Any
+
+import attrs
+
+from nemo_dist.planning.mesh_plan import MeshPlan
+from nemo_dist.planning.sizes import ParallelismSizes
+from nemo_dist.plugin.hook_caller import PluginCalls
+from nemo_dist.plugin.protocol import Plugin, claimant, strategy_of
+
+
+def in_order(plugins: Iterable[Plugin]) -> tuple[Plugin, ...]:
+    """Return *plugins* in the order in which they act on a model."""
+    return tuple(sorted(plugins, key=lambda plugin: (plugin.stage, plugin.name)))
+
+
+@attrs.frozen(kw_only=True, eq=False, slots=False)
+class Composition:
+    """The values that a setup is made of; ``plugins`` are in the order in which they act on the model.
+
+    ``ranks``: those that the mesh is laid over; None is all. ``timeout_minutes``: the limit of every collective.
+    """
+
+    plan: MeshPlan
+    plugins: tuple[Plugin, ...] = attrs.field(converter=in_order)
+    parallelism_sizes: ParallelismSizes
+    activation_checkpointing: str | bool = False
+    device_type: str | None = None
+    timeout_minutes: float | None = None
+    ranks: tuple[int, ...] | None = None
+
+    @cached_property
+    def calls(self) -> PluginCalls:
+        """The hooks of the selected plugins, and of nothing else."""
+        return PluginCalls(self.plugins)
+
+    @property
+    def strategy(self) -> Plugin | None:
+        """The selected strategy; None only for a topology wrapped from a mesh without a data axis."""
+        return strategy_of(self.plugins)
+
+    @property
+    def strategy_config(self) -> Any:
+        """The config of the selected strategy."""
+        return self.strategy.config if self.strategy else None
+
+    @property
+    def pipeline_config(self) -> Any:
+        """The config of the plugin that claims ``pp``; None when pp is 1."""
+        return self._config_of("pp", self.parallelism_sizes.pp_size)
+
+    @property
+    def moe_parallel_config(self) -> Any:
+        """The config of the plugin that claims ``ep``; None when ep is 1."""
+        return self._config_of("ep", self.parallelism_sizes.ep_size)
+
+    def _config_of(self, axis: str, size: int) -> Any:
+        found = claimant(self.plugins, axis) if size > 1 else None
+        return found.config if found else None
+
+    def describe(self) -> dict[str, str]:
+        """Return the fields that must be the same on every rank, each as text."""
+        fields = {
+            "parallelism_sizes": repr(self.parallelism_sizes),
+            "plan": repr(self.plan),
+            "plugins": ", ".join(plugin.name for plugin in self.plugins),
+            "activation_checkpointing": repr(self.activation_checkpointing),
+            "device_type": repr(self.device_type),
+            "timeout_minutes": repr(self.timeout_minutes),
+            "ranks": repr(self.ranks),
+        }
+        fields |= {f"{plugin.name} config": repr(plugin.config) for plugin in self.plugins}
+        for found in self.calls.agree(plan=self.plan):
+            fields |= found
+        return fields

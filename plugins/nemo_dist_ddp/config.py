@@ -1,0 +1,33 @@
+"""The options of DistributedDataParallel; no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import attrs
+
+from nemo_dist.plugin.options import boolean, integer, options
+
+if TYPE_CHECKING:
+    pass
+
+
+@options(plugin="ddp")
+class DDPConfig:
+    """Options of torch's ``DistributedDataParallel``, under its names and with its defaults.
+
+    ``find_unused_parameters``: None turns it on for models of several towers, where a forward may leave some out.
+    ``static_graph`` synchronises gradients after every batch of a list.
+    ``bucket_cap_mb`` is the size of a gradient bucket in MiB. ``activation_checkpointing`` is the same as on
+    ``DistributedSetup.build``; ``activation_checkpointing_scope`` restricts it to parts of a model of several towers:
+    one or more of "language", "vision", "audio" and "multimodal"; None is all.
+    """
+
+    bucket_cap_mb: int = attrs.field(default=25, validator=integer(at_least=1))
+    find_unused_parameters: bool | None = attrs.field(default=None, validator=attrs.validators.optional(boolean))
+    gradient_as_bucket_view: bool = attrs.field(default=False, validator=boolean)
+    static_graph: bool = attrs.field(default=False, validator=boolean)
+    broadcast_buffers: bool = attrs.field(default=True, validator=boolean)
+    activation_checkpointing: bool | str = False
+    activation_checkpointing_scope: str | Sequence[str] | None = None

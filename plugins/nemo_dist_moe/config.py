@@ -1,0 +1,43 @@
+"""The options of expert parallelism; no torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from nemo_dist.plugin.mixed_precision import mixed_precision_fields
+from nemo_dist.plugin.options import boolean, one_of, options
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+
+_DISPATCHERS = ("auto", "all_to_all", "all_reduce")
+
+
+_PRECISIONS = ("float32", "bfloat16", "float16")
+
+
+@options(plugin="moe")
+class MoEParallelizerConfig:
+    """Options of expert parallelism.
+
+    ``dispatcher``: ``"all_to_all"`` sends every token to the ranks of its experts; ``"all_reduce"`` runs the local
+    experts on all tokens and sums the outputs, which needs ranks that hold the same tokens (ep = tp); ``"auto"`` takes
+    the first in training, the second where no gradient is needed. ``reshard_after_forward``: free the gathered experts
+    of a block after its forward; None does as the strategy does. ``mp_policy``: the dtypes for the experts, in place of
+    the strategy's; torch's ``MixedPrecisionPolicy`` or its fields as a dict of dtype names. ``lm_head_precision``: the
+    dtype to compute the output head in, "float32" say; None is the strategy's.
+    """
+
+    dispatcher: str = attrs.field(default="auto", validator=one_of(_DISPATCHERS))
+    reshard_after_forward: bool | None = attrs.field(default=None, validator=attrs.validators.optional(boolean))
+    mp_policy: MixedPrecisionPolicy | dict[str, Any] | None = attrs.field(
+        default=None, converter=mixed_precision_fields
+    )
+    lm_head_precision: str | None = attrs.field(
+        default=None,
+        converter=lambda value: None if value is None else str(value).removeprefix("torch."),
+        validator=attrs.validators.optional(one_of(_PRECISIONS)),
+    )

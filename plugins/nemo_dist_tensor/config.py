@@ -1,0 +1,38 @@
+"""The options of tensor parallelism; no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from nemo_dist.planning.validation import FrozenMapping
+from nemo_dist.plugin.options import boolean, options
+
+if TYPE_CHECKING:
+    pass
+
+
+def _rules(value: Any) -> FrozenMapping[str]:
+    """Return the frozen mapping from module names to styles that a config holds."""
+    if value is None:
+        return FrozenMapping()
+    if not isinstance(value, Mapping) or not all(isinstance(text, str) for item in value.items() for text in item):
+        raise TypeError(f"tp_plan must be a dict from module names to styles (got {value!r})")
+    return FrozenMapping(dict(value))
+
+
+@options(plugin="tensor")
+class TensorConfig:
+    """Options of tensor parallelism; a strategy that has the same options passes its values on.
+
+    ``tp_plan``: rules that override the model's own, each from a module name (``"layers.*.mlp.up_proj"``) to a style
+    (``"colwise"``); see ``nemo_dist_tensor.styles``. ``sequence_parallel``: between attention and feed-forward every
+    rank holds only its own tokens. ``enable_async_tensor_parallel``: overlap its collectives with the matrix products
+    around them; refused, with the reason, where that is not proven.
+    """
+
+    tp_plan: Mapping[str, str] | None = attrs.field(default=None, converter=_rules)
+    sequence_parallel: bool = attrs.field(default=False, validator=boolean)
+    enable_async_tensor_parallel: bool = attrs.field(default=False, validator=boolean)
