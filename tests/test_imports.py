@@ -1,7 +1,8 @@
-"""Who may import whom: the core never names a plugin, plugins never know each other, planning never loads torch."""
+"""Who may import whom, where private names stand, and that the core names no strategy; each rule reads one table."""
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,30 +13,61 @@ import nemo_dist.testing
 
 ROOT = Path(__file__).parents[1]
 HEAVY = {"torch", "transformers", "safetensors", "numpy"}
-# Each package may import those that stand before it, never those after.
+
+# Each package (or module beside them) may import those that stand before it, never those after; testing may import all.
 ORDER = (
-    "errors",
-    "planning",
-    "mesh",
-    "plugin",
-    "loading",
-    "checkpoint",
-    "training",
-    "setup",
-    "models",
-    "launcher",
-    "cli",
+    *("errors", "hf_model", "torch_private", "planning", "mesh", "plugin", "hooks"),
+    *("loading", "checkpoint", "training", "setup", "models", "launcher", "cli", "testing"),
 )
-# What plans: no torch in it, nor in what it imports.
-PLANNING = (
-    "nemo_dist",
-    "nemo_dist.cli.main",
-    "nemo_dist.errors",
-    "nemo_dist.setup.setup",
-    "nemo_dist.plugin.hook_caller",
-)
-# What a plugin may import: `from nemo_dist import ...`, and these for what is too special to be a name there.
-PUBLIC = {"nemo_dist.errors", "nemo_dist.planning", "nemo_dist.mesh", "nemo_dist.plugin", "nemo_dist.training"}
+# What a plugin may import of the core, besides the public names of nemo_dist itself.
+FOR_PLUGINS = {
+    *("nemo_dist.errors", "nemo_dist.hf_model", "nemo_dist.torch_private", "nemo_dist.hooks", "nemo_dist.testing"),
+    *("nemo_dist.planning", "nemo_dist.mesh", "nemo_dist.plugin"),
+    *("nemo_dist.training.loss_weighting", "nemo_dist.training.router_aux_loss"),
+}
+# These plan: importing them, with every plugin, leaves torch unimported.
+WITHOUT_TORCH = ("nemo_dist", "nemo_dist.hf_model", "nemo_dist.hooks", "nemo_dist.cli.main")
+WITHOUT_TORCH_PACKAGES = ("planning", "plugin", "setup")
+# The lazy tables of public names: not part of the graph, as they import nothing by themselves.
+LAZY = {"nemo_dist", "nemo_dist.distributed"}
+
+# Private names of torch and transformers, and the one module that each stands in.
+PRIVATE = {
+    "nemo_dist.torch_private": (
+        *("_StridedShard", "_python_dispatch", "_disable_current_modes", "_get_current_dispatch_mode", "_pytree"),
+        *("_cdata", "_execution_engine", "_functional_collectives", "_c10d_functional"),
+    ),
+    "nemo_dist.hf_model": ("_no_split_modules", "_hf_peft_config_loaded"),
+    "nemo_dist.mesh.mesh_context": ("_flatten", "_flatten_mapping", "_get_root_mesh", "_set_pg_timeout"),
+    "nemo_dist.mesh.store_consensus": ("_get_default_store",),
+    "nemo_dist.loading.hf_weight_loader": (
+        *("_load_pretrained_model", "_finalize_model_loading", "_initialize_missing_keys"),
+    ),
+    "nemo_dist.loading.deferred_init": ("_no_grad_trunc_normal_", "_schema"),
+    "nemo_dist.loading.missing_weights": ("_is_hf_initialized",),
+    "nemo_dist.checkpoint.chunks": ("_split_tensor",),
+    "nemo_dist.checkpoint.hf_weight_conversion": ("_weight_conversions",),
+    "nemo_dist.checkpoint.hf_export": ("_keys_to_ignore_on_save",),
+    "nemo_dist.checkpoint.hf_side_files": ("_commit_hash",),
+    "nemo_dist.checkpoint.scheduler_state": ("_schedulers", "_last_lr"),
+    "nemo_dist.training.router_aux_loss": ("_can_record_outputs",),
+    "nemo_dist.testing.fake_cuda": ("_coalescing_manager", "_dynamo"),
+    "nemo_dist.testing.worker": ("_clear_sharding_prop_cache", "_world"),
+    "nemo_dist_ddp.replicas": ("_composable",),
+    "nemo_dist_moe.experts": ("_expand_parallel_plan", "_is_view"),
+    "nemo_dist_recompute.apply": ("_can_checkpoint_with_cache", "_gradient_checkpointing_func"),
+    "nemo_dist_context.model_check": ("_attn_implementation", "_supports_context_parallel"),
+    "nemo_dist_pipeline.runtime.torch_stage": (
+        *("_PipelineScheduleRuntime", "_load_csv", "_post_metadata_inference_cleanup", "_schedule_visualizer"),
+    ),
+    "nemo_dist_tensor.vocab_parallel_loss": ("_assert_async",),
+    "nemo_dist_megatron_fsdp.engine": (
+        *("_replace_param_with_raw_if_needed", "_replace_param_with_distributed_if_needed"),
+        *("_root_pre_backward_hook_issued", "_version"),
+    ),
+}
+# Names of torch's modules that are private by their underscore, and as good as public by their use.
+USUAL = {"_parameters", "_buffers"}
 
 
 def sources():
@@ -51,7 +83,7 @@ def dotted(path):
 
 
 def imports(node, *, types=True, functions=True):
-    """Yield the modules that *node* imports; without those under TYPE_CHECKING, without those inside functions."""
+    """Yield the names that *node* imports; without those under TYPE_CHECKING, without those inside functions."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.Import):
             yield from (alias.name for alias in child.names)
@@ -72,7 +104,7 @@ HOMES = {f"nemo_dist.{target.rpartition('.')[2]}": target for target in imports(
 
 
 def module_of(target):
-    """The module of ours that an imported name lives in: `a.b` for `a.b.name`."""
+    """The module of ours that an imported name lives in: `a.b` for `a.b.name`; empty for others' names."""
     target = HOMES.get(target, target)
     while target and target not in MODULES:
         target = target.rpartition(".")[0]
@@ -96,62 +128,75 @@ def closure(*names):
     return seen
 
 
+# Every arrow between our modules: also those for types only, and those inside functions.
+ARROWS = {name: {module_of(target) for target in imports(tree)} - {"", name} for name, tree in TREES.items()}
+
+
 def package_of(name):
-    """The package of the core that the module *name* is in: `mesh` for `nemo_dist.mesh.mesh_context`."""
-    return name.split(".")[1] if name.startswith("nemo_dist.") else ""
+    """The package of *name*: `mesh` for `nemo_dist.mesh.mesh_context`, that of the plugin for another."""
+    first, _, rest = name.partition(".")
+    return rest.partition(".")[0] if first == "nemo_dist" else first
 
 
-@pytest.mark.parametrize("package", ORDER)
-def test_imports_go_one_way(package):
-    later = ORDER[ORDER.index(package) + 1 :]
-    mine = [name for name in MODULES if package_of(name) == package]
+def within(name, packages):
+    return any(f"{name}.".startswith(f"{package}.") for package in packages)
 
-    assert mine
-    assert [(name, other) for name in mine for other in at_import(name) if package_of(other) in later] == []
+
+# ---- arrows ----
+
+
+def test_every_module_of_the_core_is_in_the_order():
+    known = {package_of(name) for name in MODULES if name.startswith("nemo_dist.")} - {"distributed"}
+
+    assert known == set(ORDER)
+
+
+def test_packages_import_only_those_before_them():
+    """For every module, imports for types and inside functions included."""
+    up = [
+        f"{name} -> {other}"
+        for name, others in ARROWS.items()
+        for other in others
+        if name.startswith("nemo_dist.") and name not in LAZY and other.startswith("nemo_dist.")
+        if ORDER.index(package_of(other)) > ORDER.index(package_of(name))
+    ]
+    assert up == []
+
+
+def test_no_module_imports_itself_through_others():
+    """For every module, imports for types and inside functions included; a package and its modules are one."""
+    reached = {name: set(others) - LAZY for name, others in ARROWS.items() if name not in LAZY}
+    for middle in reached:
+        for others in reached.values():
+            if middle in others:
+                others |= reached[middle]
+    circles = {name for name, others in reached.items() if name in others}
+
+    assert circles == set()
 
 
 def test_the_package_itself_imports_nothing_of_its_own():
     assert at_import("nemo_dist") & set(MODULES) == set()
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_no_module_imports_itself_in_the_end(name):
-    assert name not in closure(*at_import(name))
+def test_what_plans_does_not_import_torch():
+    planning = [
+        name for name in MODULES if package_of(name) in WITHOUT_TORCH_PACKAGES and name.startswith("nemo_dist.")
+    ]
+
+    assert closure(*WITHOUT_TORCH, *planning, *PLUGINS) & HEAVY == set()
 
 
-def test_planning_modules_do_not_import_torch():
-    assert closure(*PLANNING, *PLUGINS) & HEAVY == set()
-
-
-def public(target):
-    """Whether *target* is a public name of the core; one of the lazy table that lives in a plugin is not."""
-    return HOMES.get(target, "").startswith("nemo_dist.")
-
-
-@pytest.mark.parametrize("plugin", PLUGINS)
-def test_a_plugin_imports_no_other_plugin_and_only_public_modules_of_the_core(plugin):
-    mine = [name for name in MODULES if name.partition(".")[0] == plugin]
-    targets = {target for name in mine for target in imports(TREES[name]) if not public(target)}
-    used = {module_of(target) for target in targets} - {""}
-
-    foreign = {name for name in used if name.partition(".")[0] != plugin}
-    assert [name for name in foreign if not any(f"{name}.".startswith(f"{public}.") for public in PUBLIC)] == []
-
-
-@pytest.mark.parametrize("name", [name for name in MODULES if name.partition(".")[0] == "nemo_dist"])
-def test_the_core_names_no_plugin(name):
-    """Not as an import and not as a string, but for the one table of public names in the package itself."""
-    targets = (HOMES.get(target, target) for target in imports(TREES[name]))
-    imported = {target for target in targets if target.partition(".")[0] in PLUGINS}
-    strings = {
-        node.value
-        for node in ast.walk(TREES[name])
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and any(map(node.value.count, PLUGINS))
-    }
-    if name == "nemo_dist":
-        assert strings == {target.partition(".")[0] for target in imported} == set(PLUGINS) & strings
-    else:
-        assert imported | strings == set()
+def test_plugins_import_no_other_plugin_and_only_what_is_for_them():
+    foreign = [
+        f"{name} -> {target}"
+        for name, tree in TREES.items()
+        for target in imports(tree)
+        if package_of(name) in PLUGINS and (where := module_of(target))
+        if package_of(where) != package_of(name)
+        if not HOMES.get(target, "").startswith("nemo_dist.") and not within(where, FOR_PLUGINS)
+    ]
+    assert foreign == []
 
 
 def test_planning_16384_ranks_with_every_plugin_loaded_leaves_torch_unimported():
@@ -175,6 +220,114 @@ print(json.dumps({"loaded": loaded, "asked": asked, "heavy": heavy}))
     assert all(name == key for key, name in said["loaded"].items())
     assert said["asked"] == [16384, 16383, 1, 16384]
     assert said["heavy"] == []
+
+
+# ---- names ----
+
+
+def named_private(tree, home):
+    """Yield the private names that *tree* takes from others' objects: attributes, imports, and of *home* in strings."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            own = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls", "super")
+            found = () if own else (node.attr,)
+        elif isinstance(node, ast.ImportFrom):
+            found = (*str(node.module).split("."), *(alias.name for alias in node.names))
+        elif isinstance(node, ast.Import):
+            found = [part for alias in node.names for part in alias.name.split(".")]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in home:
+            found = (node.value,)
+        else:
+            continue
+        yield from (name for name in found if re.fullmatch(r"_[A-Za-z0-9]\w*", name))
+
+
+def defined(tree):
+    """Yield what *tree* defines itself: functions, classes, variables, attributes and keyword arguments."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self":
+            yield node.attr
+
+
+def test_a_private_name_of_torch_or_transformers_stands_in_one_module():
+    ours = {name for tree in TREES.values() for name in defined(tree)}
+    home = {name: module for module, names in PRIVATE.items() for name in names}
+    strange = {
+        f"{name} in {module}"
+        for module, tree in TREES.items()
+        for name in set(named_private(tree, home)) - USUAL
+        if (name in home and home[name] != module) or (name not in home and name not in ours)
+    }
+    assert strange == set()
+
+
+def test_the_list_of_private_names_is_not_longer_than_need_be():
+    unused = [
+        f"{name} in {module}"
+        for module, names in PRIVATE.items()
+        for name in names
+        if name not in MODULES[module].read_text()
+    ]
+    assert unused == []
+
+
+def strings(tree):
+    """Yield the strings in *tree* that a program reads: all but docstrings."""
+    docs = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+        and node.body
+        and isinstance(node.body[0], ast.Expr)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docs:
+            yield node.value
+
+
+def catalogue():
+    """The names of our plugins, of the strategies among them, and their aliases and config classes."""
+    from nemo_dist import Registry, Stage
+
+    registry = Registry()
+    ours = [name for name in registry if registry.entry(name).dist.name == "nemo-dist"]
+    strategies = {name for name in ours if registry.stage(name) == Stage.DATA}
+    configs = {registry.load(name).config_type.__name__ for name in ours}
+    return set(ours), strategies | {alias.name for alias in registry.aliases}, configs
+
+
+# Words of a file's format that happen to be names of plugins: keys of a configuration, and the kind of a saved value.
+WORDS = {"nemo_dist.setup.config_section": {"pipeline", "moe"}, "nemo_dist.checkpoint.json_state": {"tensor"}}
+
+
+def test_the_core_names_no_plugin_and_no_strategy():
+    """Not as an import and not as a string, but for the one table of public names in the package itself."""
+    plugins, strategies, configs = catalogue()
+    words = re.compile(rf"\b({'|'.join(sorted(strategies | configs | set(PLUGINS)))})\b")
+    found = []
+    for name, tree in TREES.items():
+        if package_of(name) in PLUGINS or name in LAZY or package_of(name) == "testing":
+            continue
+        found += [f"{name} imports {other}" for other in ARROWS[name] if package_of(other) in PLUGINS]
+        found += [f"{name} says {text!r}" for text in strings(tree) if words.search(text)]
+        exact = plugins - WORDS.get(name, set())
+        found += [f"{name} has the name {text!r}" for text in strings(tree) if text in exact]
+    assert found == []
+
+
+def test_a_package_of_the_core_says_what_is_in_it():
+    """Its docstring names every one of its modules, so that a reader finds the room."""
+    unnamed = [
+        name
+        for name in MODULES
+        if name.count(".") == 2 and name.startswith("nemo_dist.") and not name.endswith("__main__")
+        if f"``{name.rpartition('.')[2]}``" not in (ast.get_docstring(TREES[name.rpartition(".")[0]]) or "")
+    ]
+    assert unnamed == []
 
 
 @pytest.mark.parametrize("name", nemo_dist.testing.__all__)

@@ -1,4 +1,9 @@
-"""What plugin authors test with: conformance kit, Hypothesis strategies, a pool of ranks; each loaded on first use."""
+"""What plugin authors test with: conformance kit, Hypothesis strategies, a pool of ranks; each loaded on first use.
+
+Here: ``conformance`` (the kit), ``equivalence`` (training compared with one process), ``strategies``, ``tiny_models``;
+the ranks: ``pool``, ``worker``, ``remote_call``, ``failure_report``, ``plugin`` (pytest fixtures); and small tools:
+``precision``, ``tensors``, ``temp_folders``, ``io_counter``, ``fake_cuda``. Not here: tests.
+"""
 
 from __future__ import annotations
 
