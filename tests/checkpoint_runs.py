@@ -5,16 +5,15 @@ import json
 import zlib
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from nemo_dist import DDPConfig, DistributedSetup, FSDP2Config, MegatronFSDPConfig, ParallelismSizes
 from nemo_dist.checkpoint.chunks import as_bytes
 from nemo_dist.checkpoint.state_dict import exported, own_state
-from nemo_dist.testing.equivalence import Task, checkpoint
+from nemo_dist.testing.equivalence import MAX_NORM, OPTIMIZER, Task, checkpoint
+from nemo_dist.testing.precision import FP32
+from nemo_dist.testing.tensors import rows_of_rank, whole
 from nemo_dist.testing.tiny_models import SPECIMENS
 
-FP32 = {"param_dtype": "float32", "reduce_dtype": "float32", "output_dtype": "float32"}
-OPTIMIZER = {"lr": 1e-2, "weight_decay": 0.1, "eps": 1e-5}
 FSDP2 = FSDP2Config(mp_policy=FP32)
 INTERLEAVED = {"pp_schedule": "Interleaved1F1B"}
 
@@ -64,17 +63,11 @@ def checkpoint_of(specimen, seed):
 def steps(runtime, optimizer, task, which):
     losses = []
     for step in which:
-        batch = {name: value.chunk(runtime.dp_size)[runtime.dp_rank] for name, value in task.batches(step)[0].items()}
-        losses.append(runtime.forward_backward(batch).item())
-        runtime.clip_grad_norm_(0.5)
+        losses.append(runtime.forward_backward(rows_of_rank(task.batches(step)[0], runtime)).item())
+        runtime.clip_grad_norm_(MAX_NORM)
         optimizer.step()
         optimizer.zero_grad()
     return losses
-
-
-def whole(tensor):
-    tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return tensor.detach().clone().cpu()
 
 
 def everything(runtime, optimizer=None):

@@ -16,8 +16,8 @@ from nemo_dist import (
 )
 from nemo_dist.testing.equivalence import checkpoint
 from nemo_dist.testing.fake_cuda import WithCudaCalls
+from nemo_dist.testing.precision import FP32
 
-PRECISE = {"param_dtype": "float32", "reduce_dtype": "float32"}
 LORA = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
 
 
@@ -59,11 +59,11 @@ def on_rank_train(folder, strategy, out):
 
 
 STRATEGIES = {
-    "fsdp2": FSDP2Config(mp_policy=PRECISE),
-    "fsdp2-full": FSDP2Config(mp_policy=PRECISE, activation_checkpointing="full"),
-    "fsdp2-selective": FSDP2Config(mp_policy=PRECISE, activation_checkpointing="selective"),
-    "fsdp2-compiled": FSDP2Config(mp_policy=PRECISE, enable_compile=True),
-    "fsdp2-offload": FSDP2Config(mp_policy=PRECISE, offload_policy="cpu"),
+    "fsdp2": FSDP2Config(mp_policy=FP32),
+    "fsdp2-full": FSDP2Config(mp_policy=FP32, activation_checkpointing="full"),
+    "fsdp2-selective": FSDP2Config(mp_policy=FP32, activation_checkpointing="selective"),
+    "fsdp2-compiled": FSDP2Config(mp_policy=FP32, enable_compile=True),
+    "fsdp2-offload": FSDP2Config(mp_policy=FP32, offload_policy="cpu"),
     "ddp": DDPConfig(),
     "ddp-full": DDPConfig(activation_checkpointing="full"),
 }

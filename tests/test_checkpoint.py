@@ -5,8 +5,9 @@ import random
 import checkpoint_runs as runs
 import pytest
 import torch
+from cases import case_id, cases, slow
 
-from nemo_dist import DistributedSetup, FSDP2Config, NeMoAutoModelForCausalLM
+from nemo_dist import DistributedSetup, NeMoAutoModelForCausalLM
 from nemo_dist.testing.equivalence import Task
 
 
@@ -58,13 +59,13 @@ def on_rank_train_in_parts(name, specimen, dropout, path, parts):
     return losses, drawn, runs.everything(runtime, optimizer)
 
 
-@pytest.mark.parametrize(
+@cases(
     ("name", "world", "specimen", "dropout"),
     [
         ("fsdp2", 2, "llama", 0.3),
         ("ddp", 2, "llama", 0.3),
         *(
-            pytest.param(*cell, marks=pytest.mark.slow)
+            slow(*cell)
             for cell in (
                 ("fsdp2", 1, "llama", 0.3),
                 ("hsdp", 4, "llama", 0.3),
@@ -76,6 +77,7 @@ def on_rank_train_in_parts(name, specimen, dropout, path, parts):
             )
         ),
     ],
+    lambda name, world, specimen, dropout: case_id(specimen, world, name, {"dropout": dropout}),
 )
 def test_a_resumed_run_is_bit_for_bit_an_uninterrupted_one(ranks, tmp_path, name, world, specimen, dropout):
     whole = ranks(world).run(on_rank_train_in_parts, name, specimen, dropout, tmp_path / "a", [6])
@@ -161,7 +163,7 @@ def test_merging_groups_with_different_options_is_refused(ranks, tmp_path):
 
 def on_rank_train_save_and_load(folders, path, kind):
     runs.FOLDERS.update(folders)
-    setup = DistributedSetup.build(strategy=FSDP2Config(mp_policy=runs.FP32))
+    setup = DistributedSetup.build(strategy=runs.FSDP2)
     results = []
     for seed in (0, 1):
         model = runs.SPECIMENS["llama"].load.from_pretrained(

@@ -10,6 +10,7 @@ import checkpoint_runs as runs
 import pytest
 import torch
 import transformers
+from cases import case_id, cases, slow
 
 from nemo_dist.testing.equivalence import TOLERANCE, Task
 from nemo_dist.testing.fake_cuda import WithCudaCalls
@@ -41,15 +42,24 @@ KINDS = ["exp_avg", "exp_avg_sq", "model", "step"]
 def cells():
     for specimen, cycle in CYCLES.items():
         for source, target in zip(cycle, cycle[1:] + cycle[:1], strict=True):
-            yield pytest.param(specimen, [source], target, id=f"{specimen}-{named(source)}-{named(target)}")
+            yield pytest.param(
+                specimen, [source], target, id=case_id(specimen, f"{spoken(source)} to {spoken(target)}")
+            )
     for specimen, topologies in TOPOLOGIES.items():
         for target in topologies:
             marks = [pytest.mark.slow, pytest.mark.timeout(1800)]
-            yield pytest.param(specimen, topologies, target, marks=marks, id=f"{specimen}-all-{named(target)}")
+            yield pytest.param(
+                specimen, topologies, target, marks=marks, id=case_id(specimen, f"all to {spoken(target)}")
+            )
 
 
 def named(topology):
     return "".join(map(str, topology))
+
+
+def spoken(topology):
+    name, world = topology
+    return f"{name} on {world}"
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +91,7 @@ def saved(on, tmp_path_factory):
     return save
 
 
-@pytest.mark.parametrize(("specimen", "sources", "target"), cells())
+@pytest.mark.parametrize(("specimen", "sources", "target"), list(cells()))
 def test_a_run_resumes_in_another_topology_and_loads_its_export(on, saved, specimen, sources, target):
     of = {source: saved(specimen, source) for source in sources}
     _, _, uninterrupted = saved(specimen, target)
@@ -116,15 +126,13 @@ def model_of(found):
 
 
 EXPORTS = [
-    pytest.param(specimen, topology, marks=[] if topology in CYCLES.get(specimen, ()) else [pytest.mark.slow])
+    (specimen, topology) if topology in CYCLES.get(specimen, ()) else slow(specimen, topology)
     for specimen, topologies in TOPOLOGIES.items()
     for topology in topologies
 ]
 
 
-@pytest.mark.parametrize(
-    ("specimen", "topology"), EXPORTS, ids=lambda value: value if type(value) is str else named(value)
-)
+@cases(("specimen", "topology"), EXPORTS, lambda specimen, topology: case_id(specimen, spoken(topology)))
 def test_plain_transformers_loads_the_trained_model_from_an_export(saved, specimen, topology):
     path, expected, losses = saved(specimen, topology)
     model = transformers.AutoModelForCausalLM.from_pretrained(runs.export_of(path), dtype=torch.float32)

@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 import transformers
+from cases import case_id, cases
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.device_mesh import init_device_mesh
@@ -23,11 +24,11 @@ from nemo_dist import (
     initialize_distributed,
 )
 from nemo_dist.testing.equivalence import Task, assert_equivalent, checkpoint
+from nemo_dist.testing.precision import FP32
 from nemo_dist.testing.tiny_models import SPECIMENS
 from nemo_dist_context.batch import SequenceSplitter, sequence_ids
 from nemo_dist_context.sequence_layout import SequenceLayout
 
-FP32 = {"param_dtype": "float32", "reduce_dtype": "float32", "output_dtype": "float32"}
 METHODS = ("all_gather", "ulysses")
 
 
@@ -130,13 +131,17 @@ def test_packed_sequences_that_transformers_would_mix_are_refused():
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("specimen", ["llama", "llama-tied", "qwen3"])
-@pytest.mark.parametrize(("world", "cp", "replicate"), [(2, 2, None), (4, 2, None), (8, 2, 2)])
+@cases(
+    ("world", "cp", "replicate"),
+    [(2, 2, None), (4, 2, None), (8, 2, 2)],
+    lambda world, cp, replicate: case_id(world, {"cp": cp, "dp_replicate": replicate}),
+)
 def test_context_parallelism_matches_one_process(ranks, world, cp, replicate, specimen, method):
     assert_equivalent(ranks(world), Task(specimen=specimen), **options(world, cp, replicate, method))
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("length", [13, 15])
+@pytest.mark.parametrize("length", [13, 15], ids="{} tokens".format)
 @pytest.mark.parametrize("specimen", ["llama", "llama-packed", "llama-padded", "llama-left-padded", "bert-numbered"])
 def test_any_length_padding_and_packing_are_exact(ranks, specimen, length, method):
     assert_equivalent(ranks(2), Task(specimen=specimen, length=length), **options(2, 2, method=method))
@@ -178,9 +183,13 @@ EXCHANGES = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", [False, "full", "selective"])
+@pytest.mark.parametrize("mode", [False, "full", "selective"], ids=lambda mode: mode or "kept")
 @pytest.mark.parametrize("specimen", ["llama", "llama-tied", "qwen3"])
-@pytest.mark.parametrize(("world", "replicate", "cp", "tp"), EXCHANGES)
+@cases(
+    ("world", "replicate", "cp", "tp"),
+    EXCHANGES,
+    lambda world, replicate, cp, tp: case_id(world, {"dp_replicate": replicate, "cp": cp, "tp": tp}),
+)
 def test_every_factorisation_with_exchanged_heads_is_exact(ranks, world, replicate, cp, tp, specimen, mode):
     choice = options(world, cp, method="ulysses", mode=mode)
     sizes = ParallelismSizes(cp_size=cp, tp_size=tp, dp_replicate_size=replicate if replicate > 1 else None)

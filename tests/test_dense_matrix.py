@@ -8,11 +8,12 @@ import random
 from itertools import product
 
 import pytest
+from cases import case_id
 
 from nemo_dist import FSDP2Config, ParallelismSizes
 from nemo_dist.testing.equivalence import Task, assert_equivalent
+from nemo_dist.testing.precision import FP32
 
-FP32 = {"param_dtype": "float32", "reduce_dtype": "float32"}
 SPECIMENS = ("llama", "llama-tied", "qwen3")
 # 8 tensor-parallel ranks need 8 heads: Llama has 8 key heads then, the others fewer, which every rank keeps whole.
 HEADS = {"llama": "llama-heads", "llama-tied": "llama-heads-tied", "qwen3": "qwen3-heads"}
@@ -56,7 +57,8 @@ def prove(ranks, world, sizes, sequence_parallel, mode, specimen):
 
 def name_of(cell):
     world, sizes, sequence_parallel, mode, specimen = cell
-    return f"{world}-{'x'.join(map(str, sizes))}-{'sp-' if sequence_parallel else ''}{mode or 'none'}-{specimen}"
+    axes = dict(zip(("dp_replicate", "dp_shard", "cp", "tp"), sizes, strict=True))
+    return case_id(specimen, world, axes, sequence_parallel and "sequence", mode)
 
 
 @pytest.mark.parametrize("cell", SAMPLE, ids=name_of)

@@ -6,19 +6,17 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from cases import case_id, cases
 from safetensors.torch import load_file
+from setups import DATA_PARALLEL
 
-from nemo_dist import DDPConfig, DistributedSetup, FSDP2Config, MegatronFSDPConfig, ParallelismSizes
+from nemo_dist import DistributedSetup, FSDP2Config, MegatronFSDPConfig, ParallelismSizes
 from nemo_dist.testing.equivalence import Task, checkpoint
 from nemo_dist.testing.fake_cuda import WithCudaCalls
+from nemo_dist.testing.precision import FP32
+from nemo_dist.testing.tensors import saved_weights
 from nemo_dist.testing.tiny_models import SPECIMENS
 
-FP32 = {"param_dtype": "float32", "reduce_dtype": "float32", "output_dtype": "float32"}
-SETUPS = {
-    "fsdp2": {"strategy": FSDP2Config(mp_policy=FP32)},
-    "hsdp": {"strategy": FSDP2Config(mp_policy=FP32), "parallelism_sizes": ParallelismSizes(dp_replicate_size=2)},
-    "ddp": {"strategy": DDPConfig()},
-}
 KINDS = ["llama", "llama-tied", "bert-sequences", "llava"]
 
 
@@ -40,13 +38,6 @@ def files(folder):
     return sorted(entry.name for entry in Path(folder).iterdir())
 
 
-def weights(folder):
-    found = {}
-    for path in Path(folder).glob("*.safetensors"):
-        found |= load_file(path)
-    return found
-
-
 def assert_same_weights(found, expected):
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -55,11 +46,11 @@ def assert_same_weights(found, expected):
 
 
 @pytest.mark.parametrize("specimen", KINDS)
-@pytest.mark.parametrize(("strategy", "world"), [("fsdp2", 2), ("fsdp2", 4), ("hsdp", 4), ("ddp", 2), ("fsdp2", 1)])
+@cases(("strategy", "world"), [("fsdp2", 2), ("fsdp2", 4), ("hsdp", 4), ("ddp", 2), ("fsdp2", 1)])
 def test_an_export_has_the_files_and_weights_that_one_process_saves(ranks, tmp_path, specimen, strategy, world):
     source = checkpoint(specimen)
-    ranks(world).run(on_rank_export, specimen, source, tmp_path / "out", SETUPS[strategy], max_shard_size="30KB")
-    assert_same_weights(weights(tmp_path / "out"), weights(source))
+    ranks(world).run(on_rank_export, specimen, source, tmp_path / "out", DATA_PARALLEL[strategy], max_shard_size="30KB")
+    assert_same_weights(saved_weights(tmp_path / "out"), saved_weights(source))
     plain = SPECIMENS[specimen].load.from_pretrained(source, dtype=torch.float32)
     plain.save_pretrained(tmp_path / "plain")
     for name in ("config.json", "generation_config.json"):
@@ -91,38 +82,40 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, 4], ids=case_id)
 def test_plain_transformers_and_other_topologies_load_every_export(ranks, tmp_path, name, world):
     specimen, options = OTHERS[name]
     pool = WithCudaCalls(ranks(world)) if name == "megatron" else ranks(world)
     pool.run(on_rank_export, specimen, checkpoint(specimen), tmp_path / "out", options, max_shard_size="30KB")
-    assert_same_weights(weights(tmp_path / "out"), weights(checkpoint(specimen)))
+    assert_same_weights(saved_weights(tmp_path / "out"), saved_weights(checkpoint(specimen)))
     batch = Task(specimen=specimen).batches(0)[0]
     exported, original = (
         SPECIMENS[specimen].load.from_pretrained(folder, dtype=torch.float32).eval()(**batch).logits
         for folder in (tmp_path / "out", checkpoint(specimen))
     )
     assert torch.equal(exported, original)
-    ranks(world).run(on_rank_export, specimen, tmp_path / "out", tmp_path / "again", SETUPS["fsdp2"])
-    assert_same_weights(weights(tmp_path / "again"), weights(checkpoint(specimen)))
+    ranks(world).run(on_rank_export, specimen, tmp_path / "out", tmp_path / "again", DATA_PARALLEL["fsdp2"])
+    assert_same_weights(saved_weights(tmp_path / "again"), saved_weights(checkpoint(specimen)))
 
 
 def test_an_export_after_an_evaluation_has_the_weights_of_the_shards(ranks, tmp_path):
     source = checkpoint("llama")
-    ranks(2).run(on_rank_export, "llama", source, tmp_path / "out", SETUPS["fsdp2"], evaluate=True)
-    assert_same_weights(weights(tmp_path / "out"), weights(source))
+    ranks(2).run(on_rank_export, "llama", source, tmp_path / "out", DATA_PARALLEL["fsdp2"], evaluate=True)
+    assert_same_weights(saved_weights(tmp_path / "out"), saved_weights(source))
 
 
 def test_an_export_dtype_casts_the_weights_and_is_in_the_config(ranks, tmp_path):
     source = checkpoint("llama")
-    ranks(2).run(on_rank_export, "llama", source, tmp_path / "out", SETUPS["fsdp2"], dtype="bfloat16")
+    ranks(2).run(on_rank_export, "llama", source, tmp_path / "out", DATA_PARALLEL["fsdp2"], dtype="bfloat16")
     assert files(tmp_path / "out") == ["config.json", "generation_config.json", "model.safetensors"]
-    assert_same_weights(weights(tmp_path / "out"), {n: w.bfloat16() for n, w in weights(source).items()})
+    assert_same_weights(saved_weights(tmp_path / "out"), {n: w.bfloat16() for n, w in saved_weights(source).items()})
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
 def test_exported_files_respect_the_shard_size_and_are_indexed(ranks, tmp_path):
-    ranks(2).run(on_rank_export, "llama", checkpoint("llama"), tmp_path / "out", SETUPS["fsdp2"], max_shard_size="20KB")
+    ranks(2).run(
+        on_rank_export, "llama", checkpoint("llama"), tmp_path / "out", DATA_PARALLEL["fsdp2"], max_shard_size="20KB"
+    )
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     shards = {path.name: load_file(path) for path in (tmp_path / "out").glob("*.safetensors")}
     assert len(shards) > 2
@@ -138,9 +131,9 @@ def test_an_export_over_the_source_folder_keeps_its_other_files(ranks, tmp_path)
     plain.save_pretrained(source, max_shard_size="30KB")
     (source / "notes.txt").write_text("mine")
     (source / "tokenizer.json").write_text("{}")
-    before = weights(source)
-    ranks(2).run(on_rank_export, "llama", source, source, SETUPS["fsdp2"])
-    assert_same_weights(weights(source), before)
+    before = saved_weights(source)
+    ranks(2).run(on_rank_export, "llama", source, source, DATA_PARALLEL["fsdp2"])
+    assert_same_weights(saved_weights(source), before)
     assert files(source) == [
         "config.json",
         "generation_config.json",
@@ -156,7 +149,7 @@ def test_tokenizer_and_processor_files_come_along(ranks, tmp_path):
     SPECIMENS["llama"].make(3).save_pretrained(source)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (source / name).write_text(f'"{name}"')
-    ranks(2).run(on_rank_export, "llama", source, tmp_path / "out", SETUPS["ddp"])
+    ranks(2).run(on_rank_export, "llama", source, tmp_path / "out", DATA_PARALLEL["ddp"])
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (tmp_path / "out" / name).read_text() == f'"{name}"'
 
@@ -177,9 +170,11 @@ def moe_config():
 def test_experts_are_exported_one_by_one_as_transformers_does(ranks, tmp_path):
     torch.manual_seed(0)
     transformers.AutoModelForCausalLM.from_config(moe_config(), dtype=torch.float32).save_pretrained(tmp_path / "plain")
-    ranks(2).run(on_rank_export, "llama", tmp_path / "plain", tmp_path / "out", SETUPS["fsdp2"], max_shard_size="10KB")
-    assert any("experts.0." in name for name in weights(tmp_path / "plain"))
-    assert_same_weights(weights(tmp_path / "out"), weights(tmp_path / "plain"))
+    ranks(2).run(
+        on_rank_export, "llama", tmp_path / "plain", tmp_path / "out", DATA_PARALLEL["fsdp2"], max_shard_size="10KB"
+    )
+    assert any("experts.0." in name for name in saved_weights(tmp_path / "plain"))
+    assert_same_weights(saved_weights(tmp_path / "out"), saved_weights(tmp_path / "plain"))
     assert max(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors")) < 20_000
 
 
@@ -204,9 +199,9 @@ def on_rank_export_to_a_full_disk(specimen, folder, out, options):
 
 def test_a_disk_error_on_one_rank_is_raised_on_all_and_changes_nothing(ranks, tmp_path):
     out = tmp_path / "out"
-    ranks(2).run(on_rank_export, "llama", checkpoint("llama"), out, SETUPS["fsdp2"])
+    ranks(2).run(on_rank_export, "llama", checkpoint("llama"), out, DATA_PARALLEL["fsdp2"])
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    messages = ranks(2).run(on_rank_export_to_a_full_disk, "llama", checkpoint("llama", 5), out, SETUPS["fsdp2"])
+    messages = ranks(2).run(on_rank_export_to_a_full_disk, "llama", checkpoint("llama", 5), out, DATA_PARALLEL["fsdp2"])
     assert messages[1].startswith("CheckpointError: writing the export to")
     assert "File too large" in messages[1]
     assert messages[0].startswith("RankError: writing the export to")
@@ -225,5 +220,5 @@ def test_a_disk_error_on_one_rank_is_raised_on_all_and_changes_nothing(ranks, tm
 )
 def test_a_wrong_export_option_is_refused(ranks, tmp_path, keywords, message):
     with pytest.raises(Exception, match=message):
-        ranks(1).run(on_rank_export, "llama", checkpoint("llama"), tmp_path / "out", SETUPS["ddp"], **keywords)
+        ranks(1).run(on_rank_export, "llama", checkpoint("llama"), tmp_path / "out", DATA_PARALLEL["ddp"], **keywords)
     assert files(tmp_path) == []

@@ -3,6 +3,7 @@
 import checkpoint_runs as runs
 import pytest
 import torch
+from cases import cases, slow
 from transformers.models.llama import modeling_llama
 
 from nemo_dist import (
@@ -14,8 +15,8 @@ from nemo_dist import (
 )
 from nemo_dist.testing.equivalence import Task, assert_equivalent, checkpoint, reference
 from nemo_dist.testing.fake_cuda import WithCudaCalls
+from nemo_dist.testing.precision import FP32
 
-FP32 = {"param_dtype": "float32", "reduce_dtype": "float32", "output_dtype": "float32"}
 FSDP2 = FSDP2Config(mp_policy=FP32)
 # The beginning of the model, a whole block in its middle, the end of it, and matrices within the blocks.
 FROZEN = {
@@ -56,14 +57,10 @@ SETUPS = {
 
 PARTLY = Task(specimen="llama-deep", frozen=FROZEN["within"], steps=4)
 SAMPLE = list(zip(SETUPS, list(FROZEN) * len(SETUPS), strict=False))  # every setup once; the rest is for the matrix
-CELLS = [
-    pytest.param(name, frozen, marks=() if (name, frozen) in SAMPLE else pytest.mark.slow)
-    for name in SETUPS
-    for frozen in FROZEN
-]
+CELLS = [(name, frozen) if (name, frozen) in SAMPLE else slow(name, frozen) for name in SETUPS for frozen in FROZEN]
 
 
-@pytest.mark.parametrize(("name", "frozen"), CELLS)
+@cases(("name", "frozen"), CELLS, lambda name, frozen: f"{name}, {frozen} frozen")
 def test_frozen_parameters_stay_and_the_others_train(ranks, name, frozen):
     world, specimen, options = SETUPS[name]
     pool = WithCudaCalls(ranks(world)) if name.startswith("megatron") else ranks(world)

@@ -6,32 +6,23 @@ import os
 import pytest
 import safetensors
 import torch
+from cases import cases
 from safetensors.torch import load_file, save_file
+from setups import DATA_PARALLEL
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from nemo_dist import (
     CheckpointError,
-    DDPConfig,
     DistributedSetup,
     FSDP2Config,
     MeshContext,
     NeMoAutoModelForCausalLM,
-    ParallelismSizes,
 )
 from nemo_dist.testing.equivalence import checkpoint
 from nemo_dist.testing.io_counter import BytesRead
+from nemo_dist.testing.tensors import local, whole
 from nemo_dist.testing.tiny_models import SPECIMENS
-
-SETUPS = {
-    "fsdp2": {"strategy": FSDP2Config()},
-    "hsdp": {"strategy": FSDP2Config(), "parallelism_sizes": ParallelismSizes(dp_replicate_size=2)},
-    "ddp": {"strategy": DDPConfig()},
-}
-
-
-def local(parameter):
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 def on_rank_count_bytes(folder, specimen, options):
@@ -42,9 +33,9 @@ def on_rank_count_bytes(folder, specimen, options):
 
 
 @pytest.mark.parametrize("specimen", ["llama", "llama-tied", "bert-tokens", "llava"])
-@pytest.mark.parametrize(("strategy", "world"), [("fsdp2", 2), ("fsdp2", 4), ("hsdp", 4), ("ddp", 2)])
+@cases(("strategy", "world"), [("fsdp2", 2), ("fsdp2", 4), ("hsdp", 4), ("ddp", 2)])
 def test_a_rank_reads_exactly_the_bytes_of_its_shard(ranks, specimen, strategy, world):
-    answers = ranks(world).run(on_rank_count_bytes, checkpoint(specimen), specimen, SETUPS[strategy])
+    answers = ranks(world).run(on_rank_count_bytes, checkpoint(specimen), specimen, DATA_PARALLEL[strategy])
 
     copies = {"fsdp2": 1, "hsdp": 2, "ddp": world}[strategy]
     print(f"{specimen} {strategy} on {world} ranks: bytes read {[read for read, _, _ in answers]} of {answers[0][2]}")
@@ -69,16 +60,13 @@ def on_rank_logits(folder, options, kwargs):
     return model(input_ids=torch.arange(1, 9).unsqueeze(0)).logits.detach()
 
 
-FP32 = FSDP2Config(mp_policy={"param_dtype": "float32"})
-
-
 def test_a_bin_checkpoint_loads_through_weights_only(ranks, tmp_path):
     folder = checkpoint("llama")
     torch.save(load_file(folder / "model.safetensors"), tmp_path / "pytorch_model.bin")
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     expected = NeMoAutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
-    for found in ranks(2).run(on_rank_logits, tmp_path, {"strategy": FP32}, {}):
+    for found in ranks(2).run(on_rank_logits, tmp_path, DATA_PARALLEL["fsdp2"], {}):
         torch.testing.assert_close(found, expected(input_ids=torch.arange(1, 9).unsqueeze(0)).logits)
 
 
@@ -226,8 +214,7 @@ def on_rank_load_on_mesh(folder, shape, names):
     except Exception as error:
         return type(error).__name__, str(error)
     weight = model.model.layers[0].mlp.up_proj.weight
-    whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
-    return list(local(weight).shape), whole.detach()
+    return list(local(weight).shape), whole(weight)
 
 
 @pytest.mark.parametrize(
@@ -237,9 +224,9 @@ def on_rank_load_on_mesh(folder, shape, names):
 def test_a_mesh_with_data_axes_shards_the_parameters_on_it(ranks, shape, names, rows):
     expected = NeMoAutoModelForCausalLM.from_pretrained(checkpoint("llama"), dtype=torch.float32)
 
-    for found, whole in ranks(4).run(on_rank_load_on_mesh, checkpoint("llama"), shape, names):
+    for found, full in ranks(4).run(on_rank_load_on_mesh, checkpoint("llama"), shape, names):
         assert found == [rows, 32]
-        assert torch.equal(whole, expected.model.layers[0].mlp.up_proj.weight)
+        assert torch.equal(full, expected.model.layers[0].mlp.up_proj.weight)
 
 
 def test_a_mesh_with_a_foreign_axis_is_refused(ranks):

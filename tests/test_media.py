@@ -3,14 +3,14 @@
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
 
 from nemo_dist import DDPConfig, DistributedSetup, FSDP2Config, MegatronFSDPConfig
 from nemo_dist.testing.equivalence import checkpoint
 from nemo_dist.testing.fake_cuda import WithCudaCalls
+from nemo_dist.testing.precision import FP32
+from nemo_dist.testing.tensors import whole
 from nemo_dist.testing.tiny_models import SPECIMENS
 
-FP32 = {"param_dtype": "float32", "reduce_dtype": "float32", "output_dtype": "float32"}
 STRATEGIES = {
     "fsdp2": FSDP2Config(mp_policy=FP32),
     "megatron_fsdp": MegatronFSDPConfig(),
@@ -36,8 +36,7 @@ def on_rank_gradients(strategy, folder, images):
         loss = runtime.forward_backward([batch(10 * rank + i, image) for i, image in enumerate(images[rank])])
     except RuntimeError as error:
         return f"{type(error).__name__}: {error}"
-    grads = {name: p.grad for name, p in runtime.named_parameters() if p.grad is not None}
-    return loss.item(), {n: (g.full_tensor() if isinstance(g, DTensor) else g).clone() for n, g in grads.items()}
+    return loss.item(), {name: whole(p.grad) for name, p in runtime.named_parameters() if p.grad is not None}
 
 
 def alone(images):

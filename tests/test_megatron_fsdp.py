@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from cases import case_id, cases, slow
 from megatron_fsdp import fully_shard_model, fully_shard_optimizer
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -23,16 +24,11 @@ from nemo_dist import (
 from nemo_dist.testing.equivalence import Task, assert_equivalent, checkpoint, reference
 from nemo_dist.testing.fake_cuda import WithCudaCalls
 from nemo_dist.testing.io_counter import BytesRead
+from nemo_dist.testing.tensors import rows_of_rank
 from nemo_dist.testing.tiny_models import SPECIMENS
 
-
-def leave(*cell):
-    """Leave *cell* to the matrix."""
-    return pytest.param(*cell, marks=pytest.mark.slow)
-
-
 ZERO = [1, 2, 3]
-ENDS = [1, leave(2), 3]  # of the levels, where the one between adds little
+ENDS = [1, slow(2), 3]  # of the levels, where the one between adds little
 SAMPLE = [(2, 1, "llava"), (2, 2, "bert-tokens"), (2, 3, "llama-tied"), (4, 3, "bert-sequences")]
 REST = [
     (world, zero, specimen)
@@ -52,12 +48,24 @@ def ranks(ranks):
 # ---- numbers ----
 
 
-@pytest.mark.parametrize(("world", "zero", "specimen"), [*SAMPLE, *(leave(*one) for one in REST)])
+def name_of(world, zero, specimen):
+    return case_id(specimen, world, f"zero {zero}")
+
+
+def name_with_axes(world, cp, tp, sequence, zero, specimen):
+    return case_id(specimen, world, {"cp": cp, "tp": tp}, sequence and "sequence", f"zero {zero}")
+
+
+def name_with_options(zero, options):
+    return case_id(f"zero {zero}", options)
+
+
+@cases(("world", "zero", "specimen"), [*SAMPLE, *(slow(*one) for one in REST)], name_of)
 def test_it_matches_one_process(ranks, world, zero, specimen):
     assert_equivalent(ranks(world), Task(specimen=specimen), strategy=MegatronFSDPConfig(zero_dp_strategy=zero))
 
 
-@pytest.mark.parametrize("zero", ENDS)
+@pytest.mark.parametrize("zero", ENDS, ids="zero {}".format)
 def test_accumulated_batches_match_one_process(ranks, zero):
     assert_equivalent(ranks(2), Task(accumulate=3), strategy=MegatronFSDPConfig(zero_dp_strategy=zero))
 
@@ -66,7 +74,7 @@ def test_accumulated_batches_match_one_process(ranks, zero):
 LARGE_STEPS = Task(lr=0.1, weight_decay=0.5, eps=1e-2)
 
 
-@pytest.mark.parametrize("zero", [1, leave(2), leave(3)])
+@pytest.mark.parametrize("zero", [1, slow(2), slow(3)], ids="zero {}".format)
 def test_large_steps_with_weight_decay_match_one_process(ranks, zero):
     assert_equivalent(ranks(2), LARGE_STEPS, strategy=MegatronFSDPConfig(zero_dp_strategy=zero))
 
@@ -74,39 +82,41 @@ def test_large_steps_with_weight_decay_match_one_process(ranks, zero):
 NO_OVERLAP = {"overlap_param_gather": False, "overlap_grad_reduce": False}
 
 
-@pytest.mark.parametrize(
+@cases(
     ("zero", "options"),
     [
-        leave(1, {"average_in_collective": True}),
+        slow(1, {"average_in_collective": True}),
         (3, {"average_in_collective": True}),
-        leave(1, {"disable_bucketing": True}),
-        leave(2, {"grad_reduce_in_fp32": False, "preserve_fp32_weights": False}),
-        leave(1, {"overlap_param_gather": False}),
-        leave(1, {"overlap_grad_reduce": False}),
+        slow(1, {"disable_bucketing": True}),
+        slow(2, {"grad_reduce_in_fp32": False, "preserve_fp32_weights": False}),
+        slow(1, {"overlap_param_gather": False}),
+        slow(1, {"overlap_grad_reduce": False}),
         (1, NO_OVERLAP),
-        leave(1, {**NO_OVERLAP, "average_in_collective": True}),
+        slow(1, {**NO_OVERLAP, "average_in_collective": True}),
         (2, {"overlap_param_gather": False}),
-        leave(2, {"fsdp_double_buffer": True}),
+        slow(2, {"fsdp_double_buffer": True}),
         (3, {"fsdp_double_buffer": True}),
-        leave(3, {"megatron_fsdp_unit_modules": ["LlamaMLP", f"{modeling_llama.__name__}.LlamaAttention"]}),
-        leave(3, {"report_nan_in_param_grad": True}),
+        slow(3, {"megatron_fsdp_unit_modules": ["LlamaMLP", f"{modeling_llama.__name__}.LlamaAttention"]}),
+        slow(3, {"report_nan_in_param_grad": True}),
     ],
-    ids=str,
+    name_with_options,
 )
 def test_an_option_does_not_change_the_numbers(ranks, zero, options):
     assert_equivalent(ranks(2), Task(), strategy=MegatronFSDPConfig(zero_dp_strategy=zero, **options))
 
 
-@pytest.mark.parametrize(
-    ("zero", "options"), [(1, NO_OVERLAP), leave(2, {"overlap_param_gather": False}), leave(1, {})], ids=str
-)
+@cases(("zero", "options"), [(1, NO_OVERLAP), slow(2, {"overlap_param_gather": False}), slow(1, {})], name_with_options)
 def test_accumulated_batches_without_overlap_match_one_process(ranks, zero, options):
     assert_equivalent(ranks(2), Task(accumulate=3), strategy=MegatronFSDPConfig(zero_dp_strategy=zero, **options))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("zero", ZERO)
-@pytest.mark.parametrize(("world", "cp", "tp"), [(2, 2, 1), (2, 1, 2), (4, 1, 1), (4, 2, 1), (4, 1, 2), (4, 2, 2)])
+@pytest.mark.parametrize("zero", ZERO, ids="zero {}".format)
+@cases(
+    ("world", "cp", "tp"),
+    [(2, 2, 1), (2, 1, 2), (4, 1, 1), (4, 2, 1), (4, 1, 2), (4, 2, 2)],
+    lambda world, cp, tp: case_id(world, {"cp": cp, "tp": tp}),
+)
 def test_large_steps_with_weight_decay_match_one_process_on_every_axis(ranks, world, cp, tp, zero):
     assert_equivalent(
         ranks(world),
@@ -116,7 +126,7 @@ def test_large_steps_with_weight_decay_match_one_process_on_every_axis(ranks, wo
     )
 
 
-@pytest.mark.parametrize("zero", [leave(1), leave(2), 3])
+@pytest.mark.parametrize("zero", [slow(1), slow(2), 3], ids="zero {}".format)
 def test_recomputation_does_not_change_the_numbers(ranks, zero):
     strategy = MegatronFSDPConfig(zero_dp_strategy=zero)
     assert_equivalent(ranks(2), Task(), strategy=strategy, activation_checkpointing=True)
@@ -142,8 +152,8 @@ COMPOSED_SAMPLE = [
 
 @pytest.mark.parametrize(
     "cell",
-    [*COMPOSED_SAMPLE, *(leave(one) for one in COMPOSED if one not in COMPOSED_SAMPLE)],
-    ids=lambda cell: "-".join(map(str, cell)),
+    [*COMPOSED_SAMPLE, *(slow(one) for one in COMPOSED if one not in COMPOSED_SAMPLE)],
+    ids=lambda cell: name_with_axes(*cell),
 )
 def test_tensor_and_context_parallelism_match_one_process(ranks, cell):
     world, cp, tp, sequence, zero, specimen = cell
@@ -173,8 +183,8 @@ EXPERTS_SAMPLE = (2, 1, 1, False, 3, "qwen3-moe")
 
 @pytest.mark.parametrize(
     "cell",
-    [EXPERTS_SAMPLE, *(leave(one) for one in EXPERTS if one != EXPERTS_SAMPLE)],
-    ids=lambda cell: "-".join(map(str, cell)),
+    [EXPERTS_SAMPLE, *(slow(one) for one in EXPERTS if one != EXPERTS_SAMPLE)],
+    ids=lambda cell: name_with_axes(*cell),
 )
 def test_models_with_experts_match_one_process(ranks, cell):
     world, cp, tp, sequence, zero, specimen = cell
@@ -267,7 +277,7 @@ def on_rank_train_in_bfloat16(folder, preserve, wide):
     before = canonical(runtime, dict(model.named_parameters()))
     optimizer = runtime.optimizer(torch.optim.SGD, lr=1e-4)
     batch = Task(rows=4).batches(0)[0]
-    loss = runtime.forward_backward({n: v.chunk(2)[runtime.dp_rank] for n, v in batch.items()})
+    loss = runtime.forward_backward(rows_of_rank(batch, runtime))
     grads = {p.grad.dtype for p in model.parameters() if p.grad is not None}
     optimizer.step()
     after = canonical(runtime, dict(model.named_parameters()))
@@ -295,7 +305,7 @@ def on_rank_resume_in_bfloat16(folder, other, path):
         if weights is other:
             runtime.load(path, optimizer)
         else:
-            runtime.forward_backward({n: v.chunk(2)[runtime.dp_rank] for n, v in task.batches(0)[0].items()})
+            runtime.forward_backward(rows_of_rank(task.batches(0)[0], runtime))
             optimizer.step()
             optimizer.zero_grad()
             runtime.save(path, optimizer).wait()
@@ -376,6 +386,7 @@ def on_rank_adopt(folder, kind, options):
         ("Adagrad", {"lr": 0.1, "weight_decay": 0.5}),
         ("RAdam", {"lr": 1.0, "weight_decay": 0.5, "decoupled_weight_decay": True}),
     ],
+    ids=str,
 )
 def test_a_new_optimizer_has_taken_no_step(ranks, kind, options):
     alone = SPECIMENS["llama"].make().eval()
@@ -389,8 +400,7 @@ def on_rank_schedule(folder):
     _, runtime = on_rank_start(3, folder)
     optimizer = runtime.optimizer(torch.optim.SGD, lr=1.0)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.5)
-    batch = {name: value.chunk(2)[runtime.dp_rank] for name, value in Task().batches(0)[0].items()}
-    runtime.forward_backward(batch)
+    runtime.forward_backward(rows_of_rank(Task().batches(0)[0], runtime))
     optimizer.step()
     scheduler.step()
     return optimizer.param_groups[0]["lr"]
@@ -411,14 +421,18 @@ def on_rank_full_tensors(folder, zero, tp):
     model = NeMoAutoModelForCausalLM.from_pretrained(folder, distributed_setup=setup, dtype=torch.float32)
     runtime = setup.runtime(model)
     weights = {name: p.full_tensor().clone() for name, p in model.named_parameters()}
-    runtime.forward_backward({n: v.chunk(runtime.dp_size)[runtime.dp_rank] for n, v in Task().batches(0)[0].items()})
+    runtime.forward_backward(rows_of_rank(Task().batches(0)[0], runtime))
     grads = {name: p.grad.full_tensor().clone() for name, p in model.named_parameters()}
     with pytest.raises(RuntimeError, match=r"cut at rows of Megatron-FSDP's choice.*full_tensor\(\)"):
         model.model.norm.weight.redistribute(placements=[])
     return weights, grads
 
 
-@pytest.mark.parametrize(("world", "zero", "tp"), [(2, 3, 1), leave(2, 1, 1), leave(4, 2, 2), leave(4, 3, 2)])
+@cases(
+    ("world", "zero", "tp"),
+    [(2, 3, 1), slow(2, 1, 1), slow(4, 2, 2), slow(4, 3, 2)],
+    lambda world, zero, tp: case_id(world, {"tp": tp}, f"zero {zero}"),
+)
 def test_the_full_tensor_of_a_parameter_and_of_a_gradient_is_right(ranks, world, zero, tp):
     alone = dict(SPECIMENS["llama"].make().named_parameters())
     expected = gradients_alone(Task().batches(0))
@@ -436,7 +450,7 @@ def on_rank_backward_twice(folder, zero, between):
     optimizer = runtime.optimizer(torch.optim.SGD, lr=0.1)
     first, second = Task(accumulate=2).batches(0)
     for step, batch in enumerate((first, second)):
-        runtime.forward_backward({n: v.chunk(2)[runtime.dp_rank] for n, v in batch.items()})
+        runtime.forward_backward(rows_of_rank(batch, runtime))
         if step == 0 and between == "optimizer.zero_grad":
             optimizer.zero_grad()
         if step == 0 and between == "evaluate, grad = None":
@@ -455,7 +469,7 @@ def gradients_alone(batches):
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize("zero", ENDS)
+@pytest.mark.parametrize("zero", ENDS, ids="zero {}".format)
 @pytest.mark.parametrize("between", ["optimizer.zero_grad", "grad = None", "evaluate, grad = None"])
 def test_dropped_gradients_do_not_come_back(ranks, zero, between):
     expected = gradients_alone(Task(accumulate=2).batches(0)[1:])
@@ -464,7 +478,7 @@ def test_dropped_gradients_do_not_come_back(ranks, zero, between):
             torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("zero", [2, 3])
+@pytest.mark.parametrize("zero", [2, 3], ids="zero {}".format)
 def test_a_second_backward_adds_to_the_gradients(ranks, zero):
     expected = gradients_alone(Task(accumulate=2).batches(0))
     for found in ranks(2).run(on_rank_backward_twice, checkpoint("llama"), zero, "nothing"):
@@ -486,7 +500,7 @@ def on_rank_from_logits(folder, zero):
     return canonical(runtime, {name: p.grad for name, p in runtime.named_parameters() if p.grad is not None})
 
 
-@pytest.mark.parametrize("zero", ENDS)
+@pytest.mark.parametrize("zero", ENDS, ids="zero {}".format)
 def test_a_loss_of_ones_own_gets_the_mean_of_the_gradients(ranks, zero):
     model = SPECIMENS["llama"].make().eval()
     model(Task().batches(0)[0]["input_ids"]).logits.square().mean().backward()
@@ -553,6 +567,7 @@ def test_a_version_that_is_not_tested_is_named(monkeypatch, version):
         ({"fsdp_double_buffer": 1}, TypeError),
         ({"nccl_ub": True}, TypeError),
     ],
+    ids=str,
 )
 def test_an_option_that_is_wrong_names_itself(options, error):
     with pytest.raises(error, match=next(iter(options))):

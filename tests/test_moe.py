@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from torch.distributed.tensor import DTensor
+from cases import case_id, cases
 
 from nemo_dist import DistributedSetup, FSDP2Config, MoEParallelizerConfig, ParallelismSizes, TopologyError
 from nemo_dist.testing.equivalence import Task, assert_equivalent, checkpoint
 from nemo_dist.testing.io_counter import BytesRead
+from nemo_dist.testing.precision import FP32
+from nemo_dist.testing.tensors import local, rows_of_rank, whole
 from nemo_dist.testing.tiny_models import SPECIMENS
-
-FP32 = {"param_dtype": "float32", "reduce_dtype": "float32", "output_dtype": "float32"}
 
 
 def options(recompute=False, moe=None, pipeline=None, strategy=None, **sizes):
@@ -30,10 +30,10 @@ def load(specimen, folder, **more):
 # ---- numbers ----
 
 
-@pytest.mark.parametrize(("specimen", "world", "ep"), [("mixtral", 2, 2), ("deepseek-v3", 4, 2)])
-def test_experts_over_ranks_match_one_process(ranks, specimen, world, ep):
+@cases(("specimen", "world", "sizes"), [("mixtral", 2, {"ep_size": 2}), ("deepseek-v3", 4, {"ep_size": 2})])
+def test_experts_over_ranks_match_one_process(ranks, specimen, world, sizes):
     """The full matrix of models and topologies is in ``test_moe_matrix.py``."""
-    assert_equivalent(ranks(world), Task(specimen=specimen), **options(ep_size=ep))
+    assert_equivalent(ranks(world), Task(specimen=specimen), **options(**sizes))
 
 
 def test_experts_with_replicas_match_one_process(ranks):
@@ -73,7 +73,7 @@ def test_experts_without_resharding_match_one_process(ranks):
     assert_equivalent(ranks(4), Task(specimen="qwen3-moe"), **options(ep_size=2, moe={"reshard_after_forward": False}))
 
 
-@pytest.mark.parametrize(
+@cases(
     ("specimen", "sizes", "moe"),
     [
         ("qwen2-moe", {"tp_size": 2, "ep_size": 2}, None),
@@ -85,19 +85,20 @@ def test_experts_beside_tensor_parallelism_match_one_process(ranks, specimen, si
     assert_equivalent(ranks(4), Task(specimen=specimen), **options(moe=moe, **sizes))
 
 
-@pytest.mark.parametrize(
+@cases(
     ("specimen", "length", "sizes"),
     [
         ("qwen3-moe-padded", 10, {"cp_size": 2, "ep_size": 4}),  # two tokens are appended, which no router may count
         pytest.param("qwen3-moe", 10, {"cp_size": 2}, marks=pytest.mark.slow),
         pytest.param("qwen3-moe", 12, {"cp_size": 2, "tp_size": 2, "ep_size": 4}, marks=pytest.mark.slow),
     ],
+    lambda specimen, length, sizes: case_id(specimen, sizes, f"{length} tokens"),
 )
 def test_experts_beside_context_parallelism_match_one_process(ranks, specimen, length, sizes):
     assert_equivalent(ranks(4), Task(specimen=specimen, length=length), **options(**sizes))
 
 
-@pytest.mark.parametrize(
+@cases(
     ("specimen", "sizes", "pipeline", "recompute"),
     [
         ("qwen3-moe-padded", {"pp_size": 2, "ep_size": 2}, {"pp_schedule": "gpipe"}, "full"),
@@ -117,12 +118,12 @@ def test_experts_in_a_pipeline_match_one_process(ranks, specimen, sizes, pipelin
 def on_rank_read(specimen, folder, sizes):
     with BytesRead() as reading:
         model, _ = load(specimen, folder, **sizes)
-    local = {name: p.to_local() if isinstance(p, DTensor) else p for name, p in model.named_parameters()}
-    held = sum(p.numel() * p.element_size() for p in local.values())
-    return reading.bytes, held, {name: p.detach().clone() for name, p in local.items()}
+    own = {name: local(parameter) for name, parameter in model.named_parameters()}
+    held = sum(p.numel() * p.element_size() for p in own.values())
+    return reading.bytes, held, {name: p.detach().clone() for name, p in own.items()}
 
 
-@pytest.mark.parametrize(
+@cases(
     ("specimen", "sizes"),
     [
         ("qwen3-moe", {"ep_size": 2}),
@@ -151,7 +152,7 @@ def on_rank_from_config(specimen):
     torch.manual_seed(3)
     setup = DistributedSetup.build(**options(ep_size=2))
     model = SPECIMENS[specimen].load.from_config(SPECIMENS[specimen].config(), distributed_setup=setup)
-    return {n: p.full_tensor() if isinstance(p, DTensor) else p.detach() for n, p in model.named_parameters()}
+    return {name: whole(parameter) for name, parameter in model.named_parameters()}
 
 
 def test_a_new_model_has_the_experts_that_one_process_draws(ranks):
@@ -178,8 +179,7 @@ def on_rank_load_elsewhere(folder, path, sizes):
 
 def one_step(runtime):
     optimizer = runtime.optimizer(torch.optim.AdamW, lr=1e-2)
-    batch = Task(specimen="qwen3-moe").batches(0)[0]
-    runtime.forward_backward({name: value.chunk(runtime.dp_size)[runtime.dp_rank] for name, value in batch.items()})
+    runtime.forward_backward(rows_of_rank(Task(specimen="qwen3-moe").batches(0)[0], runtime))
     optimizer.step()
     optimizer.zero_grad()
     return runtime, optimizer
@@ -190,8 +190,7 @@ def whole_state(runtime, optimizer):
     for name, parameter in runtime.named_parameters():
         state = {kind: value for kind, value in optimizer.state[parameter].items() if value.ndim}
         for kind, tensor in {"parameter": parameter, **state}.items():
-            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            found[f"{name} {kind}"] = whole.detach().clone()
+            found[f"{name} {kind}"] = whole(tensor)
     return found
 
 
@@ -203,6 +202,7 @@ def whole_state(runtime, optimizer):
         pytest.param({"ep_size": 2, "dp_replicate_size": 2}, marks=pytest.mark.slow),
         pytest.param({"ep_size": 4, "tp_size": 2}, marks=pytest.mark.slow),
     ],
+    ids=lambda sizes: case_id(sizes) or "ep 1",
 )
 def test_a_checkpoint_of_experts_loads_in_another_topology(ranks, sizes, tmp_path):
     folder = checkpoint("qwen3-moe")
@@ -236,8 +236,7 @@ def test_experts_and_head_may_compute_in_a_dtype_of_their_own(ranks):
 def on_rank_balance(folder):
     model, setup = load("qwen3-moe", folder, ep_size=2)
     runtime = setup.runtime(model)
-    whole = Task(specimen="qwen3-moe").batches(0)[0]
-    runtime.forward_backward({name: value.chunk(2)[runtime.dp_rank] for name, value in whole.items()})
+    runtime.forward_backward(rows_of_rank(Task(specimen="qwen3-moe").batches(0)[0], runtime))
     return runtime.metrics()
 
 
@@ -303,7 +302,7 @@ def on_rank_refusal(specimen, folder, more):
     return reading.bytes, str(caught.value)
 
 
-@pytest.mark.parametrize(
+@cases(
     ("specimen", "sizes", "moe", "message"),
     [
         ("llama", {"ep_size": 2}, None, "LlamaForCausalLM has no experts that transformers can dispatch to"),
@@ -314,6 +313,7 @@ def on_rank_refusal(specimen, folder, more):
             "ep_size=4 must divide the experts of a layer of Qwen3MoeForCausalLM (6)",
         ),
     ],
+    lambda specimen, sizes, moe, message: case_id(specimen, sizes),
 )
 def test_experts_that_do_not_fit_are_refused_before_weights_are_read(ranks, specimen, sizes, moe, message):
     for read_bytes, text in ranks(4).run(on_rank_refusal, specimen, checkpoint(specimen), {**sizes, "moe": moe}):

@@ -1,13 +1,14 @@
 """Every kind of model with experts beside every other axis: loss with router loss, gradients, norm and three steps."""
 
 import pytest
+from cases import case_id, cases
 
 from nemo_dist import FSDP2Config, ParallelismSizes
 from nemo_dist.testing.equivalence import Task, assert_equivalent, trained
+from nemo_dist.testing.precision import FP32
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
-FP32 = {"param_dtype": "float32", "reduce_dtype": "float32", "output_dtype": "float32"}
 # Plain, another family, with shared experts, and with latent attention, shared experts and a dense first layer. The
 # last has no router loss in transformers: it balances by a bias.
 MODELS = ("qwen3-moe", "mixtral", "qwen2-moe", "deepseek-v3")
@@ -53,17 +54,13 @@ def unfit(model, topology):
     return (model == "mixtral" and sizes.get("ep_size", 1) > 4) or (model == "deepseek-v3" and topology == "sequence")
 
 
-@pytest.mark.parametrize(
-    ("model", "topology"), [(model, name) for name in TOPOLOGIES for model in MODELS if not unfit(model, name)]
-)
+@cases(("model", "topology"), [(model, name) for name in TOPOLOGIES for model in MODELS if not unfit(model, name)])
 def test_a_model_with_experts_matches_one_process(ranks, model, topology):
     world, sizes, recompute = TOPOLOGIES[topology]
     train(ranks(world), model, sizes, recompute)
 
 
-@pytest.mark.parametrize(
-    ("model", "topology"), [(model, name) for name in WHOLE for model in MODELS if not unfit(model, name)]
-)
+@cases(("model", "topology"), [(model, name) for name in WHOLE for model in MODELS if not unfit(model, name)])
 def test_experts_without_expert_parallelism_match_one_process(ranks, model, topology):
     world, sizes, more = WHOLE[topology]
     train(ranks(world), model, sizes, False, **more)
@@ -77,7 +74,9 @@ def test_experts_under_every_schedule_match_one_process(ranks, model, schedule):
     train(ranks(4), model, {"ep_size": 2, "pp_size": 2}, False, pipeline_config={"pp_schedule": schedule})
 
 
-@pytest.mark.parametrize("sizes", [{"ep_size": 2, "dp_replicate_size": 2, "tp_size": 2}, {"ep_size": 4, "tp_size": 2}])
+@pytest.mark.parametrize(
+    "sizes", [{"ep_size": 2, "dp_replicate_size": 2, "tp_size": 2}, {"ep_size": 4, "tp_size": 2}], ids=case_id
+)
 def test_replicated_parameters_stay_equal_over_many_steps(ranks, sizes):
     """What several ranks hold is compared bit for bit; against one process, rounding may send a token elsewhere."""
     task = Task(specimen="qwen3-moe", steps=20)

@@ -6,10 +6,8 @@ from sent_bytes import on_rank_measure_bytes
 
 from nemo_dist import DistributedSetup, FSDP2Config, ParallelismSizes
 from nemo_dist.plugin.comm_estimate import readable
+from nemo_dist.testing.precision import FP32
 from nemo_dist.testing.tiny_models import SPECIMENS
-
-FP32 = FSDP2Config(mp_policy={"param_dtype": "float32", "reduce_dtype": "float32", "output_dtype": "float32"})
-
 
 CASES = {
     "2": (2, "qwen3-moe", {"ep_size": 2}, False),
@@ -27,7 +25,11 @@ CASES = {
 def test_a_step_with_experts_sends_what_explain_says(on_ranks, case):
     """Ranks send as many tokens as they have, but get what routers choose: the sum over ranks is known, no rank's."""
     world, specimen, sizes, recompute = CASES[case]
-    options = {"strategy": FP32, "parallelism_sizes": ParallelismSizes(**sizes), "activation_checkpointing": recompute}
+    options = {
+        "strategy": FSDP2Config(mp_policy=FP32),
+        "parallelism_sizes": ParallelismSizes(**sizes),
+        "activation_checkpointing": recompute,
+    }
     results = on_ranks(world, on_rank_measure_bytes, specimen, options)
     for kind in ("all-gather", "reduce-scatter", "all-to-all"):
         sent, said = (sum(result[which][kind] for result in results) for which in (0, 1))

@@ -8,15 +8,14 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from torch.distributed.tensor import DTensor
 
 from nemo_dist import AutoPipeline, DistributedSetup, FSDP2Config, ParallelismSizes, PipelineConfig, RankError
 from nemo_dist.testing.equivalence import checkpoint
 from nemo_dist.testing.io_counter import BytesRead
 from nemo_dist.testing.pool import RankPool
+from nemo_dist.testing.precision import FP32
+from nemo_dist.testing.tensors import local, whole
 from nemo_dist.testing.tiny_models import SPECIMENS
-
-FP32 = {"param_dtype": "float32", "reduce_dtype": "float32", "output_dtype": "float32"}
 
 
 def build(schedule, pp=2, **options):
@@ -31,10 +30,6 @@ def load(specimen, schedule, pp=2, folder=None, **options):
     setup = build(schedule, pp, **options)
     kind = SPECIMENS[specimen].load
     return setup, kind.from_pretrained(folder or checkpoint(specimen), distributed_setup=setup, dtype=torch.float32)
-
-
-def whole(tensor):
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
 def batch_of(specimen, rows=4, length=10, seed=3):
@@ -90,12 +85,8 @@ def on_rank_read(folder, schedule):
     setup = build(schedule)
     with BytesRead() as reading:
         pipeline = SPECIMENS["llama-deep"].load.from_pretrained(folder, distributed_setup=setup)
-    held = sum(whole_local(parameter).nbytes for parameter in pipeline.parameters())
+    held = sum(local(parameter).nbytes for parameter in pipeline.parameters())
     return reading.bytes, held
-
-
-def whole_local(parameter):
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 @pytest.mark.parametrize(("schedule", "world"), [("1f1b", 2), ("interleaved_1f1b", 4)])

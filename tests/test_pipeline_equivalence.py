@@ -4,8 +4,8 @@ import pytest
 
 from nemo_dist import FSDP2Config, ParallelismSizes, PipelineConfig
 from nemo_dist.testing.equivalence import Task, assert_equivalent
+from nemo_dist.testing.precision import FP32
 
-FP32 = {"param_dtype": "float32", "reduce_dtype": "float32", "output_dtype": "float32"}
 SINGLE = ["GPipe", "1F1B"]
 LOOPED = ["LoopedBFS", "Interleaved1F1B", "InterleavedZeroBubble"]
 V = ["ZBVZeroBubble", "DualPipeV"]

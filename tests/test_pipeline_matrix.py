@@ -9,11 +9,12 @@ divides.
 from itertools import combinations
 
 import pytest
+from cases import case_id
 
 from nemo_dist import FSDP2Config, ParallelismSizes, PipelineConfig
 from nemo_dist.testing.equivalence import Task, assert_equivalent
+from nemo_dist.testing.precision import FP32
 
-FP32 = {"param_dtype": "float32", "reduce_dtype": "float32", "output_dtype": "float32"}
 SPECIMENS = ("llama-deep", "llama-deep-tied", "qwen3-deep", "classifier")
 MESHES = {
     "alone": (2, {}),
@@ -55,7 +56,7 @@ ROUNDS = [
 
 def name_of(cell):
     mesh, schedule, per_rank, mode, specimen = cell
-    return f"{mesh}-{schedule}-{per_rank}-{mode or 'none'}-{specimen}"
+    return case_id(specimen, mesh, f"{schedule} with {per_rank} a rank", mode)
 
 
 def test_the_first_round_meets_every_pair():

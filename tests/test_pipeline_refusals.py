@@ -19,6 +19,7 @@ from nemo_dist import (
     TopologyError,
 )
 from nemo_dist.testing.equivalence import checkpoint
+from nemo_dist.testing.precision import FP32
 from nemo_dist.testing.tiny_models import SPECIMENS
 
 
@@ -233,7 +234,7 @@ def test_a_model_without_a_pipeline_plan_is_refused(ranks):
 
 def on_rank_step(folder, batch, **options):
     setup = DistributedSetup.build(
-        strategy=FSDP2Config(mp_policy={"param_dtype": "float32"}),
+        strategy=FSDP2Config(mp_policy=FP32),
         parallelism_sizes=ParallelismSizes(pp_size=2),
         pipeline_config=PipelineConfig(**options),
     )

@@ -7,16 +7,16 @@ import transformers
 
 from nemo_dist import DDPConfig, DistributedSetup, FSDP2Config, NeMoAutoModelForCausalLM, ParallelismSizes
 from nemo_dist.testing.equivalence import checkpoint
+from nemo_dist.testing.precision import FP32
 
-PRECISE = {"param_dtype": "float32", "reduce_dtype": "float32"}
 PROMPT = torch.tensor([[5, 7, 11], [2, 3, 4]])
 SETUPS = {
-    "fsdp2": (2, FSDP2Config(mp_policy=PRECISE), {}),
+    "fsdp2": (2, FSDP2Config(mp_policy=FP32), {}),
     "ddp": (2, DDPConfig(), {}),
-    "tp": (2, FSDP2Config(mp_policy=PRECISE), {"tp_size": 2}),
-    "cp": (2, FSDP2Config(mp_policy=PRECISE), {"cp_size": 2}),
-    "hsdp": (4, FSDP2Config(mp_policy=PRECISE), {"dp_replicate_size": 2}),
-    "fsdp2 x tp": (4, FSDP2Config(mp_policy=PRECISE), {"tp_size": 2}),
+    "tp": (2, FSDP2Config(mp_policy=FP32), {"tp_size": 2}),
+    "cp": (2, FSDP2Config(mp_policy=FP32), {"cp_size": 2}),
+    "hsdp": (4, FSDP2Config(mp_policy=FP32), {"dp_replicate_size": 2}),
+    "fsdp2 x tp": (4, FSDP2Config(mp_policy=FP32), {"tp_size": 2}),
 }
 
 

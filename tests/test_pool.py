@@ -142,6 +142,7 @@ def test_a_killed_rank_is_blamed_and_not_the_peer_that_lost_it(pool: RankPool) -
 
 
 def test_a_hanging_rank_ends_the_call_with_its_stack(pool: RankPool) -> None:
+    pool.run(on_rank_environment)  # the ranks have imported this module then, which takes seconds on a busy machine
     with pytest.raises(RankError) as caught:
         pool.run(on_rank_wait_for_absent, 1, timeout=1.5)
     text = str(caught.value)

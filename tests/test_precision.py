@@ -2,14 +2,15 @@
 
 import pytest
 import torch
+from cases import cases
 from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemo_dist import DistributedSetup, FSDP2Config, ParallelismSizes, initialize_distributed
 from nemo_dist.testing.equivalence import Task, assert_equivalent, checkpoint, differences, reference, trained
+from nemo_dist.testing.precision import FP32
 from nemo_dist.testing.tiny_models import SPECIMENS
 
-FP32 = {"param_dtype": "float32", "reduce_dtype": "float32", "output_dtype": "float32"}
 HALVES = {"param_dtype": "bfloat16", "reduce_dtype": "bfloat16"}
 
 
@@ -104,7 +105,7 @@ def test_shards_on_the_cpu_train_like_one_process(ranks, policy):
     assert_equivalent(ranks(2), Task(specimen="llama-tied"), strategy=strategy)
 
 
-@pytest.mark.parametrize(
+@cases(
     ("specimen", "sizes"),
     [
         ("llama-tied", {"tp_size": 2}),

@@ -9,10 +9,10 @@ from torch.utils._pytree import tree_leaves
 
 from nemo_dist import DDPConfig, DistributedSetup, FSDP2Config, TopologyError, initialize_distributed
 from nemo_dist.testing.equivalence import Task, assert_equivalent, checkpoint, trained
+from nemo_dist.testing.precision import FP32
 from nemo_dist.testing.tiny_models import SPECIMENS
 from nemo_dist_recompute import RecomputeConfig
 
-FP32 = {"param_dtype": "float32", "reduce_dtype": "float32", "output_dtype": "float32"}
 STRATEGIES = {"fsdp2": FSDP2Config(mp_policy=FP32), "ddp": DDPConfig()}
 MODES = (False, "selective", "full")
 

@@ -6,25 +6,20 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from setups import DATA_PARALLEL
 
-from nemo_dist import DDPConfig, DistributedSetup, FSDP2Config, MeshContext, ParallelismSizes
+from nemo_dist import DistributedSetup, MeshContext
 from nemo_dist.testing.equivalence import Task, assert_equivalent, checkpoint
+from nemo_dist.testing.tensors import rows_of_rank
 from nemo_dist.testing.tiny_models import SPECIMENS
 from nemo_dist.training.router_aux_loss import RouterLoss
 
-FP32 = {"param_dtype": "float32", "reduce_dtype": "float32", "output_dtype": "float32"}
-SETUPS = {
-    "fsdp2": {"strategy": FSDP2Config(mp_policy=FP32)},
-    "hsdp": {"strategy": FSDP2Config(mp_policy=FP32), "parallelism_sizes": ParallelismSizes(dp_replicate_size=2)},
-    "ddp": {"strategy": DDPConfig()},
-}
-
 
 @pytest.mark.parametrize("specimen", ["qwen3-moe", "qwen3-moe-padded"])
-@pytest.mark.parametrize("strategy", SETUPS)
+@pytest.mark.parametrize("strategy", DATA_PARALLEL)
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_a_strategy_computes_the_router_loss_of_all_tokens(ranks, specimen, strategy, accumulate):
-    assert_equivalent(ranks(4), Task(specimen=specimen, accumulate=accumulate), **SETUPS[strategy])
+    assert_equivalent(ranks(4), Task(specimen=specimen, accumulate=accumulate), **DATA_PARALLEL[strategy])
 
 
 def test_a_batch_may_turn_the_router_loss_off(ranks):
@@ -38,11 +33,10 @@ def test_a_batch_may_turn_the_router_loss_off(ranks):
 
 
 def on_rank_losses(folder):
-    setup = DistributedSetup.build(**SETUPS["fsdp2"])
+    setup = DistributedSetup.build(**DATA_PARALLEL["fsdp2"])
     model = SPECIMENS["qwen3-moe"].load.from_pretrained(folder, distributed_setup=setup, dtype=torch.float32)
     runtime = setup.runtime(model)
-    whole = Task(specimen="qwen3-moe").batches(0)[0]
-    batch = {name: value.chunk(runtime.dp_size)[runtime.dp_rank] for name, value in whole.items()}
+    batch = rows_of_rank(Task(specimen="qwen3-moe").batches(0)[0], runtime)
     switches = ({"output_router_logits": True}, {"output_router_logits": False}, {})
     return [runtime.forward_backward({**batch, **switch}).item() for switch in switches]
 

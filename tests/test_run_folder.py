@@ -5,7 +5,7 @@ import warnings
 
 import checkpoint_runs as runs
 import pytest
-from safetensors.torch import load_file
+from cases import case_id, cases
 from typer.testing import CliRunner
 
 from nemo_dist import RunFolder, export_checkpoint
@@ -13,6 +13,7 @@ from nemo_dist.checkpoint.manifest import Manifest
 from nemo_dist.cli.main import app
 from nemo_dist.errors import CheckpointError
 from nemo_dist.testing.equivalence import checkpoint
+from nemo_dist.testing.tensors import saved_weights
 from nemo_dist.testing.tiny_models import SPECIMENS
 
 
@@ -43,6 +44,7 @@ def on_rank_resume(folders, path):
         ({"keep_last": 2, "keep_every": 3}, [3, 5, 6]),
         ({"keep_last": 1, "keep_every": 2}, [2, 4, 6]),
     ],
+    ids=str,
 )
 def test_the_newest_and_every_kth_checkpoint_are_kept(ranks, tmp_path, keep, left):
     assert ranks(2).run(on_rank_save_steps, runs.folders("llama"), tmp_path / "run", range(1, 7), keep) == [left, left]
@@ -102,20 +104,15 @@ def test_a_folder_without_checkpoints_starts_from_nothing(ranks, tmp_path):
     assert RunFolder(tmp_path / "none").latest() is None
 
 
-@pytest.mark.parametrize("option", [{"keep_last": 0}, {"keep_every": -1}, {"keep_last": 1.5}, {"keep_last": True}])
+@pytest.mark.parametrize(
+    "option", [{"keep_last": 0}, {"keep_every": -1}, {"keep_last": 1.5}, {"keep_last": True}], ids=str
+)
 def test_numbers_of_checkpoints_to_keep_must_be_positive(option):
     with pytest.raises((TypeError, ValueError), match="must be an int from 1 up"):
         RunFolder("run", **option)
 
 
 # ---- an export without the ranks ----
-
-
-def weights(folder):
-    found = {}
-    for path in folder.glob("*.safetensors"):
-        found |= load_file(path)
-    return found
 
 
 def on_rank_save_and_export(name, folders, path, out, specimen):
@@ -126,9 +123,10 @@ def on_rank_save_and_export(name, folders, path, out, specimen):
     runtime.export(out)
 
 
-@pytest.mark.parametrize(
+@cases(
     ("name", "world", "specimen"),
     [("fsdp2", 2, "llama-tied"), ("tp", 2, "phi3"), ("pp", 2, "llama-deep-tied"), ("hsdp", 4, "llava")],
+    lambda name, world, specimen: case_id(specimen, world, name),
 )
 def test_the_command_exports_what_the_ranks_would(ranks, tmp_path, name, world, specimen):
     run, ours, out = tmp_path / "run", tmp_path / "ours", tmp_path / "out"
@@ -136,9 +134,9 @@ def test_the_command_exports_what_the_ranks_would(ranks, tmp_path, name, world, 
     answer = CliRunner().invoke(app, ["export", str(run), str(out), "--max-shard-size", "50KB"])
     assert answer.exit_code == 0, answer.output
     assert "step-00000001" in answer.output
-    expected = weights(ours)
-    assert expected.keys() == weights(checkpoint(specimen)).keys()
-    found = weights(out)
+    expected = saved_weights(ours)
+    assert expected.keys() == saved_weights(checkpoint(specimen)).keys()
+    found = saved_weights(out)
     assert found.keys() == expected.keys()
     assert all(found[key].equal(tensor) for key, tensor in expected.items())
     for file in ("config.json", "generation_config.json"):

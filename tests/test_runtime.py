@@ -3,14 +3,14 @@
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
 
 from nemo_dist import DDPConfig, DistributedSetup, FSDP2Config, NeMoAutoModelForCausalLM, ParallelismSizes
 from nemo_dist.testing.equivalence import Task, checkpoint, reference
+from nemo_dist.testing.precision import FP32
+from nemo_dist.testing.tensors import rows_of_rank, whole
 from nemo_dist.testing.tiny_models import SPECIMENS
 from nemo_dist.training.loss_weighting import count_labels
 
-FP32 = {"param_dtype": "float32", "reduce_dtype": "float32"}
 STRATEGIES = {"fsdp2": FSDP2Config(mp_policy=FP32), "ddp": DDPConfig()}
 
 
@@ -18,10 +18,6 @@ def start(strategy, folder=None, **options):
     setup = DistributedSetup.build(strategy=STRATEGIES[strategy], **options)
     model = NeMoAutoModelForCausalLM.from_pretrained(folder or checkpoint("llama"), distributed_setup=setup)
     return setup, model, setup.runtime(model)
-
-
-def whole(tensor):
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
 def on_rank_learn_nothing(strategy, folder):
@@ -43,7 +39,7 @@ def test_a_batch_without_labels_has_zero_loss_and_zero_gradients(ranks, strategy
 
 def on_rank_own_loop(strategy, folder, task):
     _, model, runtime = start(strategy, folder)
-    batches = [{n: v.chunk(runtime.dp_size)[runtime.dp_rank] for n, v in b.items()} for b in task.batches(0)]
+    batches = [rows_of_rank(batch, runtime) for batch in task.batches(0)]
     counts = torch.stack([count_labels(model, batch) for batch in batches])
     total = counts.sum()
     dist.all_reduce(total)

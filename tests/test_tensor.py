@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 import torch
 import transformers
+from cases import case_id, cases
 from torch.distributed.tensor import DTensor, Shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -12,9 +13,10 @@ from nemo_dist import DistributedSetup, FSDP2Config, ParallelismSizes
 from nemo_dist.errors import RankError
 from nemo_dist.testing.equivalence import Task, assert_equivalent, checkpoint
 from nemo_dist.testing.io_counter import BytesRead
+from nemo_dist.testing.precision import FP32
+from nemo_dist.testing.tensors import local, whole
 from nemo_dist.testing.tiny_models import SPECIMENS
 
-FP32 = {"param_dtype": "float32", "reduce_dtype": "float32", "output_dtype": "float32"}
 UNEVEN = 13  # tokens: no number of ranks here divides it
 
 
@@ -26,8 +28,8 @@ def options(sequence=False, mode=False, plan=None, **sizes):
     }
 
 
-@pytest.mark.parametrize("sequence", [False, True])
-@pytest.mark.parametrize(
+@pytest.mark.parametrize("sequence", [False, True], ids=["plain", "sequence"])
+@cases(
     ("specimen", "world", "sizes"),
     [
         ("llama", 2, {"tp_size": 2}),
@@ -51,19 +53,19 @@ def test_the_plan_of_every_kind_of_model_matches_one_process(ranks, specimen):
     assert_equivalent(ranks(2), Task(specimen=specimen, length=UNEVEN), **options(True, tp_size=2))
 
 
-@pytest.mark.parametrize("sequence", [False, True])
+@pytest.mark.parametrize("sequence", [False, True], ids=["plain", "sequence"])
 def test_accumulated_batches_weigh_by_their_labels(ranks, sequence):
     assert_equivalent(ranks(4), Task(specimen="llama-tied", accumulate=3), **options(sequence, tp_size=2))
 
 
 @pytest.mark.parametrize("mode", ["full", "selective"])
-@pytest.mark.parametrize("sequence", [False, True])
+@pytest.mark.parametrize("sequence", [False, True], ids=["plain", "sequence"])
 def test_recomputation_matches_one_process(ranks, mode, sequence):
     assert_equivalent(ranks(4), Task(specimen="qwen3", length=UNEVEN), **options(sequence, mode, tp_size=2))
 
 
-@pytest.mark.parametrize("sequence", [False, True])
-@pytest.mark.parametrize(("world", "sizes"), [(4, {"cp_size": 2}), (8, {"cp_size": 2}), (4, {"pp_size": 2})])
+@pytest.mark.parametrize("sequence", [False, True], ids=["plain", "sequence"])
+@cases(("world", "sizes"), [(4, {"cp_size": 2}), (8, {"cp_size": 2}), (4, {"pp_size": 2})])
 def test_tensor_parallelism_beside_cp_and_pp_matches_one_process(ranks, world, sizes, sequence):
     choice = options(sequence, tp_size=2, **sizes)
     if "pp_size" in sizes:
@@ -76,9 +78,9 @@ def test_more_ranks_than_tokens_match_one_process(ranks):
 
 
 def test_a_rule_of_the_user_replaces_that_of_the_model(ranks):
-    whole = {"layers.*.mlp.gate_proj": "replicate", "model.layers.*.mlp.up_proj": "replicate"}
     plan = {
-        **whole,
+        "layers.*.mlp.gate_proj": "replicate",
+        "model.layers.*.mlp.up_proj": "replicate",
         "layers.*.mlp.down_proj": "replicate",
         "layers.1.self_attn.o_proj": "rowwise",
         "lm_head": "replicate",
@@ -122,7 +124,7 @@ def on_rank_shapes(folder, choice, batch):
     return seen.shapes, without_labels.shapes
 
 
-@pytest.mark.parametrize("sequence", [False, True])
+@pytest.mark.parametrize("sequence", [False, True], ids=["plain", "sequence"])
 def test_no_rank_ever_holds_whole_logits_when_labels_are_given(ranks, sequence):
     words = 101  # of "llama-odd": no other dim has this size
     (batch,) = Task(specimen="llama-odd", rows=2, length=UNEVEN).batches(0)
@@ -137,21 +139,21 @@ def test_no_rank_ever_holds_whole_logits_when_labels_are_given(ranks, sequence):
 def on_rank_logits(folder, choice, batch):
     runtime = load(folder, choice)
     cut = runtime.model(**batch)
-    whole = runtime.model(input_ids=batch["input_ids"])
+    plain = runtime.model(input_ids=batch["input_ids"])
     assert isinstance(cut.logits, DTensor) and cut.logits.placements == (Shard(2),)
-    return cut.logits.full_tensor().detach(), whole.logits.detach(), cut.loss.detach()
+    return cut.logits.full_tensor().detach(), plain.logits.detach(), cut.loss.detach()
 
 
-@pytest.mark.parametrize("sequence", [False, True])
+@pytest.mark.parametrize("sequence", [False, True], ids=["plain", "sequence"])
 def test_logits_with_labels_are_a_sharded_dtensor(ranks, sequence):
     (batch,) = Task(specimen="llama-odd", rows=2, length=UNEVEN).batches(0)
     single = SPECIMENS["llama-odd"].load.from_pretrained(checkpoint("llama-odd"), dtype=torch.float32)(**batch)
 
-    for joined, whole, loss in ranks(2).run(
+    for joined, plain, loss in ranks(2).run(
         on_rank_logits, checkpoint("llama-odd"), options(sequence, tp_size=2), batch
     ):
         torch.testing.assert_close(joined, single.logits, rtol=1e-5, atol=1e-5)
-        assert torch.equal(joined, whole)
+        assert torch.equal(joined, plain)
         torch.testing.assert_close(loss, single.loss, rtol=1e-5, atol=0)
 
 
@@ -211,13 +213,13 @@ def test_sequence_parallelism_keeps_fewer_activations(ranks):
 def on_rank_count_bytes(folder, specimen, choice):
     with BytesRead() as reading:
         model = SPECIMENS[specimen].load.from_pretrained(folder, distributed_setup=DistributedSetup.build(**choice))
-    own = {p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()}
-    whole = sum(p.numel() * p.element_size() for p in model.parameters())
-    return reading.bytes, sum(p.numel() * p.element_size() for p in own), whole
+    own = {local(p) for p in model.parameters()}
+    full = sum(p.numel() * p.element_size() for p in model.parameters())
+    return reading.bytes, sum(p.numel() * p.element_size() for p in own), full
 
 
 @pytest.mark.parametrize("specimen", ["llama-tied", "llama-odd", "phi3", "mixtral"])
-@pytest.mark.parametrize(
+@cases(
     ("world", "sizes", "copies"),
     [
         (2, {"tp_size": 2}, 1),
@@ -229,6 +231,7 @@ def on_rank_count_bytes(folder, specimen, choice):
         pytest.param(8, {"cp_size": 2, "dp_replicate_size": 2}, 2, marks=pytest.mark.slow),
         pytest.param(8, {"tp_size": 2, "cp_size": 2, "sequence": True, "mode": "full"}, 1, marks=pytest.mark.slow),
     ],
+    lambda world, sizes, copies: case_id(world, sizes),
 )
 def test_a_rank_reads_exactly_the_bytes_of_its_shard(ranks, specimen, world, sizes, copies):
     if (specimen, world, sizes.get("cp_size")) == ("llama-odd", 8, 2) and "tp_size" in sizes:
@@ -246,11 +249,11 @@ def on_rank_from_config(specimen, choice):
     config = SPECIMENS[specimen].config()
     setup = DistributedSetup.build(**choice)
     model = SPECIMENS[specimen].load.from_config(config, distributed_setup=setup, dtype=torch.float32)
-    return {n: (p.full_tensor() if isinstance(p, DTensor) else p).detach() for n, p in model.named_parameters()}
+    return {name: whole(parameter) for name, parameter in model.named_parameters()}
 
 
 @pytest.mark.parametrize("specimen", ["llama-tied", "llama-odd", "mixtral"])
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, 4], ids=case_id)
 def test_from_config_draws_what_one_process_draws(ranks, specimen, world):
     torch.manual_seed(7)
     config = SPECIMENS[specimen].config()
@@ -264,7 +267,7 @@ def on_rank_generate(folder, choice, prompt):
     return load(folder, choice).model.generate(prompt, max_new_tokens=5, do_sample=False)
 
 
-@pytest.mark.parametrize("sequence", [False, True])
+@pytest.mark.parametrize("sequence", [False, True], ids=["plain", "sequence"])
 def test_generation_with_a_cache_gives_the_tokens_of_one_process(ranks, sequence):
     prompt = torch.arange(1, 8).unsqueeze(0)
     single = SPECIMENS["llama-odd"].load.from_pretrained(checkpoint("llama-odd"), dtype=torch.float32)

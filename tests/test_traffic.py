@@ -2,14 +2,13 @@
 
 import pytest
 import torch
+from cases import case_id, cases
 from sent_bytes import on_rank_measure_bytes
 
 from nemo_dist import ContextConfig, DDPConfig, DistributedSetup, FSDP2Config, ParallelismSizes
 from nemo_dist.plugin.comm_estimate import readable
+from nemo_dist.testing.precision import FP32
 from nemo_dist.testing.tiny_models import SPECIMENS
-
-FP32 = {"param_dtype": "float32", "reduce_dtype": "float32", "output_dtype": "float32"}
-
 
 CASES = {
     "fsdp2": (2, "llama", {}),
@@ -48,7 +47,11 @@ KINDS = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("specimen", "sequence", "mode"), KINDS)
+@cases(
+    ("specimen", "sequence", "mode"),
+    KINDS,
+    lambda specimen, sequence, mode: case_id(specimen, sequence and "sequence", mode and f"recompute {mode}"),
+)
 def test_tensor_parallel_traffic_of_every_model_is_what_explain_says(on_ranks, specimen, sequence, mode):
     options = {
         "strategy": FSDP2Config(mp_policy=FP32, sequence_parallel=sequence),

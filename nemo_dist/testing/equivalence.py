@@ -15,10 +15,10 @@ from typing import Any
 import attrs
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from nemo_dist.setup.setup import DistributedSetup
 from nemo_dist.testing.temp_folders import scratch
+from nemo_dist.testing.tensors import rows_of_rank, whole
 from nemo_dist.testing.tiny_models import SPECIMENS
 from nemo_dist.training.runtime import Runtime
 
@@ -94,8 +94,8 @@ def reference(task: Task) -> Outcome:
     losses, norms, gradients = [], [], {}
     for step in range(task.steps):
         batches = task.batches(step)
-        whole = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
-        loss = model(**whole).loss
+        joined = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+        loss = model(**joined).loss
         loss.backward()
         if step == 0:
             gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
@@ -121,7 +121,7 @@ def train(task: Task, setup: DistributedSetup, model: Any) -> Outcome:
     optimizer = runtime.optimizer(torch.optim.AdamW, **task.optimizer)
     losses, norms, gradients = [], [], {}
     for step in range(task.steps):
-        batches = [_rows(batch, runtime.dp_rank, runtime.dp_size) for batch in task.batches(step)]
+        batches = [rows_of_rank(batch, runtime) for batch in task.batches(step)]
         losses.append(runtime.forward_backward(batches if task.accumulate > 1 else batches[0]).item())
         if step == 0:
             gradients = _whole(runtime, {n: p.grad for n, p in runtime.named_parameters() if p.grad is not None})
@@ -191,12 +191,7 @@ def assert_equivalent(pool: Any, task: Task, **options: Any) -> None:
     assert not found, "not what one process computes:\n" + "\n".join(found)
 
 
-def _rows(batch: Mapping[str, Tensor], index: int, count: int) -> dict[str, Tensor]:
-    return {name: value.chunk(count)[index] for name, value in batch.items()}
-
-
 def _whole(runtime: Runtime, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the whole tensors of *state*, by way of the canonical state: a strategy may cut them in its own way."""
     runtime.sharded.calls.export_state(state=state, parts=list(runtime.parts), mesh=runtime.mesh)
-    whole = {name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for name, tensor in state.items()}
-    return {name: tensor.detach().clone().cpu() for name, tensor in whole.items()}
+    return {name: whole(tensor) for name, tensor in state.items()}

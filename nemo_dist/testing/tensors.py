@@ -1,0 +1,35 @@
+"""Look at sharded tensors and saved files as one process sees them, and take a rank's part of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+if TYPE_CHECKING:
+    from nemo_dist.training.runtime import Runtime
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a copy on the CPU of all of *tensor*; all ranks of its mesh take part, as its shards are gathered."""
+    full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return full.detach().clone().cpu()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return what this rank holds of *tensor*, not a copy."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def rows_of_rank(batch: Mapping[str, Tensor], runtime: Runtime) -> dict[str, Tensor]:
+    """Return the rows of the global *batch* that this rank trains on; ranks with the same ``dp_rank`` get the same."""
+    return {name: value.chunk(runtime.dp_size)[runtime.dp_rank] for name, value in batch.items()}
+
+
+def saved_weights(folder: Path) -> dict[str, Tensor]:
+    """Return the tensors of all safetensors files in *folder*."""
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
