@@ -19,9 +19,10 @@ from nemo_dist import (
     MeshContext,
     NeMoAutoModelForCausalLM,
 )
+from nemo_dist.mesh.dtensor import local
 from nemo_dist.testing.equivalence import checkpoint
 from nemo_dist.testing.io_counter import BytesRead
-from nemo_dist.testing.tensors import local, whole
+from nemo_dist.testing.tensors import whole
 from nemo_dist.testing.tiny_models import SPECIMENS
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_dist.errors import TopologyError
-from nemo_dist.planning.mesh_plan import Axis, MeshPlan, View
+from nemo_dist.planning.mesh_plan import Axis, MeshPlan, Role, View
 from nemo_dist.planning.sizes import ParallelismSizes
 from nemo_dist.testing import strategies
 
@@ -121,6 +121,22 @@ def test_every_batch_is_read_by_as_many_ranks_as_share_a_replica(plan):
 
     assert set(readers) == set(range(plan.size("dp")))
     assert {readers.count(batch) for batch in set(readers)} == {plan.world_size // plan.size("dp")}
+
+
+@given(strategies.plans(max_world=24, max_views=1, max_own=2), st.data())
+def test_axes_of_third_parties_join_ours_of_their_role(plan, data):
+    """Layers are outermost, then batch, sequence, parameters; ranks with equal places on batch axes share a batch."""
+    order = [Role.LAYERS, Role.BATCH, Role.SEQUENCE, Role.PARAMETERS]
+    roles = [axis.role for axis in plan.dense.axes]
+    rank = data.draw(st.integers(0, plan.world_size - 1))
+    place = {other: plan.coordinates(other) for other in range(plan.world_size)}
+    key = {other: [place[other][axis] for axis in plan.dense.splitting(Role.BATCH)] for other in place}
+
+    assert roles == sorted(roles, key=order.index)
+    assert math.prod(plan.splitting(role) for role in order) == plan.world_size
+    assert plan.size("dp") == plan.splitting(Role.BATCH) and plan.size("dp_cp") == plan.splitting(Role.TOKENS)
+    assert plan.batch_ranks(rank) == tuple(other for other in place if key[other] == key[rank])
+    assert {plan.dp_rank(other) for other in place} == set(range(plan.size("dp")))
 
 
 @given(strategies.plans())

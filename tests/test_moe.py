@@ -5,10 +5,11 @@ import torch
 from cases import case_id, cases
 
 from nemo_dist import DistributedSetup, FSDP2Config, MoEParallelizerConfig, ParallelismSizes, TopologyError
+from nemo_dist.mesh.dtensor import local
 from nemo_dist.testing.equivalence import Task, assert_equivalent, checkpoint
 from nemo_dist.testing.io_counter import BytesRead
 from nemo_dist.testing.precision import FP32
-from nemo_dist.testing.tensors import local, rows_of_rank, whole
+from nemo_dist.testing.tensors import rows_of_rank, whole
 from nemo_dist.testing.tiny_models import SPECIMENS
 
 

@@ -10,11 +10,12 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from nemo_dist import AutoPipeline, DistributedSetup, FSDP2Config, ParallelismSizes, PipelineConfig, RankError
+from nemo_dist.mesh.dtensor import local
 from nemo_dist.testing.equivalence import checkpoint
 from nemo_dist.testing.io_counter import BytesRead
 from nemo_dist.testing.pool import RankPool
 from nemo_dist.testing.precision import FP32
-from nemo_dist.testing.tensors import local, whole
+from nemo_dist.testing.tensors import whole
 from nemo_dist.testing.tiny_models import SPECIMENS
 
 

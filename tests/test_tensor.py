@@ -11,10 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemo_dist import DistributedSetup, FSDP2Config, ParallelismSizes
 from nemo_dist.errors import RankError
+from nemo_dist.mesh.dtensor import local
 from nemo_dist.testing.equivalence import Task, assert_equivalent, checkpoint
 from nemo_dist.testing.io_counter import BytesRead
 from nemo_dist.testing.precision import FP32
-from nemo_dist.testing.tensors import local, whole
+from nemo_dist.testing.tensors import whole
 from nemo_dist.testing.tiny_models import SPECIMENS
 
 UNEVEN = 13  # tokens: no number of ranks here divides it

@@ -1,4 +1,4 @@
-"""Who failed first: tell a rank's own failure from the echo of another rank's."""
+"""Classify an error as this rank's own or as the result of a dead peer."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import signal
 
 # What gloo, NCCL and TCPStore say on the ranks that lose a peer. They arrive milliseconds after the peer's own
 # failure, or before it has been noticed at all when the peer was killed, so that time alone cannot order them.
-_ECHOES = (
+_LOST_PEER = (
     "connection closed by peer",
     "connection reset by peer",
     "connection was likely closed",
@@ -30,10 +30,10 @@ _ECHOES = (
 )
 
 
-def is_echo(message: str) -> bool:
+def lost_a_peer(message: str) -> bool:
     """Say whether *message* is what a rank reports when a peer vanished, rather than a failure of its own."""
     lowered = message.lower()
-    return any(echo in lowered for echo in _ECHOES)
+    return any(words in lowered for words in _LOST_PEER)
 
 
 def describe_exit(code: int) -> str:

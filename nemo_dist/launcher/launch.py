@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from nemo_dist.launcher.failures import describe_exit, is_echo
+from nemo_dist.launcher.failures import describe_exit, lost_a_peer
 from nemo_dist.launcher.worker import FOLDER, LAUNCHER
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class Failure:
         if self.at == float("inf"):
             # An abort is how NCCL's watchdog leaves when a peer is lost, and SIGTERM is the launcher's own.
             return (3 if self.code in (-signal.SIGABRT, -signal.SIGTERM) else 1, self.at)
-        return (2 if is_echo(self.error) else 0, self.at)
+        return (2 if lost_a_peer(self.error) else 0, self.at)
 
 
 def launch(entrypoint: str, args: Sequence[str], nproc: int) -> int:

@@ -72,7 +72,11 @@ class Registry:
     def spelled(self, name: str) -> str:
         """Return *name* as the catalogue spells it: lower case, underscores, an alias resolved."""
         plain = name.strip().lower().replace("-", "_")
-        return next((alias.value for alias in self.aliases if alias.name == plain), plain)
+        found = {alias.value: alias for alias in self.aliases if alias.name == plain}
+        if len(found) > 1:
+            who = " and ".join(f"{value!r} of {owner(alias)}" for value, alias in found.items())
+            raise PluginError(f"the alias {plain!r} stands for {who}; name the plugin itself")
+        return next(iter(found), plain)
 
     def load(self, name: str) -> type[Plugin]:
         """Import and return the plugin class called *name*; raise PluginError that names who ships it."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from nemo_dist.errors import RankError
-from nemo_dist.launcher.failures import is_echo
+from nemo_dist.launcher.failures import lost_a_peer
 from nemo_dist.testing.remote_call import Reply
 
 _LONGEST = 4000  # characters of a rank's output
@@ -22,7 +22,7 @@ class RankFailure(RankError):
 
 def failure(failed: Mapping[int, Reply], hanging: Sequence[int], what: str, outputs: Mapping[int, Path]) -> RankFailure:
     """Report that *what* raised, or its process died, on the ranks *failed* while *hanging* still ran."""
-    order = sorted(failed, key=lambda rank: (is_echo(failed[rank].error), failed[rank].at))
+    order = sorted(failed, key=lambda rank: (lost_a_peer(failed[rank].error), failed[rank].at))
     first, others = order[0], order[1:]
     lines = [f"rank {first} of {len(outputs)} failed in {what}", "", failed[first].failure.rstrip()]
     if others:

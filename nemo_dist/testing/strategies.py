@@ -20,10 +20,10 @@ import attrs
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
 
-from nemo_dist.planning.mesh_plan import Axis, MeshPlan, View
+from nemo_dist.planning.mesh_plan import Axis, MeshPlan, Role, View
 from nemo_dist.planning.sizes import ParallelismSizes
 
-__all__ = ["AXES", "factorisations", "parallelism_sizes", "plans", "topologies", "views", "worlds"]
+__all__ = ["AXES", "factorisations", "own_axes", "parallelism_sizes", "plans", "topologies", "views", "worlds"]
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 
@@ -95,6 +95,15 @@ def parallelism_sizes(max_world: int = 512, axes: Collection[str] = AXES) -> Sea
 
 
 @st.composite
+def own_axes(draw: DrawFn, sizes: ParallelismSizes, max_axes: int = 2, max_size: int = 3) -> ParallelismSizes:
+    """Draw *sizes* with up to *max_axes* axes of third parties, each of up to *max_size* ranks and with a role."""
+    single = (Role.LAYERS, Role.BATCH, Role.SEQUENCE, Role.PARAMETERS)
+    names = [f"own_{number}" for number in range(draw(st.integers(0, max_axes)))]
+    extra = {name: draw(st.integers(1, max_size)) for name in names}
+    return attrs.evolve(sizes, extra=extra).with_roles({name: draw(st.sampled_from(single)) for name in names})
+
+
+@st.composite
 def views(draw: DrawFn, dense: View, name: str = "view") -> View:
     """Draw a view called *name* of the ranks of *dense*, which may share its leading axes and may flatten some."""
     shared = dense.axes[: draw(st.integers(0, len(dense.axes)))]
@@ -110,10 +119,18 @@ def views(draw: DrawFn, dense: View, name: str = "view") -> View:
 
 
 @st.composite
-def plans(draw: DrawFn, max_world: int = 512, axes: Collection[str] = AXES, max_views: int = 2) -> MeshPlan:
-    """Draw a plan with up to *max_views* views beside the dense one; only the dense *axes* named are ever wide."""
+def plans(
+    draw: DrawFn, max_world: int = 512, axes: Collection[str] = AXES, max_views: int = 2, max_own: int = 0
+) -> MeshPlan:
+    """Draw a plan with up to *max_views* views beside the dense one; only the dense *axes* named are ever wide.
+
+    With *max_own* it has up to as many axes of third parties besides, which multiply the ranks.
+    """
     sizes, world = draw(topologies(max_world, axes))
+    if max_own:
+        sizes = draw(own_axes(sizes, max_own))
+        world *= math.prod(sizes.extra.values())
     dense = MeshPlan.resolve(sizes, world).dense
     extra = [draw(views(dense, f"view_{number}")) for number in range(draw(st.integers(0, max_views)))]
     declared = {axis.name: axis.size for view in extra for axis in view.axes if axis.name not in dense}
-    return MeshPlan.resolve(attrs.evolve(sizes, extra=declared), world, extra)
+    return MeshPlan.resolve(attrs.evolve(sizes, extra={**sizes.extra, **declared}), world, extra)

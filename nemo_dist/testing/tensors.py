@@ -20,11 +20,6 @@ def whole(tensor: Tensor) -> Tensor:
     return full.detach().clone().cpu()
 
 
-def local(tensor: Tensor) -> Tensor:
-    """Return what this rank holds of *tensor*, not a copy."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def rows_of_rank(batch: Mapping[str, Tensor], runtime: Runtime) -> dict[str, Tensor]:
     """Return the rows of the global *batch* that this rank trains on; ranks with the same ``dp_rank`` get the same."""
     return {name: value.chunk(runtime.dp_size)[runtime.dp_rank] for name, value in batch.items()}
