@@ -7,7 +7,7 @@ import zlib
 import checkpoint_runs as runs
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from nemo_dist import CheckpointError
 from nemo_dist.checkpoint.json_state import from_json
@@ -157,6 +157,20 @@ def outside(path):
     )
 
 
+def moment_of_nobody(path):
+    """Everything fits together, but a moment belongs to no parameter: told before weights are changed, not after."""
+    old, new, entries = "optimizer.exp_avg/model.norm.weight", "optimizer.exp_avg/nobody", []
+    for file in sorted(path.glob("rank-*.safetensors")):
+        save_file({name.replace(old, new): value for name, value in load_file(file).items()}, file)
+        content = file.read_bytes()
+        entries.append({"name": file.name, "bytes": len(content), "crc32": zlib.crc32(content)})
+    runs.rewrite(
+        path,
+        files=lambda _: entries,
+        tensors=lambda tensors: {name.replace(old, new): value for name, value in tensors.items()},
+    )
+
+
 def nonsense(path):
     runs.rewrite(path, tensors=lambda tensors: ["a", "list"])
 
@@ -185,6 +199,7 @@ def list_at_the_top(path):
         (pickle_alone, ["it was cut or replaced"]),
         (holes, ["model.norm.weight do not make the whole tensor"]),
         (outside, ["a piece of model/model.norm.weight lies outside"]),
+        (moment_of_nobody, ["optimizer.exp_avg/nobody has shape (32,), but no parameter of that name"]),
         (nonsense, ["manifest.json is malformed"]),
         (deep, ["manifest.json is damaged"]),
         (list_at_the_top, ["it must be a JSON object (got list)"]),

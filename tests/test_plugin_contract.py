@@ -465,6 +465,16 @@ def test_a_package_gives_its_plugins_further_names():
     assert DistributedSetup.build(strategy="mfsdp", world_size=4, device_type="cuda").strategy.name == "megatron_fsdp"
 
 
+def test_an_alias_neither_takes_the_place_of_a_plugin_nor_has_two_owners():
+    (alias,) = [entry for entry in Registry().aliases if entry.name == "ddp_module"]
+    thief = Registry(aliases=(type(alias)("fsdp2", "wrapped", alias.group),))
+    assert thief.load("fsdp2").name == "fsdp2"
+
+    torn = Registry(aliases=(alias, type(alias)("ddp_module", "ddp", alias.group)))
+    with pytest.raises(PluginError, match="the alias 'ddp_module' stands for 'wrapped' of .* and 'ddp' of"):
+        torn.load("ddp_module")
+
+
 def test_the_package_is_in_the_catalogue_like_ours():
     names = set(Registry())
 

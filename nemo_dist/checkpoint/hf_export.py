@@ -18,7 +18,15 @@ from torch import Tensor
 from nemo_dist.checkpoint.atomic_dir import write_folder
 from nemo_dist.checkpoint.chunks import Entry, assemble, describe, merged
 from nemo_dist.checkpoint.hf_side_files import write_companions
-from nemo_dist.checkpoint.hf_weight_conversion import Group, ShapeAndDtype, groups, nbytes, refuse_unplain, skeleton
+from nemo_dist.checkpoint.hf_weight_conversion import (
+    Group,
+    ShapeAndDtype,
+    groups,
+    nbytes,
+    refuse_unplain,
+    refuse_wrapped,
+    skeleton,
+)
 from nemo_dist.checkpoint.safetensors_writer import DTYPES, SafetensorsFile
 from nemo_dist.checkpoint.sharded_model import ShardedModel
 from nemo_dist.checkpoint.state_dict import model_state
@@ -49,6 +57,7 @@ def export(
     with ranks.agreed("collecting what to export"):
         target, limit = dtype_of(dtype), bytes_of(max_shard_size)
         refuse_unplain(model)
+        refuse_wrapped(sharded.parts)
         state = model_state(sharded)
         described = describe(state)
     entries = merged(ranks.gather(described))

@@ -8,16 +8,16 @@ parameters; then on the few that belong together at a time. ``tests/test_export.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import attrs
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 
 from nemo_dist.errors import CheckpointError
-from nemo_dist.hf_model import has_adapters, plain_class
+from nemo_dist.hf_model import has_adapters, inner_model, name_root, plain_class
 from nemo_dist.plugin.mixed_precision import dtype_name
 from nemo_dist.torch_private import TorchDispatchMode, storage_id, tensors_in
 
@@ -53,6 +53,15 @@ def refuse_unplain(model: Any) -> None:
         raise CheckpointError("a quantized model cannot be exported; load it unquantized, or use its save_pretrained")
     if has_adapters(model):
         raise CheckpointError("a model with adapters cannot be exported; merge them into the weights first")
+
+
+def refuse_wrapped(parts: Sequence[nn.Module]) -> None:
+    """Raise CheckpointError for a model that PEFT has wrapped: its parameters are not those of the model's class."""
+    if any(name_root(part) is not inner_model(part) for part in parts):
+        raise CheckpointError(
+            "a model with PEFT's adapters cannot be exported; save the adapters with save_pretrained of PEFT's model, "
+            "and merge them into the weights on one process with merge_and_unload()"
+        )
 
 
 @attrs.frozen

@@ -73,6 +73,7 @@ def load_from(
         names = _check_model(sharded, manifest, own)
         parameters = _check_optimizer(manifest, optimizer, own)
         options = options_of_groups(optimizer, parameters, manifest.about["options"]) if optimizer is not None else []
+        _check_layers(manifest)
         _check_rest(manifest, schedulers, data)
         states = [from_json(state) for state in manifest.about["schedulers"]]
         fits = [fitted(scheduler, state) for scheduler, state in zip(schedulers, states, strict=True)]
@@ -182,6 +183,17 @@ def _check_optimizer(manifest: Manifest, optimizer: Any, own: Mapping[str, Tenso
     return named(optimizer, {name: p for name, p in own.items() if isinstance(p, nn.Parameter)})
 
 
+def _check_layers(manifest: Manifest) -> None:
+    """Refuse moments, and tensors of plugins, that are not those of a parameter with the same shape."""
+    problems = []
+    for name, stored in manifest.tensors.items():
+        parameter = manifest.tensors.get(MODEL + name.partition("/")[2])
+        if not name.startswith(MODEL) and (parameter is None or parameter.shape != stored.shape):
+            shape = "no parameter of that name" if parameter is None else f"its parameter has {parameter.shape}"
+            problems.append(f"{name} has shape {stored.shape}, but {shape}")
+    _raise(manifest, problems)
+
+
 def _check_rest(manifest: Manifest, schedulers: Sequence[Any], data: Any) -> None:
     saved = len(manifest.about["schedulers"])
     if len(schedulers) != saved:
@@ -192,8 +204,12 @@ def _check_rest(manifest: Manifest, schedulers: Sequence[Any], data: Any) -> Non
 
 def _same_topology(sharded: ShardedModel, manifest: Manifest) -> bool:
     """Whether every rank has what the rank of the same number had when the checkpoint was saved."""
-    saved = {axis: size for axis, size in manifest.about["topology"].items() if size != 1}
-    return saved == sharded.topology and len(manifest.about["ranks"]) == sharded.ranks.size
+    listed = manifest.about["topology"]
+    saved = {axis: size for axis, size in listed.items() if size != 1}
+    own = sharded.topology
+    if 1 in listed.values():  # version 0.1 listed six axes, whatever their sizes, and no others
+        own = {axis: size for axis, size in own.items() if axis in listed}
+    return saved == own and len(manifest.about["ranks"]) == sharded.ranks.size
 
 
 def _rank_state(sharded: ShardedModel, manifest: Manifest) -> Any:
@@ -282,10 +298,5 @@ def _read_like(
     for name in [name for name in exported(sharded, found) if name not in stored]:
         found.pop(name, None)
     with imported(sharded, found) as canonical:
-        for name, tensor in canonical.items():
-            if name not in stored or stored[name].shape != tuple(tensor.shape):
-                raise CheckpointError(
-                    f"{prefix}{name} of shape {tuple(tensor.shape)} is not in {reader.manifest.folder}"
-                )
         reader.fill(prefix, canonical)
     return found

@@ -204,7 +204,7 @@ def _version(package: str) -> str | None:
 
 @attrs.frozen(kw_only=True)
 class _Work:
-    """What is left to do when the state is known, and may be done in the background: nothing here is collective.
+    """What is left to do when the state is known, and may be done in the background: ranks meet through the store only.
 
     ``about`` is what the manifest says besides the tensors.
     """

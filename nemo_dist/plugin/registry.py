@@ -70,8 +70,13 @@ class Registry:
         )
 
     def spelled(self, name: str) -> str:
-        """Return *name* as the catalogue spells it: lower case, underscores, an alias resolved."""
+        """Return *name* as the catalogue spells it: lower case, underscores, an alias resolved.
+
+        A plugin's own name comes before aliases, so none can take its place.
+        """
         plain = name.strip().lower().replace("-", "_")
+        if any(entry.name == plain for entry in self.entries):
+            return plain
         found = {alias.value: alias for alias in self.aliases if alias.name == plain}
         if len(found) > 1:
             who = " and ".join(f"{value!r} of {owner(alias)}" for value, alias in found.items())
@@ -132,7 +137,7 @@ def _misfit(plugin: Any, entry: EntryPoint) -> str:
         return f"must be a class (got {type(plugin).__name__})"
     missing = [name for name in ("name", "config_type", "stage", "axes", "composes_with") if not hasattr(plugin, name)]
     if missing:
-        return f"lacks the class attribute {', '.join(map(repr, missing))}; see nemo_dist.plugin.registry.Plugin"
+        return f"lacks the class attribute {', '.join(map(repr, missing))}; see nemo_dist.Plugin"
     if declared.name != entry.name:
         return f"calls itself {declared.name!r}; the entry point and the class must agree"
     return ""
