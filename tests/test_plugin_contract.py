@@ -471,7 +471,7 @@ def test_an_alias_neither_takes_the_place_of_a_plugin_nor_has_two_owners():
     assert thief.load("fsdp2").name == "fsdp2"
 
     torn = Registry(aliases=(alias, type(alias)("ddp_module", "ddp", alias.group)))
-    with pytest.raises(PluginError, match="the alias 'ddp_module' stands for 'wrapped' of .* and 'ddp' of"):
+    with pytest.raises(PluginError, match=r"the alias 'ddp_module' stands for 'wrapped' of .* and 'ddp' of"):
         torn.load("ddp_module")
 
 
