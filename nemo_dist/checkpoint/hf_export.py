@@ -137,7 +137,7 @@ class _Writer:
 
     def __init__(self, ranks: RankGroup, folder: Path, bare: Any, names: list[list[str]]) -> None:
         self._ranks, self._folder, self._bare, self._names = ranks, folder, bare, names
-        self._open: dict[str, SafetensorsFile] = {}  # the file of each name in the bundle under way
+        self._open: dict[str, SafetensorsFile] = {}  # the open file of each tensor name
         self._stack = ExitStack()
         self._failure: Exception | None = None
 

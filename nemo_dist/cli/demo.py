@@ -153,7 +153,7 @@ class Verdict:
 def verify(options: DemoOptions) -> Verdict:
     """Load the export with plain transformers in this process, and compare its held-out loss with that of the ranks."""
     report = json.loads((options.out / REPORT).read_text())
-    disable_progress_bar()  # a bar per file read says nothing here
+    disable_progress_bar()  # a bar per file that is read is noise here
     model = AutoModelForCausalLM.from_pretrained(options.out, dtype=torch.float32).eval()
     windows = Windows(options.batch, options.window, options.seed, held_out=True)
     with torch.no_grad():

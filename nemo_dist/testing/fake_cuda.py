@@ -21,7 +21,7 @@ from nemo_dist.testing.remote_call import Reference
 
 
 class _Device(str):
-    """"cpu" as the device of a tensor, and "0" where it is formatted into the name of a device."""
+    """The CPU's device: "cpu" where a tensor is created on it, "0" where it is formatted into a device name."""
 
     def __format__(self, spec: str) -> str:
         return "0"
