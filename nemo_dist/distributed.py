@@ -1,4 +1,4 @@
-"""The same public names under the path that a migration by search and replace arrives at."""
+"""Alias of the public names of ``nemo_dist``, for code that imports them from ``nemo_dist.distributed``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Everything nemo_dist raises on purpose."""
+"""The exception classes of nemo_dist."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class PluginError(NemoDistError):
 
 
 class TopologyError(NemoDistError, ValueError):
-    """The requested sizes, options and plugins do not fit together; ``problems`` has every reason."""
+    """The requested sizes, options and plugins do not fit together; ``problems`` lists every reason as one sentence."""
 
     def __init__(self, problems: Iterable[str]) -> None:
         self.problems: tuple[str, ...] = tuple(dict.fromkeys(problems))
@@ -22,7 +22,7 @@ class TopologyError(NemoDistError, ValueError):
 
 
 class RankError(NemoDistError, RuntimeError):
-    """Ranks disagree, or one of them failed or went missing; the message names the ranks."""
+    """Ranks disagree, or a rank failed or did not arrive; the message names the ranks."""
 
 
 class CheckpointError(NemoDistError, RuntimeError):
@@ -30,4 +30,4 @@ class CheckpointError(NemoDistError, RuntimeError):
 
 
 class UnknownNameError(PluginError, ValueError):
-    """A name that no installed plugin, option or key has; the message gives the near match and the valid names."""
+    """No installed plugin, option or key has this name; the message gives the nearest match and the valid names."""

@@ -1,6 +1,6 @@
-"""What is known of a transformers model, once: its blocks, its plain class, its towers, its kind of loss.
+"""Facts about a transformers model, each in one place: its repeated blocks, unsharded class, towers and kind of loss.
 
-Imports neither torch nor transformers, so that planning code may ask too. Plugins may import it.
+Imports neither torch nor transformers, so planning code may use it too. Plugins may import it.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import nn
 
-IGNORED = -100  # torch's and transformers' mark of a label that does not count
+IGNORED = -100  # the label value that the losses of torch and transformers ignore
 NEXT_TOKEN_LOSSES = ("ForCausalLM", "ForConditionalGeneration")  # values of ``model.loss_type``
 
 
 def inner_model(part: nn.Module) -> nn.Module:
-    """Return the transformers model in *part*: itself, or the one that a wrapper (a plugin's, PEFT's) holds.
+    """Return the transformers model in *part*: *part* itself, or the model inside a wrapper (a plugin's, PEFT's).
 
-    Raises ValueError when *part* holds several side by side.
+    Returns *part* unchanged when it holds no transformers model. Raises ValueError when it holds several side by side.
     """
     outermost: dict[str, nn.Module] = {}
     for name, module in part.named_modules():
@@ -31,17 +31,17 @@ def inner_model(part: nn.Module) -> nn.Module:
 
 
 def name_root(part: nn.Module) -> nn.Module:
-    """Return the module relative to which the parameters of *part* are named: the transformers model in it.
+    """Return the module of *part* whose ``named_parameters`` gives the checkpoint names: the transformers model in it.
 
-    With adapters it is PEFT's wrapper, under whose names their files are known.
+    With PEFT adapters it is PEFT's wrapper, because adapter files use the names under that wrapper.
     """
     return part if hasattr(part, "get_base_model") else inner_model(part)
 
 
 def plain_class(module: nn.Module) -> type[Any]:
-    """Return the class of *module* below what sharding made of it: ``LlamaForCausalLM`` of ``FSDPLlamaForCausalLM``.
+    """Return the class of *module* without torch's sharding: ``LlamaForCausalLM`` for ``FSDPLlamaForCausalLM``.
 
-    torch's ``fully_shard`` and ``replicate`` give a module a class of their own that is derived from the one it had.
+    torch's ``fully_shard`` and ``replicate`` replace the class of a module by a subclass of it.
     """
     for kind in type(module).__mro__:
         if not any(base.__module__.startswith("torch.distributed") for base in kind.__mro__):
@@ -50,17 +50,17 @@ def plain_class(module: nn.Module) -> type[Any]:
 
 
 def class_name(module: nn.Module) -> str:
-    """Return the name of the plain class of *module*, for messages and manifests."""
+    """Return the name of the unsharded class of *module*, for error messages and manifests."""
     return plain_class(module).__name__
 
 
 def block_names(model: nn.Module) -> frozenset[str]:
-    """Return the names of the classes that *model* declares indivisible: its repeated blocks; empty where none are."""
+    """Return the class names of the repeated blocks of *model*, its ``_no_split_modules``; empty if it has none."""
     return frozenset(getattr(model, "_no_split_modules", None) or ())
 
 
 def blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the repeated blocks of *model* by name, in the order in which it lists them: the outermost ones."""
+    """Return the repeated blocks of *model* by module name, in module order, without blocks inside other blocks."""
     wanted = block_names(model)
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
@@ -70,20 +70,20 @@ def blocks(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def has_towers(model: Any) -> bool:
-    """Whether *model* has several towers (text and images, say), of which a forward may leave some out."""
+    """Whether *model* has several towers (a vision and a language model, say), of which a forward may skip some."""
     return len(getattr(model.config, "sub_configs", ())) > 1
 
 
 def towers(model: Any) -> Iterator[str]:
-    """Yield the names under which the config of *model* has the configs of its towers."""
+    """Yield the attribute names of the tower configs in the config of *model* (``text_config``, ``vision_config``)."""
     yield from model.config.sub_configs
 
 
 def has_adapters(model: Any) -> bool:
-    """Whether *model* holds adapters that it loaded by itself, with ``load_adapter``."""
+    """Whether adapters were loaded into *model* with transformers' ``load_adapter``."""
     return bool(getattr(model, "_hf_peft_config_loaded", False))
 
 
 def predicts_next_token(model: Any) -> bool:
-    """Whether the loss of *model* compares a token's output with the *next* label: a decoder's, not of its own."""
+    """Whether the loss of *model* compares a token's output with the next label, as in decoder-only language models."""
     return getattr(model, "loss_type", None) in NEXT_TOKEN_LOSSES and not model.config.is_encoder_decoder

@@ -1,4 +1,4 @@
-"""The hooks under their public path; ``nemo_dist.plugin.hookspecs`` specifies them."""
+"""Public import path of the hook types; they are defined in ``nemo_dist.plugin.hookspecs``."""
 
 from __future__ import annotations
 

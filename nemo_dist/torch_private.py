@@ -1,6 +1,7 @@
-"""Private names of torch that several modules need: each stands here, once.
+"""The private names of torch that several modules need, gathered here so that a change in torch is fixed in one place.
 
-``tests/test_imports.py`` reads the list. Plugins may import this module; a name that one module needs stands there.
+``tests/test_imports.py`` holds the list. Plugins may import this module. A private name that only one module needs
+stays in that module.
 """
 
 from __future__ import annotations
@@ -29,29 +30,30 @@ __all__ = [
     "tree_map_only",
 ]
 
-# A shard of a dim that another axis, or a packed projection, has cut before; torch has no public name for it yet.
+# The placement of a tensor dim that another mesh axis, or a packed projection, has sharded before; torch has no public
+# name for it yet.
 StridedShard = _StridedShard
 current_dispatch_mode = _get_current_dispatch_mode
 disable_current_modes = _disable_current_modes
 
-# The collectives as functions, and as the operators that those call: a dispatch mode sees operators, and selective
-# recomputation can keep what they return.
+# The functional collectives, and the operators that they call: a dispatch mode sees the operators, and selective
+# activation checkpointing can save their outputs.
 functional_collectives: Any = _functional_collectives
 collective_operators: Any = torch.ops._c10d_functional
-FUNCTIONAL_COLLECTIVES = "_c10d_functional"  # the namespace of the operators, in their names
+FUNCTIONAL_COLLECTIVES = "_c10d_functional"  # the namespace of those operators
 
 
 def tensors_in(tree: Any) -> list[Tensor]:
-    """Return the tensors in nested containers, in order."""
+    """Return the tensors in nested containers, in pytree order."""
     return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)]
 
 
 def storage_id(tensor: Tensor) -> int:
-    """Return the identity of the storage of *tensor*, also of one on the meta device, which has no address."""
+    """Return an id of the storage of *tensor*; works on the meta device too, where storages have no address."""
     return int(tensor.untyped_storage()._cdata)
 
 
 def run_after_backward(function: Callable[[], None]) -> None:
-    """Run *function* at the end of the backward that is under way; call it from a gradient hook."""
+    """Run *function* when the current backward pass ends; call this from a gradient hook."""
     engine: Any = torch.autograd.Variable._execution_engine
     engine.queue_callback(function)

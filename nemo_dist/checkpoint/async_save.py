@@ -1,4 +1,4 @@
-"""A save under way: at most one per process, whose error is never lost."""
+"""Run one save at a time in a background thread, and make sure that its error is raised."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _current: Save | None = None
 
 
 class Save:
-    """A save that was begun; ``wait`` for it before its files are used, or let the next save or load do it."""
+    """A save that was started; ``wait`` for it before you use its files, or let the next save or load do so."""
 
     def __init__(self, work: Callable[[], None]) -> None:
         self._work = work
@@ -21,11 +21,11 @@ class Save:
         self._thread = threading.Thread(target=self._run, name="nemo_dist save")
 
     def done(self) -> bool:
-        """Whether the save has ended, well or not."""
+        """Whether the save has ended, with or without an error."""
         return not self._thread.is_alive()
 
     def wait(self) -> None:
-        """Return when the checkpoint is in place; raise what went wrong, once."""
+        """Wait until the checkpoint is complete; raise the error of the save, once."""
         self._thread.join()
         error, self._error = self._error, None
         if error is not None:
@@ -39,7 +39,7 @@ class Save:
 
 
 def begin(work: Callable[[], None]) -> Save:
-    """Run *work* in a thread; the one before must have been waited for."""
+    """Run *work* in a thread; the caller must have waited for the previous save."""
     global _current
     if _current is None:
         atexit.register(_at_exit)
@@ -49,13 +49,13 @@ def begin(work: Callable[[], None]) -> Save:
 
 
 def finish() -> None:
-    """Wait for the save under way, if there is one, and raise its error."""
+    """Wait for the current save, if there is one, and raise its error."""
     if _current is not None:
         _current.wait()
 
 
 def _at_exit() -> None:
-    """Say that the last save failed, and make the process fail with it, if nobody has heard of it."""
+    """At process exit, report an error that no one waited for, and exit with code 1."""
     try:
         finish()
     except BaseException:

@@ -1,4 +1,4 @@
-"""Write a folder with all ranks beside its place; it appears there only when it is complete."""
+"""Write a folder from all ranks into a temporary folder next to it, and rename that when it is complete."""
 
 from __future__ import annotations
 
@@ -16,19 +16,22 @@ from nemo_dist.mesh.rank_group import RankGroup
 
 @attrs.frozen
 class Staging:
-    """Where a folder is written, and where it belongs: both on one file system that all ranks share."""
+    """The temporary folder that is written (``partial``) and its target (``final``), on one shared file system."""
 
     partial: Path
     final: Path
 
     @classmethod
     def beside(cls, path: str | os.PathLike[str]) -> Staging:
-        """Return the staging for *path*: a hidden neighbour, so that the rename stays on one file system."""
+        """Return the staging for *path*: a hidden folder in the same parent, so that a rename suffices to move it."""
         final = Path(path).expanduser().resolve()
         return cls(final.with_name(f".{final.name}.partial"), final)
 
     def begin(self) -> None:
-        """Make the folder anew; what an interrupted run left in it is gone. On one rank."""
+        """Create an empty temporary folder, removing leftovers of an interrupted write; called on one rank.
+
+        Raises CheckpointError when the target is a file.
+        """
         if self.final.exists() and not self.final.is_dir():
             raise CheckpointError(f"{self.final} is a file; name a folder")
         self.recover()
@@ -37,14 +40,15 @@ class Staging:
         self.partial.mkdir(parents=True)
 
     def recover(self) -> None:
-        """Finish a commit that was cut short between taking the old folder away and putting the new one in place."""
+        """Finish a commit that was interrupted between renaming the old folder away and the new one into place."""
         if not self.final.exists() and self._old.is_dir() and self.partial.is_dir():
             self._place()
 
     def commit(self, stale: Callable[[str], bool]) -> None:
-        """Put the complete folder in its place, on one rank; entries there that are not *stale* are kept.
+        """Replace the target by the complete temporary folder, on one rank; old entries that are not *stale* stay.
 
-        Files of the folder before stay readable where they are mapped, as their content is not touched.
+        The files of the old folder are removed but not written to, so that they stay readable where they are
+        memory-mapped.
         """
         sync_tree(self.partial)
         if self.final.exists():
@@ -64,7 +68,7 @@ class Staging:
 
 
 def _keep(old: Path, new: Path, stale: Callable[[str], bool]) -> None:
-    """Bring what is not *stale* along: files by a second name for the same content, folders as copies."""
+    """Add the entries of *old* that are not *stale* to *new*: files as hard links, folders as copies of hard links."""
     for entry in old.iterdir():
         if stale(entry.name) or (new / entry.name).exists():
             continue
@@ -75,14 +79,14 @@ def _keep(old: Path, new: Path, stale: Callable[[str], bool]) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Make *folder* durable with everything in it."""
+    """Flush *folder* and everything in it to the disk (fsync)."""
     for path in (*folder.rglob("*"), folder):
         if not path.is_symlink():
             sync(path)
 
 
 def sync(path: Path) -> None:
-    """Make the content of a file, or the entries of a folder, durable."""
+    """Flush the content of a file, or the entries of a folder, to the disk (fsync)."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -100,12 +104,12 @@ def write_folder(
     finish: Callable[[Path, list[Any]], None] = lambda folder, answers: None,
     committed: Callable[[], None] = lambda: None,
 ) -> None:
-    """Have every rank *write* into a folder beside *path*, then put it in place; collective over *ranks*.
+    """Have every rank *write* into a temporary folder, then move it to *path*; collective over *ranks*.
 
-    *what* names the folder in errors. *write* returns a small JSON value. The first rank then *finishes* the folder,
-    with what every rank returned, puts it at *path*, and calls *committed*. *stale* says which entries of a folder that
-    is there already go with it. Raises CheckpointError where the disk fails, and RankError on the other ranks; what was
-    at *path* is then still there.
+    *what* names the folder in errors. *write* returns a small JSON value. The first rank then calls *finish* with the
+    temporary folder and the values of all ranks in rank order, moves the folder to *path*, and calls *committed*.
+    *stale* says by name which entries of an existing folder are dropped. Raises CheckpointError where the disk fails,
+    and RankError on the other ranks; an error before the move leaves the folder at *path* unchanged.
     """
     staging = Staging.beside(path)
     with ranks.agreed(f"preparing {what} at {staging.final}"):

@@ -1,8 +1,8 @@
 """Which chunks of a global tensor each rank holds, and how to assemble the chunks of one tensor on one rank.
 
-A chunk is a part of the global tensor with an offset and a size per dim, as in torch's distributed checkpoints. Every
-layout comes down to chunks: replicas hold the same one, a shard is one, and a strided shard (packed projections, two
-mesh axes on one dim) is several. Nothing else is assumed, so what is written under one layout is read under any other.
+A chunk is a part of the global tensor with an offset and a size per tensor dim, as in torch's distributed checkpoints.
+Every layout consists of chunks: replicas hold the same one, a shard is one, and a strided shard (packed projections,
+two mesh axes on one tensor dim) is several. So what is saved under one layout can be loaded under any other.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from nemo_dist.torch_private import StridedShard
 
 @attrs.frozen
 class Chunk:
-    """A part of a global tensor: where it starts and its size, one int per dim."""
+    """A part of a global tensor: its offsets and sizes, one int per tensor dim."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -37,17 +37,17 @@ class Chunk:
         return math.prod(self.sizes)
 
     def of(self, whole: Tensor) -> Tensor:
-        """Return the view of this chunk in *whole*."""
+        """Return this chunk of the tensor *whole*, as a view."""
         for dim, (start, size) in enumerate(zip(self.offsets, self.sizes, strict=True)):
             whole = whole.narrow(dim, start, size)
         return whole
 
     def within(self, other: Chunk) -> Chunk:
-        """Return this chunk as seen from the corner of *other*."""
+        """Return this chunk with offsets relative to those of *other*, which contains it."""
         return Chunk(tuple(mine - its for mine, its in zip(self.offsets, other.offsets, strict=True)), self.sizes)
 
     def common(self, other: Chunk) -> Chunk | None:
-        """Return what this chunk and *other* share, or None."""
+        """Return the intersection of this chunk and *other*, or None when it is empty."""
         corners = zip(self.offsets, self.sizes, other.offsets, other.sizes, strict=True)
         spans = [(max(a, b), min(a + n, b + m)) for a, n, b, m in corners]
         if any(stop <= start for start, stop in spans):
@@ -56,7 +56,7 @@ class Chunk:
 
 
 def chunks(tensor: Tensor) -> Iterator[tuple[Chunk, Tensor]]:
-    """Yield the parts that this rank holds of *tensor*, each with a view of its values; no communication."""
+    """Yield the chunks of *tensor* that this rank holds, each with a view of its values; no communication."""
     if tensor.numel() == 0:
         return
     if not isinstance(tensor, DTensor):
@@ -72,7 +72,10 @@ def chunks(tensor: Tensor) -> Iterator[tuple[Chunk, Tensor]]:
 
 
 def _runs(tensor: DTensor, local: Tensor, dim: int) -> tuple[tuple[int, int, int], ...]:
-    """Return the stretches of *dim* that *local* holds: start in the global tensor, start in *local*, length."""
+    """Return the runs of indices of *dim* that *local* holds: (global start, local start, length) each.
+
+    Raises PluginError for a partial placement, and for a local tensor of another size than its placements give.
+    """
     coordinates: Sequence[int] = tensor.device_mesh.get_coordinate() or ()
     splits = []
     for axis, (placement, coordinate) in enumerate(zip(tensor.placements, coordinates, strict=True)):
@@ -92,9 +95,12 @@ def _runs(tensor: DTensor, local: Tensor, dim: int) -> tuple[tuple[int, int, int
 
 @lru_cache(maxsize=4096)
 def _stretches(size: int, splits: tuple[tuple[int | None, int, int], ...]) -> tuple[tuple[int, int, int], ...]:
-    """Return what is left of a dim of *size* after *splits*: split factor, number of ranks, which of them."""
+    """Return the runs of a dim of *size* that remain after *splits*.
+
+    A run is as in ``_runs``; a split is (split factor or None, number of ranks, coordinate of this rank).
+    """
     index = torch.arange(size)
-    # Left to right, as DTensor does it; how a placement splits is private to torch, and exactly what is needed here.
+    # Left to right, as DTensor does it. Only torch's private _split_tensor tells exactly how a placement splits.
     for factor, ranks, coordinate in splits:
         flat: Any = Shard(0) if factor is None else StridedShard(0, split_factor=factor)
         shards, _ = flat._split_tensor(index, ranks, with_padding=False)
@@ -105,7 +111,7 @@ def _stretches(size: int, splits: tuple[tuple[int | None, int, int], ...]) -> tu
 
 @attrs.frozen(kw_only=True)
 class Entry:
-    """What all ranks together hold of one tensor: its global shape, its dtype, and the ranks that hold each chunk."""
+    """The metadata of one tensor over all ranks: its global shape, its dtype, and the ranks that hold each chunk."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -118,7 +124,10 @@ class Entry:
 
 
 def describe(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return as JSON what this rank holds of each tensor; raise PluginError for one that is not what it declares."""
+    """Return, as JSON, shape, dtype and this rank's chunks of each tensor.
+
+    Raises PluginError for a tensor whose local size is not that of its placements.
+    """
     return {
         name: [
             list(tensor.shape),
@@ -130,9 +139,9 @@ def describe(state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def merged(described: Sequence[Mapping[str, Any]]) -> dict[str, Entry]:
-    """Return what all ranks together hold, from what ``describe`` said on each.
+    """Merge the metadata of all ranks, as ``describe`` returned it on each.
 
-    Raises PluginError when the parts of a tensor leave holes or overlap, or ranks disagree about its shape or dtype.
+    Raises PluginError when the chunks of a tensor leave holes or overlap, or ranks disagree about its shape or dtype.
     """
     found: dict[str, tuple[Any, str, dict[Chunk, list[int]]]] = {}
     for rank, theirs in enumerate(described):
@@ -168,10 +177,10 @@ def assemble(
     entries: Mapping[str, Entry],
     dtypes: Mapping[str, torch.dtype],
 ) -> dict[str, Tensor]:
-    """Return the whole tensors ``wanted[ranks.rank]`` on the CPU, in *dtypes*; collective.
+    """Return the whole tensors ``wanted[ranks.rank]`` on the CPU, in *dtypes*; collective over *ranks*.
 
-    All ranks exchange the pieces of what all of them want in one all-to-all, so each sends at most what it holds of
-    them, and receives nothing but its own.
+    ``wanted[r]`` are the names that rank r asks for, and is equal on every rank. One all-to-all moves the chunks for
+    all ranks: each chunk is sent by one of its holders, by the receiver itself where it holds it.
     """
     outgoing: list[list[Tensor]] = [[] for _ in wanted]
     incoming: list[list[tuple[str, Chunk]]] = [[] for _ in wanted]
@@ -197,5 +206,5 @@ def assemble(
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
-    """Return the values of *tensor*, in row-major order, as a 1-D uint8 tensor; a view where they lie so already."""
+    """Return the values of *tensor*, in row-major order, as a 1-D uint8 tensor; a view where *tensor* is contiguous."""
     return tensor.contiguous().reshape(-1).view(torch.uint8)

@@ -1,4 +1,4 @@
-"""Write a model as a plain Hugging Face folder, in parallel on all ranks and never whole on one."""
+"""Write a model as a plain Hugging Face folder, in parallel on all ranks; no rank holds the whole model."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from nemo_dist.checkpoint.sharded_model import ShardedModel
 from nemo_dist.checkpoint.state_dict import model_state
 from nemo_dist.mesh.rank_group import RankGroup
 
-Assemble = Callable[[Sequence[Sequence[str]]], dict[str, Tensor]]  # from what each rank wants, to what this one wanted
+Assemble = Callable[[Sequence[Sequence[str]]], dict[str, Tensor]]  # names per rank -> this rank's whole tensors
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin*")
@@ -40,7 +40,7 @@ _WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model
 
 @attrs.define
 class Bundle:
-    """What one rank writes in one go: groups of parameters, and the one file (or, of a huge group, files) for them."""
+    """Groups of parameters that one rank writes, and the layout of their file, or files for one huge group."""
 
     groups: list[Group]
     files: list[dict[str, ShapeAndDtype]]
@@ -68,7 +68,7 @@ def export(
 
 @attrs.frozen(kw_only=True)
 class Plan:
-    """What is written: bundles of the parameters of ``bare``, the model on meta, and the dtype of each in the files."""
+    """The plan of an export: bundles of the parameters of ``bare``, the model on meta, and their saved dtypes."""
 
     bare: Any
     bundles: list[Bundle]
@@ -76,7 +76,7 @@ class Plan:
 
     @classmethod
     def of(cls, bare: Any, entries: Mapping[str, Entry], target: torch.dtype | None, limit: int) -> Plan:
-        """Return the plan for *entries*; the same on every rank."""
+        """Return the plan for *entries*, cast to *target* and cut at *limit* bytes per file; equal on every rank."""
         skipped = bare._keys_to_ignore_on_save or ()
         dtypes = {
             name: target if target and entry.dtype.is_floating_point else entry.dtype
@@ -87,7 +87,7 @@ class Plan:
         return cls(bare=bare, bundles=pack(found, limit), dtypes=dtypes)
 
     def write(self, ranks: RankGroup, path: str | os.PathLike[str], model: Any, assemble: Assemble) -> None:
-        """Write the folder at *path*; *assemble* gives this rank the whole parameters that it asks for. Collective."""
+        """Write the folder at *path*, of tensors that *assemble* returns; collective over *ranks*."""
         names = file_names(self.bundles)
 
         def write(folder: Path) -> None:
@@ -102,7 +102,7 @@ class Plan:
 
 
 def pack(found: Sequence[Group], limit: int) -> list[Bundle]:
-    """Fill files of at most *limit* bytes with the groups, in order; only a single larger tensor exceeds it."""
+    """Pack the groups into files of at most *limit* bytes, in order; only a single larger tensor exceeds it."""
     bundles: list[Bundle] = []
     room = 0
     for group in found:
@@ -133,7 +133,7 @@ def _split(saved: Mapping[str, ShapeAndDtype], limit: int) -> list[dict[str, Sha
 
 
 def file_names(bundles: Sequence[Bundle]) -> list[list[str]]:
-    """Return the names of the files of each bundle, as ``save_pretrained`` numbers them."""
+    """Return the file names of each bundle, numbered as by ``save_pretrained``."""
     total = sum(len(bundle.files) for bundle in bundles)
     if total == 1:
         return [["model.safetensors"]]
@@ -142,11 +142,11 @@ def file_names(bundles: Sequence[Bundle]) -> list[list[str]]:
 
 
 class _Writer:
-    """The files of this rank: every bundle is written by one rank, in turn, one group of parameters at a time."""
+    """Writes this rank's files: ranks take bundles in turn, and write one group of parameters at a time."""
 
     def __init__(self, ranks: RankGroup, folder: Path, bare: Any, names: list[list[str]]) -> None:
         self._ranks, self._folder, self._bare, self._names = ranks, folder, bare, names
-        self._open: dict[str, SafetensorsFile] = {}  # the file of each name in the bundle under way
+        self._open: dict[str, SafetensorsFile] = {}  # the open file of each tensor name
         self._stack = ExitStack()
         self._failure: Exception | None = None
 
@@ -157,7 +157,7 @@ class _Writer:
         self._stack.__exit__(*exception)
 
     def write(self, bundles: list[Bundle], assemble: Assemble) -> None:
-        """Write this rank's bundles; every rank takes part in every exchange, also when its own disk has failed."""
+        """Write this rank's bundles; every rank takes part in every all-to-all, even after its own disk has failed."""
         world = self._ranks.size
         steps = [_steps(range(owner, len(bundles), world), bundles) for owner in range(world)]
         for turn in range(max(map(len, steps))):
@@ -216,7 +216,7 @@ def _is_weights(name: str) -> bool:
 
 
 def dtype_of(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """Return the floating-point dtype of that name; raise ValueError for anything else."""
+    """Return the floating-point *dtype*, given as such or by name; None for None; raise ValueError for another."""
     given = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if given is None and dtype is None:
         return None
@@ -226,7 +226,7 @@ def dtype_of(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 
 def bytes_of(size: int | str) -> int:
-    """Return a number of bytes, of an int or of text like ``"5GB"``; raise ValueError for anything else."""
+    """Return *size* in bytes, given as an int or as text like ``"5GB"``; raise ValueError for anything else."""
     if isinstance(size, int) and not isinstance(size, bool) and size > 0:
         return size
     found = re.fullmatch(r"([0-9.]+) ?([KMG]I?B)", size.strip().upper()) if isinstance(size, str) else None

@@ -1,4 +1,4 @@
-"""What lies beside the weights in a Hugging Face folder: the config, and the files of tokenizer and processor."""
+"""Write the files next to the weights in a Hugging Face folder: configs, and the files of tokenizer and processor."""
 
 from __future__ import annotations
 
@@ -33,7 +33,10 @@ _COMPANIONS = (
 
 
 def write_companions(folder: Path, model: Any, dtype: torch.dtype | None = None) -> None:
-    """Write the config and generation config, and copy tokenizer and processor from where the model came from."""
+    """Write the config and generation config, and copy tokenizer and processor files from where the model was loaded.
+
+    A model with code of its own gets that code too. ``dtype`` goes into the config; None is that of the model.
+    """
     plain_config(model, dtype).save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
@@ -46,7 +49,7 @@ def write_companions(folder: Path, model: Any, dtype: torch.dtype | None = None)
 
 
 def _companion(config: Any, name: str) -> Path | None:
-    """Return the file *name* beside the model's origin, a folder or a hub name whose files are cached; None without."""
+    """Return the file *name* from the model's origin, a local folder or the cache of a hub name, or None."""
     origin = config.name_or_path or ""
     local = Path(origin) / name
     if origin and local.is_file():
@@ -55,6 +58,6 @@ def _companion(config: Any, name: str) -> Path | None:
         return None
     try:
         cached = try_to_load_from_cache(origin, name, revision=getattr(config, "_commit_hash", None))
-    except HFValidationError:  # a path that is gone is no hub name either
+    except HFValidationError:  # the origin is a path that no longer exists, which is no valid hub name
         return None
     return Path(cached) if isinstance(cached, str) else None

@@ -1,8 +1,9 @@
-"""The one place that touches how transformers saves: class, config, tied weights, and the conversions undone.
+"""Undo the weight conversions that transformers applies when it loads, for one group of parameters at a time.
 
-Loading renames, splits and stacks weights; saving must undo that, or nobody else can read the files. transformers does
-it on the whole state dict at once. Here it runs once on the meta device, which tells which files' tensors come of which
-parameters; then on the few that belong together at a time. ``tests/test_export.py`` holds the contract.
+Loading renames, splits and stacks weights, and an export must undo that, so that others can read the files.
+transformers does it on the whole state dict at once. Here it runs once on the meta device, to find which saved tensors
+are computed from which parameters, and then on the real tensors of one such group at a time. This is the only module
+that relies on how transformers saves; ``tests/test_export.py`` tests what is relied on.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def plain_config(model: Any, dtype: torch.dtype | None) -> Any:
 
 
 def skeleton(model: Any) -> Any:
-    """Return *model* as on one process, on the meta device, with the conversions that it was loaded through."""
+    """Return an unsharded copy of *model* on the meta device, with the weight conversions that it was loaded with."""
     with torch.device("meta"):
         bare = plain_class(model)(copy.deepcopy(model.config))
     known = getattr(model, "_weight_conversions", None)
@@ -66,7 +67,7 @@ def refuse_wrapped(parts: Sequence[nn.Module]) -> None:
 
 @attrs.frozen
 class Group:
-    """Parameters that must be converted together, and what is saved of them, by name."""
+    """Parameters that must be converted together, and the layouts of the tensors that are saved for them, by name."""
 
     sources: tuple[str, ...]
     saved: Mapping[str, ShapeAndDtype]
@@ -74,11 +75,14 @@ class Group:
 
     @property
     def nbytes(self) -> int:
-        """The bytes that are saved."""
+        """The number of bytes that are saved."""
         return sum(map(nbytes, self.saved.values()))
 
     def convert(self, bare: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return what is saved of *tensors*, the sources; *bare* is the skeleton of the model."""
+        """Return the tensors to save for *tensors*, the sources by name; *bare* is the skeleton of the model.
+
+        Raises CheckpointError when the conversion gives other names for this group alone than within the whole model.
+        """
         if self.renamed_only:
             return dict(zip(self.saved, tensors.values(), strict=True))
         converted: dict[str, Tensor] = revert_weight_conversion(bare, tensors)
@@ -91,11 +95,11 @@ class Group:
 
 
 class _Origins(TorchDispatchMode):
-    """Follow, from storage to storage, which named tensors every tensor was computed from."""
+    """Track, by storage, which of the named tensors every tensor is computed from."""
 
     def __init__(self, named: Mapping[str, Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._alive: list[Any] = list(named.values())  # a storage that is freed would give its identity to another
+        self._alive: list[Any] = list(named.values())  # the id of a freed storage could be reused by another one
         self._names: dict[int, frozenset[str]] = {}
         for name, tensor in named.items():
             self._names[storage_id(tensor)] = frozenset({name})
@@ -113,7 +117,7 @@ class _Origins(TorchDispatchMode):
 
 
 def groups(bare: Any, layouts: Mapping[str, ShapeAndDtype]) -> list[Group]:
-    """Return the groups in which to convert parameters of these *layouts*, in the order of their names."""
+    """Return the groups of parameters that must be converted together, in the order of *layouts*."""
     metas = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in layouts.items()}
     with _Origins(metas) as origins:
         saved: dict[str, Tensor] = revert_weight_conversion(bare, dict(metas))

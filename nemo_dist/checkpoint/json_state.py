@@ -1,4 +1,4 @@
-"""Nested state as JSON: what schedulers, data loaders and users keep, without pickle in either direction."""
+"""Convert nested state (of schedulers, data loaders, users) to JSON and back, without pickle."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from nemo_dist.checkpoint.chunks import as_bytes
 from nemo_dist.checkpoint.safetensors_writer import DTYPES
 from nemo_dist.plugin.mixed_precision import dtype_name
 
-_KIND = "nemo_dist"  # the key that marks an object that JSON has no form for
+_KIND = "nemo_dist"  # the key that marks a JSON object as an encoded value of a type that JSON lacks
 _NAMES = {dtype_name(dtype): dtype for dtype in DTYPES}
 _SEQUENCES: dict[str, Any] = {"tuple": tuple, "set": set, "deque": deque}
 _MAPPINGS: dict[str, Any] = {"dict": dict, "Counter": Counter, "OrderedDict": OrderedDict}
 
 
 def to_json(value: Any, where: str = "extra") -> Any:
-    """Return *value* as JSON that ``from_json`` turns back; *where* names it in errors.
+    """Return *value* as JSON that ``from_json`` decodes; *where* names it in errors.
 
     Takes None, bools, numbers, text, bytes, tensors, NumPy values, and dicts, lists, tuples, sets and deques of them.
-    Raises TypeError for anything else, with its place.
+    Raises TypeError for anything else, with the path to it.
     """
     if value is None or type(value) in (bool, int, float, str):
         return value
@@ -72,7 +72,7 @@ def _numpy(value: Any, where: str) -> Any:
 
 
 def from_json(value: Any) -> Any:
-    """Return what ``to_json`` was given; raise ValueError for JSON that it did not make. No code is run."""
+    """Decode what ``to_json`` returned; raise ValueError for an unknown kind of value. No code is run."""
     if isinstance(value, list):
         return [from_json(item) for item in value]
     if not isinstance(value, dict):
@@ -84,7 +84,7 @@ def from_json(value: Any) -> Any:
     if kind in _SEQUENCES:
         return _SEQUENCES[kind](from_json(item) for item in content)
     if kind in _MAPPINGS:
-        return _MAPPINGS[kind](dict(_pair(item) for item in content))  # of pairs, a Counter would count the pairs
+        return _MAPPINGS[kind](dict(_pair(item) for item in content))  # a Counter made from pairs would count the pairs
     if not isinstance(content, str):
         raise ValueError(f"{kind!r} is no kind of saved value")
     return _raw(kind, base64.b64decode(content), value)

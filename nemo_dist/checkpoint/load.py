@@ -1,4 +1,4 @@
-"""Load a run: check all of the checkpoint first, then let every rank read the pieces that it holds."""
+"""Load a run: verify the whole checkpoint first, then let every rank read the chunks that it holds."""
 
 from __future__ import annotations
 
@@ -42,9 +42,10 @@ def load(
 
 
 def intact(ranks: RankGroup, path: str | os.PathLike[str]) -> Manifest:
-    """Return the manifest of the checkpoint at *path* when every byte is what was saved; collective over *ranks*.
+    """Verify every byte of the checkpoint at *path* and return its manifest; collective over *ranks*.
 
-    Each file is read whole by one of the ranks. Raises CheckpointError with the reason, or RankError that quotes it.
+    Waits for the current save first. Each file is read whole by one of the ranks. Raises CheckpointError with the
+    reason on a rank that found it, and RankError that quotes it on the others.
     """
     async_save.finish()
     with ranks.agreed(f"finding the checkpoint at {path}"):
@@ -66,7 +67,10 @@ def load_from(
     schedulers: Sequence[Any] = (),
     data: Any = None,
 ) -> Any:
-    """Load the run from an intact checkpoint, after all ranks agreed that it fits; nothing is changed before."""
+    """Load the run from a verified checkpoint; all ranks first agree that it fits, and nothing is changed before that.
+
+    Arguments and errors as for :meth:`nemo_dist.Runtime.load`.
+    """
     ranks, path = sharded.ranks, manifest.folder
     with ranks.agreed(f"comparing {path} with the model"):
         own = own_state(sharded)
@@ -101,7 +105,7 @@ def load_from(
 
 @attrs.define
 class Reader:
-    """The files of a checkpoint, opened when they are needed and read slice by slice."""
+    """Reads slices of the tensors of a checkpoint, and opens its files on first use."""
 
     manifest: Manifest
     _files: dict[int, Any] = attrs.field(factory=dict)
@@ -114,13 +118,13 @@ class Reader:
         self._stack.close()
 
     def fill(self, prefix: str, canonical: Mapping[str, Tensor]) -> None:
-        """Read into every tensor the chunks that this rank holds of it."""
+        """Fill this rank's chunks of every tensor in *canonical* from the stored tensors called *prefix* + name."""
         for name, tensor in canonical.items():
             for chunk, values in chunks(tensor):
                 self.read(prefix + name, chunk, values)
 
     def read(self, name: str, wanted: Chunk, into: Tensor) -> None:
-        """Read the chunk *wanted* of the stored tensor *name* into the view *into*."""
+        """Read the chunk *wanted* of the stored tensor *name* into the view *into*, which has its sizes."""
         for piece in self.manifest.tensors[name].pieces:
             common = piece.chunk.common(wanted)
             if common is not None:
@@ -142,7 +146,7 @@ def _whole(chunk: Chunk) -> Chunk:
 
 
 def _check_model(sharded: ShardedModel, manifest: Manifest, own: Mapping[str, Tensor]) -> list[str]:
-    """Return the names that this rank will read, or raise CheckpointError when they are not those of the checkpoint."""
+    """Return the names that this rank reads; raise CheckpointError where class, name, shape or dtype differ."""
     about, kind = manifest.about, sharded.kind
     if about["model"] != kind:
         raise CheckpointError(f"{manifest.folder} is of a {about['model']}, but the model is a {kind}")
@@ -160,7 +164,7 @@ def _check_model(sharded: ShardedModel, manifest: Manifest, own: Mapping[str, Te
 
 
 def _check_complete(ranks: RankGroup, manifest: Manifest, names: Sequence[str]) -> None:
-    """Refuse a checkpoint with parameters that no rank has."""
+    """Raise CheckpointError for parameters of the checkpoint that no rank has; collective over *ranks*."""
     known = {name for names in ranks.gather(list(names)) for name in names}
     stored = {name.removeprefix(MODEL) for name in manifest.tensors if name.startswith(MODEL)}
     _raise(manifest, [f"{name} is not in the model" for name in sorted(stored - known)])
@@ -203,7 +207,7 @@ def _check_rest(manifest: Manifest, schedulers: Sequence[Any], data: Any) -> Non
 
 
 def _same_topology(sharded: ShardedModel, manifest: Manifest) -> bool:
-    """Whether every rank has what the rank of the same number had when the checkpoint was saved."""
+    """Whether axes, strategy and number of ranks are those of the save, so that each rank holds the same shards."""
     listed = manifest.about["topology"]
     saved = {axis: size for axis, size in listed.items() if size != 1}
     own = sharded.topology
@@ -213,7 +217,11 @@ def _same_topology(sharded: ShardedModel, manifest: Manifest) -> bool:
 
 
 def _rank_state(sharded: ShardedModel, manifest: Manifest) -> Any:
-    """Return what the rank saved that stands for this one: the same rank, or one that read the same batches."""
+    """Return the saved values for this rank, or None.
+
+    With the same topology these are of the same rank; otherwise of the first one with the same data-parallel
+    coordinate.
+    """
     saved = manifest.about["ranks"]
     if _same_topology(sharded, manifest):
         return saved[sharded.ranks.rank]
@@ -221,10 +229,10 @@ def _rank_state(sharded: ShardedModel, manifest: Manifest) -> Any:
 
 
 def _plugin_states(sharded: ShardedModel, manifest: Manifest) -> dict[str, SavedState]:
-    """Return what the checkpoint holds of each plugin that keeps state, tensors left out.
+    """Return the saved state, without tensors, of each plugin that both the run and the checkpoint have.
 
-    Raises CheckpointError with the words of every plugin that cannot take it. A plugin on one side only is named in a
-    warning: the run may go on without it, or begin with it.
+    Raises CheckpointError with the reason of every plugin that cannot load its state. Warns of a plugin that only the
+    run or only the checkpoint has.
     """
     saved: Mapping[str, Any] = manifest.about.get("plugin_states", {})
     for name in saved.keys() ^ sharded.states.keys():
@@ -248,14 +256,18 @@ def _plugin_states(sharded: ShardedModel, manifest: Manifest) -> dict[str, Saved
 def _load_plugin(
     sharded: ShardedModel, reader: Reader, name: str, saved: SavedState, parameters: Mapping[str, nn.Parameter]
 ) -> None:
-    """Read the tensors of the plugin *name*, laid out like *parameters*, and hand it all that was saved of it."""
+    """Read the tensors of the plugin *name*, laid out like *parameters*, and call its ``load`` with its saved state."""
     kinds = reader.manifest.kinds(f"{PLUGIN}{name}.")
     tensors = {kind: _read_like(sharded, reader, f"{PLUGIN}{name}.{kind}/", parameters) for kind in kinds}
     sharded.states[name].load(attrs.evolve(saved, tensors=tensors))
 
 
 def _data_state(manifest: Manifest, data: Any, dp_rank: int, dp_size: int) -> Any:
-    """Return the state for *data* on this rank; where there are more or fewer batches, it must be that of all."""
+    """Return the saved state of *data* for this data-parallel rank.
+
+    With another data-parallel size than when it was saved, all ranks must have saved equal states; otherwise raises
+    CheckpointError.
+    """
     if data is None:
         return None
     ranks = manifest.about["ranks"]
@@ -273,7 +285,7 @@ def _data_state(manifest: Manifest, data: Any, dp_rank: int, dp_size: int) -> An
 def _load_optimizer(
     sharded: ShardedModel, manifest: Manifest, reader: Reader, optimizer: Any, parameters: Mapping[str, nn.Parameter]
 ) -> None:
-    """Give *optimizer* the moments and counts of the checkpoint; nothing of what it had is left."""
+    """Replace the state of *optimizer* by the moments and step counts of the checkpoint."""
     optimizer.state.clear()
     for kind in manifest.kinds(OPTIMIZER):
         for name, tensor in _read_like(sharded, reader, f"{OPTIMIZER}{kind}/", parameters).items():
@@ -288,7 +300,7 @@ def _load_optimizer(
 def _read_like(
     sharded: ShardedModel, reader: Reader, prefix: str, parameters: Mapping[str, nn.Parameter]
 ) -> dict[str, Tensor]:
-    """Return the tensors stored under *prefix*, laid out like the parameters; of those that had none, none."""
+    """Return the tensors stored under *prefix*, laid out like the parameters; parameters without one are left out."""
     tensors = reader.manifest.tensors
     stored = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
     found = {

@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint: what is in it, where, and how to tell that it is whole."""
+"""The manifest of a checkpoint: its tensors, where their chunks are, everything that is not a tensor, and checksums."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _DTYPES = {dtype_name(dtype): dtype for dtype in DTYPES}
 
 @attrs.frozen
 class StoredChunk:
-    """A chunk of a tensor, and the file (its index in the manifest) that has it."""
+    """A chunk of a tensor, and the index in the manifest of the file that contains it."""
 
     chunk: Chunk
     file: int
@@ -35,7 +35,7 @@ class StoredChunk:
 
 @attrs.frozen
 class Stored:
-    """A tensor of the checkpoint: its shape, its dtype by name, and its pieces."""
+    """A tensor of the checkpoint: its shape, its dtype, and its chunks."""
 
     shape: tuple[int, ...]
     dtype: Any
@@ -43,7 +43,7 @@ class Stored:
 
 
 def key(name: str, chunk: Chunk) -> str:
-    """Return the name in its file of a piece of the tensor *name*."""
+    """Return the name under which a chunk of the tensor *name* is stored: ``model/lm_head.weight[0:48,0:32]``."""
     spans = (f"{start}:{start + size}" for start, size in zip(chunk.offsets, chunk.sizes, strict=True))
     return f"{name}[{','.join(spans)}]"
 
@@ -59,10 +59,10 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: str | os.PathLike[str]) -> Manifest:
-        """Read and check the manifest in *folder*, and the sizes of the files that it names.
+        """Read and validate the manifest in *folder*, and the sizes of the files that it names.
 
-        Raises CheckpointError that says what is wrong: missing, damaged, of a newer format, or files that are missing
-        or have another size. The content of the files is not read; see ``verify``.
+        Raises CheckpointError for a manifest that is missing, damaged or of a newer format, and for files that are
+        missing or have another size. The content of the files is not read; see ``verify``.
         """
         where = Path(folder)
         content = _parse(where)
@@ -101,11 +101,11 @@ class Manifest:
                 raise ValueError(f"the pieces of {name} do not make the whole tensor")
 
     def kinds(self, prefix: str) -> list[str]:
-        """Return the kinds of tensors under *prefix*, in order: ``exp_avg`` of ``optimizer.exp_avg/lm_head.weight``."""
+        """Return the sorted kinds of tensors under *prefix*: ``exp_avg`` for ``optimizer.exp_avg/lm_head.weight``."""
         return sorted({name[len(prefix) :].partition("/")[0] for name in self.tensors if name.startswith(prefix)})
 
     def verify(self, index: int) -> None:
-        """Read the file *index*; raise CheckpointError when a byte has changed, or it is not what the manifest says."""
+        """Read file *index* whole; raise CheckpointError unless its checksum, shapes and dtypes are those saved."""
         file = self.files[index]
         path, found = self.folder / file["name"], 0
         with path.open("rb", buffering=0) as stream:
@@ -121,7 +121,10 @@ class Manifest:
             raise CheckpointError(f"{path} is no safetensors file, or lacks a tensor: {error}") from error
 
     def _compare(self, path: Path, index: int, stored: Any) -> None:
-        """Sums can be forged too: what is read later must have the shapes and dtypes that were agreed on."""
+        """Raise CheckpointError when a chunk in the file has another shape or dtype than the manifest says.
+
+        A checksum alone does not protect against a file that was made to match it.
+        """
         for name, tensor in self.tensors.items():
             for piece in tensor.pieces:
                 if piece.file == index:
@@ -157,7 +160,7 @@ def _stored(value: Any) -> Stored:
 def write(
     folder: Path, files: Sequence[Mapping[str, Any]], tensors: Mapping[str, Stored], about: Mapping[str, Any]
 ) -> None:
-    """Write the manifest into *folder*, durably."""
+    """Write the manifest into *folder* and flush it to the disk."""
     listed = {
         name: [
             stored.shape,

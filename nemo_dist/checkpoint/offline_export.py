@@ -1,4 +1,4 @@
-"""Make a Hugging Face folder of a checkpoint, in one process, without the ranks that wrote it."""
+"""Export a checkpoint as a Hugging Face folder in one process, without the ranks that wrote it."""
 
 from __future__ import annotations
 
@@ -27,11 +27,12 @@ def export_checkpoint(
     dtype: torch.dtype | str | None = None,
     max_shard_size: int | str = "5GB",
 ) -> Path:
-    """Write the model in *checkpoint* to the folder *path* as plain Hugging Face files; return which it was.
+    """Export *checkpoint* to the folder *path* as plain Hugging Face files; return the folder of the checkpoint used.
 
-    *checkpoint* is what ``Runtime.save`` wrote, or a ``RunFolder``, whose newest whole checkpoint is taken. Needs one
-    process and memory for one tensor. ``dtype`` and ``max_shard_size`` are those of ``Runtime.export``. Raises
-    CheckpointError for a checkpoint that is damaged, or whose model class transformers does not have.
+    *checkpoint* is what ``Runtime.save`` wrote, or a ``RunFolder``, of which the newest complete checkpoint is used.
+    Needs one process and memory for the parameters that are converted together, mostly one tensor. ``dtype`` and
+    ``max_shard_size`` are those of ``Runtime.export``. Raises CheckpointError for a checkpoint that is damaged, or
+    whose model class transformers does not have.
     """
     target, limit = dtype_of(dtype), bytes_of(max_shard_size)
     ranks, where = RankGroup(), _checkpoint(Path(checkpoint))
@@ -59,7 +60,7 @@ def _checkpoint(given: Path) -> Path:
 
 
 def _identity(manifest: Manifest) -> Any:
-    """Return the model of the checkpoint on meta, from its config; its weights are not there, and its code is ours."""
+    """Return the model of the checkpoint on the meta device, built from its config by transformers' own class."""
     folder, name = manifest.folder / IDENTITY, manifest.about["model"]
     kind: Any = getattr(transformers, str(name), None)
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):

@@ -1,4 +1,4 @@
-"""The optimizer in a checkpoint: its moments by parameter name, its options by parameter."""
+"""The optimizer state of a checkpoint: moments and step counts by parameter name, and options by parameter."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch.distributed.tensor import DTensor
 from nemo_dist.checkpoint.json_state import from_json, to_json
 from nemo_dist.errors import CheckpointError
 
-# How an optimizer computes on this machine; what it computes is the same.
+# Options for how an optimizer runs on this machine; they do not change its result, so they are not saved.
 _OWN = ("foreach", "fused", "capturable", "differentiable")
 
 
 def named(optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-    """Return the parameters that *optimizer* steps, by name; raise CheckpointError for one without a name."""
+    """Return the parameters that *optimizer* steps, by name; raise CheckpointError for one that *parameters* lacks."""
     names = {id(parameter): name for name, parameter in parameters.items()}
     found = {}
     for group in optimizer.param_groups:
@@ -32,7 +32,10 @@ def named(optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> dict[str, n
 
 
 def moments(optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> dict[str, dict[str, Tensor]]:
-    """Return the tensors that are laid out as their parameter: for each kind (``exp_avg``), by parameter name."""
+    """Return the optimizer state of the same shape as its parameter (``exp_avg``), by kind and parameter name.
+
+    Raises CheckpointError for a DTensor of another shape.
+    """
     kinds: dict[str, dict[str, Tensor]] = {}
     for name, parameter in parameters.items():
         for kind, value in optimizer.state.get(parameter, {}).items():
@@ -47,7 +50,7 @@ def moments(optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> dict[str,
 
 
 def counts(optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> dict[str, dict[str, Any]]:
-    """Return the rest of the state (``step``) as JSON: by parameter name, by kind."""
+    """Return the rest of the optimizer state (``step``) as JSON, by parameter name and kind."""
     return {
         name: {
             kind: to_json(value, f"{kind!r} of {name}")
@@ -60,7 +63,7 @@ def counts(optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> dict[str, 
 
 
 def group_options(optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> list[Any]:
-    """Return the options of every group, as JSON, with the names of its parameters."""
+    """Return, per parameter group, its options as JSON and the names of its parameters."""
     names = {id(parameter): name for name, parameter in parameters.items()}
     return [
         [
@@ -72,7 +75,7 @@ def group_options(optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> lis
 
 
 def by_value(answers: Sequence[Mapping[str, Any] | Sequence[Any]]) -> list[Any]:
-    """Join what ranks said of each name: pairs of a value and all names that have it."""
+    """Merge the pairs of value and names of all ranks: each distinct value once, with all names that have it."""
     names: dict[str, dict[str, None]] = {}
     for answer in answers:
         for value, named in answer.items() if isinstance(answer, Mapping) else answer:
@@ -82,7 +85,11 @@ def by_value(answers: Sequence[Mapping[str, Any] | Sequence[Any]]) -> list[Any]:
 
 
 def options_of_groups(optimizer: Any, parameters: Mapping[str, nn.Parameter], saved: Sequence[Any]) -> list[Any]:
-    """Return, for every group of *optimizer*, the options that its parameters were saved with; changes nothing."""
+    """Return, for every group of *optimizer*, the options that its parameters were saved with; changes nothing.
+
+    A group without saved parameters gets none. Raises CheckpointError when the parameters of a group were saved with
+    different options.
+    """
     value_of = {name: json.dumps(value, sort_keys=True) for value, names in saved for name in names}
     names = {id(parameter): name for name, parameter in parameters.items()}
     chosen = []
@@ -99,9 +106,10 @@ def options_of_groups(optimizer: Any, parameters: Mapping[str, nn.Parameter], sa
 
 
 def count_of(saved: Sequence[Any]) -> Callable[[str, bool], Any]:
-    """Return what gives the counts saved of a name.
+    """Return a function from a parameter's name, and whether it has moments, to its saved step counts.
 
-    One that has moments, but no counts because a topology names it otherwise, gets those that are the same for all.
+    A parameter that has moments but no saved counts, because its name differs under another topology, gets the counts
+    that all parameters share, if they share them.
     """
     value_of = {name: value for value, names in saved for name in names}
     common = saved[0][0] if len(saved) == 1 else {}
@@ -109,7 +117,7 @@ def count_of(saved: Sequence[Any]) -> Callable[[str, bool], Any]:
 
 
 def place(value: Any, parameter: nn.Parameter, group: Mapping[str, Any]) -> Any:
-    """Return *value* on the device where the optimizer expects it."""
+    """Return *value* where the optimizer expects it: on the parameter's device if it is capturable or fused."""
     if isinstance(value, Tensor) and (group.get("capturable") or group.get("fused")):
         return value.to(parameter.device)
     return value

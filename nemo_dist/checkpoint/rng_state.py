@@ -1,4 +1,4 @@
-"""The random generators of a rank: torch's, Python's and NumPy's."""
+"""The states of this rank's random number generators: torch's, Python's and NumPy's."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ import torch
 
 
 def capture() -> dict[str, Any]:
-    """Return the states of this rank's generators, as plain values and tensors."""
+    """Return the generator states of this rank, as plain values and tensors.
+
+    CUDA's is included when CUDA is initialised, NumPy's when NumPy is imported.
+    """
     states: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         states["cuda"] = torch.cuda.get_rng_state()
@@ -20,7 +23,7 @@ def capture() -> dict[str, Any]:
 
 
 def restore(states: dict[str, Any]) -> None:
-    """Put this rank's generators into *states*, as ``capture`` returned them; those it lacks are left alone."""
+    """Restore the generator states that ``capture`` returned; generators that *states* lacks are left alone."""
     torch.set_rng_state(states["torch"])
     random.setstate(states["python"])
     if "cuda" in states and torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""The checkpoints of one run: which to keep, which is the newest that is whole, and where to go on."""
+"""The folder with the checkpoints of one run: which ones to keep, and which one to resume from."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ _at_least_one = attrs.validators.optional(_count)
 
 @attrs.frozen
 class RunFolder:
-    """A folder with a checkpoint per saved step, ``step-00000100``, and the name of the newest in ``latest``.
+    """A folder with one checkpoint per saved step (``step-00000100``), and a file ``latest`` that names the newest.
 
-    ``keep_last``: how many of the newest stay; None keeps all. ``keep_every``: those of steps that it divides stay for
-    good. The newest is never removed.
+    ``keep_last``: how many of the newest are kept; None keeps all. ``keep_every``: checkpoints of steps that it divides
+    are never removed. The newest is never removed.
     """
 
     path: Path = attrs.field(converter=_folder)
@@ -59,7 +59,7 @@ class RunFolder:
         data: Any = None,
         asynchronous: bool = False,
     ) -> async_save.Save:
-        """Save the run as that of *step*, then point ``latest`` at it and remove what need not stay; collective.
+        """Save the run as checkpoint *step*, then update ``latest`` and remove checkpoints not to keep; collective.
 
         Arguments and errors as for ``Runtime.save``.
         """
@@ -71,10 +71,11 @@ class RunFolder:
     def resume(
         self, runtime: Holder, optimizer: Any = None, *, schedulers: Sequence[Any] = (), data: Any = None
     ) -> tuple[int, Any] | None:
-        """Load the newest checkpoint that is whole; return its step and ``extra``, or None where there is none yet.
+        """Load the newest checkpoint that is undamaged; return its step and ``extra``, or None when there is none.
 
-        A damaged one is named in a warning, and the one before it is loaded. Collective; arguments as for
-        ``Runtime.load``. Raises CheckpointError when all are damaged, or when the newest whole one does not fit.
+        A damaged checkpoint causes a warning, and the one before it is tried. Collective; arguments as for
+        ``Runtime.load``. Raises CheckpointError when all are damaged, or when the newest undamaged one does not fit the
+        model.
         """
         async_save.finish()
         ranks = runtime.sharded.ranks
@@ -91,14 +92,17 @@ class RunFolder:
         return None
 
     def steps(self) -> list[int]:
-        """Return the steps of which there is a checkpoint, whole or not, in order."""
+        """Return the steps that have a checkpoint, complete or not, ascending."""
         if not self.path.is_dir():
             return []
         names = {entry.name.removeprefix(".").removesuffix(".old") for entry in self.path.iterdir() if entry.is_dir()}
         return sorted(int(found[1]) for found in map(_NAME.fullmatch, names) if found)
 
     def latest(self) -> Path | None:
-        """Return the newest checkpoint whose manifest is whole and whose files have their sizes; None without one."""
+        """Return the newest checkpoint with a valid manifest and files of the right size, or None.
+
+        The content of the files is not verified.
+        """
         for step in self._newest_first(self.steps()):
             try:
                 Staging.beside(self._folder(step)).recover()
@@ -108,7 +112,10 @@ class RunFolder:
         return None
 
     def _newest_first(self, steps: list[int]) -> list[int]:
-        """Put the one that ``latest`` names first, and last those after it: the run went back before them."""
+        """Sort *steps*, newest first, but steps after the one that ``latest`` names last.
+
+        Such steps are from before the run resumed at an earlier step.
+        """
         pointed = _read_name(self.path / _LATEST)
         return sorted(steps, key=lambda step: (pointed is not None and step > pointed, -step))
 
@@ -123,7 +130,7 @@ class RunFolder:
         sync(self.path)
         self._prune(int(where.name.removeprefix("step-")))
         for left in (*self.path.glob(".step-*.removed"), *self.path.glob(".step-*.partial")):
-            if not left.with_suffix(".old").exists():  # else a commit that can still be finished
+            if not left.with_suffix(".old").exists():  # otherwise its commit can still be finished
                 shutil.rmtree(left, ignore_errors=True)
 
     def _prune(self, newest: int) -> None:
@@ -134,7 +141,7 @@ class RunFolder:
         for step in older:
             if step in kept or (self.keep_every is not None and step % self.keep_every == 0):
                 continue
-            # Not a checkpoint any more before its files go: a removal that is cut short leaves nothing half.
+            # Renamed before its files are removed, so that an interrupted removal leaves no incomplete checkpoint.
             doomed = self.path / f".step-{step:08d}.removed"
             os.rename(self._folder(step), doomed)
             shutil.rmtree(doomed, ignore_errors=True)

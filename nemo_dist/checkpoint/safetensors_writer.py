@@ -1,7 +1,8 @@
-"""Write a safetensors file tensor by tensor: the header first, then each tensor in its place.
+"""Write a safetensors file tensor by tensor: the header first, then each tensor at its offset.
 
-The format: eight bytes with the length of the header, little-endian; the header, JSON; the values, row-major and
-little-endian, without holes (https://huggingface.co/docs/safetensors). The library writes only whole files.
+The format: the length of the header in eight bytes, little-endian; the header as JSON; the values of all tensors,
+row-major and little-endian, without gaps (https://huggingface.co/docs/safetensors). The safetensors library itself can
+only write a file from all tensors at once.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ DTYPES = {
 
 @attrs.frozen
 class Slot:
-    """The place of one tensor: its shape and dtype, and where its bytes start and end behind the header."""
+    """The place of one tensor in the file: its shape and dtype, and its first and last byte offset after the header."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -51,7 +52,7 @@ class Slot:
 
 
 def slots(tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> dict[str, Slot]:
-    """Give every tensor its place, the widest dtypes first, so that each is aligned when the file is mapped."""
+    """Assign byte offsets to all tensors, widest dtypes first, so that each is aligned in a memory-mapped file."""
     placed: dict[str, Slot] = {}
     start = 0
     for name, (shape, dtype) in sorted(tensors.items(), key=lambda item: -item[1][1].itemsize):
@@ -62,7 +63,10 @@ def slots(tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> dict[st
 
 
 class SafetensorsFile:
-    """A file under way; use it as a context manager, and it is on the disk when the context ends."""
+    """A safetensors file that is being written: a context manager, at whose end the file is flushed to the disk.
+
+    Leaving the context raises ValueError when an announced tensor was not written.
+    """
 
     def __init__(self, path: Path, tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
         self.slots = slots(tensors)
@@ -82,7 +86,7 @@ class SafetensorsFile:
         self._sum, self._summed = zlib.crc32(self.header), 0
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Put *tensor*, of the shape and dtype announced, into its place."""
+        """Write *tensor* at its offset; raise ValueError when its shape or dtype is not the announced one."""
         slot = self.slots[name]
         if (tuple(tensor.shape), tensor.dtype) != (slot.shape, slot.dtype):
             raise ValueError(
@@ -97,12 +101,12 @@ class SafetensorsFile:
 
     @property
     def nbytes(self) -> int:
-        """The size of the whole file."""
+        """The size of the complete file in bytes."""
         return len(self.header) + max((slot.stop for slot in self.slots.values()), default=0)
 
     @property
     def checksum(self) -> int:
-        """The CRC-32 of the file, known when its tensors were written in the order of ``slots``."""
+        """The CRC-32 of the file; raises ValueError unless its tensors were written in the order of ``slots``."""
         if len(self.header) + self._summed != self.nbytes:
             raise ValueError("the checksum is known only when the tensors were written in the order of their slots")
         return self._sum

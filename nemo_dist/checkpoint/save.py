@@ -1,4 +1,4 @@
-"""Save a run: every rank writes its share of the canonical state, and the folder appears when it is complete."""
+"""Save a run: every rank writes its share of the canonical state, and the complete folder is renamed into place."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ from nemo_dist.checkpoint.state_dict import exported, own_state
 from nemo_dist.errors import CheckpointError
 from nemo_dist.mesh.rank_group import RankGroup
 
-# What the names of tensors begin with: the model's, an optimizer's moments of a kind, a plugin's tensors of a kind.
+# Prefixes of tensor names: "model/NAME", "optimizer.KIND/NAME" for moments, "plugin.PLUGIN.KIND/NAME".
 MODEL = "model/"
 OPTIMIZER = "optimizer."
 PLUGIN = "plugin."
-IDENTITY = "hf"  # the folder with config and tokenizer, for an export without the ranks
+IDENTITY = "hf"  # the folder with config and tokenizer, which an offline export needs
 
 
 def save(
@@ -51,9 +51,9 @@ def save(
     step: int | None = None,
     committed: Callable[[], None] = lambda: None,
 ) -> async_save.Save:
-    """Save the run; see :meth:`nemo_dist.Runtime.save`. *committed* runs on one rank when the checkpoint is there.
+    """Save the run; see :meth:`nemo_dist.Runtime.save`. *committed* runs on the first rank after the rename.
 
-    Each rank collects what it has, all exchange descriptions of it once, and then each writes its share.
+    Each rank collects its state, all ranks exchange the metadata of it once, and then each writes its share.
     """
     async_save.finish()
     ranks = sharded.ranks
@@ -80,11 +80,11 @@ def save(
 
 @attrs.define
 class _Collected:
-    """What this rank has.
+    """The state of the run on this rank.
 
-    ``own`` and ``layers`` are tensors laid out like parameters, by parameter name; the layers (an optimizer's moments,
-    a plugin's tensors) by what their names begin with. ``of_rank`` and ``of_all`` are JSON: what differs between ranks,
-    and what is the same on every one.
+    ``own``: parameters and persistent buffers by name. ``layers``: tensors that are laid out like parameters (an
+    optimizer's moments, a plugin's tensors), by the prefix of their names in the checkpoint and parameter name.
+    ``of_rank`` and ``of_all`` are JSON: what differs between ranks, and what is equal on all.
     """
 
     own: Mapping[str, Tensor] = attrs.field(factory=dict)
@@ -95,7 +95,7 @@ class _Collected:
     def take(
         self, sharded: ShardedModel, optimizer: Any, data: Any, extra: Any, schedulers: Sequence[Any], step: int | None
     ) -> dict[str, Any]:
-        """Collect; return what all ranks must know of each other before they go on."""
+        """Collect the state; return the prefixes and digests that all ranks must know before they go on."""
         refuse_unplain(sharded.model)
         self.own = own_state(sharded)
         self.of_rank = {
@@ -118,7 +118,7 @@ class _Collected:
         self.layers |= {f"{OPTIMIZER}{kind}/": found for kind, found in moments(optimizer, parameters).items()}
 
     def _take_plugins(self, sharded: ShardedModel) -> dict[str, int]:
-        """Collect the states of plugins; return a digest of each that must be equal on every rank."""
+        """Collect the states of plugins; return a CRC-32 of each state that must be equal on every rank."""
         own, shared = {}, {}
         for name, state in sharded.states.items():
             for kind, tensors in (state.tensors() if state.tensors else {}).items():
@@ -138,7 +138,7 @@ class _Collected:
         return {name: zlib.crc32(json.dumps(value, sort_keys=True).encode()) for name, value in shared.items()}
 
     def canonical(self, sharded: ShardedModel, prefixes: Sequence[str]) -> dict[str, Tensor]:
-        """Return the canonical state; every rank goes through all *prefixes*, as a plugin may communicate for each."""
+        """Return the canonical state; every rank exports all *prefixes*, as a plugin may run a collective for each."""
         state = {MODEL + name: tensor for name, tensor in exported(sharded, self.own).items()}
         for prefix in prefixes:
             tensors = exported(sharded, self.layers.get(prefix, {}))
@@ -147,7 +147,7 @@ class _Collected:
 
 
 def _refuse_unequal_states(digests: Sequence[Mapping[str, int]]) -> None:
-    """Raise CheckpointError, on every rank alike, for a plugin whose state should be equal on all ranks and is not."""
+    """Raise CheckpointError, on every rank alike, for a plugin whose ``shared`` state differs between ranks."""
     for name in digests[0]:
         values = [digest.get(name) for digest in digests]
         usual = Counter(values).most_common(1)[0][0]
@@ -160,7 +160,7 @@ def _refuse_unequal_states(digests: Sequence[Mapping[str, int]]) -> None:
 
 
 def _joined(answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Merge the metadata of all ranks: per rank what differs, and once what belongs to parameters."""
+    """Merge the metadata of all ranks: a list of what differs per rank, and once what belongs to parameters."""
     of_rank = ("dp_rank", "generators", "data", "plugin_states")
     joined: dict[str, Any] = {"ranks": [{name: a[name] for name in of_rank if name in a} for a in answers]}
     if "counts" in answers[0]:
@@ -174,7 +174,7 @@ def _turned(counts: Mapping[str, Any]) -> list[Any]:
 
 
 def _about(sharded: ShardedModel, optimizer: Any, extra: Any, schedulers: Sequence[Any]) -> dict[str, Any]:
-    """Return what is the same on every rank: who wrote it, of which model, under which topology, and the extras."""
+    """Return what is equal on every rank: versions, model class, optimizer, topology, plugins, schedulers and extra."""
     return {
         "versions": {
             "nemo_dist": importlib.metadata.version("nemo-dist"),
@@ -197,16 +197,17 @@ def _step(extra: Any) -> int | None:
 
 @lru_cache
 def _version(package: str) -> str | None:
-    """Return the version of the distribution that has *package*; asked once, as all that is installed is searched."""
+    """Return the version of the distribution that contains *package*; cached, as it searches all that is installed."""
     owners = importlib.metadata.packages_distributions().get(package, [])
     return importlib.metadata.version(owners[0]) if owners else None
 
 
 @attrs.frozen(kw_only=True)
 class _Work:
-    """What is left to do when the state is known, and may be done in the background: ranks meet through the store only.
+    """The part of a save that can run in the background: it runs no torch collective, ranks meet through the store.
 
-    ``about`` is what the manifest says besides the tensors.
+    ``writers``: which rank writes each chunk. ``mine``: the chunks that this rank writes. ``about``: what the manifest
+    contains besides files and tensors.
     """
 
     ranks: RankGroup
@@ -237,12 +238,12 @@ class _Work:
         return cls(ranks=ranks, model=model, path=path, writers=writers, entries=entries, mine=mine, about=about)
 
     def copied(self) -> _Work:
-        """Return this work on copies in host memory, that training does not change."""
+        """Return this work with copies of its tensors in host memory, which training does not change."""
         copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.mine.items()}
         return attrs.evolve(self, mine=copies, ranks=self.ranks.in_background())
 
     def run(self, committed: Callable[[], None]) -> None:
-        """Write this rank's file; the first rank then writes the manifest and puts the folder in place."""
+        """Write this rank's file; the first rank then writes the manifest and renames the folder into place."""
         write_folder(
             self.ranks,
             self.path,
@@ -273,7 +274,7 @@ class _Work:
 
 
 def share_out(entries: Mapping[str, Entry], count: int) -> dict[str, dict[Chunk, int]]:
-    """Say which rank writes each chunk: of those that hold it, the one with the least to write so far."""
+    """Return which rank writes each chunk: of its holders, the one with the fewest bytes to write so far."""
     load = [0] * count
     writers: dict[str, dict[Chunk, int]] = {}
     for name, entry in entries.items():

@@ -1,4 +1,4 @@
-"""Learning-rate schedulers in a checkpoint: their state, fitted to the groups of the optimizer that is there."""
+"""The state of learning-rate schedulers in a checkpoint, adapted to the number of parameter groups of the optimizer."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ import torch
 
 from nemo_dist.errors import CheckpointError
 
-# What schedulers list per group of the optimizer: rates that are the groups' own under another name, and others.
+# What schedulers list per parameter group: rates that the groups hold too, under another name, and other values.
 _RATES = {"base_lrs": "initial_lr", "_last_lr": "lr"}
 _PER_GROUP = ("min_lrs", "max_lrs", "base_momentums", "max_momentums")
 _NESTED = "_schedulers"
 
 
 def scheduler_state(scheduler: Any) -> dict[str, Any]:
-    """Return the state of *scheduler* without the rates that its optimizer's groups have too, as other groups come."""
+    """Return the state of *scheduler* without the rates that the parameter groups of its optimizer hold too.
+
+    The number of groups may differ when the checkpoint is loaded.
+    """
     return _without_rates(scheduler.state_dict(), _groups(scheduler))
 
 
@@ -32,9 +35,9 @@ def _without_rates(state: Mapping[str, Any], groups: Sequence[Any]) -> dict[str,
 
 
 def fitted(scheduler: Any, state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return *state* for the groups of *scheduler*: what is listed per group, with one value for each.
+    """Return *state* with its lists per parameter group adapted to the number of groups of *scheduler*.
 
-    Raises CheckpointError where there are more or fewer groups than when it was saved, and the values differ.
+    Raises CheckpointError when the number differs from when it was saved, and a list has unequal values.
     """
     fit, count = dict(state), len(_groups(scheduler))
     for name in (*_RATES, *_PER_GROUP):
@@ -52,7 +55,7 @@ def fitted(scheduler: Any, state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def restore_scheduler(scheduler: Any, state: Mapping[str, Any]) -> None:
-    """Load *state*, which is ``fitted``, into *scheduler*; the rates that it lacks are those of the groups."""
+    """Load *state*, as ``fitted`` returned it, into *scheduler*; rates that it lacks come from the groups."""
     scheduler.load_state_dict(dict(state))
     _take_rates(scheduler, state)
 

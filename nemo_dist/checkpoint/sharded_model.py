@@ -1,4 +1,4 @@
-"""What saving, loading and exporting need to know of a sharded model."""
+"""The sharded model as saving, loading and exporting see it."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from nemo_dist.plugin.hookspecs import PluginState
 
 @attrs.frozen(kw_only=True, eq=False, slots=False)
 class ShardedModel:
-    """The local ``parts`` of a model on its ``mesh``, and the ``calls`` that map its layout to the canonical one.
+    """The local ``parts`` of a model on its ``mesh``, and the hook ``calls`` that convert to the canonical state.
 
-    ``strategy`` is the name of the strategy; ``plugins`` are the names of all plugins and the import package of each;
-    ``states`` is what the plugins want to have in a checkpoint.
+    ``strategy`` is the name of the strategy; ``plugins`` maps the names of all plugins to their import packages;
+    ``states`` is what each plugin saves in checkpoints.
     """
 
     parts: Sequence[nn.Module]
@@ -34,7 +34,7 @@ class ShardedModel:
 
     @cached_property
     def model(self) -> Any:
-        """The transformers model in the first part: its class and config are those of the whole."""
+        """The transformers model in the first part, which has the class and config of the whole model."""
         return inner_model(self.parts[0])
 
     @property
@@ -54,18 +54,18 @@ class ShardedModel:
 
     @property
     def batch(self) -> int:
-        """Which of them is this rank's."""
+        """The data-parallel coordinate of this rank: which of those batches it reads."""
         return self.mesh.rank(Role.BATCH)
 
     @property
     def topology(self) -> dict[str, Any]:
-        """The sizes of the axes with more than one rank, which say who has which part, and the strategy."""
+        """The axes of size above 1 and the strategy, which together determine the shards of each rank."""
         return self.mesh.wide() | {"strategy": self.strategy}
 
 
 class Holder(Protocol):
-    """Whatever holds a sharded model, as a ``Runtime`` does."""
+    """An object with a sharded model, such as a ``Runtime``."""
 
     @property
     def sharded(self) -> ShardedModel:
-        """The model, and how it is sharded."""
+        """The sharded model."""

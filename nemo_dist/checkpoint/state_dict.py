@@ -1,4 +1,4 @@
-"""The canonical state dict: what ranks hold, under the names and global shapes of the whole Hugging Face model."""
+"""The canonical state dict: this rank's tensors under the names and global shapes of the whole Hugging Face model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def own_state(model: ShardedModel) -> dict[str, Tensor]:
     """Return this rank's parameters and persistent buffers, each once, under their names in the whole model."""
     state: dict[str, Tensor] = {}
     for part in map(name_root, model.parts):
-        # The state dict, not the parameters: its hooks give back the shards where a forward left gathered ones.
+        # The state dict, not the parameters: its hooks reshard parameters that a forward left gathered.
         own = {name: value for name, value in part.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
         names = canonical_names(part, own)
         for name, tensor in own.items():
@@ -32,7 +32,7 @@ def model_state(model: ShardedModel) -> dict[str, Tensor]:
 
 
 def exported(model: ShardedModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return *state*, tensors that are laid out like parameters by their names, as the canonical state."""
+    """Return the canonical state of *state*, whose tensors are laid out like the parameters of the same names."""
     result = {name: tensor.detach() for name, tensor in state.items()}
     model.calls.export_state(state=result, parts=list(model.parts), mesh=model.mesh)
     return result
@@ -40,7 +40,7 @@ def exported(model: ShardedModel, state: Mapping[str, Tensor]) -> dict[str, Tens
 
 @contextmanager
 def imported(model: ShardedModel, state: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """Give *state* as the canonical state, to be filled; at the end its values are those of *state*."""
+    """Yield the canonical state of *state* to be filled; at the end, copy its values back into *state*."""
     canonical = exported(model, state)
     yield canonical
     model.calls.import_state(state=canonical, parts=list(model.parts), mesh=model.mesh)
@@ -60,7 +60,7 @@ def _address(tensor: Tensor) -> tuple[int, ...]:
 
 
 def canonical_names(part: nn.Module, state: Mapping[str, Any]) -> dict[str, str]:
-    """Return the name under which each entry of *state* is saved: that of the source, for a tied weight."""
+    """Return the name under which each entry of *state* is saved: a tied weight has the name of its source."""
     tied: Mapping[str, str] = getattr(part, "all_tied_weights_keys", None) or {}
     names = {name: name for name in state}
     for target, source in tied.items():
@@ -71,7 +71,7 @@ def canonical_names(part: nn.Module, state: Mapping[str, Any]) -> dict[str, str]
 
 
 def _join(names: dict[str, str], items: Iterable[tuple[str, Any]]) -> None:
-    """Give entries that are one tensor one name, also where the model does not declare them tied."""
+    """Map entries that share one tensor to the name of the first, even where the model does not declare them tied."""
     first: dict[int, str] = {}
     for name, tensor in items:
         names[name] = first.setdefault(id(tensor), names[name])

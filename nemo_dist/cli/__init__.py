@@ -1,5 +1,5 @@
 """The command ``nemo-dist``.
 
-Here: ``main`` (the commands), ``tables`` (what they print), and the demo: ``demo``, ``demo_config``, ``demo_dataset``.
-Not here: anything that a program could not do through the public names.
+Here: ``main`` (the commands), ``tables`` (their output), and the demo: ``demo``, ``demo_config``, ``demo_dataset``. Not
+here: anything that a program could not do with the public names.
 """

@@ -1,4 +1,4 @@
-"""``python -m nemo_dist.cli`` is the command ``nemo-dist``."""
+"""Run the command ``nemo-dist`` as ``python -m nemo_dist.cli``."""
 
 from nemo_dist.cli.main import main
 

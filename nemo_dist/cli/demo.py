@@ -1,4 +1,4 @@
-"""The demo that every rank runs: train a small byte-level model on real text, export it, and check the export."""
+"""The demo as each rank runs it: train a small byte-level model on real text and export it; then check the export."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _TOLERANCE = 1e-4  # relative difference of the losses; float32 sums in another 
 _PROMPT = b"def "
 _WARMUP = 20  # steps
 
-Report = Callable[[int, float], None]  # is told the step, from 1, and its loss
+Report = Callable[[int, float], None]  # called with the step, from 1, and its loss
 
 
 def main() -> None:
@@ -45,12 +45,12 @@ def main() -> None:
 
 
 def device_type(options: DemoOptions) -> str:
-    """Return "cuda" where every rank gets a card of its own, else "cpu"."""
+    """Return "cuda" when there is a GPU for every rank, else "cpu"."""
     return "cuda" if torch.cuda.device_count() >= options.nproc else "cpu"
 
 
 def config(moe: bool) -> PretrainedConfig:
-    """Return the model of the demo, one token per byte: a Llama of 1.25 M parameters or, with *moe*, 2 M in experts."""
+    """Return the config of the demo's byte-level model: a Llama of 1.25 M parameters or, with *moe*, a Qwen3-MoE."""
     sizes: dict[str, Any] = {
         "vocab_size": 256,
         "hidden_size": 160,
@@ -86,12 +86,12 @@ def train(runtime: Runtime, options: DemoOptions, report: Report) -> list[float]
 
 
 def _pace(step: int, steps: int) -> float:
-    """Return the share of the learning rate at *step*, from 0: a short rise, and a fall over the last 40 %."""
+    """Return the learning-rate factor at *step*, from 0: linear warm-up, then linear decay over the last 40 %."""
     return min(1.0, (step + 1) / _WARMUP, (steps - step) / (0.4 * steps))
 
 
 def held_out_loss(runtime: Runtime, options: DemoOptions) -> float:
-    """Return the mean token loss of the distributed model on the held-out batch; leaves no gradient behind."""
+    """Return the mean token loss of the distributed model on the held-out batch; leaves no gradients behind."""
     (batch,) = _batches(runtime, options, 1, held_out=True)
     loss = runtime.forward_backward(batch).item()
     for _, parameter in runtime.named_parameters():
@@ -100,7 +100,7 @@ def held_out_loss(runtime: Runtime, options: DemoOptions) -> float:
 
 
 def _batches(runtime: Runtime, options: DemoOptions, steps: int, held_out: bool = False) -> Iterator[Mapping[str, Any]]:
-    """Yield this data-parallel rank's part of each step's batch."""
+    """Yield, per step, the part of the batch for this data-parallel rank."""
     windows = Windows(steps * options.batch, options.window, options.seed, held_out)
     sampler: Any = DistributedSampler(windows, num_replicas=runtime.dp_size, rank=runtime.dp_rank, shuffle=False)
     size = options.batch // runtime.dp_size
@@ -109,7 +109,7 @@ def _batches(runtime: Runtime, options: DemoOptions, steps: int, held_out: bool 
 
 @contextmanager
 def _progress(steps: int, shown: bool) -> Iterator[Report]:
-    """Show a progress bar with the loss, and, for those who read a log, a line for every tenth of the way."""
+    """Show a progress bar with the loss, and print a line for every tenth of the steps for readers of a log."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -131,7 +131,7 @@ def _progress(steps: int, shown: bool) -> Iterator[Report]:
 
 @attrs.frozen
 class Verdict:
-    """What plain transformers makes of the export: its loss on the held-out batch beside the ranks', and a sample."""
+    """What plain transformers computes with the export: the held-out loss, beside that of the ranks, and a sample."""
 
     first_loss: float
     last_loss: float
@@ -146,14 +146,14 @@ class Verdict:
 
     @property
     def equal(self) -> bool:
-        """Whether the export computes what the ranks computed."""
+        """Whether the exported model computes the loss that the ranks computed, within the tolerance."""
         return self.difference <= _TOLERANCE
 
 
 def verify(options: DemoOptions) -> Verdict:
-    """Load the export with plain transformers in this one process, without anything of ours, and compare."""
+    """Load the export with plain transformers in this process, and compare its held-out loss with that of the ranks."""
     report = json.loads((options.out / REPORT).read_text())
-    disable_progress_bar()  # a bar per file read says nothing here
+    disable_progress_bar()  # a bar per file that is read is noise here
     model = AutoModelForCausalLM.from_pretrained(options.out, dtype=torch.float32).eval()
     windows = Windows(options.batch, options.window, options.seed, held_out=True)
     with torch.no_grad():
@@ -180,7 +180,7 @@ def _sample(model: Any, seed: int, length: int = 240) -> str:
         pad_token_id=0,
     )
     text = bytes(tokens[0].tolist()).decode("utf-8", errors="replace")
-    # A young model writes control characters too, which a terminal would obey.
+    # A barely trained model writes control characters too, which a terminal would execute.
     return "".join(letter if letter.isprintable() or letter == "\n" else "\N{MIDDLE DOT}" for letter in text)
 
 

@@ -1,4 +1,4 @@
-"""What the demo is asked to do; made by the command line, without torch, and read by every rank."""
+"""The settings of the demo, which the command line creates without torch and every rank reads."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nemo_dist.plugin.registry import Registry
 from nemo_dist.setup.selection import DEFAULT, Selection
 from nemo_dist.setup.setup import DistributedSetup
 
-REPORT = "demo.json"  # beside the exported weights: the losses, and the mark of a folder that the demo may replace
+REPORT = "demo.json"  # next to the exported weights: the losses; marks a folder that the demo may overwrite
 _BATCH = 16  # windows of a step over all ranks, unless the data-parallel size does not divide it
 _EXACT = {"param_dtype": "float32", "reduce_dtype": "float32", "output_dtype": "float32"}
 
@@ -23,7 +23,7 @@ _EXACT = {"param_dtype": "float32", "reduce_dtype": "float32", "output_dtype": "
 class DemoOptions:
     """The demo's settings: ranks, strategy, sizes by the names of :class:`ParallelismSizes`, steps, folder and seed.
 
-    ``moe`` is for a mixture of experts.
+    ``moe``: train a mixture of experts. ``window``: bytes per sequence.
     """
 
     nproc: int = 4
@@ -47,7 +47,7 @@ class DemoOptions:
 
     @classmethod
     def from_json(cls, text: str) -> DemoOptions:
-        """Read what ``to_json`` wrote."""
+        """Return the options that ``to_json`` wrote."""
         return cls(**json.loads(text))
 
     def to_json(self) -> str:
@@ -56,17 +56,17 @@ class DemoOptions:
 
     @property
     def parallelism_sizes(self) -> ParallelismSizes:
-        """The sizes that were asked for."""
+        """The requested sizes."""
         return ParallelismSizes(**self.sizes)
 
     @property
     def batch(self) -> int:
-        """The windows of a step over all ranks: 16, or the next multiple of the data-parallel size."""
+        """The windows per step over all ranks: 16, rounded up to a multiple of the data-parallel size."""
         dp = self.parallelism_sizes.dp(self.nproc)
         return -(-_BATCH // dp) * dp
 
     def setup(self, world_size: int | None = None, device_type: str | None = None) -> DistributedSetup:
-        """Build the setup; every number is float32, so that the export can be compared with what was trained."""
+        """Build the setup, with all computation in float32, so that export and trained model can be compared."""
         config_type: Any = Selection(Registry()).strategy_type(self.strategy).config_type
         known = attrs.fields_dict(config_type) if attrs.has(config_type) else {}
         return DistributedSetup.build(
@@ -79,13 +79,13 @@ class DemoOptions:
 
     @property
     def _pipeline(self) -> dict[str, int] | None:
-        """Two microbatches per stage, as large as they can be: small ones spend their time in messages."""
+        """The pipeline config: only two microbatches per stage, as small microbatches mostly communicate."""
         stages = self.parallelism_sizes.pp_size
         rows = self.batch // self.parallelism_sizes.dp(self.nproc)
         return {"pp_microbatch_size": max(1, rows // (2 * stages))} if stages > 1 else None
 
     def claim_folder(self) -> None:
-        """Raise ValueError when the output folder holds something that the demo did not write."""
+        """Raise ValueError when the output folder is a file, or contains files that the demo did not write."""
         if self.out.exists() and not self.out.is_dir():
             raise ValueError(f"--out {self.out} is a file; name a folder")
         if self.out.is_dir() and any(self.out.iterdir()) and not (self.out / REPORT).is_file():

@@ -1,4 +1,4 @@
-"""Real text that every machine has: the sources of Python's standard library, as bytes."""
+"""A dataset of real text that every machine has: the sources of Python's standard library, as bytes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 _LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-_HELD_OUT = 20  # every 20th file is kept from training
+_HELD_OUT = 20  # every 20th file is held out from training
 
 
 @cache
@@ -32,7 +32,7 @@ def _sources() -> tuple[Path, ...]:
 
 @cache
 def read(held_out: bool) -> Tensor:
-    """Return the text as a 1-D uint8 tensor: the files kept from training, or all the others, by name."""
+    """Return the text as a 1-D uint8 tensor: the held-out files, or all others, in the order of their paths."""
     chosen = [path for index, path in enumerate(_sources()) if (index % _HELD_OUT == 0) == held_out]
     return torch.frombuffer(bytearray(b"\n".join(path.read_bytes() for path in chosen)), dtype=torch.uint8)
 
@@ -60,5 +60,5 @@ class Windows(Dataset[dict[str, Tensor]]):
 
 
 def collate(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Stack items to a batch of shape ``(len(items), length)`` each."""
+    """Stack items into a batch of tensors of shape ``(len(items), length)``."""
     return {name: torch.stack([item[name] for item in items]) for name in items[0]}

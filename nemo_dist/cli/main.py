@@ -33,7 +33,7 @@ app = typer.Typer(
 
 
 def _examples(*arguments: str) -> str:
-    """Return the end of a command's help; the control character keeps the lines as they are."""
+    """Return the examples for a command's help; the control character keeps their line breaks."""
     return "\n".join(["\b", "Examples:", *(f"  nemo-dist {line}" for line in arguments)])
 
 
@@ -95,7 +95,7 @@ def plan(
     with _refusals():
         setup = _build(world_size, strategy, _sizes(tp, pp, cp, ep, dp, dp_replicate), config)
         if rank is not None:
-            setup.plan.coordinates(rank)  # refuses a rank that the plan does not have
+            setup.plan.coordinates(rank)  # raises for a rank that the plan does not have
         if as_json:
             typer.echo(json.dumps(plan_data(setup, rank), indent=2))
             return
@@ -209,7 +209,7 @@ def export(
 
 
 def _given(tp: int, pp: int, cp: int, ep: int, dp: int | None, dp_replicate: int | None) -> dict[str, int]:
-    """Return the sizes that were given, by their names in ParallelismSizes."""
+    """Return the sizes that are not None, by their names in ParallelismSizes."""
     always = {"tp_size": tp, "pp_size": pp, "cp_size": cp, "ep_size": ep}
     sizes = {**always, "dp_size": dp, "dp_replicate_size": dp_replicate}
     return {name: size for name, size in sizes.items() if size is not None}
@@ -228,7 +228,7 @@ def _build(world_size: int, strategy: str, sizes: ParallelismSizes, config: Path
 
 
 def _report(verdict: Verdict, options: DemoOptions) -> None:
-    """Print what became of the demo; exit with 1 when the export is not what was trained."""
+    """Print the result of the demo; exit with code 1 when the losses of exported and trained model differ."""
     typer.echo(f"training loss {verdict.first_loss:.3f} -> {verdict.last_loss:.3f} in {options.steps} steps")
     typer.echo(
         f"held-out loss {verdict.distributed:.6f} on {options.nproc} ranks, {verdict.exported:.6f} in plain "
@@ -243,7 +243,7 @@ def _report(verdict: Verdict, options: DemoOptions) -> None:
 
 @contextmanager
 def _refusals() -> Iterator[None]:
-    """Turn what the user asked for wrongly into one block on stderr and exit code 2."""
+    """Turn an error of the user's request into one block on stderr and exit code 2."""
     try:
         yield
     except (NemoDistError, ValueError, TypeError, OSError) as error:
@@ -262,7 +262,7 @@ def _show(*things: Any) -> None:
 
 
 def _show_cursor() -> None:
-    """Give the cursor back: a rank that was stopped in the middle of its progress bar could not."""
+    """Show the cursor again, as a rank that is stopped while it shows a progress bar leaves it hidden."""
     from rich.console import Console
 
     Console().show_cursor()

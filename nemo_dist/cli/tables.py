@@ -1,4 +1,4 @@
-"""What the command line shows of plans and plugins, as tables and as data; the data are stable API."""
+"""Plans and plugins as tables and as data for the command line; the form of the data is stable API."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _view_data(setup: DistributedSetup, view: View) -> dict[str, Any]:
 
 
 def _names(plan: MeshPlan) -> list[str]:
-    """Return every axis and flattened name, each once: views may share their leading axes."""
+    """Return every axis and flattened name of all views, each once, as views may share their leading axes."""
     views = (plan.dense, *plan.views)
     return list(dict.fromkeys(name for view in views for name in (*view.names, *view.flattened)))
 
@@ -69,7 +69,7 @@ def _place(plan: MeshPlan, rank: int) -> dict[str, int]:
 
 
 def plan_table(setup: DistributedSetup) -> Table:
-    """Return the axes of every view, outermost first, with their sizes and who claims them."""
+    """Return a table of the axes of every view, outermost first, with their sizes and the plugins that claim them."""
     from rich.table import Table
 
     names = ", ".join(plugin.name for plugin in setup.plugins)
@@ -84,7 +84,7 @@ def plan_table(setup: DistributedSetup) -> Table:
 
 
 def groups_table(plan: MeshPlan) -> Table:
-    """Return the groups of ranks along every axis and flattened name of more than one rank."""
+    """Return a table of the groups of ranks along every axis and flattened name of size above 1."""
     from rich.table import Table
 
     table = Table(title="groups", title_justify="left")
@@ -109,7 +109,7 @@ def _shorten(group: Iterable[int]) -> str:
 
 
 def rank_lines(plan: MeshPlan, rank: int) -> list[str]:
-    """Say where *rank* stands and with whom it shares its batch."""
+    """Return the coordinates of *rank* and the ranks that read the same batch, in two lines."""
     place = ", ".join(f"{axis} {index}" for axis, index in _place(plan, rank).items())
     others = [other for other in plan.batch_ranks(rank) if other != rank]
     alike = f"like {_shorten(others)}" if others else "alone"
@@ -117,7 +117,7 @@ def rank_lines(plan: MeshPlan, rank: int) -> list[str]:
 
 
 def plugin_rows(registry: Registry) -> list[dict[str, Any]]:
-    """Return what is known of every installed plugin; ``error`` is None, or why it cannot be used."""
+    """Return a row per installed plugin; ``error`` is None, or why the plugin cannot be used."""
     return [_plugin_row(registry, name) for name in registry]
 
 
@@ -145,7 +145,7 @@ def _stage(stage: int) -> str:
     try:
         return Stage(stage).name
     except ValueError:
-        return str(int(stage))  # a third party may stand between two stages
+        return str(int(stage))  # a third-party plugin may use a stage in between
 
 
 def plugins_table(rows: Iterable[dict[str, Any]]) -> Table:

@@ -1,5 +1,5 @@
-"""Start ranks on this machine and say which failed first.
+"""Start ranks on this machine and report which one failed first.
 
-Here: ``launch`` (the parent), ``worker`` (a rank), ``failures`` (a failure of its own, or the result of a dead peer).
-Not here: launching on several machines, which is torchrun's.
+Here: ``launch`` (the parent process), ``worker`` (a rank), ``failures`` (classify an error as a rank's own or as the
+result of a dead peer). Not here: launching on several machines, which is torchrun's.
 """

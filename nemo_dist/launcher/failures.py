@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import signal
 
-# What gloo, NCCL and TCPStore say on the ranks that lose a peer. They arrive milliseconds after the peer's own
-# failure, or before it has been noticed at all when the peer was killed, so that time alone cannot order them.
+# What gloo, NCCL and TCPStore report on ranks that lose a peer. These errors come milliseconds after the peer's own
+# failure, or even before a killed peer is noticed, so that the time of an error does not show which rank failed first.
 _LOST_PEER = (
     "connection closed by peer",
     "connection reset by peer",
@@ -31,13 +31,13 @@ _LOST_PEER = (
 
 
 def lost_a_peer(message: str) -> bool:
-    """Say whether *message* is what a rank reports when a peer vanished, rather than a failure of its own."""
+    """Whether *message* is what a rank reports when a peer died, rather than an error of its own."""
     lowered = message.lower()
     return any(words in lowered for words in _LOST_PEER)
 
 
 def describe_exit(code: int) -> str:
-    """Say in words how a process ended; a negative *code* is the number of the signal that killed it."""
+    """Describe how a process ended; a negative *code* is the number of the signal that killed it."""
     if code >= 0:
         return f"exited with code {code}"
     try:

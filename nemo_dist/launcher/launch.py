@@ -1,4 +1,4 @@
-"""Start ranks of one module on this machine, and end all of them at the first failure or signal."""
+"""Start a module as several ranks on this machine, and stop all of them at the first failure or signal."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from torch.distributed.launcher.api import LaunchConfig
 
 _SHUTDOWN = 5  # seconds between asking a rank to end and killing it
-_LAST_LINES = 20  # of the error output of a rank that died without a word
+_LAST_LINES = 20  # lines of stderr shown for a rank that died without recording an error
 
 
 @attrs.frozen(kw_only=True)
 class Failure:
-    """How one rank failed: in one line, in full, its exit code, and when (seconds since the epoch)."""
+    """How one rank failed: one line, traceback or last output, exit code, and when (seconds since the epoch)."""
 
     rank: int
     error: str
@@ -38,7 +38,7 @@ class Failure:
 
     @property
     def order(self) -> tuple[int, float]:
-        """Sort the culprit first: what a rank raised, then ranks that were killed, then those that only lost a peer."""
+        """Sort key, root cause first: errors of a rank's own, then killed ranks, then ranks that lost a peer."""
         if self.at == float("inf"):
             # An abort is how NCCL's watchdog leaves when a peer is lost, and SIGTERM is the launcher's own.
             return (3 if self.code in (-signal.SIGABRT, -signal.SIGTERM) else 1, self.at)
@@ -46,12 +46,12 @@ class Failure:
 
 
 def launch(entrypoint: str, args: Sequence[str], nproc: int) -> int:
-    """Run module *entrypoint* with *args* as *nproc* ranks of torch's elastic launcher and return the exit code.
+    """Run module *entrypoint* with *args* as *nproc* ranks, with torch's elastic launcher, and return the exit code.
 
-    0 when every rank ended well; the culprit's code when one failed (2 for a :class:`~nemo_dist.errors.NemoDistError`,
-    1 for other exceptions and for signals); 128 plus the signal's number when this process was told to stop. Whatever
-    happens no rank outlives the call. One message on stderr says which rank failed first, and why. Call it on the
-    main thread, as it handles signals.
+    0 when every rank succeeded; the code of the rank that failed first when one failed (2 for a
+    :class:`~nemo_dist.errors.NemoDistError`, 1 for other exceptions and for signals); 128 plus the signal's number when
+    this process got SIGINT or another signal to stop. No rank outlives the call. One message on stderr names the rank
+    that failed first, and why. Call it on the main thread, as it handles signals.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -68,7 +68,7 @@ def launch(entrypoint: str, args: Sequence[str], nproc: int) -> int:
             return failures[0].code if failures[0].code > 0 else 1
         except SignalException as stop:
             return _stopped(stop.sigval, nproc)
-        except KeyboardInterrupt:  # before the launcher has begun to handle signals
+        except KeyboardInterrupt:  # before the launcher handles signals
             return _stopped(signal.SIGINT, nproc)
     return 0
 
@@ -77,7 +77,7 @@ def _config(folder: Path, nproc: int) -> LaunchConfig:
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
     from torch.distributed.launcher.api import LaunchConfig
 
-    # Rank 0 speaks to the terminal; what the others say matters only when one of them fails.
+    # Only rank 0 writes to the terminal; the stderr of the others is shown only when one of them fails.
     redirects: Any = {rank: Std.NONE if rank == 0 else Std.ERR for rank in range(nproc)}
     return LaunchConfig(
         min_nodes=1,
@@ -96,7 +96,7 @@ def _config(folder: Path, nproc: int) -> LaunchConfig:
 
 @contextmanager
 def _surroundings(folder: Path, nproc: int) -> Iterator[None]:
-    """Give the ranks their environment, silence the launcher's own log, and put everything back afterwards."""
+    """Set the environment of the ranks and silence the launcher's log; restore both and signal handlers at the end."""
     threads = max(1, (os.cpu_count() or 1) // nproc)
     wanted = {FOLDER: str(folder), LAUNCHER: str(os.getpid())}
     for name, value in {"OMP_NUM_THREADS": str(threads), "GLOO_SOCKET_IFNAME": "lo"}.items():
@@ -119,7 +119,7 @@ def _surroundings(folder: Path, nproc: int) -> Iterator[None]:
 
 
 def _failures(folder: Path, exits: Mapping[int, int]) -> list[Failure]:
-    """Join what the ranks recorded with how the others of *exits* ended."""
+    """Return the failures that ranks recorded, and for the other ranks of *exits* how their processes ended."""
     found: dict[int, Failure] = {}
     for path in folder.glob("rank*.json"):
         rank, record = int(path.stem.removeprefix("rank")), json.loads(path.read_text())
@@ -144,7 +144,7 @@ def _message(failures: Sequence[Failure], nproc: int) -> str:
     lines = [first.detail] if first.detail else []
     lines.append(f"rank {first.rank} of {nproc} {said}")
     for failure in failures[1:]:
-        if failure.order[0] < 2:  # a failure of its own, not the loss of a peer
+        if failure.order[0] < 2:  # an error of the rank's own, not the loss of a peer
             lines.append(f"rank {failure.rank} also failed: {failure.error.splitlines()[-1]}")
     if nproc > 1:
         lines.append("all ranks were stopped")

@@ -20,7 +20,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
-    """Run the module named by the first argument; leave a failure as a record for the launcher, and end at once."""
+    """Run the module named by the first argument; on failure, record the error for the launcher and exit at once."""
     module, *arguments = sys.argv[1:]
     _follow_launcher()
     sys.argv = [module, *arguments]
@@ -32,7 +32,7 @@ def main() -> None:
             said = f"exited with code {code}" if isinstance(error.code, int) else str(error.code)
             _end(said, "", code)
     except NemoDistError as error:
-        _end(_line(error), "", 2)  # its message is written for the user, where it was raised tells them nothing
+        _end(_line(error), "", 2)  # without a traceback: the message alone is written for the user
     except BaseException as error:
         _end(_line(error), _traceback(error), 1)
 
@@ -42,12 +42,12 @@ def _end(error: str, trace: str, code: int) -> None:
     (Path(os.environ[FOLDER]) / f"rank{os.environ['RANK']}.json").write_text(json.dumps(record))
     sys.stdout.flush()
     sys.stderr.flush()
-    # Tearing down a process group waits for peers, which wait in a collective for this rank.
+    # A normal exit would destroy the process group, which waits for peers that wait for this rank in a collective.
     os._exit(code)
 
 
 def _follow_launcher() -> None:
-    """Die at once with the launcher or when told to, even inside a collective that never returns to Python."""
+    """End this process when the launcher dies or on SIGINT or SIGTERM, even inside a collective that never returns."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if sys.platform == "linux":

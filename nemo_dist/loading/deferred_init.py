@@ -1,11 +1,11 @@
 """Draw the initial weights of one process, one tensor at a time, and keep only this rank's slices.
 
-While a model is built under :class:`DeferredInit`, its uninitialised tensors live on the meta device, and what is done
-to them (``normal_``, ``zero_``, a copy, ...) is written down. A random draw is made into a scratch tensor and thrown
-away, so that the generator moves exactly as it would on one process. Later, when the parameters have been sharded,
-``fill`` replays what was written down for one parameter after the other from the recorded generator state. So every
-topology starts from the same bits as a single process, and no rank ever holds more than its shards and one tensor in
-flight.
+While a model is built under :class:`DeferredInit`, its uninitialised tensors, and large constants and draws, are on the
+meta device, and the operations on them (``normal_``, ``zero_``, a copy, ...) are recorded. A random draw is also run on
+a scratch tensor, which is discarded, so that the CPU generator advances exactly as on one process. Later, when the
+parameters are sharded, ``fill`` replays the recorded operations of one tensor after the other, from the recorded
+generator states. So every topology starts from the same bits as a single process, and a rank holds no more than its
+shards and one tensor being drawn.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _OVERWRITING = {
     _aten.fill_.Tensor,
     _aten.copy_.default,
 }
-_LARGE_NUMEL = 1 << 16  # smaller constants are made at once: the tables of rotary embeddings are computed from them
+_LARGE_NUMEL = 1 << 16  # smaller constants are created at once: tables of rotary embeddings are computed from them
 _INIT_NAMES = (*TORCH_INIT_FUNCTIONS, "_no_grad_trunc_normal_")
 _INIT_HOMES: tuple[dict[str, Any], ...] = (vars(torch.nn.init), TORCH_INIT_FUNCTIONS)
 _RANDOM = torch.Tag.nondeterministic_seeded
@@ -49,10 +49,11 @@ _RANDOM = torch.Tag.nondeterministic_seeded
 
 @attrs.frozen(eq=False)
 class _Call:
-    """One recorded operation on deferred tensors.
+    """One recorded operation on deferred (meta) tensors.
 
-    ``generator`` is the CPU generator's state before a random one; ``reads`` and ``writes`` are the deferred storages
-    whose content it uses and changes; ``overwrites`` says that what its target held before is void.
+    ``generator`` is the CPU generator's state before a random operation, None for another; ``reads`` and ``writes`` are
+    the ids of the deferred storages that it reads and writes; ``overwrites`` says that it replaces the whole content of
+    the storage of its first argument.
     """
 
     function: Callable[..., Any]
@@ -74,7 +75,7 @@ class _Call:
         generator: Tensor | None,
         replaces: bool,
     ) -> _Call:
-        """Note a call; *replaces* says that the function replaces the whole content of its first argument."""
+        """Record a call; *replaces* says that *function* replaces the whole content of its first argument."""
         used = {storage_id(tensor) for tensor in tensors_in((args, kwargs)) if tensor.is_meta}
         changed = {storage_id(tensor) for tensor in tensors_in(result) if tensor.is_meta}
         schema = getattr(function, "_schema", None)
@@ -87,7 +88,7 @@ class _Call:
 
 
 class DeferredInit(TorchDispatchMode):
-    """Record what initialises a model; see the module's docstring. Use as a context while the model is built."""
+    """Record how a model is initialised: a context for building the model; see the module docstring."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -107,9 +108,9 @@ class DeferredInit(TorchDispatchMode):
             home[name] = function
 
     def _as_one_call(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return *function* of ``torch.nn.init``, recorded whole on a deferred tensor.
+        """Return *function* of ``torch.nn.init``, wrapped to record a call on a deferred tensor as one operation.
 
-        Some of them look at what they drew and draw again, and skip a meta tensor silently.
+        Some of these functions redraw depending on the values they drew, and some silently skip meta tensors.
         """
 
         @wraps(function)
@@ -145,7 +146,7 @@ class DeferredInit(TorchDispatchMode):
         self._calls.append(call)
 
     def hollow(self, model: nn.Module) -> None:
-        """Remember under its name where every parameter comes from, and leave them all on the meta device."""
+        """Record the initial tensor of every parameter and buffer by name, and put all parameters on meta."""
         tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
         self._origin = {name: tensor.detach() for name, tensor in tensors}
         for _, module, name, parameter in parameter_slots(model):
@@ -156,7 +157,7 @@ class DeferredInit(TorchDispatchMode):
 
     @torch.no_grad()
     def fill(self, part: nn.Module, device: torch.device) -> None:
-        """Give the parameters and buffers of *part* their values on *device*: of a DTensor, this rank's slice."""
+        """Fill the parameters and buffers of *part* on *device*; a DTensor parameter gets this rank's shard."""
         done: dict[int, nn.Parameter] = {}
         for path, module, name, parameter in parameter_slots(part):
             if parameter.is_meta or id(parameter) in done:
@@ -169,9 +170,9 @@ class DeferredInit(TorchDispatchMode):
                 module._buffers[name] = (self.value(path) if buffer.is_meta else buffer).to(device)
 
     def value(self, name: str) -> Tensor:
-        """Return the full initial value of the tensor called *name* in the model that was hollowed, on the CPU.
+        """Return the whole initial tensor called *name* in the model passed to ``hollow``, on the CPU.
 
-        Raises PluginError for a name that it did not have.
+        Raises PluginError for a name that the model did not have.
         """
         if name not in self._origin:
             raise PluginError(f"{name} is on the meta device, but the model had no such tensor when it was built")
@@ -180,7 +181,7 @@ class DeferredInit(TorchDispatchMode):
 
     @torch.no_grad()
     def replay(self, origin: Tensor) -> Tensor:
-        """Return the value that a single process would have in the deferred tensor *origin*."""
+        """Return the values that the deferred tensor *origin* has on one process; leaves the CPU generator alone."""
         storages: dict[int, Tensor] = {}
         before = torch.get_rng_state()
         try:
@@ -193,7 +194,7 @@ class DeferredInit(TorchDispatchMode):
         return _view(storages, origin)
 
     def _history(self, storage: int) -> list[_Call]:
-        """Return the calls that the final content of *storage* depends on, in order."""
+        """Return the recorded calls that the final content of *storage* depends on, in the order in which they ran."""
         needed: set[int] = set()
         open_questions = [(storage, len(self._calls))]
         while open_questions:
@@ -211,7 +212,7 @@ class DeferredInit(TorchDispatchMode):
 
 
 def _makes_deferrable(function: Any, args: Any, kwargs: Mapping[str, Any]) -> bool:
-    """Whether *function* makes a CPU tensor that is worth deferring: uninitialised, or a large constant or draw."""
+    """Whether *function* creates a floating-point CPU tensor to defer: uninitialised, or a large constant or draw."""
     device = kwargs.get("device")
     if device is not None and torch.device(device).type != "cpu":
         return False
@@ -224,7 +225,7 @@ def _makes_deferrable(function: Any, args: Any, kwargs: Mapping[str, Any]) -> bo
 
 
 def _draw_and_forget(function: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
-    """Move the CPU generator as the call would, on scratch tensors."""
+    """Run the call on scratch tensors, to advance the CPU generator as the call would."""
     scratch = tree_map_only(Tensor, lambda tensor: torch.empty_like(tensor, device="cpu"), (args, dict(kwargs)))
     if "device" in scratch[1]:
         scratch[1]["device"] = torch.device("cpu")
@@ -245,7 +246,7 @@ def _run(call: _Call, storages: dict[int, Tensor]) -> None:
 
 
 def _view(storages: dict[int, Tensor], recorded: Tensor) -> Tensor:
-    """Return the real tensor that stands for the meta tensor *recorded*, as a view of its real storage."""
+    """Return the CPU tensor that replaces the meta tensor *recorded*: a view of the same layout of its CPU storage."""
     key = storage_id(recorded)
     if key not in storages:
         storages[key] = torch.empty(
@@ -255,7 +256,7 @@ def _view(storages: dict[int, Tensor], recorded: Tensor) -> Tensor:
 
 
 def _is_view(function: Any) -> bool:
-    """Whether the result aliases an argument without a write: views are rebuilt from size, stride and offset."""
+    """Whether *function* only returns views of its arguments; views are rebuilt from size, stride and offset."""
     returns = function._schema.returns
     return bool(returns) and all(
         returned.alias_info is not None and not returned.alias_info.is_write for returned in returns

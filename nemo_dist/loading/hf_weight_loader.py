@@ -1,9 +1,9 @@
-"""The one place that touches transformers' weight loader: shard the meta model before a weight is read.
+"""The only module that hooks into transformers' weight loader: it shards the meta model before weights are read.
 
-transformers builds the model on meta, hands it to ``PreTrainedModel._load_pretrained_model`` and later, for weights
-that the checkpoint lacks, to ``_initialize_missing_keys``. Both names are private to it; ``tests/test_loading.py``
-holds the contract. For every parameter that is a DTensor its loader reads only the local slice, on the CPU as a view of
-the mapped file.
+transformers builds the model on the meta device, passes it to ``PreTrainedModel._load_pretrained_model`` and later, for
+weights that the checkpoint lacks, to ``_initialize_missing_keys``. Both names are private to transformers;
+``tests/test_loading.py`` tests what is relied on. For a DTensor parameter, transformers reads only the local slice, on
+the CPU as a view of the memory-mapped file.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from nemo_dist.mesh.store_consensus import consensus, report
 
 
 class Missing(Protocol):
-    """What draws the weights that a checkpoint lacks; see ``missing_weights``."""
+    """Draws the weights that a checkpoint lacks; see ``missing_weights``."""
 
     def foresee(self, model: nn.Module, names: Collection[str], initialise: Callable[[], None]) -> None:
-        """Draw those of a model that is divided into parts."""
+        """Prepare the missing weights *names* of a whole model that is split into parts, before ``draw``."""
 
     def draw(self, part: nn.Module, initialise: Callable[[], None]) -> None:
-        """Give *part* its own."""
+        """Fill the missing weights of *part*."""
 
 
 def refuse_uneven(parts: Sequence[nn.Module]) -> None:
-    """Raise TopologyError that names every parameter of *parts* that two axes cut on one dim in unlike ways.
+    """Raise TopologyError for parameters whose shard on this rank differs from the slice that transformers reads.
 
-    Where the dim does not divide, what FSDP2 leaves a rank of a tensor-parallel shard is not always what transformers
-    reads for it.
+    This happens where two mesh axes shard one tensor dim that does not divide evenly: FSDP2 and transformers may then
+    assign the elements of a tensor-parallel shard differently. The error names every such parameter.
     """
     problems = []
     for part in parts:
@@ -60,9 +60,9 @@ def refuse_uneven(parts: Sequence[nn.Module]) -> None:
 
 @attrs.frozen(kw_only=True)
 class Target:
-    """Where the weights go: ``shard`` turns the model on meta into this rank's parts, which are filled on ``device``.
+    """How to load: ``shard`` turns the meta model into this rank's parts, whose weights are put on ``device``.
 
-    ``ranks`` load together (None: all); ``splits_layers`` says that each of them may get a part of the layers only.
+    ``ranks`` load together (None: all). ``splits_layers``: whether a rank may hold only some of the layers.
     """
 
     shard: Callable[[nn.Module], list[nn.Module]]
@@ -73,7 +73,7 @@ class Target:
 
 @attrs.define
 class Reading:
-    """One ``from_pretrained`` under way: the target that shards the model, and the parts that came of it."""
+    """One ``from_pretrained`` call in progress: its target, its source, and the parts that sharding returned."""
 
     target: Target
     source: Any
@@ -82,9 +82,9 @@ class Reading:
     _reported: bool = False
 
     def load(self, original: Callable[..., Any], model: Any, state: Any, files: Any, config: Any, *rest: Any) -> Any:
-        """Shard *model*, then let transformers read the slices of every part; return its answer for *model*."""
+        """Shard *model*, then let transformers load the slices of every part; return its result for *model*."""
         if self.target.device.type != "cpu":
-            # frozen, but transformers uses it again to finish
+            # The config is frozen, but transformers reads device_map from it again to finish the model.
             object.__setattr__(config, "device_map", {"": self.target.device})
         whole = frozenset(model.state_dict())
         undivided = copy.deepcopy(model) if self.target.splits_layers else None
@@ -98,7 +98,7 @@ class Reading:
             answer = (info, *rest_of_answer) if part is model else answer
         self._report(None)
         for info in infos.values():
-            info.unexpected_keys -= whole  # what this part does not have, another one does
+            info.unexpected_keys -= whole  # keys that this part lacks belong to another part of the model
         self._agree_on_shapes(infos, config)
         if undivided is not None:
             self._foresee(undivided, infos, config)
@@ -108,7 +108,7 @@ class Reading:
         return answer
 
     def _models(self) -> list[nn.Module]:
-        """Return the transformers models of the parts, which a plugin may have wrapped."""
+        """Return the transformers model in each part, as a plugin may have wrapped it."""
         return [inner_model(part) for part in self._parts]
 
     def _read(self, original: Callable[..., Any], part: Any, *args: Any) -> Any:
@@ -117,7 +117,10 @@ class Reading:
         return original(part, *args)
 
     def _foresee(self, model: Any, infos: Mapping[int, Any], config: Any) -> None:
-        """Have the weights drawn that any part of the divided *model* lacks; *infos* as for the shapes."""
+        """Draw the weights that the checkpoint lacks for any part of *model*, the whole model on the meta device.
+
+        ``infos`` are transformers' loading infos by the id of the part. The names are merged from all ranks.
+        """
         mine: set[str] = set()
         for part in self._models():
             info: Any = infos[id(part)]
@@ -133,9 +136,10 @@ class Reading:
             self.missing.foresee(model, names, lambda: model._initialize_missing_keys(config.is_quantized))
 
     def _agree_on_shapes(self, infos: Mapping[int, Any], config: Any) -> None:
-        """Tell all ranks of a shape that only some slices betray: of 10 and of 9 rows, most ranks have equal slices.
+        """Merge the shape mismatches of all ranks, as only some may see them; raise CheckpointError unless ignored.
 
-        ``infos`` are transformers' loading infos by the identity of the part.
+        A 10-row and a 9-row parameter, for example, give most ranks equal slices. ``infos`` are transformers' loading
+        infos by the id of the part.
         """
         mismatched = [item for info in infos.values() for item in info.mismatched_keys]
         mine = [[name, list(found), list(wanted)] for name, found, wanted in mismatched]
@@ -157,7 +161,7 @@ class Reading:
             info.mismatched_keys |= {(name, tuple(f), tuple(w)) for name, f, w in union.values() if name in own}
 
     def parts(self, model: nn.Module) -> list[nn.Module]:
-        """Return the parts of the *model* that ``from_pretrained`` returned."""
+        """Return the parts of *model*, which ``from_pretrained`` returned; raise CheckpointError if not sharded."""
         if not self._parts:
             raise CheckpointError(
                 f"{class_name(model)} does not load through transformers' weight loader, so it could not be sharded"
@@ -167,7 +171,7 @@ class Reading:
         return self._parts
 
     def fail(self, error: Exception) -> NoReturn:
-        """Raise *error*, as a CheckpointError when it came from the files, after every other rank has been told."""
+        """Raise *error*, as a CheckpointError when reading the files failed, after reporting it to the other ranks."""
         if isinstance(error, SafetensorError | OSError) and not isinstance(error, RankError):
             failure: Exception = CheckpointError(f"cannot read the checkpoint {str(self.source)!r}: {error}")
             failure.__cause__ = error
@@ -184,14 +188,14 @@ class Reading:
 
 @contextmanager
 def read_through(target: Target, source: Any, missing: Missing) -> Iterator[Reading]:
-    """Within the context, a model that transformers loads is sharded by *target* before its weights are read."""
+    """Within the context, shard every model that transformers loads with *target* before its weights are read."""
     reading = Reading(target, source, missing)
     original = PreTrainedModel._load_pretrained_model
 
     def load(model: Any, state: Any, files: Any, config: Any, *rest: Any, **more: Any) -> Any:
         return reading.load(lambda *args: original(*args, **more), model, state, files, config, *rest)
 
-    private: Any = PreTrainedModel  # the name is an implementation detail of transformers
+    private: Any = PreTrainedModel  # typed as Any, because the attribute is private to transformers
     private._load_pretrained_model = staticmethod(load)
     try:
         yield reading

@@ -1,4 +1,4 @@
-"""Draw initial weights alike on every rank, also those that a checkpoint lacks."""
+"""Draw initial weights that are equal on every rank, also those that a checkpoint lacks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ from nemo_dist.mesh.store_consensus import consensus
 
 @contextmanager
 def shared_draws(ranks: Sequence[int] | None) -> Iterator[None]:
-    """Draw from the CPU generator of the first of *ranks* (None: all) on every one; another state is put back after."""
+    """Within the context, every one of *ranks* (None: all) draws from the CPU generator state of the first of them.
+
+    A rank whose state differed gets it back afterwards; the first rank's generator keeps what the draws advanced.
+    """
     mine = torch.get_rng_state()
     text = base64.b64encode(mine.numpy().tobytes()).decode()
     follows = dist.is_initialized() and dist.get_rank() != (ranks[0] if ranks else 0)
@@ -37,16 +40,17 @@ def shared_draws(ranks: Sequence[int] | None) -> Iterator[None]:
 
 @attrs.define
 class Draws:
-    """Draw the weights that a checkpoint lacks, as one process would, on every one of *ranks*."""
+    """Draw the weights that a checkpoint lacks, as one process would, on each of *ranks* (None: all)."""
 
     ranks: Sequence[int] | None
     _whole: Mapping[str, Callable[[], Tensor]] = attrs.field(factory=dict, init=False)
 
     @torch.no_grad()
     def foresee(self, model: nn.Module, names: Collection[str], initialise: Callable[[], None]) -> None:
-        """Draw what all parts of a divided model lack, *names*, in the order of the whole *model*, which is on meta.
+        """Record the draws of the missing weights *names* in the order of the whole *model*, which is on meta.
 
-        A part by itself would not know what others draw before it. Collective over the ranks.
+        ``draw`` then uses them, because a part alone does not know what other parts draw before it. Collective over the
+        ranks.
         """
         origins: dict[str, Tensor] = {}
         with shared_draws(self.ranks), DeferredInit() as init:
@@ -61,7 +65,7 @@ class Draws:
 
     @torch.no_grad()
     def draw(self, part: nn.Module, initialise: Callable[[], None]) -> None:
-        """Give *part* the weights that it lacks; *initialise* draws them, and makes the buffers that no file has."""
+        """Fill the weights that *part* lacks; *initialise* draws them and creates the buffers that no file contains."""
         if self._whole:
             for path, module, name, parameter in parameter_slots(part):
                 if path in self._whole and not _marked(parameter):
@@ -83,7 +87,7 @@ class Draws:
 
 
 def _mark(parameter: nn.Parameter) -> nn.Parameter:
-    """Mark *parameter* as transformers does: do not draw it again."""
+    """Mark *parameter* as initialised, in the way that makes transformers skip it."""
     setattr(parameter, "_is_hf_initialized", True)  # noqa: B010
     return parameter
 

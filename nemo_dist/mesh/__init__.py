@@ -1,6 +1,6 @@
-"""Ranks that run: the process group, the live mesh of a plan, and what ranks tell each other.
+"""The live side of a plan: process group, device mesh, and how ranks exchange small values and tensors.
 
-Here: ``process_group`` and ``mesh_context``, ``store_consensus`` (small values, also when a rank has failed),
-``rank_group`` (collectives of the ranks that save together), and ``dtensor``, the arithmetic of sharded tensors. Not
-here: what is sharded how, which plugins decide.
+Here: ``process_group`` and ``mesh_context``, ``store_consensus`` (small values through the store, which also works when
+a rank has failed), ``rank_group`` (exchanges between the ranks that save and load together), and ``dtensor`` (local and
+global tensors). Not here: what is sharded how, which plugins decide.
 """

@@ -1,4 +1,4 @@
-"""The arithmetic of sharded tensors: what a rank holds of a DTensor, and parameters replaced by shards."""
+"""Convert between global tensors and this rank's shards, and replace parameters by shards."""
 
 from __future__ import annotations
 
@@ -13,29 +13,30 @@ from transformers.distributed.sharding_utils import DtensorShardOperation
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return what this rank holds of *tensor*, a DTensor or a plain one; gradients flow back to it."""
+    """Return this rank's local tensor of a DTensor, or a plain tensor itself; gradients flow back through it."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def from_local(part: Tensor, mesh: DeviceMesh, placements: Sequence[Any], like: Tensor) -> DTensor:
-    """Return the DTensor of which *part* is this rank's; its global shape and strides are those of *like*.
+    """Return the DTensor whose local tensor on this rank is *part*; its global shape and stride are those of *like*.
 
-    No communication: ranks do not compare what they hold.
+    No communication: that the local tensors of all ranks fit together is not checked.
     """
     return DTensor.from_local(part, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
 
 
 def local_slice(full: Tensor, shard: DTensor) -> Tensor:
-    """Return the slice of the global tensor *full* that this rank holds of *shard*; no communication.
+    """Return the slice of the global tensor *full* that this rank holds of the DTensor *shard*; no communication.
 
-    Strided shards (packed projections, two mesh axes on one dim) included; a view where the slice is contiguous.
+    Handles strided shards too (packed projections, two mesh axes on one tensor dim). The result is a view of *full*
+    where the slice is contiguous.
     """
     found = DtensorShardOperation(shard).shard_tensor(full)
-    return full if found is None else found  # None is only for experts stored one by one
+    return full if found is None else found  # None is returned only for experts that are stored one by one
 
 
 def filled(parameter: nn.Parameter, value: Tensor, device: torch.device) -> nn.Parameter:
-    """Return *parameter* with *value*, the global tensor, on *device*: of a DTensor this rank's slice."""
+    """Return a new parameter laid out like *parameter*, with the values of the global tensor *value*, on *device*."""
     if not isinstance(parameter, DTensor):
         return nn.Parameter(value.to(device), requires_grad=parameter.requires_grad)
     own = local_slice(value, parameter).to(device).clone()  # a copy, or the slice would keep the whole tensor alive
@@ -44,9 +45,10 @@ def filled(parameter: nn.Parameter, value: Tensor, device: torch.device) -> nn.P
 
 
 def parameter_slots(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
-    """Yield every place of *model* that holds a parameter: its full name, the module, the name in it, the parameter.
+    """Yield each (full name, module, name in the module, parameter) of *model*.
 
-    A parameter that modules share is yielded once for each of them. Places may be filled anew meanwhile.
+    A parameter that several modules share is yielded once for each of them. The caller may replace a parameter on its
+    module while iterating.
     """
     for prefix, module in model.named_modules():
         for name, parameter in list(module.named_parameters(recurse=False)):

@@ -16,19 +16,19 @@ from nemo_dist.errors import RankError
 from nemo_dist.mesh.process_group import default_device_type, require_process_group
 from nemo_dist.planning.mesh_plan import DENSE_AXES, FLATTENED, MeshPlan, Role, View
 
-_DP = "dp"  # in a user's own mesh, the axis that stands for dp_replicate x dp_shard
+_DP = "dp"  # the axis of a user's own mesh that replaces dp_replicate x dp_shard
 _EXPERT_AXES = ("ep_shard", "ep")
 
 
 @attrs.frozen(eq=False)
 class MeshContext:
-    """The live meshes of a setup.
+    """The live device meshes of a setup.
 
     ``device_mesh`` has the axes ``pp, dp_replicate, dp_shard, cp, tp`` (or the user's own), and the flattened names
-    ``dp``, ``dp_shard_cp`` and ``dp_cp``. ``views`` are the meshes that plugins added, by name; ``flattened`` says
-    which axes a flattened name of any of them stands for, and ``roles`` what the axes of ``device_mesh`` split. Sizes
-    are read from the live mesh, 1 where an axis is absent. Where a method takes ``along``, that is an axis, a flattened
-    name, or a :class:`~nemo_dist.Role`, which stands for all axes that split what it says.
+    ``dp``, ``dp_shard_cp`` and ``dp_cp``. ``views`` are the meshes that plugins added, by name. ``flattened`` maps each
+    flattened name of any mesh to its axes, and ``roles`` maps each axis of ``device_mesh`` to what its ranks split.
+    Sizes are read from the live mesh; an axis that does not exist has size 1. A parameter called ``along`` is an axis,
+    a flattened name, or a :class:`~nemo_dist.Role`, which means all axes of ``device_mesh`` with that role.
     """
 
     device_mesh: DeviceMesh | None = None
@@ -44,10 +44,11 @@ class MeshContext:
         device_type: str | None = None,
         timeout_minutes: float | None = None,
     ) -> MeshContext:
-        """Make the live mesh of *plan*, laid over *ranks* (None: all); collective over the process group.
+        """Create the device meshes of *plan* over *ranks* (None: all); collective over the process group.
 
-        ``device_type``: None is what the process group can use. ``timeout_minutes``: the limit of every collective on
-        the mesh. Raises RankError when the group has another size than was planned.
+        ``device_type``: "cpu" or "cuda"; None is what the process group can use. ``timeout_minutes``: the timeout of
+        every collective on the mesh; None leaves the backend's. Raises RankError without a process group, or when
+        *ranks* is None and the group has another size than the plan.
         """
         require_process_group()
         if ranks is None and plan.world_size != dist.get_world_size():
@@ -69,7 +70,11 @@ class MeshContext:
 
     @classmethod
     def from_meshes(cls, device_mesh: DeviceMesh | None, moe_mesh: DeviceMesh | None = None) -> MeshContext:
-        """Wrap the user's own meshes; raise ValueError for an axis name that no plan has."""
+        """Wrap the user's own meshes.
+
+        Raises TypeError for anything but a DeviceMesh; ValueError for an axis name that no plan has, for ``dp`` beside
+        ``dp_shard`` or ``dp_replicate``, and for ranks that do not ascend along every axis.
+        """
         for what, mesh, known in (
             ("device_mesh", device_mesh, (*DENSE_AXES, _DP)),
             ("moe_mesh", moe_mesh, ("pp", *_EXPERT_AXES)),
@@ -93,12 +98,15 @@ class MeshContext:
 
     @property
     def moe_mesh(self) -> DeviceMesh | None:
-        """The mesh of the experts, with the axes ``ep_shard, ep``; None when ep is 1."""
+        """The submesh of the experts, with the axes ``ep_shard, ep``; None when no view has them."""
         view = next((mesh for mesh in self.views.values() if all(self._present(mesh, a) for a in _EXPERT_AXES)), None)
         return None if view is None else _sliced(view, list(_EXPERT_AXES))
 
     def __getitem__(self, along: str | Role | tuple[str, ...]) -> DeviceMesh:
-        """Return the 1-D submesh *along* an axis, or the mesh over several of them, one dim each."""
+        """Return the 1-D submesh *along* an axis, flattened name or role; for a tuple of names, one dim each.
+
+        Raises KeyError when no mesh has them.
+        """
         wanted = along if isinstance(along, tuple) else (self._name(along),)
         for mesh in self._meshes():
             present = [self._present(mesh, name) for name in wanted]
@@ -108,7 +116,7 @@ class MeshContext:
         raise KeyError(f"the mesh has no axis {along!r} (axes: {[mesh.mesh_dim_names for mesh in self._meshes()]})")
 
     def size(self, along: str | Role) -> int:
-        """Return the number of ranks *along*; 1 where there is no such axis."""
+        """Return the number of ranks *along*; 1 when there is no such axis."""
         name = self._name(along)
         for mesh in self._meshes():
             present = self._present(mesh, name)
@@ -118,27 +126,27 @@ class MeshContext:
         return 1
 
     def group(self, along: str | Role) -> dist.ProcessGroup | None:
-        """Return the process group of this rank *along*, or None where it has only this rank."""
+        """Return the process group *along* that contains this rank, or None when its size is 1."""
         return self[along].get_group() if self.size(along) > 1 else None
 
     def rank(self, along: str | Role) -> int:
-        """Return the coordinate of this rank *along*."""
+        """Return the coordinate of this rank *along*; 0 when the size is 1."""
         return self[along].get_local_rank() if self.size(along) > 1 else 0
 
     def wide(self) -> dict[str, int]:
-        """Return the axes with more than one rank, over all meshes, each name once, and their sizes."""
+        """Return the axes of size above 1 in all meshes, and their sizes."""
         names = dict.fromkeys(name for mesh in self._meshes() for name in mesh.mesh_dim_names or ())
         return {name: size for name in names if (size := self.size(name)) > 1}
 
     @property
     def device(self) -> torch.device:
-        """The torch device of this rank."""
+        """The torch device that this process uses."""
         kind = self.device_mesh.device_type if self.device_mesh is not None else default_device_type()
         return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
 
     @property
     def holds_this_rank(self) -> bool:
-        """Whether this rank has a place in the mesh."""
+        """Whether this rank is part of the device mesh; True when there is no mesh."""
         return self.device_mesh is None or self.device_mesh.get_coordinate() is not None
 
     pp_size = property(lambda self: self.size("pp"), doc="Number of pipeline ranks.")
@@ -153,14 +161,14 @@ class MeshContext:
     )
 
     def _name(self, along: str | Role) -> str:
-        """Return the axis or flattened name that *along* stands for; "" for a role that no axis has."""
+        """Return the axis or flattened name that *along* means; "" for a role that no axis has."""
         if isinstance(along, str):
             return along
         own = () if self.device_mesh is None else self.device_mesh.mesh_dim_names or ()
         axes = tuple(axis for axis in own if self.roles.get(axis, Role(0)) & along)
         if len(axes) == 1:
             return axes[0]
-        # Every run of axes with one role has a flattened name: its groups were made, in one order, with the mesh.
+        # Axes of one role always have a flattened name: all ranks created its process groups together with the mesh.
         return next(name for name in self.flattened if self._parts(own, name) == axes) if axes else ""
 
     def _meshes(self) -> tuple[DeviceMesh, ...]:
@@ -168,22 +176,22 @@ class MeshContext:
         return (*dense, *self.views.values())
 
     def _present(self, mesh: DeviceMesh, name: str) -> tuple[str, ...]:
-        """Return the axes of *mesh* that make up *name*, those of size 1 left out where others remain.
+        """Return the axes of *mesh* that *name* consists of, without those of size 1 unless all are.
 
-        The ``dp`` of a user's own mesh stands for dp_shard.
+        In a user's own mesh that has ``dp``, it replaces ``dp_shard``.
         """
         own = mesh.mesh_dim_names or ()
         present = self._parts(own, name)
         return tuple(axis for axis in present if mesh.size(own.index(axis)) > 1) or present[:1]
 
     def _parts(self, own: Sequence[str], name: str) -> tuple[str, ...]:
-        """Return which of the axes *own* make up *name*."""
+        """Return those of the axes *own* that *name* consists of."""
         alias = {"dp_shard": _DP} if _DP in own else {}
         parts = [alias.get(part, part) for part in self.flattened.get(name, (name,))]
         return tuple(dict.fromkeys(part for part in parts if part in own))
 
     def _axis(self, mesh: DeviceMesh, name: str, present: tuple[str, ...]) -> str:
-        """Return the name under which *mesh* has *name*, made by flattening where it spans several axes."""
+        """Return the name by which to slice *name* out of *mesh*, flattening its axes first when there are several."""
         if len(present) > 1:
             flatten(mesh, present, name)
             return name
@@ -191,7 +199,10 @@ class MeshContext:
 
 
 def _refuse_disorder(what: str, mesh: DeviceMesh) -> None:
-    """Refuse a mesh whose ranks do not ascend: torch orders a process group by rank, but a mesh as it was given."""
+    """Raise ValueError for a mesh whose ranks do not ascend along every axis.
+
+    torch sorts the ranks of a process group, so a rank in a group would not be the coordinate in the mesh.
+    """
     for dim, name in enumerate(mesh.mesh_dim_names or ()):
         if (mesh.mesh.diff(dim=dim) < 0).any():
             raise ValueError(
@@ -201,9 +212,10 @@ def _refuse_disorder(what: str, mesh: DeviceMesh) -> None:
 
 
 def in_order(mesh: DeviceMesh) -> DeviceMesh:
-    """Return the user's *mesh* with its axes in the order of a plan: a new mesh where they were not, so collective.
+    """Return *mesh* with its axes in the order of a plan; collective if they were not, as that creates a new mesh.
 
-    torch composes shardings only on meshes in which the data axes lie outside of the tensor-parallel one.
+    torch composes shardings only where the data-parallel axes lie outside the tensor-parallel one. Raises ValueError
+    for a mesh in another order that does not cover all ranks.
     """
     names = mesh.mesh_dim_names or ()
     order = sorted(names, key=lambda name: list(DENSE_AXES).index("dp_shard" if name == _DP else name))
@@ -219,18 +231,18 @@ def in_order(mesh: DeviceMesh) -> DeviceMesh:
 
 
 def flatten(mesh: DeviceMesh, axes: tuple[str, ...], name: str) -> DeviceMesh:
-    """Return the 1-D mesh over *axes*, made on first use; torch has no public name for this yet."""
+    """Return the 1-D mesh that flattens *axes* into *name*, created on first use; torch has no public API for it."""
     root = mesh._get_root_mesh()
     made = root._flatten_mapping.get(name)
     return mesh[axes]._flatten(name) if made is None else made
 
 
 def _sliced(mesh: DeviceMesh, names: list[str]) -> DeviceMesh:
-    """Return the submesh over axes and flattened names of *mesh*."""
+    """Return the submesh of *mesh* over *names*, which are axes or flattened names."""
     flattened = mesh._get_root_mesh()._flatten_mapping
     if len(names) == 1:
         return flattened[names[0]] if names[0] in flattened else mesh[names[0]]
-    with warnings.catch_warnings():  # torch means to change how a flattened name is sliced, not what it means
+    with warnings.catch_warnings():  # torch announces another way to slice flattened names; the result stays the same
         warnings.filterwarnings("ignore", "Slicing a flattened dim")
         return mesh[tuple(names)]
 
@@ -243,12 +255,12 @@ def _live(view: View, ranks: torch.Tensor, device_type: str) -> DeviceMesh:
     else:
         mesh = DeviceMesh(device_type, ranks.reshape(shape), mesh_dim_names=names)
     for name, axes in view.flattened.items():
-        flatten(mesh, tuple(axes), name)  # every rank makes the groups now, in this order
+        flatten(mesh, tuple(axes), name)  # creating groups is collective: all ranks do it now, in the same order
     return mesh
 
 
 def _limit(context: MeshContext, timeout: timedelta) -> None:
-    """Set the time limit of every collective on the mesh; torch has no public name for this yet."""
+    """Set the timeout of every process group of the mesh; torch has no public API for this yet."""
     for mesh in (context.device_mesh, *context.views.values()):
         if mesh is not None and mesh.get_coordinate() is not None:
             for group in mesh.get_all_groups():

@@ -1,4 +1,4 @@
-"""Join the process group, and say which device this process uses."""
+"""Initialise the process group, and choose the device of this process."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nemo_dist.errors import RankError
 
 @attrs.frozen
 class DistEnv:
-    """This process in its group: its rank in all and on this machine, and the torch ``device`` it uses."""
+    """The process group as this process sees it: backend, global and local rank, world size, torch device."""
 
     backend: str
     rank: int
@@ -29,10 +29,11 @@ class DistEnv:
 
 
 def initialize_distributed(backend: str | None = None, timeout_minutes: float = 10) -> DistEnv:
-    """Join the process group, under torchrun or alone, and return this process's place in it.
+    """Initialise the process group, under torchrun or with a single process, and return this process's place in it.
 
-    ``backend``: "nccl", "gloo", or None for what the machine has. ``timeout_minutes``: the limit of every collective. A
-    process group that exists already is taken as it is.
+    ``backend``: "nccl", "gloo", or None for gloo on CPU tensors and, where CUDA is available, NCCL on CUDA tensors.
+    ``timeout_minutes``: the timeout of every collective. An existing process group is used unchanged. Sets the current
+    CUDA device to ``LOCAL_RANK``, unless CUDA is not available or the backend is "gloo".
 
     Raises RuntimeError for "nccl" without CUDA.
     """
@@ -60,12 +61,12 @@ def initialize_distributed(backend: str | None = None, timeout_minutes: float = 
 
 
 def require_process_group() -> None:
-    """Raise RankError when this process has joined no group."""
+    """Raise RankError when no process group is initialised."""
     if not dist.is_initialized():
         raise RankError("there is no process group to lay the mesh over; call initialize_distributed() first")
 
 
 def default_device_type() -> str:
-    """Return "cuda" where the process group can use it, else "cpu"."""
+    """Return "cuda" where CUDA is available and the process group, if there is one, has NCCL; else "cpu"."""
     nccl = dist.is_initialized() and "nccl" in str(dist.get_backend_config())
     return "cuda" if torch.cuda.is_available() and (nccl or not dist.is_initialized()) else "cpu"

@@ -1,4 +1,4 @@
-"""The ranks of one mesh as a group: what they tell each other while they save and load."""
+"""The ranks of one mesh as a group: how they exchange metadata, bytes and errors while they save and load."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _PATIENCE = timedelta(minutes=30)  # the slowest disk may be much slower than th
 
 @attrs.frozen
 class RankGroup:
-    """The ranks of a mesh, in the order of ``ranks`` (None: all of the process group), and this rank's device.
+    """The ranks of a mesh, in the order of ``ranks`` (None: the whole process group), and this rank's ``device``.
 
-    ``store`` is for a background thread, which needs a connection of its own.
+    ``store`` is a separate connection to the store for use in a background thread; None is that of the process group.
     """
 
     ranks: tuple[int, ...] | None = None
@@ -41,7 +41,7 @@ class RankGroup:
         return cls(None if laid is None or len(laid) == _world() else laid, mesh.device)
 
     def in_background(self) -> RankGroup:
-        """Return this group for use in another thread."""
+        """Return this group with its own connection to the store, for use in another thread."""
         return self if self.size == 1 else attrs.evolve(self, store=default_store().clone())  # type: ignore[attr-defined]
 
     @property
@@ -51,18 +51,22 @@ class RankGroup:
 
     @property
     def rank(self) -> int:
-        """The place of this rank among them."""
+        """The index of this rank in the group."""
         mine = dist.get_rank() if dist.is_initialized() else 0
         return mine if self.ranks is None else self.ranks.index(mine)
 
     @property
     def first(self) -> bool:
-        """Whether this rank does what only one may do."""
+        """Whether this is the first rank of the group, which does what only one rank may do."""
         return self.rank == 0
 
     @contextmanager
     def agreed(self, occasion: str) -> Iterator[None]:
-        """Run the context on every rank; what it raises on one is raised on all, after all came to its end."""
+        """Run the with-block on every rank; when it raises on one rank, raise on all once every rank has left it.
+
+        A rank that fails raises its own error (CheckpointError for an OSError), the others a RankError that quotes it.
+        Ranks meet through the store, so no rank hangs in a collective when another has failed.
+        """
         failure: BaseException | None = None
         try:
             yield
@@ -71,9 +75,10 @@ class RankGroup:
         share(occasion, None, failure, self.ranks, _PATIENCE, self.store)
 
     def collect(self, occasion: str, value_of: Callable[[], Any]) -> list[Any]:
-        """Call *value_of* on every rank; return all answers, small JSON values in rank order, through the store.
+        """Call *value_of* on every rank and return all results in rank order, gathered through the store.
 
-        What it raises on one rank is raised on all.
+        Results are small JSON values. When the call raises on one rank, all raise as in ``agreed``. Where every rank
+        returns None the result is an empty list.
         """
         failure, value = None, None
         try:
@@ -83,7 +88,7 @@ class RankGroup:
         return share(occasion, value, failure, self.ranks, _PATIENCE, self.store)
 
     def gather(self, value: Any) -> list[Any]:
-        """Return what every rank passed, JSON values of any size in rank order; collective."""
+        """All-gather *value*, a JSON value of any size; return the values of all ranks in rank order."""
         text = json.dumps(value)
         if self.size == 1:
             return [json.loads(text)]
@@ -99,9 +104,10 @@ class RankGroup:
         ]
 
     def exchange(self, outgoing: Sequence[Sequence[Tensor]], sizes: Sequence[int]) -> Tensor:
-        """Send each rank its bytes, and return what all sent to this one, in rank order, on the CPU; collective.
+        """Run one all-to-all of bytes; return what all ranks sent to this one, concatenated in rank order, on the CPU.
 
-        *sizes* are the numbers of bytes that each rank sends here.
+        ``outgoing[r]`` are the 1-D uint8 tensors for rank r; ``sizes[r]`` is the number of bytes that rank r sends
+        here.
         """
         parts = [part for parts in outgoing for part in parts]
         sent = torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8)
@@ -114,7 +120,7 @@ class RankGroup:
 
 
 def _in_words(occasion: str, error: Exception) -> Exception:
-    """Return *error*, as a CheckpointError when a file system made it."""
+    """Return *error*, wrapped in a CheckpointError when it is an OSError."""
     if not isinstance(error, OSError):
         return error
     failure = CheckpointError(f"{occasion} failed: {error}")
@@ -128,5 +134,5 @@ def _world() -> int:
 
 @lru_cache(maxsize=16)
 def _group(ranks: tuple[int, ...] | None) -> dist.ProcessGroup | None:
-    """Return the process group of *ranks*, made on first use by them alone; None for all."""
+    """Return the process group of *ranks*, created on first use by its members only; None for the default group."""
     return None if ranks is None else dist.new_group(list(ranks), use_local_synchronization=True)

@@ -1,8 +1,8 @@
-"""Gather small values through the store of the process group; rank 0 computes one result, and all read it.
+"""Gather small values through the store of the process group; rank 0 computes one result and all read it.
 
-This is no collective: it also works between ranks that are about to do different things, and when one of them has
-failed, so that a disagreement ends in an error that names the ranks instead of in a hang. It costs each rank two round
-trips to the store, and rank 0 one read per rank.
+No collective runs, so this works when a rank has failed or is about to run other collectives: a disagreement becomes an
+error that names the ranks instead of a hang. Each rank writes its value, waits for the result and reads it; rank 0 also
+waits for the values of all ranks, reads them and writes the result.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import torch.distributed as dist
 from nemo_dist.errors import RankError
 
 _PATIENCE = timedelta(minutes=5)
-_held: defaultdict[str, int] = defaultdict(int)  # every rank asks for the same results in the same order
+# How often each occasion was used: part of its keys in the store, equal on all ranks, as they call in the same order.
+_held: defaultdict[str, int] = defaultdict(int)
 
 
 def consensus(
@@ -29,12 +30,12 @@ def consensus(
     patience: timedelta = _PATIENCE,
     store: dist.Store | None = None,
 ) -> Any:
-    """Return, on every rank, what *decide* makes of the values of all: JSON values, in the order of *ranks*.
+    """Gather *mine* of all *ranks* (None: all) through the store and return ``decide(values)`` on every rank.
 
-    *decide* runs on the first of *ranks* (None: all) only. ``occasion`` names what this is about, in errors.
-    ``patience`` is for the slowest rank. A background thread passes a ``store`` of its own (a clone): a connection that
-    waits is of no use to other threads meanwhile. Raises RankError on every rank when one does not come; it names the
-    missing ones.
+    Values and result are JSON; *decide* gets the values in the order of *ranks* and runs on the first of them only.
+    ``occasion`` names the exchange in errors. ``patience`` is how long to wait for the slowest rank. A background
+    thread must pass its own ``store`` (a clone), because a connection that waits blocks other threads. Raises RankError
+    on every rank that takes part when a rank does not arrive in time; the message names the missing ones.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return decide([mine])
@@ -62,7 +63,7 @@ def consensus(
 
 
 def default_store() -> dist.Store:
-    """Return the store of the process group; torch has no public name for it."""
+    """Return the store of the default process group; torch has no public API for this."""
     return dist.distributed_c10d._get_default_store()
 
 
@@ -79,14 +80,14 @@ def _publish(
 
 
 def compare(occasion: str, fields: Mapping[str, str], ranks: Sequence[int] | None = None) -> None:
-    """Raise RankError on every rank when *fields* differ between ranks; it says which ranks and which fields."""
+    """Raise RankError on every rank when *fields* differ between ranks; the message lists each field and the ranks."""
     differing = consensus(occasion, dict(fields), differences, ranks)
     if differing:
         raise RankError(f"the ranks disagree about {occasion}:\n" + "\n".join(f"- {line}" for line in differing))
 
 
 def differences(answers: Sequence[Mapping[str, str]]) -> list[str]:
-    """Say, per field, which ranks differ from the value that most ranks have."""
+    """Return one line per field and differing value: which ranks have it, and the value that most ranks have."""
     lines = []
     for name in sorted({name for answer in answers for name in answer}):
         values = [answer.get(name, "(absent)") for answer in answers]
@@ -103,7 +104,7 @@ def differences(answers: Sequence[Mapping[str, str]]) -> list[str]:
 
 
 def report(occasion: str, failure: BaseException | None, ranks: Sequence[int] | None = None) -> None:
-    """Raise on every one of *ranks* when one has a *failure*: its own there, RankError that quotes it elsewhere."""
+    """Raise on all *ranks* when one has a *failure*: that rank raises it, the others a RankError that quotes it."""
     share(occasion, None, failure, ranks)
 
 
@@ -115,9 +116,10 @@ def share(
     patience: timedelta = _PATIENCE,
     store: dist.Store | None = None,
 ) -> list[Any]:
-    """Return the *value* of every rank, JSON values in the order of *ranks*; where one has a *failure*, raise on all.
+    """Return the *value* of every rank, in the order of *ranks*; when any rank has a *failure*, raise on all.
 
-    Arguments as for :func:`consensus`, errors as for :func:`report`.
+    Values are JSON; where all are None the result is an empty list. Arguments as for :func:`consensus`, errors as for
+    :func:`report`.
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
     error = "" if failure is None else f"{type(failure).__name__}: {failure}"

@@ -46,7 +46,11 @@ _MOVED = {
 def _setup(
     loader: str, setup: DistributedSetup | None, device_mesh: DeviceMesh | None, kwargs: dict[str, Any]
 ) -> DistributedSetup | None:
-    """Return the setup to load with, or None for a plain load; refuse what the page refuses."""
+    """Return the setup to load with, or None for a plain transformers load.
+
+    Raises TypeError for distributed options passed to the loader itself and for values of the wrong type, ValueError
+    for a setup and a mesh together, RankError on a rank that is not in the mesh.
+    """
     moved = [f"{name} -> {_MOVED[name]}" for name in kwargs if name in _MOVED]
     if moved:
         raise TypeError(
@@ -81,7 +85,7 @@ def _target(setup: DistributedSetup) -> Target:
 
 
 def _refuse_placement(kwargs: dict[str, Any]) -> None:
-    """Refuse transformers keywords that place or trust weights in another way than the setup does."""
+    """Raise TypeError for transformers keywords that place weights themselves, and for ``weights_only=False``."""
     for name in ("device_map", "max_memory", "offload_folder"):
         if kwargs.get(name) is not None:
             raise TypeError(f"{name} and distributed_setup both place the weights; leave {name} out")
@@ -103,7 +107,7 @@ def _finish(setup: DistributedSetup, parts: list[nn.Module]) -> object:
 def _resize_token_embeddings(
     model: Any, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
 ) -> Any:
-    """Return the input embedding if it has that size already, and say what to do if not: shards cannot be resized."""
+    """Return the input embedding if it has the wanted size; otherwise raise ValueError, as shards cannot be resized."""
     embedding = model.get_input_embeddings()
     tokens = embedding.weight.shape[0]
     wanted = tokens if new_num_tokens is None else new_num_tokens
@@ -126,7 +130,7 @@ def _save_pretrained(
     max_shard_size: int | str = "50GB",
     **others: Any,
 ) -> None:
-    """Save a sharded model as ``Runtime.export`` does, or its adapters as transformers does; all ranks call this."""
+    """Save a sharded model like ``Runtime.export``, or its adapters as transformers does; all ranks must call this."""
     if has_adapters(model):
         original(save_directory, is_main_process=is_main_process, max_shard_size=max_shard_size, **others)
         return
@@ -139,7 +143,7 @@ def _save_pretrained(
 
 
 class _Loader:
-    """What the four loaders share; ``auto`` is the transformers class that resolves the model class."""
+    """The shared code of the four loaders; ``auto`` is the transformers class that resolves the model class."""
 
     auto: ClassVar[Any]
 
@@ -158,8 +162,8 @@ class _Loader:
     ) -> Any:
         """Return the model at a path or hub name, sharded in place; each rank reads only its own slices.
 
-        ``distributed_setup`` or ``device_mesh`` says how; with neither this is transformers' own loader. ``kwargs`` are
-        transformers'; ``dtype`` is that of the stored parameters. The result is a transformers model, or an
+        ``distributed_setup`` or ``device_mesh`` says how; with neither, this is transformers' own loader. ``kwargs``
+        are transformers'; ``dtype`` is that of the stored parameters. The result is a transformers model, or an
         ``AutoPipeline`` when pp > 1.
 
         Raises TypeError for a keyword that moved to ``DistributedSetup.build``, CheckpointError for a checkpoint that
@@ -186,15 +190,15 @@ class _Loader:
     ) -> Any:
         """Return a new model, sharded in place, with the weights that transformers draws on one process.
 
-        The draws are those of rank 0's default generator, so ``torch.manual_seed`` before the call fixes the weights,
-        the same for every topology. No rank holds more than its shards and one tensor in flight. Keywords and errors as
+        The first rank's CPU generator determines the weights, so ``torch.manual_seed`` before the call fixes them, the
+        same for every topology. A rank holds no more than its shards and one tensor being drawn. Keywords and errors as
         for ``from_pretrained``.
         """
         setup = _setup(cls.__name__, distributed_setup, device_mesh, kwargs)
         if setup is None:
             return cls.auto.from_config(config, **kwargs)
         _refuse_placement(kwargs)
-        own = copy.deepcopy(config)  # plugins change it, for one the attention that the model runs
+        own = copy.deepcopy(config)  # plugins change it, for example the attention implementation
         with shared_draws(setup.ranks), DeferredInit() as init:
             model = cls.auto.from_config(own, **kwargs)
         init.hollow(model)

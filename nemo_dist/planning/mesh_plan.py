@@ -1,4 +1,4 @@
-"""Enumerate the axes of the mesh: whole numbers only, no torch and no process group.
+"""Arrange ranks along the axes of the mesh, with integers only: no torch and no process group.
 
 ======================  ==============================  =============================================
 axis, outermost first   size                            ranks that differ only in it
@@ -10,10 +10,10 @@ axis, outermost first   size                            ranks that differ only i
 ``tp``                  ``tp_size``                     hold different parts of the same matrices
 ======================  ==============================  =============================================
 
-An axis of a third party that declares a :class:`Role` stands beside ours of that role: after ``pp``, before
-``dp_replicate``, after ``cp`` or after ``tp``. Ranks run from 0 to ``world_size - 1`` in row-major order: the last axis
-of a view changes fastest, as in torch's ``init_device_mesh``. A plugin may add views: other factorisations of the same
-ranks.
+An axis of a third-party plugin that declares a :class:`Role` is placed next to our axes of that role: after ``pp``,
+before ``dp_replicate``, after ``cp`` or after ``tp``. Ranks run from 0 to ``world_size - 1`` in row-major order: the
+last axis of a view changes fastest, as in torch's ``init_device_mesh``. A plugin may add views: other factorisations of
+the same ranks.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from nemo_dist.planning.views import (
 
 __all__ = ["DENSE", "DENSE_AXES", "FLATTENED", "Axis", "MeshPlan", "Role", "View"]
 
-# The axes that every plan has, outermost first, and what each splits.
+# The axes that every plan has, outermost first, and what the ranks along each split between them.
 DENSE_AXES = {
     "pp": Role.LAYERS,
     "dp_replicate": Role.BATCH,
@@ -47,7 +47,7 @@ DENSE_AXES = {
     "cp": Role.SEQUENCE,
     "tp": Role.PARAMETERS,
 }
-# Names for runs of consecutive dense axes; axes of third parties join those of their role.
+# Flattened names of consecutive dense axes; a third-party axis is flattened together with the axes of its role.
 FLATTENED = {
     "dp": ("dp_replicate", "dp_shard"),
     "dp_shard_cp": ("dp_shard", "cp"),
@@ -56,7 +56,7 @@ FLATTENED = {
 
 
 def _dense(sizes: ParallelismSizes, world_size: int) -> View:
-    """Return the dense view of *sizes*: our five axes, and beside those of the same role the axes of third parties."""
+    """Return the dense view of *sizes*: our five axes, with each third-party axis next to those of its role."""
     replicate = sizes.dp_replicate_size or 1
     shard = max(1, sizes.dp(world_size) // replicate)
     ours = dict(zip(DENSE_AXES, (sizes.pp_size, replicate, shard, sizes.cp_size, sizes.tp_size), strict=True))
@@ -69,7 +69,7 @@ def _dense(sizes: ParallelismSizes, world_size: int) -> View:
     batch, sequence = runs.pop(Role.BATCH), runs[Role.SEQUENCE]
     flattened = {"dp": batch, "dp_shard_cp": ("dp_shard", *sequence), "dp_cp": (*batch, *sequence)}
     if len(batch) > 2:
-        flattened["replicas"] = batch[:-1]  # the ranks of other batches that hold equal shards
+        flattened["replicas"] = batch[:-1]  # ranks that hold equal shards and read different batches
     return View(DENSE, axes, flattened | {"_".join(run): run for run in runs.values() if len(run) > 1})
 
 
@@ -79,9 +79,10 @@ def _tuple(views: Iterable[View]) -> tuple[View, ...]:
 
 @attrs.frozen
 class MeshPlan:
-    """The resolved mesh: which ranks exist and how each view arranges them; frozen, hashable and picklable.
+    """The resolved mesh: how many ranks there are and how each view arranges them; frozen, hashable and picklable.
 
-    Make one with :meth:`resolve`. Every query is arithmetic on one rank, so it costs the same at 100,000 ranks.
+    Make one with :meth:`resolve`. Queries are arithmetic on one rank; they cost no more than the ranks that they
+    return.
     """
 
     world_size: int
@@ -95,11 +96,11 @@ class MeshPlan:
 
     @classmethod
     def resolve(cls, sizes: ParallelismSizes, world_size: int, views: Iterable[View] = ()) -> MeshPlan:
-        """Return the plan of *sizes* over *world_size* ranks; raise one TopologyError with every problem."""
+        """Return the plan of *sizes* over *world_size* ranks; raise one TopologyError that lists every problem."""
         views = tuple(views)
         problems = sizes.problems(world_size)
         nearest = cls.nearest(sizes, world_size)
-        # A view made from sizes that do not multiply out misses the world by the same sizes: say that once.
+        # A view built from sizes that do not multiply to the world size has the same wrong size: report that once.
         covered = [view for view in views if not problems or view.size != nearest.world_size]
         problems += coverage_problems(covered, world_size)
         problems += layout_problems((nearest.dense, *views))
@@ -110,16 +111,17 @@ class MeshPlan:
 
     @classmethod
     def nearest(cls, sizes: ParallelismSizes, world_size: int) -> MeshPlan:
-        """Return the plan of *sizes*, over fewer or more ranks where they do not multiply to *world_size*.
+        """Return the plan of *sizes* over as many ranks as they multiply to, which may differ from *world_size*.
 
-        Every axis keeps the size that was asked for, so that a plugin finds in it all that is wrong for itself.
+        Every axis keeps its requested size, so plugins can validate it and report their problems together with the
+        others.
         """
         dense = _dense(sizes, world_size)
         return cls(dense.size, dense)
 
     @property
     def wide(self) -> tuple[Axis, ...]:
-        """The axes with more than one rank, over all views, dense first, each name once."""
+        """The axes of size above 1 in all views, dense view first, each name once."""
         return tuple(dict.fromkeys(axis for view in self._all for axis in view.axes if axis.size > 1))
 
     @property
@@ -127,11 +129,11 @@ class MeshPlan:
         return (self.dense, *self.views)
 
     def size(self, axis: str) -> int:
-        """Return the ranks along *axis*, an axis or flattened name of any view; raise ValueError for an unknown one."""
+        """Return the size of *axis*, an axis or flattened name of any view; raise ValueError if there is none."""
         return self.view_of(axis).size_of(axis)
 
     def view_of(self, axis: str) -> View:
-        """Return the view that has *axis* as an axis or flattened name, the dense one first."""
+        """Return the first view, dense first, with *axis* as an axis or flattened name; raise ValueError if none."""
         for view in self._all:
             if axis in view:
                 return view
@@ -148,7 +150,7 @@ class MeshPlan:
         integer("rank", rank, 0, self.world_size - 1)
 
     def coordinates(self, rank: int, view: str = DENSE) -> dict[str, int]:
-        """Return where *rank* stands on each axis of *view*, outermost first."""
+        """Return the coordinate of *rank* on each axis of *view*, outermost axis first."""
         self._check_rank(rank)
         place = {}
         for axis in reversed(self._view(view).axes):
@@ -169,9 +171,9 @@ class MeshPlan:
         return rank
 
     def groups(self, axis: str) -> Iterator[tuple[int, ...]]:
-        """Yield the groups of ranks along *axis*, each in the order of its coordinates, by smallest rank.
+        """Yield every group of ranks along *axis*, ordered by smallest rank; ranks ascend within a group.
 
-        Each group holds the ranks that differ only in *axis*; together they are every rank once. A flattened name
+        The ranks of a group differ only in their coordinate on *axis*, and every rank is in one group. A flattened name
         counts as one axis. The order is that of torch's ``DeviceMesh``.
         """
         size, step = self.view_of(axis).span(axis)
@@ -182,24 +184,24 @@ class MeshPlan:
         )
 
     def group_of(self, rank: int, axis: str) -> tuple[int, ...]:
-        """Return *rank* and the ranks that differ from it only in *axis*, in the order of their coordinates."""
+        """Return the group of *rank* along *axis*: the ranks that differ from it only in that coordinate, ascending."""
         self._check_rank(rank)
         size, step = self.view_of(axis).span(axis)
         first = rank - rank // step % size * step
         return tuple(range(first, first + size * step, step))
 
     def dp_rank(self, rank: int) -> int:
-        """Return which of the ``size("dp")`` batches *rank* reads."""
+        """Return the data-parallel coordinate of *rank*: which of the ``size("dp")`` batches it reads."""
         self._check_rank(rank)
         size, step = self.dense.span("dp")
         return rank // step % size
 
     def splitting(self, role: Role) -> int:
-        """Return how many ways the ranks split what *role* says: the product of the dense axes with that role."""
+        """Return into how many parts the ranks split what *role* says: the product of the dense axes with that role."""
         return math.prod(self.dense.size_of(axis) for axis in self.dense.splitting(role))
 
     def batch_ranks(self, rank: int) -> tuple[int, ...]:
-        """Return the ranks that read the same batch as *rank*, itself included, in order: the same dp coordinate."""
+        """Return the ranks that read the same batch as *rank*, ascending and including it: same dp coordinate."""
         step = self.dense.span("dp")[1]
         first = self.dp_rank(rank) * step
         stages = self.splitting(Role.LAYERS)  # the outermost axes

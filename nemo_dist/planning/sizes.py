@@ -1,4 +1,4 @@
-"""What the user asked for: one size per mesh axis, before any plan exists."""
+"""The requested size of each mesh axis, before a plan exists."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import attrs
 from nemo_dist.planning.validation import FrozenMapping, integer
 from nemo_dist.planning.views import Role
 
-# An axis that has a field of its own, or that the planner derives, cannot be declared a second time in ``extra``.
+# An axis that has its own field, or that the planner derives, cannot be declared again in ``extra``.
 _FIELD_OF = {axis: f"{axis}_size" for axis in ("tp", "pp", "cp", "ep", "dp", "dp_replicate")}
 
 
@@ -51,12 +51,15 @@ def _check_extra(_: object, __: object, extra: Mapping[str, int]) -> None:
 
 
 def _product(sizes: Mapping[str, int]) -> str:
-    """Write the factors and their product: ``pp_size * tp_size = 2 * 4 = 8``."""
+    """Format the factors and their product: ``pp_size * tp_size = 2 * 4 = 8``."""
     return f"{' * '.join(sizes)} = {' * '.join(map(str, sizes.values()))} = {math.prod(sizes.values())}"
 
 
 def _nearest_divisors(size: int, whole: int) -> str:
-    """Write ``use 2 or 4, or `` for the proper divisors of *whole* on either side of *size*, 1 and *whole* left out."""
+    """Format ``use 2 or 4, or ``: the nearest divisors of *whole* below and above *size*, other than 1 and *whole*.
+
+    Returns an empty string when there are none.
+    """
     below = next((n for n in range(min(size, whole) - 1, 1, -1) if whole % n == 0), None)
     above = next((n for n in range(size + 1, whole) if whole % n == 0), None)
     found = " or ".join(str(n) for n in (below, above) if n)
@@ -65,12 +68,13 @@ def _nearest_divisors(size: int, whole: int) -> str:
 
 @attrs.frozen(kw_only=True)
 class ParallelismSizes:
-    """Ask for a size per axis; sizes are numbers of ranks, and an axis that is left out has size 1.
+    """The requested number of ranks per axis; an axis that is left out has size 1.
 
-    ``dp_size=None`` means what is left: ``world_size / (pp_size * cp_size * tp_size)``; ``dp_replicate_size=None``, 1.
-    ``extra`` has the axes of other plugins. One with a role takes a place in the dense mesh, beside our axes of that
-    role; ``roles`` says which, and ``build`` fills it in from what the plugins declare. For ``ep_size`` and the rest
-    of ``extra`` a selected plugin must add a view, another factorisation of the same ranks.
+    ``dp_size=None`` is inferred: ``world_size / (pp_size * cp_size * tp_size)``, where the axes of ``extra`` that have
+    a role divide too. ``dp_replicate_size=None`` is 1. ``extra`` holds the axes of other plugins. An axis of ``extra``
+    with a role is placed in the dense mesh, next to our axes of that role; ``roles`` maps it to its role, and ``build``
+    fills that in from the plugins. For ``ep_size`` above 1 and the other axes of ``extra`` a selected plugin must add a
+    view, another factorisation of the same ranks.
 
     Raises TypeError for a size that is not an int, ValueError for one below 1; each names its field.
     """
@@ -85,40 +89,40 @@ class ParallelismSizes:
     roles: Mapping[str, Role] = attrs.field(factory=FrozenMapping, converter=_frozen_roles)
 
     def with_roles(self, roles: Mapping[str, Role]) -> ParallelismSizes:
-        """Return these sizes, with the role of every axis of ``extra`` that *roles* names."""
+        """Return a copy with the role of every axis of ``extra`` that is a key of *roles*."""
         return attrs.evolve(self, roles={axis: role for axis, role in roles.items() if axis in self.extra})
 
     def own_axes(self, role: Role) -> dict[str, int]:
-        """Return the sizes of the axes of ``extra`` that split what *role* says, by name."""
+        """Return the axes of ``extra`` with *role*, and their sizes."""
         return {axis: size for axis, size in self.extra.items() if self.roles.get(axis, Role(0)) & role}
 
     @property
     def beside_dp(self) -> Mapping[str, int]:
-        """The sizes that, with ``dp_size``, multiply to the world, each under the name that the user knows it by."""
+        """The sizes that multiply with ``dp_size`` to the world size, under the names that the user passes."""
         sizes = {"pp_size": self.pp_size, "cp_size": self.cp_size, "tp_size": self.tp_size}
         return sizes | {axis: size for axis, size in self.extra.items() if axis in self.roles}
 
     @property
     def model_size(self) -> int:
-        """The ranks for each of the ``dp_size`` batches: ``pp_size * cp_size * tp_size``, and axes with a role."""
+        """The number of ranks per batch: ``pp_size * cp_size * tp_size``, times the axes of ``extra`` with a role."""
         return math.prod(self.beside_dp.values())
 
     @property
     def beyond_dense(self) -> Mapping[str, int]:
-        """The axes that the dense mesh does not have, so that a plugin must add them: ``ep`` above 1, some of extra."""
+        """The axes that a plugin must add as a view: ``ep`` when above 1, and the axes of ``extra`` without a role."""
         own = {axis: size for axis, size in self.extra.items() if axis not in self.roles}
         return FrozenMapping({"ep": self.ep_size, **own} if self.ep_size > 1 else own)
 
     def dp(self, world_size: int) -> int:
-        """Return the data-parallel size: ``dp_size``, or what *world_size* leaves for it, rounded down, at least 1."""
+        """Return ``dp_size`` or, when it is None, what *world_size* leaves for it, rounded down, at least 1."""
         integer("world_size", world_size)
         return self.dp_size or max(1, world_size // self.model_size)
 
     def problems(self, world_size: int) -> list[str]:
-        """Return every reason why the sizes do not make *world_size* ranks, one sentence each, with a way out."""
+        """Return every reason why the sizes do not make *world_size* ranks: one sentence each, with a way to fix it."""
         integer("world_size", world_size)
         problems = [*self._world_problems(world_size), *self._dp_problems(world_size)]
-        # What dp is divided into can only be judged where dp itself is known.
+        # dp_replicate divides dp, so it can only be checked when dp is known.
         if self.dp_size is not None or not problems:
             problems += self._replicate_problems(self.dp(world_size))
         return problems

@@ -1,4 +1,4 @@
-"""What the value classes share: whole numbers, frozen mappings and near matches."""
+"""Checks and types that the value classes share: integers, frozen mappings and near matches for error messages."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def integer(name: str, value: object, low: int = 1, high: int | None = None) -> 
 
 
 def near(word: str, words: Iterable[str]) -> str:
-    """Return ``; did you mean 'x'?`` for the nearest of *words*, or nothing."""
+    """Return ``; did you mean 'x'?`` for the closest of *words* to *word*, or an empty string."""
     close = difflib.get_close_matches(word, list(words), 1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
@@ -38,7 +38,7 @@ def _copy(items: Mapping[str, V]) -> dict[str, V]:
 
 @attrs.frozen(eq=False, repr=False)
 class FrozenMapping(Mapping[str, V]):
-    """A mapping that cannot change: it hashes when its values do, pickles, and equals a dict of its items."""
+    """An immutable mapping: hashable when its values are, picklable, and equal to a dict with the same items."""
 
     _items: dict[str, V] = attrs.field(converter=_copy, factory=dict)
 

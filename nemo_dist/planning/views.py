@@ -1,4 +1,4 @@
-"""A view: one factorisation of all ranks into axes; whole numbers only."""
+"""A view: one factorisation of all ranks into axes, with integers only."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ DENSE = "dense"  # the name of the view that every plan has
 class Role(Flag):
     """What the ranks along an axis split between them; roles are joined by ``|``.
 
-    ``BATCH``: they read different rows. ``SEQUENCE``: different parts of the same rows. ``PARAMETERS``: they hold
-    different parts of the same matrices, or different experts, and read the same tokens. ``LAYERS``: different layers.
-    ``TOKENS`` are the ranks that see different tokens, over which losses are summed and gradients averaged.
+    ``BATCH``: they read different rows of the batch. ``SEQUENCE``: different parts of the same sequences.
+    ``PARAMETERS``: they hold different parts of the same matrices, or different experts, and read the same tokens.
+    ``LAYERS``: different layers. ``TOKENS`` is ``BATCH | SEQUENCE``: the ranks that see different tokens, over which
+    losses are summed and gradients averaged.
     """
 
     BATCH = auto()
@@ -37,11 +38,11 @@ def _check_name(_: object, field: attrs.Attribute[Any], name: object) -> None:
 
 @attrs.frozen
 class Axis:
-    """One axis of a view: its name, its size in ranks, and what they split between them."""
+    """One axis of a view: its name, its number of ranks, and what they split between them."""
 
     name: str = attrs.field(validator=_check_name)
     size: int = attrs.field()
-    # Views may share an axis, whose role is that which the first of them, the dense one, gives it.
+    # Not compared: views may share an axis, and then the role is the one that the first view, the dense one, gives it.
     role: Role = attrs.field(default=Role.PARAMETERS, validator=attrs.validators.instance_of(Role), eq=False)
 
     @size.validator
@@ -59,9 +60,10 @@ def _frozen_runs(runs: Mapping[str, Iterable[str]]) -> FrozenMapping[tuple[str, 
 
 @attrs.frozen
 class View:
-    """One factorisation of all ranks: axes outermost first, and names for runs of consecutive axes taken as one.
+    """One factorisation of all ranks into axes, outermost first, with flattened names for runs of consecutive axes.
 
-    Raises ValueError for a name that appears twice, and for a flattened name whose axes are not consecutive, in order.
+    Raises ValueError for an axis name that appears twice, for a flattened name that is also an axis, and for a
+    flattened name whose axes are not consecutive and in order.
     """
 
     name: str = attrs.field(validator=_check_name)
@@ -97,11 +99,11 @@ class View:
 
     @property
     def size(self) -> int:
-        """The ranks that the view covers: the product of its axes."""
+        """The number of ranks that the view covers: the product of its axes."""
         return math.prod(self.shape)
 
     def splitting(self, role: Role) -> tuple[str, ...]:
-        """Return the axes whose ranks split what *role* says, outermost first."""
+        """Return the names of the axes with *role*, outermost first."""
         return tuple(axis.name for axis in self.axes if axis.role in role)
 
     def __contains__(self, axis: object) -> bool:
@@ -112,7 +114,7 @@ class View:
         return self.span(axis)[0]
 
     def span(self, axis: str) -> tuple[int, int]:
-        """Return the size of *axis*, and the step in ranks from one of its coordinates to the next."""
+        """Return the size of *axis*, and by how much the rank changes from one of its coordinates to the next."""
         if axis not in self:
             raise unknown_axis(axis, [self])
         run = self.flattened.get(axis, (axis,))
@@ -122,14 +124,17 @@ class View:
 
 
 def unknown_axis(axis: object, views: Sequence[View]) -> ValueError:
-    """Return the error for an *axis* that none of *views* has: the near match and the names that they have."""
+    """Return the ValueError for an *axis* that none of *views* has, with the nearest match and the valid names."""
     names = [*dict.fromkeys(name for view in views for name in (*view.names, *view.flattened))]
     where = f"view {views[0].name!r}" if len(views) == 1 else "the mesh"
     return ValueError(f"{where} has no axis {axis!r}{near(str(axis), names)} (axes: {', '.join(names)})")
 
 
 def _clash(one: View, other: View) -> str:
-    """Say which names *one* and *other* may not share, or nothing: shared axes lead both views, with the same sizes."""
+    """Return the error for names that *one* and *other* share but may not, or an empty string.
+
+    Views may share only their leading axes, with equal sizes.
+    """
     lead = 0
     for mine, theirs in zip(one.axes, other.axes, strict=False):
         if mine != theirs:
@@ -150,7 +155,7 @@ def _layout(view: View) -> str:
 
 
 def layout_problems(views: Sequence[View]) -> list[str]:
-    """Say where *views*, the dense one first, stand in each other's way, one sentence each."""
+    """Return one sentence for each name conflict between *views*, of which the dense one comes first."""
     names = [view.name for view in views]
     twice = dict.fromkeys(name for name in names if names.count(name) > 1)
     problems = [f"{names.count(name)} views are called {name!r}; give each its own name" for name in twice]
@@ -158,7 +163,7 @@ def layout_problems(views: Sequence[View]) -> list[str]:
 
 
 def coverage_problems(views: Sequence[View], world_size: int) -> list[str]:
-    """Say which of *views* do not hold exactly *world_size* ranks, one sentence each."""
+    """Return one sentence for each of *views* that does not have exactly *world_size* ranks."""
     return [
         f"view {view.name!r} {_layout(view)} has {view.size} ranks, but the world has {world_size}; "
         "the axes of a view must multiply to the world"
@@ -168,7 +173,7 @@ def coverage_problems(views: Sequence[View], world_size: int) -> list[str]:
 
 
 def missing_axes(wanted: Mapping[str, int], dense: View, views: Sequence[View]) -> list[str]:
-    """Say which of the *wanted* axes no further view has, or has with another size, one sentence each."""
+    """Return one sentence for each of the *wanted* axes that no additional view has with the wanted size."""
     problems = []
     for axis, size in wanted.items():
         found = next((view for view in views if axis in view.names), None)

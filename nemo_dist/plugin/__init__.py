@@ -1,7 +1,7 @@
-"""The contract of a plugin, and how plugins are found and called; no torch is imported here.
+"""The plugin contract, and how plugins are found and called; imports no torch.
 
-Here: ``hookspecs`` (every hook), ``protocol`` (what a plugin class declares), ``registry`` (what is installed),
-``hook_caller``, ``parts`` (what a plugin may do with the parts of a model), and what plugins are made with:
-``options``, ``mixed_precision``, ``forwards``, ``sharding_override``, ``comm_estimate``. Not here: any plugin, and any
+Here: ``hookspecs`` (every hook), ``protocol`` (what a plugin class declares), ``registry`` (installed plugins),
+``hook_caller``, ``parts`` (how a plugin may change the list of model parts), and what plugins are built with:
+``options``, ``mixed_precision``, ``forwards``, ``sharding_override``, ``comm_estimate``. Not here: any plugin, or the
 name of one.
 """

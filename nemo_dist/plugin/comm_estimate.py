@@ -1,8 +1,8 @@
-"""What a training step sends: collectives along each axis, and bytes per rank where the model is known.
+"""Estimate what a training step sends: the collectives along each axis, and bytes per rank where the model is known.
 
-Bytes are those that one rank sends in one optimizer step of one batch, as ring and pairwise algorithms send them: where
-``size`` ranks share N bytes, ``N * (size - 1) / size`` in an all-gather, a reduce-scatter or an all-to-all, and twice
-that in an all-reduce.
+Bytes are those that one rank sends in one optimizer step on one batch, with ring or pairwise algorithms: for N bytes
+shared by ``size`` ranks, ``N * (size - 1) / size`` in an all-gather, a reduce-scatter or an all-to-all, and
+twice that in an all-reduce.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 @attrs.frozen(kw_only=True)
 class ModelFacts:
-    """The numbers of a model and of a step that decide how much is sent.
+    """The numbers of a model and of a step that determine how much is sent.
 
-    ``parameters``: in the whole model; ``block_parameters``: in its repeated blocks; ``embedding_parameters``: in the
-    input embedding, 0 where it is tied to the head, and then ``tied_parameters`` has them. ``stored``, ``computed``:
-    bytes of a parameter at rest and of one in a matmul. ``rows``, ``length``: the batch of one data-parallel rank.
-    ``recomputes``: every block runs twice. ``experts``: in each of the ``expert_layers``, of which a token goes to
-    ``experts_per_token``.
+    ``parameters``, ``block_parameters``: number of elements in the whole model and in its repeated blocks.
+    ``embedding_parameters``: in the input embedding; 0 where it is tied to the output head, and then
+    ``tied_parameters`` has them. ``blocks``: the repeated blocks that hold attention. ``stored``, ``computed``: bytes
+    per parameter element as stored and as used in a forward. ``rows``, ``length``: the batch of one data-parallel rank,
+    in sequences and tokens per sequence. ``recomputes``: activation checkpointing runs the forward of every block
+    twice. ``experts``: in each of the ``expert_layers``; a token is routed to ``experts_per_token`` of them.
     """
 
     parameters: int
@@ -49,12 +50,12 @@ class ModelFacts:
 
     @property
     def tokens(self) -> int:
-        """The tokens of one data-parallel rank."""
+        """The tokens in the batch of one data-parallel rank."""
         return self.rows * self.length
 
     @classmethod
     def of(cls, model: Any, rows: int, length: int, compute_dtype: str | None, recomputes: bool) -> ModelFacts:
-        """Read the facts of *model*, a transformers model on any device; meta will do."""
+        """Read the numbers of *model*, a transformers model on any device (the meta device will do)."""
         config = model.config.get_text_config()
         blocks = hf_blocks(model).values()
         layers = [block for block in blocks if any(hasattr(module, "is_causal") for module in block.modules())]
@@ -89,14 +90,14 @@ class ModelFacts:
 
 
 def _experts(module: Any) -> int:
-    """Return how many experts *module* holds, in stacks [experts, ...] as transformers has them; mostly 0."""
+    """Return how many experts *module* holds as stacked 3-D parameters [experts, ...], as in transformers; else 0."""
     stacks = [len(p) for p in module.parameters(recurse=False) if p.ndim == 3] if hasattr(module, "num_experts") else []
     return max(stacks, default=0)
 
 
 @attrs.frozen(kw_only=True)
 class Traffic:
-    """One kind of collective in a step: along which axis, of what, how often; ``sent`` are a rank's bytes in all."""
+    """One kind of collective in a step: its axis, what it moves, how often, and the bytes that one rank sends."""
 
     axis: str
     collective: str
@@ -115,12 +116,12 @@ def shared(size: int, total: float) -> int:
 
 
 def bytes_of(dtype: str) -> int:
-    """Return the bytes of one element of the floating-point *dtype*, by its name."""
+    """Return the bytes per element of a floating-point *dtype*, given by name."""
     return _BYTES[dtype]
 
 
 def readable(count: int) -> str:
-    """Write a number of bytes with a binary unit."""
+    """Format a number of bytes with a binary unit: ``1.5 MiB``."""
     amount, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB"]
     while amount >= 1024 and len(units) > 1:
         amount /= 1024

@@ -1,4 +1,4 @@
-"""Change what a module computes: the one way in which plugins put something around a forward."""
+"""Wrap the forward of a module, so that several plugins can wrap the same one."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ if TYPE_CHECKING:
 
 
 def wrap_forward(module: nn.Module, around: Callable[..., Any]) -> None:
-    """Run ``around(forward, *args, **kwargs)`` where *module* is called; *forward* is the one that it has now.
+    """Replace the forward of *module* by ``around(forward, *args, **kwargs)``, where *forward* is the current one.
 
-    So plugins nest: each wraps what those before it have put there, and none is lost. Hooks of *module* stay outside,
-    and its signature stays what it was.
+    Plugins nest: each wraps the forward that earlier plugins left. Hooks of *module* still run outside, and the
+    signature of its forward stays the same.
     """
     found = module.forward
 

@@ -1,4 +1,4 @@
-"""Call the hooks of the selected plugins in order, and name the plugin when one fails."""
+"""Call the hooks of the selected plugins in order, and name the plugin whose hook raised."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ _REVERSED = frozenset({"import_state"})
 
 
 class PluginCalls:
-    """One pluggy manager that holds only *plugins*; ``calls.shard(...)`` reaches them in stage order.
+    """Calls the hooks of *plugins*, given in stage order: ``calls.shard(...)`` calls all their ``shard`` hooks.
 
-    A call returns the answers that are not None. What a hook raises bears a note with the name of its plugin. Raises
-    PluginError for a hook that does not exist, for unknown or defaulted arguments, and for an order other than stages.
+    A call returns the list of results that are not None. An exception raised by a hook gets a note with the plugin's
+    name. Raises PluginError for a hook that does not exist, for hook arguments that are unknown or have a default, and
+    for ``tryfirst``, ``trylast`` or wrappers, which would change the order.
     """
 
     def __init__(self, plugins: Sequence[Plugin]) -> None:
         self._manager = pluggy.PluginManager("nemo_dist")
         self._manager.add_hookspecs(Hooks)
-        for plugin in reversed(plugins):  # pluggy calls the last registered first
+        for plugin in reversed(plugins):  # pluggy calls the last registered plugin first
             try:
                 self._manager.register(plugin, plugin.name)
             except (pluggy.PluginValidationError, ValueError, TypeError) as error:
@@ -40,9 +41,9 @@ class PluginCalls:
         return call
 
     def each(self, hook: str, **arguments: Any) -> Iterator[tuple[str, Any]]:
-        """Call *hook* of one plugin after the other; yield its name and its answer, before the next is called."""
+        """Call *hook* plugin by plugin; yield each plugin's name and result before the next plugin is called."""
         found: pluggy.HookCaller = getattr(self._manager.hook, hook)
-        implementations = found.get_hookimpls()  # in the order of registration, which is the reverse of ours
+        implementations = found.get_hookimpls()  # in the order of registration, which is reversed stage order
         for one in implementations if hook in _REVERSED else reversed(implementations):
             try:
                 answer = one.function(**{name: arguments[name] for name in one.argnames})
@@ -52,7 +53,7 @@ class PluginCalls:
             yield one.plugin_name, answer
 
     def only(self, hook: str, **arguments: Any) -> Any:
-        """Return the one answer to *hook* that is not None, or None; raise PluginError when two plugins answer."""
+        """Return the one result of *hook* that is not None, or None; raise PluginError when there are several."""
         answers = {name: answer for name, answer in self.each(hook, **arguments) if answer is not None}
         if len(answers) > 1:
             raise PluginError(f"plugins {_listed(answers)} both answer {hook}(), which only one may; leave one out")
@@ -70,7 +71,11 @@ class PluginCalls:
                 )
 
     def _refuse_hidden_rules(self) -> None:
-        """A default is dropped by some versions of pluggy and passed by others; tryfirst and trylast hide the order."""
+        """Raise PluginError for a hook with an argument default, ``tryfirst``, ``trylast`` or a wrapper.
+
+        Some versions of pluggy pass an argument that has a default and others do not; the rest would override stage
+        order.
+        """
         for name, hook in vars(self._manager.hook).items():
             if name.startswith("_"):
                 continue

@@ -1,8 +1,8 @@
-"""The hooks a plugin may implement: implement those you need, take the arguments you need.
+"""The hooks that a plugin may implement: implement those you need, take the arguments you need.
 
-A plugin is a small attrs class with the attributes of :class:`nemo_dist.Plugin` and methods marked ``@hookimpl``. A
-hook is called once per setup, never in a training step: what a step needs of a plugin is the :class:`RuntimePart` that
-its ``runtime`` hook returns.
+A plugin is a small attrs class with the attributes of :class:`nemo_dist.Plugin` and methods marked ``@hookimpl``. Hooks
+run during setup, loading and checkpointing, never in a training step: what a step needs from a plugin is the
+:class:`RuntimePart` that its ``runtime`` hook returns.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ Batch = Mapping[str, Any]
 
 @attrs.frozen(kw_only=True, eq=False)
 class SavedState:
-    """What a checkpoint holds of one plugin.
+    """What a checkpoint contains of one plugin.
 
-    ``tensors``: for each kind, by parameter name, laid out like the parameters of this run, whatever they were laid out
-    like when saved; empty while ``accepts`` is asked. ``shared``: what was equal on every rank. ``own``: what this rank
-    saved; None where the topology is another one, so that no rank of then stands for this one.
+    ``tensors``: by kind and parameter name, sharded like the parameters of this run, whatever their layout was when
+    saved; empty when passed to ``accepts``. ``shared``: the values that were equal on every rank. ``own``: the values
+    that this rank saved; None when the topology has changed, as no saved rank corresponds to this one.
     """
 
     tensors: Mapping[str, Mapping[str, Tensor]] = attrs.field(factory=FrozenMapping)
@@ -49,16 +49,16 @@ class SavedState:
 
 @attrs.frozen(kw_only=True, eq=False)
 class PluginState:
-    """The state of a plugin that belongs into a checkpoint; leave out what you do not have.
+    """The state of a plugin that is saved in checkpoints; leave out what you do not have.
 
     ``tensors`` returns tensors that are laid out like parameters (an outer momentum, the rounding error of a compressed
-    gradient): for each kind, by parameter name. They are saved in the canonical layout, as an optimizer's moments are,
-    so they load under any topology. ``shared`` returns plain values that are equal on every rank (a loss scale): None,
+    gradient), by kind and parameter name. They are saved in the canonical layout, as an optimizer's moments are, so
+    they load under any topology. ``shared`` returns plain values that are equal on every rank (a loss scale): None,
     numbers, text, tensors, and containers of them; a save fails when ranks differ. ``own`` returns plain values of this
     rank alone.
 
-    ``accepts`` says, before anything is changed, why a :class:`SavedState` cannot be loaded, or returns None. ``load``
-    takes it over; both run on every rank.
+    ``accepts`` returns why a :class:`SavedState` cannot be loaded, or None; it is called before anything is changed.
+    ``load`` restores it. Both are called on every rank.
     """
 
     tensors: Callable[[], Mapping[str, Mapping[str, Tensor]]] | None = None
@@ -74,35 +74,35 @@ class RuntimePart:
 
     The batch:
 
-    ``batch`` rewrites the batch of this data-parallel rank into what this rank computes on (a slice of the sequence,
-    say). ``lockstep`` says that the forwards of ranks with different batches wait for each other, module by module, so
-    that all must run the same modules equally often.
+    ``batch`` turns the batch of this data-parallel rank into what this rank computes on (a slice of the sequence, say).
+    ``lockstep`` says that the forwards of ranks with different batches wait for each other in collectives, module by
+    module, so that all ranks must run the same modules equally often.
 
     The backward:
 
-    ``no_sync`` returns a context in which a backward leaves gradients unsynchronised, for gradient accumulation.
+    ``no_sync`` returns a context in which a backward does not reduce gradients, for gradient accumulation.
     ``loss_scale`` returns a factor that every loss is multiplied by before its backward; the loss that the user gets is
-    without it, and gradients bear it until ``after_backward`` or ``before_clip`` of the same part takes it out.
-    ``after_backward`` runs once per ``forward_backward``, when all gradients are there.
-    ``engine`` replaces the loop over the batches: it gets every batch, already rewritten, and one 0-dim float32 weight
-    each. It runs forward and backward of ``sum(weight * loss)`` and returns that sum, detached, equal on every rank of
-    its own axes. Only one plugin may give an engine. ``survey`` runs only the forwards of the same batches, under
-    ``torch.no_grad``, for losses that need to know all of them before the first backward.
+    without it, and gradients keep it until ``after_backward`` or ``before_clip`` of the same part removes it.
+    ``after_backward`` runs once per ``forward_backward``, after the last backward.
+    ``engine`` replaces the loop over the batches: it gets every batch, already changed by ``batch``, and one 0-dim
+    float32 weight each. It runs forward and backward of ``sum(weight * loss)`` and returns that sum, detached, equal on
+    every rank of its own axes. Only one plugin may provide an engine. ``survey`` runs only the forwards of the same
+    batches, under ``torch.no_grad``, for losses that depend on all of them before the first backward.
 
     The optimizer:
 
-    ``optimizer`` takes the optimizer that was made over the local parameters and returns the one that the user steps.
-    ``before_clip`` runs before gradients are clipped. ``kept_gradients`` returns gradients that are kept elsewhere than
-    in ``.grad`` (in buffers of the plugin, say): the norm counts them, and clipping scales them in place.
+    ``optimizer`` takes the optimizer over the local parameters and returns the one that the user steps.
+    ``before_clip`` runs before gradients are clipped. ``kept_gradients`` returns gradients that are stored outside of
+    ``.grad`` (in buffers of the plugin, say): the norm includes them, and clipping scales them in place.
     ``norm_axes`` are the mesh axes along which ranks hold *different* parameters that no DTensor mesh spans, so that
-    a global norm must be summed over them (``pp``). ``norm_skip`` are parameters whose gradient another rank counts.
-    ``zero_grad`` runs whenever the user's optimizer drops its gradients.
+    a global norm must be summed over them (``pp``). ``norm_skip`` are parameters whose gradient another rank includes.
+    ``zero_grad`` runs after ``zero_grad`` of the user's optimizer.
 
     The run:
 
-    ``metrics`` returns figures by name about the steps since it was called last; every rank calls it at the same time.
-    ``state`` is what a checkpoint holds of the plugin. ``close`` gives back what the plugin holds (threads, buffers,
-    hooks); ``Runtime.close`` calls the parts in reverse order, on every rank.
+    ``metrics`` returns numbers by name about the steps since the last call; all ranks call it together, so it may run
+    collectives. ``state`` is what checkpoints save of the plugin. ``close`` releases what the plugin holds (threads,
+    buffers, hooks); ``Runtime.close`` calls the parts in reverse order, on every rank.
     """
 
     batch: Callable[[Batch], Batch] | None = None
@@ -130,41 +130,44 @@ class Hooks:
 
     @hookspec
     def views(self, sizes: ParallelismSizes, world_size: int) -> list[View] | None:
-        """Return further views of the ranks, each with axes that multiply to *world_size*.
+        """Return additional views of the ranks, each with axes whose sizes multiply to *world_size*.
 
-        Called once, on every rank. Return None when *sizes* do not divide, and say so in ``validate``.
+        Called on every rank, unless the sizes themselves do not make *world_size* ranks. Return None when the sizes of
+        your axes do not divide, and report that in ``validate``.
         """
 
     @hookspec
     def validate(
         self, plan: MeshPlan, sizes: ParallelismSizes, plugins: tuple[Plugin, ...], device_type: str | None
     ) -> list[str] | None:
-        """Say what is wrong, one sentence each; the sentences of all plugins are raised together.
+        """Return what is wrong, one sentence per problem; the problems of all plugins are raised as one error.
 
-        Called on every rank before a process group exists, so read nothing but the arguments and your own config.
-        *plan* fits *sizes* or, when they do not multiply out, is the nearest plan that does. *plugins* is the whole
-        composition, in stage order. *device_type* is that of the mesh; None is what each rank's process group can use.
+        Called on every rank, usually before a process group exists, so read nothing but the arguments and your own
+        config. *plan* fits *sizes* or, when they do not multiply to the world size, is the nearest plan that does.
+        *plugins* are all selected plugins, in stage order. *device_type* is that of the mesh; None is what each rank's
+        process group can use.
         """
 
     @hookspec
     def explain(self, plan: MeshPlan, model: nn.Module | None) -> str | None:
-        """Say in one line what you will do with *plan*, and to which modules of *model*.
+        """Return one line on what you will do with *plan*, and to which modules of *model*.
 
-        *model* is a transformers model on any device, or None where ``setup.explain()`` was given none.
+        *model* is a transformers model on any device, or None when ``setup.explain()`` was given none.
         """
 
     @hookspec
     def traffic(self, plan: MeshPlan, facts: ModelFacts | None, model: nn.Module | None) -> list[Traffic] | None:
-        """Say which collectives a step will run, one entry for each kind; with bytes where *facts* are known.
+        """Return the collectives that a step will run, one entry for each kind; with bytes where *facts* are known.
 
-        ``setup.explain()`` calls it; *facts* are those of *model*, and None where it was given no model.
+        Called by ``setup.explain()``; *facts* are those of *model*, and both are None when it was given no model.
         """
 
     @hookspec
     def agree(self, plan: MeshPlan) -> Mapping[str, str] | None:
         """Return, by name and as text, what must be the same on every rank besides configs: the content of files, say.
 
-        Called on every rank before the mesh is made; where ranks differ, all are told which and in what.
+        Called on every rank before the mesh is created; where ranks differ, all raise a RankError that names ranks and
+        fields.
         """
 
     # ---- loading: once, on every rank, after the mesh is live ----
@@ -173,39 +176,41 @@ class Hooks:
     def shard(self, parts: list[nn.Module], mesh: MeshContext, plan: MeshPlan) -> None:
         """Shard the modules in *parts*, whose parameters are on the meta device.
 
-        Edit them in place, append further parts, or replace an entry by a module that wraps it: plugins after you, and
-        the core, look into it with ``nemo_dist.hf_model.inner_model``. A wrapper has no parameters of its own. The
+        Edit them in place, append further parts, or replace an entry by a module that wraps it: later plugins and the
+        core find the model in it with ``nemo_dist.hf_model.inner_model``. A wrapper has no parameters of its own. The
         loader then reads, for every parameter that is a DTensor, only this rank's slice. To change a forward use
-        ``nemo_dist.plugin.forwards.wrap_forward``, so that none before you is lost.
+        ``nemo_dist.plugin.forwards.wrap_forward``, which keeps the changes of earlier plugins.
         """
 
     @hookspec
     def wrap(self, parts: list[nn.Module], mesh: MeshContext, plan: MeshPlan) -> None:
-        """Edit *parts* as in ``shard``, now that the weights are loaded and on their device.
+        """Edit *parts* as in ``shard``, after the weights are loaded and on their device.
 
-        What is put in the place of the first part (a wrapper like torch's ``DistributedDataParallel``, say) is what the
-        loader returns.
+        Whatever replaces the first part (torch's ``DistributedDataParallel``, say) is what the loader returns.
         """
 
     @hookspec
     def present(self, parts: list[nn.Module], mesh: MeshContext, plan: MeshPlan) -> object | None:
-        """Return what the loader hands to the user in place of the model; it must offer ``.parts``.
+        """Return the object that the loader returns in place of the model; it must have ``.parts``.
 
-        Only one plugin may answer (the pipeline does). None means the model itself.
+        Only one plugin may return one (the pipeline does). None keeps the model itself.
         """
 
     # ---- training ----
 
     @hookspec
     def runtime(self, parts: list[nn.Module], mesh: MeshContext, plan: MeshPlan, model: object) -> RuntimePart | None:
-        """Return what a step needs of you; called once. *model* is what the loader returned."""
+        """Return what a training step needs from you; called once. *model* is what the loader returned."""
 
     # ---- checkpoints ----
 
     @hookspec
     def export_state(self, state: dict[str, Tensor], parts: list[nn.Module], mesh: MeshContext) -> None:
-        """Rewrite *state* in place to the canonical state: Hugging Face names, global shapes, DTensors."""
+        """Rewrite *state* in place to the canonical state dict: Hugging Face names, global shapes, DTensors for shards.
+
+        *state* maps names to parameters, or to tensors that are laid out like parameters.
+        """
 
     @hookspec
     def import_state(self, state: dict[str, Tensor], parts: list[nn.Module], mesh: MeshContext) -> None:
-        """The inverse of ``export_state``; plugins are called in reverse order."""
+        """Undo ``export_state`` after the canonical tensors were filled; plugins are called in reverse order."""

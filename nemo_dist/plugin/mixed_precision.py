@@ -1,4 +1,4 @@
-"""The dtypes to compute and to reduce in: torch's own policy or plain names, judged without importing torch."""
+"""Mixed-precision settings, as torch's policy or as dtype names, validated without importing torch."""
 
 from __future__ import annotations
 
@@ -19,13 +19,16 @@ _NAMES = ("float32", "bfloat16", "float16", "float64")
 
 
 def is_torch_policy(value: Any, name: str) -> bool:
-    """Whether *value* is an instance of the class *name* of torch's FSDP; if it is, torch is imported already."""
+    """Whether *value* is an instance of the class *name* in ``torch.distributed.fsdp``; does not import torch."""
     module = sys.modules.get("torch.distributed.fsdp")
     return module is not None and isinstance(value, getattr(module, name))
 
 
 def mixed_precision_fields(value: Any) -> Any:
-    """Return *value* as it is kept in a config: None, torch's policy, or a frozen mapping of dtype names."""
+    """Return *value* in the form that configs store: None, torch's policy, or a frozen mapping of its fields.
+
+    Raises TypeError for another type, UnknownNameError (a ValueError) for an unknown field or dtype name.
+    """
     if value is None or is_torch_policy(value, "MixedPrecisionPolicy"):
         return value
     if not isinstance(value, Mapping):
@@ -55,7 +58,7 @@ def dtype_name(value: Any) -> Any:
 
 
 def without_target(value: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Drop the ``_target_`` by which other configurations name torch's class *name*; no other code is named here."""
+    """Return *value* without a ``_target_`` key that names torch's class *name*; another ``_target_`` is kept."""
     fields = dict(value)
     target = fields.get("_target_")
     if target in (name, f"torch.distributed.fsdp.{name}"):
@@ -64,7 +67,7 @@ def without_target(value: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def mixed_precision(value: Any) -> MixedPrecisionPolicy:
-    """Return torch's policy for what a config holds; None is bfloat16 compute with float32 reduction."""
+    """Return torch's policy for the value in a config; None means bfloat16 compute with float32 reduction."""
     import torch
     from torch.distributed.fsdp import MixedPrecisionPolicy
 

@@ -1,4 +1,4 @@
-"""Options: the config class of a plugin, as a frozen value that refuses what it does not know."""
+"""Define the config class of a plugin: a frozen value class that rejects unknown keywords."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Validator = Callable[[Any, "attrs.Attribute[Any]", Any], None]
 
 @dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(attrs.field,))
 def options(plugin: str) -> Callable[[type[T]], type[T]]:
-    """Make a class the options of *plugin*: frozen and keyword-only; an unknown keyword raises a helpful TypeError."""
+    """Turn a class into the config of *plugin*: frozen, keyword-only, with a TypeError for an unknown keyword."""
 
     def decorate(cls: type[T]) -> type[T]:
         cls.plugin = plugin  # type: ignore[attr-defined]
@@ -43,7 +43,7 @@ def options(plugin: str) -> Callable[[type[T]], type[T]]:
 
 
 def from_mapping(cls: type[T], values: Mapping[str, Any], what: str) -> T:
-    """Return ``cls(**values)``; an unknown key raises UnknownNameError (a ValueError) that says it was in *what*."""
+    """Return ``cls(**values)``; raise UnknownNameError (a ValueError) that names *what* for an unknown key."""
     for key in values:
         if key not in option_names(cls):
             raise UnknownNameError(
@@ -53,7 +53,7 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], what: str) -> T:
 
 
 def option_names(cls: type) -> list[str]:
-    """Return the keywords that the options class *cls* takes."""
+    """Return the keywords that the config class *cls* takes."""
     return [field.alias or field.name for field in attrs.fields(cls) if field.init]
 
 
@@ -62,13 +62,13 @@ def _valid(cls: type) -> str:
 
 
 def boolean(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
-    """Judge that *value* is True or False."""
+    """Validate that *value* is True or False; raise TypeError otherwise."""
     if not isinstance(value, bool):
         raise TypeError(f"{_where(instance, attribute)} must be True or False (got {value!r})")
 
 
 def integer(at_least: int) -> Validator:
-    """Judge that the value is an int of at least *at_least*; a bool is none."""
+    """Return a validator for an int of at least *at_least*; it rejects a bool."""
 
     def judge(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
         validation.integer(_where(instance, attribute), value, at_least)
@@ -77,7 +77,7 @@ def integer(at_least: int) -> Validator:
 
 
 def one_of(choices: Collection[Any]) -> Validator:
-    """Judge that the value is one of *choices*."""
+    """Return a validator for one of *choices*; it raises ValueError with the nearest match."""
 
     def judge(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
         if value not in choices:
@@ -91,7 +91,7 @@ def one_of(choices: Collection[Any]) -> Validator:
 
 
 def frozen_mapping(value: Any) -> Any:
-    """Convert a dict to a mapping that cannot change, as options keep it; anything else is returned as it is."""
+    """Convert a dict to a FrozenMapping; return anything else unchanged."""
     return FrozenMapping(value) if isinstance(value, dict) else value
 
 

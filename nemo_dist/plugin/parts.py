@@ -1,4 +1,4 @@
-"""What a plugin may do with the list of model parts that ``shard`` and ``wrap`` hand it."""
+"""Validate how a plugin changed the list of model parts in its ``shard`` or ``wrap`` hook."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 
 def judge_parts(plugin: str, hook: str, parts: Sequence[nn.Module], models: Sequence[nn.Module]) -> None:
-    """Raise PluginError when the *hook* of *plugin* lost one of *models*, or left parameters beside them.
+    """Raise PluginError when *hook* of *plugin* dropped one of *models*, or left parameters outside of them.
 
-    A part is a transformers model or a module that wraps one. Parameters of the wrapper itself would have no name in a
-    checkpoint, and no strategy shards or reduces them.
+    Each part must be a transformers model or a module that wraps one. A parameter of the wrapper itself would have no
+    name in a checkpoint, and no strategy would shard or reduce it.
     """
     try:
         held = {id(inner_model(part)) for part in parts}

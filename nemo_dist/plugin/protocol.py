@@ -1,4 +1,4 @@
-"""What a plugin class declares: required attributes, optional ones with their defaults, and the order of plugins."""
+"""What a plugin class declares: required attributes, optional ones with their defaults, and its stage."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nemo_dist.planning.views import Role
 
 
 class Stage(IntEnum):
-    """When a plugin acts on the model, innermost transformation first; a third party may take a value between."""
+    """The order in which plugins act on the model, innermost first; a third-party plugin may use a value in between."""
 
     SPLIT = 10  # pipeline: one module becomes several parts
     TENSOR = 20
@@ -24,21 +24,25 @@ class Stage(IntEnum):
 
 @runtime_checkable
 class Plugin(Protocol):
-    """What the core asks of a plugin besides its hooks: an ``attrs.frozen(eq=False)`` class with these attributes.
+    """What the core requires of a plugin besides its hooks: an ``attrs.frozen(eq=False)`` class with these attributes.
 
     ``axes`` are the mesh axes that it claims. ``composes_with`` matters for a strategy (stage ``DATA``): the axes and
     features of other plugins that it works with. A config class names its plugin in a class variable ``plugin``.
 
-    Optional are, read by :func:`declared`:
+    Optional attributes, read by :func:`declared`:
 
-    ``roles``: for each axis of its own (from ``ParallelismSizes(extra=...)``) that takes ranks of the dense mesh, the
-    :class:`Role` that says what they split.
-    ``delegates``: for an axis or keyword of ``build``, the names of the options of its config that belong to the plugin
-    of that axis or keyword.
-    ``features``: what this instance does that another plugin may not be proven with, each with the option that asked
-    for it: ``{"compile": "enable_compile=True"}``. Ours are "compile", "offload", "sequence_parallel",
+    ``roles``: for each of its axes that is in ``ParallelismSizes(extra=...)`` and part of the dense mesh, the
+    :class:`Role` that says what its ranks split.
+
+    ``delegates``: for an axis or a keyword of ``build``, the options on this plugin's config that are passed to the
+    plugin of that axis or keyword.
+
+    ``features``: what this instance does that another plugin may not have been tested with, each with the option that
+    turned it on: ``{"compile": "enable_compile=True"}``. Ours are "compile", "offload", "sequence_parallel",
     "reshard_after_forward", "reduce_every_backward" and "activation_checkpointing:selective".
-    ``compute_dtype``: of a strategy, the name of the dtype of parameters in a forward; None is that of the stored ones.
+
+    ``compute_dtype``: for a strategy, the name of the dtype of parameters in a forward; None is the dtype that they are
+    stored in.
     """
 
     name: ClassVar[str]
@@ -49,7 +53,7 @@ class Plugin(Protocol):
 
     @property
     def config(self) -> Any:
-        """The options of this plugin, a ``config_type``."""
+        """The options of this plugin, an instance of ``config_type``."""
 
 
 _OPTIONAL: Mapping[str, Any] = {
@@ -61,12 +65,12 @@ _OPTIONAL: Mapping[str, Any] = {
 
 
 def declared(plugin: Any, name: str) -> Any:
-    """Return the optional attribute *name* of *plugin* (a class or an instance; None has none), or its default."""
+    """Return the optional attribute *name* of *plugin* (a class, an instance or None), or its default."""
     return getattr(plugin, name, _OPTIONAL[name])
 
 
 def claimants(plugins: Iterable[Plugin], axis: str) -> list[Plugin]:
-    """Return those of *plugins* that claim *axis*, in their order."""
+    """Return those of *plugins* that claim *axis*, in the given order."""
     return [plugin for plugin in plugins if axis in plugin.axes]
 
 
@@ -76,11 +80,11 @@ def claimant(plugins: Iterable[Plugin], axis: str) -> Plugin | None:
 
 
 def asked_for(plugins: Iterable[Plugin], feature: str) -> str | None:
-    """Return the option by which one of *plugins* was asked for *feature*, or None when none has it."""
+    """Return the option that turned on *feature* in one of *plugins*, or None when none has the feature."""
     found = (declared(plugin, "features").get(feature) for plugin in plugins)
     return next((option for option in found if option is not None), None)
 
 
 def strategy_of(plugins: Iterable[Plugin]) -> Plugin | None:
-    """Return the strategy among *plugins*: the one at ``Stage.DATA``."""
+    """Return the strategy among *plugins*, the one at ``Stage.DATA``, or None."""
     return next((plugin for plugin in plugins if plugin.stage == Stage.DATA), None)

@@ -1,9 +1,8 @@
-"""Find plugins by entry point; import one only when it is asked for.
+"""Find installed plugins by entry point, and import a plugin only when it is used.
 
-Three groups of entry points exist. ``nemo_dist`` is the catalogue: one name, one plugin class. ``nemo_dist.roles``
-names the plugin to take when a role is needed and the user chose none: a role is a mesh axis (``tp``) or a keyword of
-``DistributedSetup.build`` (``strategy``, ``activation_checkpointing``), its value the name of a plugin.
-``nemo_dist.aliases`` gives plugins further names.
+Three groups of entry points exist. ``nemo_dist`` maps each plugin's name to its class. ``nemo_dist.roles`` maps a role
+(a mesh axis such as ``tp``, or a keyword of ``DistributedSetup.build``: ``strategy``, ``activation_checkpointing``) to
+the name of its default plugin, used when the user chose none. ``nemo_dist.aliases`` maps further names to plugin names.
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ from nemo_dist.plugin.protocol import Plugin, Stage
 GROUP = "nemo_dist"
 ROLES = "nemo_dist.roles"
 ALIASES = "nemo_dist.aliases"
-STRATEGY = "strategy"  # the role of the strategy that is taken when the user names none
+STRATEGY = "strategy"  # the role that names the default strategy
 
 
 def owner(entry: EntryPoint) -> str:
-    """Return the distribution and version that declares *entry*."""
+    """Return the name and version of the distribution that declares *entry*."""
     return f"{entry.dist.name} {entry.dist.version}" if entry.dist else "an unknown distribution"
 
 
@@ -35,9 +34,9 @@ def _installed(group: str) -> tuple[EntryPoint, ...]:
 
 @attrs.frozen
 class Registry:
-    """The installed plugins by name: iterate for the names, ``load`` for a class.
+    """The installed plugins: iterating yields their names, ``load`` imports a class.
 
-    Raises ``PluginError`` when two distributions declare one name.
+    Raises PluginError when two distributions declare the same plugin name.
     """
 
     entries: tuple[EntryPoint, ...] = attrs.field(factory=lambda: _installed(GROUP))
@@ -60,7 +59,7 @@ class Registry:
         return iter(sorted(entry.name for entry in self.entries))
 
     def entry(self, name: str) -> EntryPoint:
-        """Return the entry point called *name*; raise UnknownNameError (a ValueError) with the near match."""
+        """Return the entry point called *name*; raise UnknownNameError (a ValueError) with the nearest match."""
         wanted = self.spelled(name)
         for entry in self.entries:
             if entry.name == wanted:
@@ -84,7 +83,11 @@ class Registry:
         return next(iter(found), plain)
 
     def load(self, name: str) -> type[Plugin]:
-        """Import and return the plugin class called *name*; raise PluginError that names who ships it."""
+        """Import and return the plugin class called *name*.
+
+        Raises PluginError with the name of the distribution when it does not import or is not a plugin class, and
+        UnknownNameError when no such plugin is installed.
+        """
         entry = self.entry(name)
         try:
             plugin = entry.load()
@@ -99,7 +102,7 @@ class Registry:
         return cast(type[Plugin], plugin)
 
     def role(self, role: str) -> str | None:
-        """Return the name of the plugin that fills *role* by default, or None; two are a PluginError."""
+        """Return the name of the default plugin for *role*, or None; raise PluginError when two are declared."""
         found = [entry for entry in self.roles if entry.name == role]
         if len({entry.value for entry in found}) > 1:
             who = " and ".join(f"{entry.value!r} of {owner(entry)}" for entry in found)
@@ -107,11 +110,11 @@ class Registry:
         return found[0].value if found else None
 
     def claimants(self, axis: str) -> list[str]:
-        """Return the names of the installed plugins that claim *axis*, broken ones left out, for a message."""
+        """Return the names of the installed plugins that claim *axis*, without those that do not import."""
         return [name for name in self if (plugin := self._load_quietly(name)) and axis in plugin.axes]
 
     def composing(self, feature: str) -> list[str]:
-        """Return the names of the installed strategies that compose with *feature*, for an error message."""
+        """Return the names of the installed strategies that import and compose with the axis or feature *feature*."""
         return [
             name
             for name in self
@@ -119,7 +122,7 @@ class Registry:
         ]
 
     def stage(self, name: str) -> int | None:
-        """Return the stage of the plugin called *name*, or None when it does not import."""
+        """Return the stage of the plugin called *name*, or None when it cannot be loaded."""
         plugin = self._load_quietly(name)
         return plugin.stage if plugin else None
 
@@ -131,7 +134,7 @@ class Registry:
 
 
 def _misfit(plugin: Any, entry: EntryPoint) -> str:
-    """Say in what *plugin* is not a plugin class, or nothing."""
+    """Return why *plugin* is not a valid plugin class, or an empty string."""
     declared: Any = plugin
     if not isinstance(plugin, type):
         return f"must be a class (got {type(plugin).__name__})"

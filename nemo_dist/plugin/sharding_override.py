@@ -1,6 +1,6 @@
-"""A per-module override of how parameters are sharded, which the strategy honours.
+"""Per-module sharding override that the strategy honours.
 
-A plugin of an earlier stage marks a module; the strategy, whichever it is, honours the mark. Neither knows the other.
+A plugin of an earlier stage sets the override on a module; the selected strategy reads it when it shards the model.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ _MARK = "nemo_dist_sharding_override"
 
 @attrs.frozen(kw_only=True, eq=False)
 class ShardingOverride:
-    """How a strategy shards one module and all that is in it.
+    """How the strategy shards one module and its submodules.
 
-    ``mesh``: shard over its last axis; an outer axis, if any, holds replicas; None leaves the strategy's own.
-    ``grad_divisor``: the gradients of all ranks of *mesh* are added and divided by this. ``dims``: the dim to shard, 0
-    by default, by the parameter's name in the module. ``reshard_after_forward`` and ``mp_policy`` (torch's, or its
-    fields as a mapping) take the place of the strategy's own; None leaves them.
+    ``mesh``: shard over its last axis and replicate over an outer axis, if any; None keeps the strategy's mesh.
+    ``grad_divisor``: gradients are summed over all ranks of *mesh* and divided by this. ``dims``: the tensor dim to
+    shard by parameter name in the module, 0 by default. ``reshard_after_forward`` and ``mp_policy`` (torch's, or its
+    fields as a mapping) replace the strategy's own; None keeps them.
     """
 
     mesh: DeviceMesh | None = None
@@ -35,10 +35,10 @@ class ShardingOverride:
 
 
 def override_sharding(module: nn.Module, how: ShardingOverride) -> None:
-    """Mark *module*: a strategy shards it as *how* says."""
+    """Set the sharding override of *module* to *how*."""
     setattr(module, _MARK, how)
 
 
 def sharding_overrides(model: nn.Module) -> dict[nn.Module, ShardingOverride]:
-    """Return the marked modules of *model* and how to shard each."""
+    """Return the modules of *model* that have a sharding override, with their overrides."""
     return {module: found for module in model.modules() if (found := getattr(module, _MARK, None)) is not None}

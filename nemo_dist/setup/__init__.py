@@ -1,5 +1,5 @@
-"""Compose a setup: choose plugins for what was asked, judge them together, explain the result; planned without torch.
+"""Build a setup: select plugins for what was asked, validate them together, explain the result; all without torch.
 
-Here: ``setup`` (``DistributedSetup``), ``composition`` (the values that it is made of), ``selection``,
-``build_arguments``, ``config_section`` (YAML), ``explain``. Not here: what a plugin does.
+Here: ``setup`` (``DistributedSetup``), ``composition`` (the values of a setup), ``selection``, ``build_arguments``,
+``config_section`` (YAML), ``explain``. Not here: what a plugin does.
 """

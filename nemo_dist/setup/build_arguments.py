@@ -1,4 +1,4 @@
-"""What ``build`` was asked for beside sizes and plugins: how many ranks, which of them, and what to recompute."""
+"""Validate the arguments of ``build`` besides sizes and plugins: ranks, activation checkpointing, device, timeout."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _MODES: dict[Any, str] = {True: "full", "full": "full", "selective": "selective"
 
 
 def launched_ranks() -> int:
-    """Return the size of the process group if there is one, else what the launcher says, else 1."""
+    """Return the size of the process group if there is one, else ``WORLD_SIZE`` of the environment, else 1."""
     if "torch.distributed" in sys.modules:
         import torch.distributed as dist
 
@@ -25,7 +25,10 @@ def launched_ranks() -> int:
 
 
 def mesh_ranks(ranks: Sequence[int] | None, world_size: int, problems: list[str]) -> tuple[tuple[int, ...] | None, int]:
-    """Return the ranks that the mesh is laid over (None: all) and how many they are."""
+    """Return the ranks of the mesh (None: all) and their number; add what is wrong with them to *problems*.
+
+    Raises TypeError for a rank that is not an int.
+    """
     if ranks is None:
         return None, world_size
     chosen = tuple(ranks)
@@ -46,7 +49,11 @@ def mesh_ranks(ranks: Sequence[int] | None, world_size: int, problems: list[str]
 
 
 def select_recompute(asked: Any, strategy: Plugin, selection: Selection) -> str | None:
-    """Select the plugin that recomputes activations, if that was asked for anywhere, and return the mode."""
+    """Select the plugin for activation checkpointing if requested; return the mode: "full", "selective" or None.
+
+    It may be *asked* of ``build``, set on the strategy's config, or selected in ``plugins=``. Conflicts are added to
+    the problems of *selection*.
+    """
     kind, given = type(strategy.config).__name__, selection.delegated(RECOMPUTE)
     named = selection.filling(RECOMPUTE)
     mode = named.config.mode if named else _recompute_mode(asked, given.get(RECOMPUTE), kind, selection.problems)
@@ -68,7 +75,7 @@ def select_recompute(asked: Any, strategy: Plugin, selection: Selection) -> str 
 
 
 def _recompute_mode(asked: Any, on_config: Any, kind: str, problems: list[str]) -> str | None:
-    """Return the mode of activation checkpointing, *asked* of the setup or *on_config*, which may not conflict."""
+    """Return the mode of activation checkpointing, *asked* of ``build`` or set *on_config*, which must not conflict."""
     modes: list[str | None] = []
     for where, value in ((RECOMPUTE, asked), (f"{kind}.{RECOMPUTE}", on_config)):
         if isinstance(value, bool | str) and value in _MODES:
@@ -85,7 +92,10 @@ def _recompute_mode(asked: Any, on_config: Any, kind: str, problems: list[str]) 
 
 
 def judge_runtime_options(device_type: Any, timeout_minutes: Any, problems: list[str]) -> None:
-    """Judge the kind of device and the time limit of collectives."""
+    """Validate the device type and the timeout of collectives.
+
+    Raises TypeError for a wrong type; a timeout that is not positive is added to *problems*.
+    """
     if device_type is not None and not isinstance(device_type, str):
         raise TypeError(f"device_type must be 'cpu', 'cuda' or None (got {device_type!r})")
     if timeout_minutes is None:

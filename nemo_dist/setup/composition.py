@@ -1,4 +1,4 @@
-"""The composition that a setup is: a plan, the plugins selected for it in their order, and how it is to run."""
+"""The values of a setup: a plan, the plugins selected for it in stage order, and how it is to run."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from nemo_dist.plugin.protocol import Plugin, claimant, strategy_of
 
 
 def in_order(plugins: Iterable[Plugin]) -> tuple[Plugin, ...]:
-    """Return *plugins* in the order in which they act on a model."""
+    """Return *plugins* sorted by stage, then by name: the order in which they act on a model."""
     return tuple(sorted(plugins, key=lambda plugin: (plugin.stage, plugin.name)))
 
 
 @attrs.frozen(kw_only=True, eq=False, slots=False)
 class Composition:
-    """The values that a setup is made of; ``plugins`` are in the order in which they act on the model.
+    """The values of a setup; ``plugins`` are in the order in which they act on the model.
 
-    ``ranks``: those that the mesh is laid over; None is all. ``timeout_minutes``: the limit of every collective.
+    ``ranks``: those of the mesh; None is all. ``timeout_minutes``: the timeout of every collective; None is the
+    backend's.
     """
 
     plan: MeshPlan
@@ -36,12 +37,12 @@ class Composition:
 
     @cached_property
     def calls(self) -> PluginCalls:
-        """The hooks of the selected plugins, and of nothing else."""
+        """Calls the hooks of the selected plugins only."""
         return PluginCalls(self.plugins)
 
     @property
     def strategy(self) -> Plugin | None:
-        """The selected strategy; None only for a topology wrapped from a mesh without a data axis."""
+        """The selected strategy; None only when the setup wraps a mesh whose ranks all see the same tokens."""
         return strategy_of(self.plugins)
 
     @property
@@ -51,12 +52,12 @@ class Composition:
 
     @property
     def pipeline_config(self) -> Any:
-        """The config of the plugin that claims ``pp``; None when pp is 1."""
+        """The config of the plugin that claims ``pp``; None when the size of ``pp`` is 1."""
         return self._config_of("pp", self.parallelism_sizes.pp_size)
 
     @property
     def moe_parallel_config(self) -> Any:
-        """The config of the plugin that claims ``ep``; None when ep is 1."""
+        """The config of the plugin that claims ``ep``; None when the size of ``ep`` is 1."""
         return self._config_of("ep", self.parallelism_sizes.ep_size)
 
     def _config_of(self, axis: str, size: int) -> Any:
@@ -64,7 +65,7 @@ class Composition:
         return found.config if found else None
 
     def describe(self) -> dict[str, str]:
-        """Return the fields that must be the same on every rank, each as text."""
+        """Return, as text, the fields that must be equal on every rank, including those from ``agree`` hooks."""
         fields = {
             "parallelism_sizes": repr(self.parallelism_sizes),
             "plan": repr(self.plan),

@@ -32,14 +32,14 @@ _OTHER = ("device_type", "timeout_minutes", "ranks")
 
 
 def read_yaml(path: str | os.PathLike[str]) -> Mapping[str, Any]:
-    """Return the ``distributed:`` section of the YAML file at *path*; the rest of the file is somebody else's.
+    """Return the ``distributed:`` section of the YAML file at *path*; other sections are ignored.
 
-    Raises ValueError for a file that is no YAML, repeats a key, or has no such section.
+    Raises ValueError for a file that is not YAML, repeats a key, or has no such section.
     """
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """Refuse what YAML itself lets pass: the same key twice, of which the last silently wins."""
+        """Raises ValueError for a key that appears twice in a mapping, of which YAML would silently use the last."""
 
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
             keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -61,9 +61,10 @@ def read_yaml(path: str | os.PathLike[str]) -> Mapping[str, Any]:
 
 
 def build_keywords(section: Mapping[str, Any], registry: Registry) -> dict[str, Any]:
-    """Return the keywords of ``DistributedSetup.build`` that *section* stands for.
+    """Return the keywords of ``DistributedSetup.build`` for *section*.
 
-    Raises UnknownNameError (a ValueError) that names every unknown key, each with the near match.
+    Raises UnknownNameError (a ValueError) that names every unknown key, each with the nearest match, and TypeError for
+    a section that is no mapping.
     """
     if not isinstance(section, Mapping):
         raise TypeError(f"the distributed section must be a mapping (got {section!r})")
@@ -114,7 +115,7 @@ def _refuse_unknown(values: Mapping[str, Any], strategy: str, options: list[str]
 
 
 def _extras(plugins: Any, registry: Registry) -> Iterator[Any]:
-    """Yield the config of each plugin under ``plugins:``, a mapping from names to options, or a list of names."""
+    """Yield the config of each plugin under ``plugins:``, a mapping from names to options or a list of names."""
     named = plugins if isinstance(plugins, Mapping) else dict.fromkeys(plugins)
     for name, options in named.items():
         config_type = registry.load(name).config_type
@@ -122,10 +123,10 @@ def _extras(plugins: Any, registry: Registry) -> Iterator[Any]:
 
 
 def section_of(setup: Composition, registry: Registry) -> dict[str, Any]:
-    """Return the section that builds *setup* again: plain values, and nothing that is a default.
+    """Return the section from which ``build`` makes *setup* again: plain values, without defaults.
 
-    Raises ValueError for a setup that no section can describe: a plugin that is not installed, an option that is an
-    object of the user's own.
+    Raises ValueError for a setup that no section can describe: one with a plugin that is not installed, or with an
+    option that is an object of the user's own.
     """
     strategy = setup.strategy
     if strategy is None:
@@ -144,7 +145,10 @@ def section_of(setup: Composition, registry: Registry) -> dict[str, Any]:
 def _describe(
     plugin: Plugin, setup: Composition, registry: Registry, section: dict[str, Any], further: dict[str, Any]
 ) -> None:
-    """Add *plugin* to the section: under the key of its role where it fills one, else under ``plugins:``."""
+    """Add *plugin* to *section*: under the key of the role that it fills by default, else under ``plugins:``.
+
+    A plugin that ``build`` would select in the same form by itself is left out.
+    """
     if registry.role(RECOMPUTE) == plugin.name:
         scope = getattr(setup.strategy_config, SCOPE, None)
         settings = {"mode": setup.activation_checkpointing} | ({} if scope is None else {"scope": scope})
@@ -161,7 +165,7 @@ def _describe(
 
 
 def _default(plugin: Plugin, setup: Composition, registry: Registry) -> Any:
-    """Return the config that ``build`` gives *plugin* for an axis that nobody was named for; None if it would not."""
+    """Return the config with which ``build`` would select *plugin* for an axis by default, or None if it would not."""
     delegates = declared(setup.strategy, "delegates")
     usual = type(setup.strategy_config)()
     for axis in (axis.name for axis in setup.plan.wide if axis.name in plugin.axes):
@@ -192,7 +196,7 @@ def _options(config: Any, what: str, without: tuple[str, ...] = ()) -> dict[str,
 
 
 def _plain(value: Any, what: str) -> Any:
-    """Return *value* as YAML writes it: names for dtypes, mappings for policies."""
+    """Return *value* in plain types for YAML: dtypes as names, policies as mappings; else raise ValueError."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Mapping):

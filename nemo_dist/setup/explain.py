@@ -1,4 +1,4 @@
-"""Say in text what a setup is: its axes, who claims each, what every plugin does, and where this rank stands."""
+"""Explain a setup as text: its axes, which plugin claims each, what every plugin does, and the place of this rank."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 
 def explanation(setup: Composition, own_mesh: DeviceMesh | None, model: Any, rows: int, length: int | None) -> str:
-    """Return the explanation of *setup*: a line per axis, per plugin and per kind of collective in a step.
+    """Return the text: a line per axis, per plugin and per kind of collective in a step.
 
-    ``own_mesh``: the user's own mesh, where the setup wraps one. The rest as for ``DistributedSetup.explain``.
+    ``own_mesh``: the user's own mesh, if the setup wraps one. Other arguments as for ``DistributedSetup.explain``.
     """
     plan = setup.plan
     lines = [f"{plan.world_size} ranks, strategy {setup.strategy.name if setup.strategy else 'none'}"]
@@ -40,7 +40,7 @@ def explanation(setup: Composition, own_mesh: DeviceMesh | None, model: Any, row
 
 
 def _place(setup: Composition, own_mesh: DeviceMesh | None) -> list[str]:
-    """Say where this rank stands: in the user's own mesh, or by the launcher's word in the plan."""
+    """Return a line with the coordinates of this rank, in the user's own mesh or (by ``RANK``) in the plan."""
     if own_mesh is not None:
         rank, place, together = _in_own_mesh(own_mesh)
     else:
@@ -54,7 +54,7 @@ def _place(setup: Composition, own_mesh: DeviceMesh | None) -> list[str]:
 
 
 def _in_own_mesh(mesh: DeviceMesh) -> tuple[int, dict[str, int], list[int]]:
-    """Return this rank, its coordinates in *mesh*, and the ranks with the same coordinates on the data axes."""
+    """Return this rank, its coordinates in *mesh*, and the ranks with the same data-parallel coordinates."""
     place = dict(zip(mesh.mesh_dim_names or (), mesh.get_coordinate() or (), strict=False))
     batch = {*FLATTENED["dp"], "dp"}
     here = tuple(index if name in batch else slice(None) for name, index in place.items())

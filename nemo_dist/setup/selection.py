@@ -1,4 +1,4 @@
-"""Select the plugins of a setup: what the user named, then one for every role that is still open."""
+"""Select the plugins of a setup: those that the user named, then the default plugin of every role still needed."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from nemo_dist.plugin.protocol import Plugin, Stage, claimant, declared, strateg
 from nemo_dist.plugin.registry import STRATEGY, Registry
 
 Choice = Any  # a plugin name, a config object, or a plugin instance
-DEFAULT = "default"  # stands for the strategy that fills the role of that name
+DEFAULT = "default"  # means the default strategy, which fills the role "strategy"
 RECOMPUTE = "activation_checkpointing"
-_KEYWORDS = (RECOMPUTE,)  # what a strategy may delegate beside the options of axes
+_KEYWORDS = (RECOMPUTE,)  # keywords of build whose options a strategy may delegate, besides those of axes
 
 
 @attrs.define
 class Selection:
-    """The plugins selected so far and the problems met, one sentence each."""
+    """The plugins selected so far, and the problems found, one sentence each."""
 
     registry: Registry
     plugins: list[Plugin] = attrs.field(factory=list)
     problems: list[str] = attrs.field(factory=list)
 
     def strategy(self, choice: Choice = DEFAULT) -> Plugin:
-        """Select the strategy: a name, a config object, or a plugin instance that need not be installed."""
+        """Select the strategy by a name, a config object, or a plugin instance, which need not be installed."""
         plugin = self._plugin(self._default_strategy() if choice == DEFAULT else choice, "strategy")
         if plugin.stage != Stage.DATA:
             self.problems.append(
@@ -41,7 +41,7 @@ class Selection:
         return plugin
 
     def strategy_type(self, name: str) -> type[Plugin]:
-        """Return the plugin class of the strategy called *name*; raise UnknownNameError with the near match."""
+        """Return the plugin class of the strategy called *name*; raise UnknownNameError with the nearest match."""
         return self._load(self._default_strategy() if name == DEFAULT else name, "strategy")
 
     def _default_strategy(self) -> str:
@@ -53,7 +53,7 @@ class Selection:
         return name
 
     def extras(self, choices: Iterable[Choice]) -> None:
-        """Select what the user passed as ``plugins=``."""
+        """Select the plugins that the user passed as ``plugins=``."""
         if isinstance(choices, str):
             raise TypeError(
                 f"plugins must be a tuple of names, configs or plugins (got {choices!r}); write ({choices!r},)"
@@ -62,7 +62,7 @@ class Selection:
             self._add(self._plugin(choice, "plugins"))
 
     def option(self, role: str, keyword: str, value: Any) -> None:
-        """Select the plugin that *keyword* configures: *value* is its config, or a mapping with the same fields."""
+        """Select the plugin that *keyword* of ``build`` configures; *value* is its config or a mapping of options."""
         if isinstance(value, Mapping):
             name = self.registry.role(role)
             if name is None:
@@ -74,7 +74,7 @@ class Selection:
             self._add(self._plugin(value, keyword, by_name=False))
 
     def role(self, role: str, need: str, **settings: Any) -> None:
-        """Select the default plugin for *role*; *need* starts the sentence that says why it is needed."""
+        """Select the default plugin of *role* with the options *settings*; *need* says in an error why."""
         name = self.registry.role(role)
         if name is None:
             others = self.registry.claimants(role)
@@ -86,12 +86,12 @@ class Selection:
         self._add(plugin_type(plugin_type.config_type(**settings)))  # type: ignore[call-arg]
 
     def filling(self, role: str) -> Plugin | None:
-        """Return the selected plugin that is the default for *role*, if the user passed it."""
+        """Return the default plugin of *role* if it is selected already, else None."""
         name = self.registry.role(role)
         return next((plugin for plugin in self.plugins if plugin.name == name), None)
 
     def own_axes(self, sizes: ParallelismSizes) -> ParallelismSizes:
-        """Select a plugin for every axis of ``extra``, and return *sizes* with the roles that the plugins declare."""
+        """Select a plugin for every axis of ``extra`` above 1; return *sizes* with the roles that plugins declare."""
         for axis, size in sizes.extra.items():
             if size > 1 and claimant(self.plugins, axis) is None:
                 self.role(axis, f"axis {axis!r} has size {size}")
@@ -110,7 +110,11 @@ class Selection:
         return sizes.with_roles(roles)
 
     def axes(self, sizes: ParallelismSizes, world_size: int) -> None:
-        """Select a plugin for every axis of size > 1 that nobody claims yet; it gets the strategy's options for it."""
+        """Select the default plugin of every axis of size > 1 that no selected plugin claims.
+
+        It gets the options for that axis from the strategy's config. Such options for an axis of size 1, or one that
+        another plugin claims, are a problem.
+        """
         delegated = {axis: self.delegated(axis) for axis in self._delegates() if axis not in _KEYWORDS}
         for axis, size in _wide(sizes, world_size).items():
             if claimant(self.plugins, axis) is None:
@@ -127,7 +131,7 @@ class Selection:
         return delegates
 
     def delegated(self, role: str) -> dict[str, Any]:
-        """Return the options for *role* that were given on the strategy's config: those that are not the default."""
+        """Return the options for *role* that are set on the strategy's config and differ from their defaults."""
         strategy = strategy_of(self.plugins)
         if strategy is None:
             return {}
@@ -135,7 +139,10 @@ class Selection:
         return {name: value for name in names if (value := getattr(strategy.config, name)) != getattr(default, name)}
 
     def judge_composition(self, strategy: Plugin, sizes: ParallelismSizes, world_size: int) -> None:
-        """Judge that *strategy* composes with every other claimed axis of size > 1."""
+        """Add a problem for every axis of size > 1 of another plugin that does not compose with *strategy*.
+
+        One of the two must declare in ``composes_with`` that it does.
+        """
         for axis, size in _wide(sizes, world_size).items():
             found = claimant(self.plugins, axis)
             if found is None or found is strategy:
@@ -144,7 +151,7 @@ class Selection:
                 self.problems.append(self._uncomposed(f"axis {axis!r} has size {size}", axis, strategy))
 
     def judge_feature(self, strategy: Plugin, feature: str, need: str) -> None:
-        """Judge that *strategy* composes with a *feature* that is no axis."""
+        """Add a problem if *strategy* does not compose with *feature*, which is no axis; *need* starts its sentence."""
         if feature not in strategy.composes_with:
             self.problems.append(self._uncomposed(need, feature, strategy))
 
@@ -162,7 +169,7 @@ class Selection:
             self.plugins.append(plugin)
 
     def _plugin(self, choice: Choice, what: str, by_name: bool = True) -> Plugin:
-        """Return the plugin that *choice* names, configures, or is."""
+        """Return the plugin for *choice*: a plugin name, a config object, or a plugin instance."""
         if isinstance(choice, type):
             raise TypeError(f"{what} must be an instance (got the class {choice.__name__}); write {choice.__name__}()")
         if isinstance(choice, str) and by_name:
@@ -195,6 +202,6 @@ class Selection:
 
 
 def _wide(sizes: ParallelismSizes, world_size: int) -> dict[str, int]:
-    """Return the requested axes of size > 1, outermost first, those that the dense mesh does not have last."""
+    """Return the requested axes of size > 1, outermost first; those that are not in the dense mesh come last."""
     dense = {axis.name: axis.size for axis in MeshPlan.nearest(sizes, world_size).wide}
     return dense | {axis: size for axis, size in sizes.beyond_dense.items() if size > 1}

@@ -1,4 +1,4 @@
-"""``DistributedSetup``: what a user builds, loads models with, and makes a runtime of."""
+"""``DistributedSetup``: the object that users build, load models with, and get a runtime from."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 class DistributedSetup(Composition):
     """The typed description of a distributed run: a mesh plan and the plugins selected for it, in stage order.
 
-    Make one with :meth:`build`; it is complete and valid, and neither torch nor a process group was needed. The live
-    mesh is :attr:`mesh_context`, made on first use, on every rank.
+    Make one with :meth:`build`, which validates everything and needs neither torch nor a process group. The live mesh,
+    :attr:`mesh_context`, is created on first use, on every rank.
     """
 
     _live_mesh: DeviceMesh | None = attrs.field(default=None, alias="live_mesh")
@@ -59,12 +59,13 @@ class DistributedSetup(Composition):
     ) -> DistributedSetup:
         """Select the plugins, plan the mesh and validate everything, without torch and without a process group.
 
-        ``strategy``: a plugin name, a config object or a plugin instance; "default" is the one that fills the role of
-        a strategy, which is FSDP2 as nemo_dist ships. ``pipeline_config`` and
-        ``moe_parallel_config``: a config object or a dict. ``activation_checkpointing``: False, True or "full", or
-        "selective". ``world_size``: the number of ranks; by default that of the process group, else of the launcher's
-        environment, else 1. ``ranks``: lay the mesh over these ranks only. ``timeout_minutes``: limit of every
-        collective on the mesh.
+        ``strategy``: a plugin name, a config object or a plugin instance; "default" is the plugin that fills the role
+        "strategy", FSDP2 in nemo_dist itself. ``pipeline_config`` and ``moe_parallel_config``: a config object or a
+        dict. ``activation_checkpointing``: False, True or "full", or "selective". ``world_size``: the number of ranks;
+        by default that of the process group, else ``WORLD_SIZE`` of the environment, else 1. ``plugins``: further
+        plugins, each given like ``strategy``. ``device_type``: "cpu", "cuda", or None for what the process group can
+        use. ``ranks``: use only these ranks for the mesh. ``timeout_minutes``: the timeout of every collective on the
+        mesh.
 
         Raises TopologyError (a ValueError) that lists *every* problem, TypeError for a value of the wrong type, and
         PluginError for a plugin that is missing or broken.
@@ -108,11 +109,12 @@ class DistributedSetup(Composition):
     def from_mesh(cls, device_mesh: DeviceMesh) -> DistributedSetup:
         """Wrap the user's own DeviceMesh in a setup with default policies, as ``device_mesh=`` of the loaders does.
 
-        The axes may be ``pp``, ``dp_replicate``, ``dp_shard`` (or ``dp``), ``cp`` and ``tp``, in any order.
+        The axes may be ``pp``, ``dp_replicate``, ``dp_shard`` (or ``dp``), ``cp`` and ``tp``, in any order; collective
+        when they are not in that order, because a new mesh is then created.
         """
         from nemo_dist.mesh.mesh_context import MeshContext, in_order
 
-        MeshContext.from_meshes(device_mesh)  # judges it
+        MeshContext.from_meshes(device_mesh)  # raises for an invalid mesh
         device_mesh = in_order(device_mesh)
         context = MeshContext.from_meshes(device_mesh)
         sizes = ParallelismSizes(
@@ -147,7 +149,7 @@ class DistributedSetup(Composition):
     def from_yaml(cls, path: str | os.PathLike[str], world_size: int | None = None) -> DistributedSetup:
         """Build from the ``distributed:`` section of the YAML file at *path*; see ``from_dict``.
 
-        Raises ValueError for a key that stands twice, and OSError for a file that cannot be read.
+        Raises ValueError for a key that appears twice, and OSError for a file that cannot be read.
         """
         from nemo_dist.setup.config_section import read_yaml
 
@@ -156,7 +158,7 @@ class DistributedSetup(Composition):
     def to_dict(self) -> dict[str, Any]:
         """Return the section that ``from_dict`` builds this setup from: plain values without defaults.
 
-        Raises ValueError for a setup with a plugin that is not installed, or an option that has no plain form.
+        Raises ValueError for a setup with a plugin that is not installed, or an option that YAML cannot express.
         """
         from nemo_dist.setup.config_section import section_of
 
@@ -166,7 +168,8 @@ class DistributedSetup(Composition):
     def mesh_context(self) -> MeshContext:
         """The live mesh of this setup; the first use is collective over all ranks of the process group.
 
-        Raises RankError that names the ranks and fields when the ranks built different setups.
+        Raises RankError without a process group, and one that names the ranks and fields when ranks built different
+        setups.
         """
         from nemo_dist.mesh.mesh_context import MeshContext
         from nemo_dist.mesh.process_group import require_process_group
@@ -180,13 +183,14 @@ class DistributedSetup(Composition):
 
     @property
     def own_mesh(self) -> DeviceMesh | None:
-        """The mesh that the user passed to a loader, its axes in order; None for one that is laid by the plan."""
+        """The mesh that the user passed to a loader, with its axes in order; None for a mesh made from the plan."""
         return self._live_mesh
 
     def shard(self, model: nn.Module) -> list[nn.Module]:
-        """Split and shard *model*, whose parameters are on the meta device; return its local parts.
+        """Split and shard *model*, whose parameters are on the meta device; return its parts on this rank.
 
-        Raises TopologyError for parameters that the axes cannot cut, PluginError for a plugin that replaced the model.
+        Raises TopologyError for parameters that the axes cannot shard evenly, PluginError when a plugin replaced the
+        model.
         """
         from nemo_dist.loading.hf_weight_loader import refuse_uneven
 
@@ -197,17 +201,17 @@ class DistributedSetup(Composition):
         return parts
 
     def wrap(self, parts: list[nn.Module]) -> object:
-        """Finish *parts*, whose weights are loaded, and return what the user gets."""
+        """Run the ``wrap`` hooks on *parts*, whose weights are loaded, and return what the loader gives to the user."""
         models = [inner_model(part) for part in parts]
         for plugin, _ in self.calls.each("wrap", parts=parts, mesh=self.mesh_context, plan=self.plan):
             judge_parts(plugin, "wrap", parts, models)
         for part in parts:
-            part.distributed_setup = self  # type: ignore[assignment]  # a plain attribute, so that runtime() can tell
+            part.distributed_setup = self  # type: ignore[assignment]  # a plain attribute that runtime() compares
         presented = self.calls.only("present", parts=parts, mesh=self.mesh_context, plan=self.plan)
         return parts[0] if presented is None else presented
 
     def runtime(self, model: object) -> Runtime:
-        """Return what a training loop holds; *model* is what the loader returned for this setup.
+        """Return the runtime for a training loop; *model* is what the loader returned for this setup.
 
         Raises ValueError for a model that was loaded with another setup, or whose loss is not known to be a mean over
         labels.
@@ -225,7 +229,7 @@ class DistributedSetup(Composition):
         return Runtime.assemble(model, self.sharded(parts), self.runtime_parts, self.strategy)
 
     def sharded(self, parts: Sequence[nn.Module]) -> ShardedModel:
-        """Return *parts* with what is needed to save, load and export them."""
+        """Return *parts* with what saving, loading and exporting need to know about them."""
         from nemo_dist.checkpoint.sharded_model import ShardedModel
 
         return ShardedModel(
@@ -237,16 +241,16 @@ class DistributedSetup(Composition):
         )
 
     def runtime_parts(self, parts: list[nn.Module], model: object) -> dict[str, RuntimePart]:
-        """Return what a step needs of each plugin, by its name, in stage order."""
+        """Return the runtime part of each plugin that has one, by plugin name, in stage order."""
         answers = self.calls.each("runtime", parts=parts, mesh=self.mesh_context, plan=self.plan, model=model)
         return {name: part for name, part in answers if part is not None}
 
     def explain(self, model: Any = None, rows: int = 1, length: int | None = None) -> str:
-        """Say which axes there are, who claims each, what every plugin and every step will do, and this rank's place.
+        """Return a text with the axes, the plugins that claim them, what plugins and a step do, and this rank's place.
 
-        ``model``: a transformers model, on the meta device for one; with it, the collectives of a step come with the
-        bytes that one rank sends. ``rows`` and ``length``: the batch of one data-parallel rank, by default one sequence
-        of the greatest length that the model takes.
+        ``model``: a transformers model, for example on the meta device; with it, collectives are listed with the bytes
+        that one rank sends. ``rows`` and ``length``: the batch of one data-parallel rank, by default one sequence of
+        the model's maximum length.
         """
         from nemo_dist.setup.explain import explanation
 
@@ -254,7 +258,7 @@ class DistributedSetup(Composition):
 
 
 def _plan(sizes: ParallelismSizes, world_size: int, selection: Selection, device_type: str | None) -> MeshPlan:
-    """Return the plan, or raise every problem of the selection, the arithmetic and the plugins at once."""
+    """Return the plan; raise one TopologyError with the problems of the selection, the sizes and the plugins."""
     plugins = in_plugin_order(selection.plugins)
     calls = PluginCalls(plugins)
     problems = [*selection.problems, *sizes.problems(world_size)]

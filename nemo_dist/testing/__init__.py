@@ -1,4 +1,4 @@
-"""What plugin authors test with: conformance kit, Hypothesis strategies, a pool of ranks; each loaded on first use.
+"""Tools for testing plugins: conformance kit, Hypothesis strategies, a pool of ranks; each is loaded on first use.
 
 Here: ``conformance`` (the kit), ``equivalence`` (training compared with one process), ``strategies``, ``tiny_models``;
 the ranks: ``pool``, ``worker``, ``remote_call``, ``failure_report``, ``plugin`` (pytest fixtures); and small tools:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from nemo_dist.testing.conformance import PluginConformance as PluginConformance
     from nemo_dist.testing.pool import RankPool as RankPool
 
-# The public names and the module that has each; a module stands for itself. pytest, hypothesis and torch cost seconds
+# The public names and the module of each; "strategies" is the module itself. pytest, hypothesis and torch take seconds
 # to import, and a test that needs one of these names does not need all three.
 _HOMES = {
     "PluginConformance": "nemo_dist.testing.conformance",

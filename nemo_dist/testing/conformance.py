@@ -1,4 +1,4 @@
-"""The conformance kit: what every plugin must hold, ours and a third party's alike.
+"""The conformance kit: the tests that every plugin must pass, ours and third-party ones alike.
 
 Three lines in a test module run it; the ranks come from the ``ranks`` fixture of nemo_dist's pytest plugin::
 
@@ -33,10 +33,10 @@ _MODEL_AXES = ("pp", "cp", "tp", "ep")
 
 
 class PluginConformance:
-    """Subclass it in a test module and set ``plugin`` to the name in the catalogue.
+    """The conformance tests: subclass it in a test module and set ``plugin`` to the plugin's registered name.
 
-    ``build`` are the keywords of ``DistributedSetup.build`` that select the plugin, on ``world`` ranks, with all
-    computation in float32; by default ``strategy=plugin`` for a strategy and ``plugins=(plugin,)`` for another.
+    ``build`` are the keywords of ``DistributedSetup.build`` that select the plugin on ``world`` ranks, with all
+    computation in float32; by default ``strategy=plugin`` for a strategy and ``plugins=(plugin,)`` for another plugin.
     ``specimen`` names the model of ``nemo_dist.testing.tiny_models`` to train.
     """
 
@@ -47,7 +47,7 @@ class PluginConformance:
 
     @property
     def plugin_type(self) -> Any:
-        """The class in the catalogue."""
+        """The registered plugin class."""
         return Registry().load(self.plugin)
 
     def selecting(self) -> dict[str, Any]:
@@ -58,7 +58,7 @@ class PluginConformance:
         return {"strategy": self.plugin} if is_strategy else {"plugins": (self.plugin,)}
 
     def test_the_catalogue_has_it_complete(self) -> None:
-        """The class has what ``nemo_dist.Plugin`` asks for, a docstring, and a config that names it."""
+        """The class has the attributes of ``nemo_dist.Plugin``, a docstring, and a config that names the plugin."""
         plugin = self.plugin_type(self.plugin_type.config_type())
 
         assert isinstance(plugin, Plugin)
@@ -66,12 +66,12 @@ class PluginConformance:
         assert self.plugin_type.config_type.plugin == self.plugin
 
     def test_it_is_hashed_by_identity(self) -> None:
-        """Pluggy hashes plugins, and two equal ones in two setups must not be one."""
+        """Two plugins with equal configs compare unequal, as pluggy hashes plugins and two setups may hold one each."""
         config = self.plugin_type.config_type()
         assert self.plugin_type(config) != self.plugin_type(config), "decorate it with @attrs.frozen(eq=False)"
 
     def test_its_config_is_an_unchanging_value(self) -> None:
-        """Ranks compare configs by their text, so equal configs must read the same and hold no address."""
+        """The config is immutable, and equal ones have equal reprs without addresses, as ranks compare them as text."""
         one, other = self.plugin_type.config_type(), self.plugin_type.config_type()
 
         assert one == other and repr(one) == repr(other)
@@ -81,17 +81,17 @@ class PluginConformance:
                 setattr(one, field.name, None)
 
     def test_its_hooks_keep_the_contract(self) -> None:
-        """No misspelled hook, no default on a hook argument, no order other than the stage."""
+        """The plugin has no misspelled hook, no default on a hook argument, and no order other than its stage."""
         PluginCalls([self.plugin_type(self.plugin_type.config_type())])
 
     def test_importing_it_does_not_import_torch(self) -> None:
-        """Planning for 16,384 ranks happens on machines and in processes that have no torch to spare."""
+        """Importing the plugin must not import torch, so that planning works in processes without it."""
         load = f"import sys; from nemo_dist import Registry; Registry().load({self.plugin!r})"
         code = f"{load}; sys.exit('torch' in sys.modules)"
         assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
     def test_it_judges_any_plan_without_raising(self) -> None:
-        """``validate`` returns sentences, the same ones each time, and raises nothing."""
+        """``validate`` returns the same sentences each time, for any plan, and raises nothing."""
         plugin = self.plugin_type(self.plugin_type.config_type())
         calls = PluginCalls([plugin])
 
@@ -108,12 +108,12 @@ class PluginConformance:
         judged_alike_each_time()
 
     def test_it_says_what_it_does(self) -> None:
-        """``explain`` names the plugin, so that a reader can tell who does what."""
+        """``explain`` starts with the plugin's name, so that a reader can tell which plugin does what."""
         setup = DistributedSetup.build(**self.selecting(), world_size=self.world)
         assert any(line.startswith(self.plugin) for line in setup.calls.explain(plan=setup.plan, model=None))
 
     def test_a_strategy_refuses_the_axes_it_does_not_compose_with(self) -> None:
-        """What is not declared is refused at build, in a sentence that names axis and strategy."""
+        """``build`` rejects an axis that the strategy does not declare; the error names the axis and its size."""
         if self.plugin_type.stage != Stage.DATA:
             return
         for axis in _MODEL_AXES:
@@ -124,9 +124,9 @@ class PluginConformance:
                 DistributedSetup.build(**options, world_size=4)
 
     def test_it_computes_what_one_process_computes(self, ranks: Callable[[int], Any]) -> None:
-        """Loss, every gradient, the clipped norm and the parameters after three AdamW steps."""
+        """Losses, gradients, unclipped norms and the parameters after three AdamW steps equal those of one process."""
         assert_equivalent(ranks(self.world), Task(specimen=self.specimen), **self.selecting())
 
     def test_it_accumulates_what_one_process_computes(self, ranks: Callable[[int], Any]) -> None:
-        """The same with three batches a step."""
+        """Training with gradient accumulation over three batches per step equals training on one process."""
         assert_equivalent(ranks(self.world), Task(specimen=self.specimen, accumulate=3), **self.selecting())

@@ -1,8 +1,8 @@
-"""The proof of a composition: train with it and on one process, and compare every number.
+"""Test a composition of plugins: train with it and on one process, and compare every number.
 
 ``reference`` trains plain transformers on one process on the whole batch; ``trained`` trains the same checkpoint on the
-ranks of a pool under a setup; ``differences`` says where the two part. Both clip the gradient norm and take AdamW
-steps.
+ranks of a pool under a setup; ``differences`` lists where the results differ. Both clip the gradient norm and take
+AdamW steps.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from nemo_dist.testing.tensors import rows_of_rank, whole
 from nemo_dist.testing.tiny_models import SPECIMENS
 from nemo_dist.training.runtime import Runtime
 
-# A denominator well above rounding noise: where a gradient is zero in exact arithmetic (the bias of a key), plain AdamW
-# would turn the noise into full steps, on one process as on many.
+# An eps well above rounding noise: where a gradient is zero in exact arithmetic (the bias of a key), AdamW would divide
+# the noise by itself and take full steps, on one process as on many.
 OPTIMIZER: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1, "eps": 1e-5}
 MAX_NORM = 0.5
 TOLERANCE = 1e-5
@@ -31,11 +31,11 @@ TOLERANCE = 1e-5
 
 @attrs.frozen(kw_only=True)
 class Task:
-    """What to train: a specimen of the zoo on global batches of ``rows`` x ``length`` tokens, ``accumulate`` a step.
+    """What to train: a tiny model on global batches of ``rows`` x ``length`` tokens, ``accumulate`` batches per step.
 
-    ``lr``, ``weight_decay`` and ``eps`` are AdamW's. Large steps of a small denominator multiply rounding errors until
-    one process in float32 is further from float64 than the tolerance; a larger ``eps`` keeps the comparison sharp.
-    ``frozen``: how the names of parameters begin that are not trained.
+    ``lr``, ``weight_decay`` and ``eps`` are AdamW's. A large ``lr`` with a small ``eps`` amplifies rounding errors
+    until one process in float32 differs from float64 by more than the tolerance; a larger ``eps`` keeps the comparison
+    strict. ``frozen``: prefixes of the names of parameters that are not trained.
     """
 
     specimen: str = "llama"
@@ -55,7 +55,7 @@ class Task:
         return {"lr": self.lr, "weight_decay": self.weight_decay, "eps": self.eps}
 
     def freeze(self, model: Any) -> None:
-        """Leave the ``frozen`` parameters of *model*, whole or in parts, as they are."""
+        """Turn off gradients of the ``frozen`` parameters of *model*, sharded or not."""
         for name, parameter in model.named_parameters():
             if name.startswith(self.frozen):
                 parameter.requires_grad_(False)
@@ -69,7 +69,7 @@ class Task:
 
 @attrs.frozen(kw_only=True)
 class Outcome:
-    """The numbers of a training: losses and norms per step, the first step's gradients, the final parameters."""
+    """The result of a training: losses and norms per step, the first step's gradients, the final parameters."""
 
     losses: Sequence[float]
     norms: Sequence[float]
@@ -87,7 +87,7 @@ def checkpoint(specimen: str, seed: int = 0) -> Path:
 
 @lru_cache(maxsize=64)
 def reference(task: Task) -> Outcome:
-    """Return what one process gets on the whole batch with plain transformers and torch, in float32."""
+    """Return the result of one process on the whole batch, with plain transformers and torch, in float32."""
     model = SPECIMENS[task.specimen].load.from_pretrained(checkpoint(task.specimen, task.seed), dtype=torch.float32)
     task.freeze(model)
     optimizer = torch.optim.AdamW(model.parameters(), **task.optimizer)
@@ -108,14 +108,14 @@ def reference(task: Task) -> Outcome:
 
 
 def train_on_rank(task: Task, folder: Path, options: Mapping[str, Any]) -> Outcome:
-    """Run on every rank: build the setup from *options*, load, train, and return this rank's view of all numbers."""
+    """Build the setup from *options*, load, train, and return this rank's result; called on every rank."""
     setup = DistributedSetup.build(**options)
     model = SPECIMENS[task.specimen].load.from_pretrained(folder, distributed_setup=setup, dtype=torch.float32)
     return train(task, setup, model)
 
 
 def train(task: Task, setup: DistributedSetup, model: Any) -> Outcome:
-    """Train *model*, loaded for *setup*, on this rank, and return this rank's view of all numbers."""
+    """Train *model*, which was loaded for *setup*, and return this rank's result; called on every rank."""
     task.freeze(model)
     runtime = setup.runtime(model)
     optimizer = runtime.optimizer(torch.optim.AdamW, **task.optimizer)
@@ -141,7 +141,7 @@ def trained(pool: Any, task: Task, **options: Any) -> Outcome:
 
 
 def merged(outcomes: Sequence[Outcome]) -> Outcome:
-    """Return one outcome for all ranks; what two ranks both hold must be bit-equal."""
+    """Merge the results of all ranks; raise AssertionError where a value on two ranks is not bit-equal."""
     for field in ("losses", "norms"):
         values = [getattr(outcome, field) for outcome in outcomes]
         assert all(value == values[0] for value in values), f"{field} differ between ranks: {values}"
@@ -155,7 +155,7 @@ def merged(outcomes: Sequence[Outcome]) -> Outcome:
 
 
 def differences(found: Outcome, expected: Outcome, tolerance: float = TOLERANCE) -> list[str]:
-    """Say where *found* and *expected* differ by more than *tolerance*, relative to the expected norm."""
+    """Return a line for each difference of *found* from *expected* above *tolerance*, relative to the expected norm."""
     lines = []
     for field in ("losses", "norms"):
         for step, (a, b) in enumerate(zip(getattr(found, field), getattr(expected, field), strict=True)):
@@ -172,7 +172,7 @@ def _tensor_differences(
     missing = sorted(expected.keys() - found.keys())
     extra = sorted(found.keys() - expected.keys())
     lines = [f"{field}: missing {missing}"] * bool(missing) + [f"{field}: unexpected {extra}"] * bool(extra)
-    # A tensor that is zero in exact arithmetic has no norm to compare with: judge it by the largest of its kind.
+    # A tensor that is zero in exact arithmetic has only noise as its norm: compare with the largest tensor instead.
     floor = max((tensor.norm().item() for tensor in expected.values()), default=0.0) * 1e-3
     for name in sorted(expected.keys() & found.keys()):
         a, b = found[name].double(), expected[name].double()
@@ -186,12 +186,12 @@ def _tensor_differences(
 
 
 def assert_equivalent(pool: Any, task: Task, **options: Any) -> None:
-    """Assert that training *task* under ``DistributedSetup.build(**options)`` is training it on one process."""
+    """Assert that training *task* under ``DistributedSetup.build(**options)`` gives the result of one process."""
     found = differences(trained(pool, task, **options), reference(task))
     assert not found, "not what one process computes:\n" + "\n".join(found)
 
 
 def _whole(runtime: Runtime, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the whole tensors of *state*, by way of the canonical state: a strategy may cut them in its own way."""
+    """Return the whole tensors of *state*, by way of the canonical state, as a strategy may have its own layout."""
     runtime.sharded.calls.export_state(state=state, parts=list(runtime.parts), mesh=runtime.mesh)
     return {name: whole(tensor) for name, tensor in state.items()}

@@ -1,4 +1,4 @@
-"""What a pool says when ranks fail, die or hang: the culprit first, then the rest in a line each."""
+"""The error of a pool whose ranks fail, die or hang: the root cause first, then one line for each other rank."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _LONGEST = 4000  # characters of a rank's output
 
 
 class RankFailure(RankError):
-    """A call failed on some ranks; ``failures`` maps each of them to its traceback or stacks, the culprit first."""
+    """A call failed on some ranks; ``failures`` maps each to its traceback or stacks, the root cause first."""
 
     def __init__(self, message: str, failures: dict[int, str]) -> None:
         self.failures = failures
@@ -21,7 +21,7 @@ class RankFailure(RankError):
 
 
 def failure(failed: Mapping[int, Reply], hanging: Sequence[int], what: str, outputs: Mapping[int, Path]) -> RankFailure:
-    """Report that *what* raised, or its process died, on the ranks *failed* while *hanging* still ran."""
+    """Return the error for *what* that raised, or whose process died, on ranks *failed*, while *hanging* still ran."""
     order = sorted(failed, key=lambda rank: (lost_a_peer(failed[rank].error), failed[rank].at))
     first, others = order[0], order[1:]
     lines = [f"rank {first} of {len(outputs)} failed in {what}", "", failed[first].failure.rstrip()]
@@ -35,7 +35,7 @@ def failure(failed: Mapping[int, Reply], hanging: Sequence[int], what: str, outp
 
 
 def hang(stacks: Mapping[int, str], limit: float, what: str, outputs: Mapping[int, Path]) -> RankFailure:
-    """Report that the ranks of *stacks* did not return from *what* within *limit* seconds."""
+    """Return the error for ranks that did not return from *what* within *limit* seconds; *stacks* are theirs."""
     hanging = sorted(stacks)
     lines = [f"{_names(hanging)} of {len(outputs)} did not return from {what} within {limit:g} s"]
     for rank in hanging:
@@ -45,7 +45,7 @@ def hang(stacks: Mapping[int, str], limit: float, what: str, outputs: Mapping[in
 
 
 def output(outputs: Mapping[int, Path]) -> list[str]:
-    """Return the end of what each rank printed, in lines; nothing for a silent rank."""
+    """Return the last output of each rank, as lines; nothing for a rank without output."""
     lines: list[str] = []
     for rank, path in outputs.items():
         if text := read(path).rstrip():

@@ -1,10 +1,10 @@
-"""Stand in for the few calls of ``torch.cuda`` that Megatron-FSDP makes, so that it runs on gloo ranks. Tests only.
+"""Replace the few ``torch.cuda`` calls that Megatron-FSDP makes, so that it runs on gloo ranks; for tests only.
 
-The package orders its communication by CUDA streams and asks for the current device; its arithmetic and its collectives
-are plain torch. On the CPU everything happens in program order but for its asynchronous gathers, which gloo runs on
-threads of its own: nothing would order those and the buffers that the package reuses, as streams do on CUDA. So gathers
-are finished where they are started, and streams and events that do nothing are exact. What this cannot show is a
-missing wait between streams; that takes a GPU.
+The package orders its communication with CUDA streams and queries the current device; its arithmetic and collectives
+are plain torch. On the CPU everything runs in program order except its asynchronous all-gathers, which gloo runs on
+threads of its own, and no stream would order them with the reuse of buffers. So collectives are waited for where they
+are started, and then streams and events that do nothing are correct. This cannot detect a missing wait between streams;
+that takes a GPU.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from nemo_dist.testing.remote_call import Reference
 
 
 class _Device(str):
-    """The CPU where memory is taken on it, and the number 0 where it becomes part of a device's name."""
+    """The CPU's device: "cpu" where a tensor is created on it, "0" where it is formatted into a device name."""
 
     def __format__(self, spec: str) -> str:
         return "0"
@@ -29,15 +29,15 @@ class _Device(str):
 
 class _Event:
     def wait(self, stream: Any = None) -> None:
-        """Return at once: what was recorded before has happened."""
+        """Return at once, as the recorded work is done."""
 
 
 class _Stream:
     def wait_stream(self, stream: Any) -> None:
-        """Return at once: on the CPU the other stream's work is done."""
+        """Return at once, as on the CPU the other stream's work is done."""
 
     def record_event(self, event: Any = None) -> _Event:
-        """Return an event that has happened."""
+        """Return an event whose work is done."""
         return _Event()
 
 
@@ -47,7 +47,7 @@ def _inside(stream: Any) -> AbstractContextManager[None]:
 
 @contextmanager
 def _finished(group: Any, device: Any = None, async_ops: bool = False) -> Iterator[_Event]:
-    """Run the collectives that are started within the context together, and wait for them, asynchronous or not."""
+    """Coalesce the collectives that are started within the context, and wait for them, asynchronous or not."""
     with torch.distributed._coalescing_manager(group, device):
         yield _Event()
 
@@ -56,7 +56,8 @@ def _finished(group: Any, device: Any = None, async_ops: bool = False) -> Iterat
 def cuda_calls() -> Iterator[None]:
     """Within the context, replace ``torch.cuda``'s current_device, Stream, stream, current_stream and synchronize.
 
-    And ``Tensor.cuda``, which the package calls on one small CPU tensor, and the package's way to group collectives.
+    Also replaced are ``Tensor.cuda``, which the package calls on one small CPU tensor, and its coalescing of
+    collectives.
     """
     import megatron_fsdp.param_and_grad_buffer as buffers  # an extra, so not at the top
 

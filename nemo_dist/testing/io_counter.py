@@ -1,4 +1,4 @@
-"""Count the bytes of tensor data that are read from safetensors files."""
+"""Count the bytes of tensor data that are read from safetensors files in this process."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import torch
 
 
 class BytesRead:
-    """Within the context, ``bytes`` grows by the size of every slice that is taken from an open safetensors file.
+    """Within the context, ``bytes`` grows by the size of every tensor or slice read from an open safetensors file.
 
-    Headers are not counted. Every module that imported ``safe_open`` by name is watched too.
+    Headers are not counted. ``safe_open`` is replaced in every module that imported it by name.
     """
 
     def __init__(self) -> None:

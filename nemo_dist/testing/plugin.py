@@ -1,4 +1,4 @@
-"""The pytest plugin: ranks as fixtures, and the ``gpu`` marker; torch is imported only by what asks for it."""
+"""The pytest plugin: fixtures that run functions on ranks, and the ``gpu`` marker; imports torch only when needed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Register the marker."""
+    """Register the ``gpu`` marker."""
     config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped, with the reason, where there is none")
 
 
@@ -31,7 +31,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def rank_pools() -> Iterator[RankPools]:
-    """Give the session's pools of gloo ranks, one per world size, started on demand."""
+    """Provide the session's pools of gloo ranks, one per world size, started on demand."""
     from nemo_dist.testing.pool import RankPools
 
     pools = RankPools()
@@ -41,13 +41,13 @@ def rank_pools() -> Iterator[RankPools]:
 
 @pytest.fixture(scope="session")
 def ranks(rank_pools: RankPools) -> Callable[[int], RankPool]:
-    """Give ``ranks(world_size).run(function, ...)``; session-scoped, so that Hypothesis tests may use it."""
+    """Provide ``ranks(world_size).run(function, ...)``; session-scoped, so that Hypothesis tests may use it."""
     return rank_pools
 
 
 @pytest.fixture(scope="session")
 def on_ranks(rank_pools: RankPools) -> Callable[..., list[Any]]:
-    """Give ``on_ranks(world_size, function, ...)``, the results in rank order."""
+    """Provide ``on_ranks(world_size, function, ...)``, which returns the results in rank order."""
 
     def run(world_size: int, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> list[Any]:
         __tracebackhide__ = True

@@ -1,4 +1,4 @@
-"""A pool of gloo ranks that live for a whole test session and run the functions they are sent."""
+"""A pool of gloo ranks that live for a whole test session and run the functions that are sent to them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from nemo_dist.testing.remote_call import Call, Reference, Reply
 from nemo_dist.testing.temp_folders import scratch
 from nemo_dist.testing.worker import THREADS, Seat, serve
 
-# Imported once, in the server that the ranks are forked from.
+# Imported once, in the server process from which the ranks are forked.
 _PRELOAD = (
     "torch",
     "torch.distributed.fsdp",
@@ -42,7 +42,7 @@ _PRELOAD = (
 )
 _START_TIMEOUT = 120.0
 _GRACE = 2.0  # seconds that the other ranks get to report after the first failure
-_MOST_FILES = 400  # open files of a rank, above which its pool is replaced: process groups are never given back
+_MOST_FILES = 400  # open files of a rank above which its pool is replaced, as some process groups are never destroyed
 
 
 @attrs.define(eq=False)
@@ -52,7 +52,7 @@ class _Rank:
     connection: connection.Connection
 
     def receive(self) -> Reply:
-        """Read the answer that is due, or say how the process died."""
+        """Read the reply that is due, or return one that describes how the process died."""
         try:
             if self.connection.poll():
                 reply: Reply = pickle.loads(self.connection.recv_bytes())
@@ -65,7 +65,7 @@ class _Rank:
         return Reply(error=end, failure=f"{end}\n{stacks}" if stacks else end)
 
     def dump(self) -> str:
-        """Return the stacks of every thread, also those stuck inside a collective."""
+        """Return the stacks of all threads of the rank, even of one that is stuck inside a collective."""
         if self.process.pid is not None and self.process.is_alive():
             os.kill(self.process.pid, signal.SIGUSR1)
             for _ in range(20):
@@ -104,9 +104,9 @@ class RankPool:
         """Call *function* with the same arguments on every rank, or on *ranks*, and return the results in rank order.
 
         The function must be defined at the top of a module; arguments and results are pickled, plain CPU tensors
-        included. Every call starts with seed 0. Nothing else that a call leaves behind is kept for sure: ranks are
+        included. Every call starts with random seed 0. Do not rely on other state of a previous call: ranks are
         replaced after a failure, and when they hold too many process groups. Raises :class:`RankFailure` with the
-        traceback of the rank that failed first, or with every hanging rank's stacks after *timeout* seconds.
+        traceback of the rank that failed first, or with the stacks of every hanging rank after *timeout* seconds.
         """
         __tracebackhide__ = True
         chosen = list(range(self.world_size)) if ranks is None else self._checked(ranks)
@@ -158,7 +158,7 @@ class RankPool:
         try:
             yield
         except BaseException:
-            # Whoever is left may wait in a collective for ever, and the group is out of step: start anew.
+            # The other ranks may wait in a collective for ever, and ranks are out of step: start new ones.
             self.close()
             raise
 
@@ -211,7 +211,7 @@ class RankPool:
         return replies
 
     def _ready(self, ranks: list[int], timeout: float) -> set[int]:
-        """Return which of *ranks* answered or died within *timeout* seconds."""
+        """Return those of *ranks* that replied or died within *timeout* seconds."""
         owners: dict[Any, int] = {}
         for rank in ranks:
             owners[self._ranks[rank].connection] = rank
@@ -223,9 +223,9 @@ class RankPool:
 
 
 class RankPools:
-    """Pools by world size, started on demand; at most *limit* are alive, as ranks hold memory and share the cores.
+    """Pools by world size, started on demand; at most *limit* run at a time, as ranks take memory and share cores.
 
-    ``pools(4).run(function, ...)``; *timeout* and *collective_timeout*, in seconds, are those of the pools.
+    ``pools(4).run(function, ...)``; *timeout* and *collective_timeout*, in seconds, are those of each pool.
     """
 
     def __init__(self, limit: int = 2, *, timeout: float = 120.0, collective_timeout: float = 60.0) -> None:
@@ -235,7 +235,7 @@ class RankPools:
         self._pools: OrderedDict[int, RankPool] = OrderedDict()
 
     def __call__(self, world_size: int) -> RankPool:
-        """Return the pool of *world_size* ranks, and close the least recently used ones above the limit."""
+        """Return the pool of *world_size* ranks; above the limit, close the least recently used pools."""
         if world_size not in self._pools:
             pool = RankPool(world_size, timeout=self.timeout, collective_timeout=self.collective_timeout)
             self._pools[world_size] = pool
@@ -252,7 +252,7 @@ class RankPools:
 
 
 def _start_server() -> None:
-    """Start the server that ranks are forked from: torch and transformers imported, no thread started."""
+    """Start the server process that ranks are forked from: it imports torch and transformers, and starts no thread."""
     before = {name: os.environ.get(name) for name in THREADS}
     os.environ.update(THREADS)
     try:

@@ -1,4 +1,4 @@
-"""What travels between a pool and its ranks: a function by name, its arguments, and what became of them."""
+"""Messages between a pool and its ranks: a function by name, its arguments, and the result or failure."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Reference:
 
     @classmethod
     def to(cls, function: Callable[..., Any]) -> Reference:
-        """Refer to *function*; one that another process cannot find by name is a TypeError."""
+        """Return a reference to *function*; raise TypeError for one that another process cannot find by name."""
         module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
         if module is None or name is None or "<" in name:
             raise TypeError(
@@ -49,7 +49,7 @@ class Reference:
         except (ImportError, ValueError):
             spec = None
         if self.file is not None and (spec is None or spec.origin is None or not _same(spec.origin, self.file)):
-            # pytest's importlib mode gives test modules names that are not importable, or that are somebody else's.
+            # pytest's importlib mode gives test modules names that cannot be imported, or that other modules have.
             return _load(self.module, self.file)
         return importlib.import_module(self.module)
 
@@ -66,7 +66,7 @@ def _load(name: str, file: str) -> ModuleType:
     parts = name.split(".")
     for parent in (".".join(parts[:depth]) for depth in range(1, len(parts))):
         if parent not in sys.modules:
-            # pickle imports what stands before every dot; pytest puts the same empty parents in place.
+            # pickle imports every parent package of a dotted name; pytest creates the same empty parents.
             try:
                 importlib.import_module(parent)
             except ImportError:
@@ -78,7 +78,7 @@ def _load(name: str, file: str) -> ModuleType:
 
 @attrs.frozen(kw_only=True)
 class Call:
-    """One function call, ready to travel; *arguments* are pickled apart, as they may need the function's module."""
+    """One function call to send; *arguments* are pickled separately, as unpickling may need the function's module."""
 
     function: Reference
     arguments: bytes
@@ -87,7 +87,7 @@ class Call:
 
 @attrs.frozen(kw_only=True)
 class Reply:
-    """What became of a call on one rank: a pickled value, or the failure in words (whole, and its one line)."""
+    """The result of a call on one rank: a pickled value, or the failure as text (in full, and in one line)."""
 
     value: bytes = b""
     failure: str = ""

@@ -30,7 +30,7 @@ AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 
 @st.composite
 def worlds(draw: DrawFn, max_world: int = 512) -> int:
-    """Draw a number of ranks from 1 to *max_world*: mostly one with many factors, as real ones are."""
+    """Draw a number of ranks from 1 to *max_world*, mostly one with many small factors, as real world sizes have."""
     if draw(st.integers(0, 4)) == 4:
         return draw(st.integers(1, max_world))
     world = 1
@@ -42,7 +42,7 @@ def worlds(draw: DrawFn, max_world: int = 512) -> int:
 
 @st.composite
 def factorisations(draw: DrawFn, whole: int, parts: int) -> tuple[int, ...]:
-    """Draw *parts* sizes, at least 1 each, that multiply to *whole*: every prime factor goes to one of them."""
+    """Draw *parts* sizes, at least 1 each, whose product is *whole*: each prime factor is assigned to one of them."""
     sizes = [1] * parts
     for factor in _prime_factors(whole):
         sizes[draw(st.integers(0, parts - 1))] *= factor
@@ -63,9 +63,9 @@ def _prime_factors(whole: int) -> Iterator[int]:
 
 @st.composite
 def topologies(draw: DrawFn, max_world: int = 512, axes: Collection[str] = AXES) -> tuple[ParallelismSizes, int]:
-    """Draw sizes, and a number of ranks up to *max_world* that they fit; only the dense *axes* named are ever wide.
+    """Draw sizes and the number of ranks that they multiply to, up to *max_world*; only *axes* may be above 1.
 
-    ``dp_size`` and ``dp_replicate_size`` are left to be inferred where that means the same.
+    *axes* are names of dense axes. ``dp_size`` and ``dp_replicate_size`` are sometimes None where that means the same.
     """
     wide = [axis for axis in AXES if axis in axes]
     if not wide or len(wide) < len(set(axes)):
@@ -105,7 +105,7 @@ def own_axes(draw: DrawFn, sizes: ParallelismSizes, max_axes: int = 2, max_size:
 
 @st.composite
 def views(draw: DrawFn, dense: View, name: str = "view") -> View:
-    """Draw a view called *name* of the ranks of *dense*, which may share its leading axes and may flatten some."""
+    """Draw a view called *name* of the ranks of *dense*; it may share leading axes and may have flattened names."""
     shared = dense.axes[: draw(st.integers(0, len(dense.axes)))]
     rest = dense.size // math.prod(axis.size for axis in shared)
     fresh = draw(factorisations(rest, draw(st.integers(1, 3))))
@@ -122,7 +122,7 @@ def views(draw: DrawFn, dense: View, name: str = "view") -> View:
 def plans(
     draw: DrawFn, max_world: int = 512, axes: Collection[str] = AXES, max_views: int = 2, max_own: int = 0
 ) -> MeshPlan:
-    """Draw a plan with up to *max_views* views beside the dense one; only the dense *axes* named are ever wide.
+    """Draw a plan with up to *max_views* views besides the dense one; of the dense axes only *axes* may be above 1.
 
     With *max_own* it has up to as many axes of third parties besides, which multiply the ranks.
     """

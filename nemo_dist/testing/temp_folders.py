@@ -1,4 +1,4 @@
-"""Folders of a test session, which go when its process ends, or, where that was killed, when the next one starts."""
+"""Temporary folders of tests, removed when their process ends or, if that was killed, when the next one starts."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _OWNED = re.compile(_PREFIX + r"([0-9]+)_.*")
 
 
 def scratch(name: str) -> Path:
-    """Return a new folder that is called *name* and something; it is removed when this process ends."""
+    """Return a new folder whose name starts with *name*; it is removed when this process ends."""
     return Path(tempfile.mkdtemp(prefix=f"{name}-", dir=_root(os.getpid())))
 
 
 @lru_cache(maxsize=1)
 def _root(pid: int) -> Path:
-    """Return the folder of this process, under its number: a child of a fork makes its own."""
+    """Return the root folder of process *pid*; a forked child gets its own."""
     _sweep(Path(tempfile.gettempdir()))
     root = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{pid}_"))
     atexit.register(_remove, root, pid)
@@ -34,7 +34,7 @@ def _remove(root: Path, pid: int) -> None:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what processes left that were killed: those of this user that do not exist any more."""
+    """Remove the folders of processes that do not exist any more."""
     for entry in folder.glob(f"{_PREFIX}*"):
         owner = _OWNED.fullmatch(entry.name)
         if owner and not _exists(int(owner[1])):

@@ -1,4 +1,4 @@
-"""Look at sharded tensors and saved files as one process sees them, and take a rank's part of a batch."""
+"""Gather sharded tensors, read saved weights, and slice the batch of a rank."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return a copy on the CPU of all of *tensor*; all ranks of its mesh take part, as its shards are gathered."""
+    """Return a copy of the whole *tensor* on the CPU; for a DTensor, gather its shards, a collective on its mesh."""
     full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     return full.detach().clone().cpu()
 
@@ -26,5 +26,5 @@ def rows_of_rank(batch: Mapping[str, Tensor], runtime: Runtime) -> dict[str, Ten
 
 
 def saved_weights(folder: Path) -> dict[str, Tensor]:
-    """Return the tensors of all safetensors files in *folder*."""
+    """Return the tensors of all safetensors files in *folder*, by name."""
     return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}

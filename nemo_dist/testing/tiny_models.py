@@ -14,15 +14,15 @@ import nemo_dist
 
 _IGNORED = -100
 _VOCABULARY = 96
-_PATCHES = 4  # what the vision tower of the vision-language model makes of one image
+_PATCHES = 4  # image tokens per image in the vision-language model
 
 
 @attrs.frozen(kw_only=True)
 class Specimen:
-    """A tiny model: how to make its config, the name of its loader, and how to make a batch for it.
+    """A tiny model: how to make its config, the name of its loader class, and how to make a batch for it.
 
-    ``batch(rows, length, generator)`` returns tensors with *rows* rows; its labels are masked differently in every row.
-    ``edit`` changes the weights that were drawn.
+    ``batch(rows, length, generator)`` returns tensors with *rows* rows; labels per token are masked differently in
+    every row. ``edit`` changes the initial weights.
     """
 
     name: str
@@ -33,11 +33,11 @@ class Specimen:
 
     @property
     def load(self) -> Any:
-        """The ``NeMoAutoModelFor*`` class."""
+        """The ``NeMoAutoModelFor*`` class that loads it."""
         return getattr(nemo_dist, self.loader)
 
     def make(self, seed: int = 0) -> Any:
-        """Return the model with seeded float32 weights, on one process; biases and norms are drawn too, not 0 and 1."""
+        """Return the unsharded model with seeded float32 weights, with noise on 1-D parameters (biases, norms)."""
         torch.manual_seed(seed)
         model = self.load.from_config(self.config(), dtype=torch.float32)
         with torch.no_grad():
@@ -72,7 +72,7 @@ def _qwen3(**more: Any) -> Callable[[], Any]:
 
 
 def _odd() -> Any:
-    """Sizes that hardly anything divides: vocabulary, width, 6 query heads over 3 key heads; biases everywhere."""
+    """Return a config with sizes that few numbers divide: vocabulary, width, 6 query and 3 key heads; with biases."""
     odd = {"vocab_size": 101, "hidden_size": 36, "intermediate_size": 57, "attention_bias": True, "mlp_bias": True}
     return transformers.LlamaConfig(**_text(**odd, num_attention_heads=6, num_key_value_heads=3, head_dim=6))
 
@@ -82,7 +82,7 @@ def _phi3(**more: Any) -> Callable[[], Any]:
 
 
 def _gemma3() -> Any:
-    """A scaled embedding, q/k norms, norms after attention and feed-forward too, sliding layers, tied."""
+    """Return a config with a scaled embedding, q/k norms, post-norms, sliding windows and tied embeddings."""
     return transformers.Gemma3TextConfig(**_text(head_dim=8, sliding_window=8, layer_types=_gemma3_layers()))
 
 
@@ -114,7 +114,7 @@ def _qwen3_moe(**more: Any) -> Callable[[], Any]:
 
 
 def _tie_routers(model: Any) -> None:
-    """Let all experts be equally likely, so that all tokens go to the ones that break ties."""
+    """Make all experts equally likely, so that every token is routed to the experts that win ties."""
     for name, parameter in model.named_parameters():
         if name.endswith("mlp.gate.weight"):
             parameter.copy_(parameter[:1].expand_as(parameter))
@@ -173,7 +173,7 @@ def _tokens(rows: int, length: int, generator: torch.Generator) -> Tensor:
 
 
 def _uneven(labels: Tensor, generator: torch.Generator) -> Tensor:
-    """Mask a different share of every row's labels; the first row keeps none, so a rank may have nothing to learn."""
+    """Mask a different share of the labels in every row, all of them in the first, so a rank may have no labels."""
     shares = torch.linspace(1.0, 0.1, len(labels)).unsqueeze(1)
     return torch.where(torch.rand(labels.shape, generator=generator) < shares, _IGNORED, labels)
 
@@ -210,7 +210,7 @@ def _left_padded(rows: int, length: int, generator: torch.Generator) -> dict[str
 
 
 def _packed(rows: int, length: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """Pack several sequences into every row, each cut elsewhere: positions restart, and no mask says so.
+    """Pack several sequences into every row, at different places: positions restart, and there is no mask.
 
     transformers keeps them apart only where the forward makes no cache, so their configs say ``use_cache=False``.
     """
@@ -241,7 +241,7 @@ SPECIMENS: dict[str, Specimen] = {
     for specimen in (
         Specimen(name="llama", loader=_CAUSAL, config=_llama(), batch=_causal),
         Specimen(name="llama-tied", loader=_CAUSAL, config=_llama(tie_word_embeddings=True), batch=_causal),
-        # Enough heads for 8 tensor-parallel ranks: with as many key heads, with fewer, and with q/k norms.
+        # Enough heads for 8 tensor-parallel ranks: with 8 key heads, with fewer, and with q/k norms.
         Specimen(
             name="llama-heads",
             loader=_CAUSAL,

@@ -1,4 +1,4 @@
-"""One rank of a pool: take a function, run it, send back what it returned or how it failed."""
+"""A rank of a pool: receive a function, run it, and send back its result or its failure."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ THREADS: Mapping[str, str] = dict.fromkeys(
 
 @attrs.frozen(kw_only=True)
 class Seat:
-    """Where a rank sits: its number, its files, and the store it meets the others at; times in seconds."""
+    """What a rank needs to start: its number, its folder, and the store where ranks connect; times in seconds."""
 
     rank: int
     world_size: int
@@ -42,17 +42,17 @@ class Seat:
 
     @property
     def output(self) -> Path:
-        """The file that holds what this rank printed."""
+        """The file with the output of this rank."""
         return self.folder / f"rank{self.rank}.out"
 
     @property
     def stacks(self) -> Path:
-        """The file that gets this rank's stacks when it is asked for them, or crashes."""
+        """The file to which this rank's stacks are written on request, or when it crashes."""
         return self.folder / f"rank{self.rank}.stacks"
 
 
 def serve(seat: Seat, connection: Connection) -> None:
-    """Join the process group of *seat* and answer calls until the pool hangs up."""
+    """Join the process group and answer calls until the pool closes the connection."""
     _settle(seat)
     try:
         _join(seat)
@@ -64,7 +64,7 @@ def serve(seat: Seat, connection: Connection) -> None:
         try:
             call: Call = pickle.loads(connection.recv_bytes())
         except (EOFError, OSError):
-            # No orderly shutdown: peers may be gone, and destroying a process group waits for them.
+            # Exit without cleanup: destroying a process group waits for peers, which may be gone.
             os._exit(0)
         for stream in (1, 2):
             os.ftruncate(stream, 0)
@@ -72,14 +72,14 @@ def serve(seat: Seat, connection: Connection) -> None:
 
 
 def _settle(seat: Seat) -> None:
-    """Make this process a rank: environment, captured output, stacks on demand."""
+    """Prepare this process as a rank: environment, captured output, stacks on request."""
     rank, size = str(seat.rank), str(seat.world_size)
     os.environ.update(THREADS, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=size, LOCAL_WORLD_SIZE=size)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(seat.port), TOKENIZERS_PARALLELISM="false")
     if sys.platform == "linux":
         # Otherwise gloo resolves the host's name, which many containers cannot.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    # Ranks are killed in the end and clean nothing up: what they leave in the temporary folder goes with the pool's.
+    # Ranks are killed in the end and clean nothing up: their temporary files go into the folder that the pool removes.
     os.environ["TMPDIR"] = tempfile.tempdir = str(seat.folder)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the pool's to handle
     output = os.open(seat.output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -116,7 +116,7 @@ def _answer(call: Call) -> Reply:
         _seed()
         value = function(*arguments, **keywords)
         return Reply(value=_pickled(value), open_files=len(os.listdir("/dev/fd")))
-    except BaseException as error:  # SystemExit and pytest's outcomes too: the pool must hear of everything
+    except BaseException as error:  # SystemExit and pytest's outcomes too, so that the pool reports every failure
         return _failure(error)
     finally:
         gc.collect()
@@ -125,24 +125,25 @@ def _answer(call: Call) -> Reply:
 
 
 def _give_groups_back() -> None:
-    """Destroy the process groups of earlier calls, now that every rank has answered those.
+    """Destroy the process groups of earlier calls, which every rank has finished by now.
 
-    Each has a thread that wakes a hundred times a second, which adds up to more than the tests themselves. DTensor
-    remembers the results of operators with their meshes, and takes a mesh for an equal one of an earlier call.
+    Each group has a thread that wakes a hundred times a second, which costs more than the tests themselves. The
+    sharding cache of DTensor is cleared too: it would reuse results of a mesh of an earlier call for an equal new one.
     """
     import torch.distributed as dist
     from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
     names = dist.distributed_c10d._world.pg_names
     for group, name in list(names.items()):
-        # The whole world's stays. So do those with a hashed name: it would be given again, and the store remembers it.
+        # The default group stays, and so do groups with a hashed name: the name would be used again, while the store
+        # still has the keys of the destroyed group.
         if group is not dist.group.WORLD and name.isdigit():
             dist.destroy_process_group(group)
     _clear_sharding_prop_cache()
 
 
 def _seed() -> None:
-    """Start every call from the same random state, so that a test's numbers do not depend on the tests before it."""
+    """Set the same random seeds before every call, so that a test's numbers do not depend on earlier tests."""
     import torch
 
     random.seed(0)
@@ -165,7 +166,7 @@ def _failure(error: BaseException) -> Reply:
     at = time.time()
     frames = error.__traceback__
     while frames is not None and frames.tb_frame.f_code.co_filename == __file__ and frames.tb_next is not None:
-        frames = frames.tb_next  # this module's own frames only hide the culprit's
+        frames = frames.tb_next  # skip the frames of this module, which only hide those of the function
     text = "".join(traceback.format_exception(type(error), error, frames))
     line = "".join(traceback.format_exception_only(error)).strip()
     return Reply(failure=text, error=line or type(error).__name__, at=at)

@@ -1,7 +1,7 @@
-"""Ranks that work on one batch together must have been given the same one: checked once, on the first step.
+"""Check that ranks of one data-parallel coordinate got the same batch, once, on the first step.
 
-Ranks with batches of their own may only have to run the same modules: that is checked in the sum of the label counts,
-which every step needs anyway, so it costs no collective.
+Ranks with different batches may still have to run the same modules. That is checked with numbers that are summed along
+with the label counts, in the all-reduce that every step needs anyway.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 
 @attrs.define(eq=False)
 class BatchCheck:
-    """Compare the batches of the first step; later ones come from the same loader, so they cost nothing."""
+    """Compares the batches of the first step only: later ones come from the same loader."""
 
     done: bool = False
 
     def once(self, batches: Sequence[Batch], mesh: MeshContext) -> None:
-        """Raise RankError on every rank when ranks with one data-parallel place got different *batches*.
+        """Raise RankError on every rank when ranks of one data-parallel coordinate got different *batches*.
 
-        Collective over the whole mesh on the first call: three numbers per rank.
+        On the first call it all-gathers three int64 per rank over the mesh; later calls do nothing.
         """
         if self.done or mesh.device_mesh is None or mesh.device_mesh.size() == mesh.size(Role.BATCH):
             return
@@ -48,12 +48,12 @@ class BatchCheck:
             )
 
 
-# Floating-point inputs of a language model itself; any other is read by a tower that runs only when it is given.
+# Floating-point inputs of the language model itself; any other one goes to a tower that runs only when it is given.
 _OWN = frozenset({"attention_mask", "inputs_embeds", "labels", "shift_labels"})
 
 
 def form(batches: Sequence[Batch]) -> str:
-    """Describe which modules *batches* make a model run: how many there are, and which towers' inputs each has."""
+    """Return as text which modules *batches* run: the tower inputs of each batch, in order."""
     media = [
         sorted(n for n, v in batch.items() if n not in _OWN and isinstance(v, Tensor) and v.is_floating_point())
         for batch in batches
@@ -62,7 +62,10 @@ def form(batches: Sequence[Batch]) -> str:
 
 
 def tally(count: Tensor, batches: Sequence[Batch]) -> Tensor:
-    """Return integers whose sum over ranks holds the sum of *count* and whether the forms of *batches* are all one."""
+    """Return four integers per rank; their sums give the sum of *count* and whether all ranks have the same ``form``.
+
+    They are the count, 1, and a 16-bit hash of the form and its square, from whose sums the variance follows.
+    """
     code = int.from_bytes(hashlib.blake2b(form(batches).encode(), digest_size=2).digest(), "big")
     numbers = torch.tensor([0, 1, code, code * code], device=count.device)
     numbers[0] = count
@@ -70,9 +73,9 @@ def tally(count: Tensor, batches: Sequence[Batch]) -> Tensor:
 
 
 def require_one_form(sums: Tensor, batches: Sequence[Batch]) -> None:
-    """Raise RankError when *sums*, of the tallies of all ranks, say that some would run other modules than this one."""
+    """Raise RankError when the summed ``tally`` of all ranks shows that their batches run different modules."""
     _, ranks, total, squares = sums.tolist()
-    if ranks * squares != total * total:  # the variance of the codes
+    if ranks * squares != total * total:  # the variance of the hashes is not 0
         raise RankError(
             f"the batches of different data-parallel ranks make them run different modules, so they would wait for "
             f"each other for ever; this rank was given: {form(batches)}. Give every rank equally many batches and, in "
@@ -81,7 +84,10 @@ def require_one_form(sums: Tensor, batches: Sequence[Batch]) -> None:
 
 
 def digest(batches: Sequence[Batch]) -> int:
-    """Return a number of 64 bits that differs when any name, dtype, shape or value in *batches* does."""
+    """Return a 64-bit hash of the names, dtypes, shapes and values in *batches*.
+
+    Of a value that is neither a tensor nor None, a bool, a number or text, only the type counts.
+    """
     state = hashlib.blake2b(digest_size=8)
     for index, batch in enumerate(batches):
         for name, value in sorted(batch.items()):
@@ -95,7 +101,7 @@ def digest(batches: Sequence[Batch]) -> int:
 
 
 def _everywhere(mine: list[int], mesh: MeshContext) -> list[list[int]]:
-    """Return what every rank of the mesh brought: gathered along one axis after the other, so each axis is one hop."""
+    """Return the numbers of every rank of the mesh, all-gathered along one axis after the other."""
     rows = torch.tensor([mine], dtype=torch.int64, device=mesh.device)
     for axis in (mesh.device_mesh and mesh.device_mesh.mesh_dim_names) or ():
         group = mesh.group(axis)
@@ -108,7 +114,7 @@ def _everywhere(mine: list[int], mesh: MeshContext) -> list[list[int]]:
 
 
 def _differences(rows: list[list[int]]) -> list[str]:
-    """Say, for every data-parallel place, which ranks differ from most of the ranks that share it."""
+    """Return one line per data-parallel coordinate whose ranks differ: which ranks, and from which."""
     shared: dict[int, dict[int, int]] = {}
     for rank, place, value in sorted(rows):
         shared.setdefault(place, {})[rank] = value

@@ -1,4 +1,4 @@
-"""Norms and parameter groups of tensors that live on different meshes, which torch does not mix."""
+"""Gradient norms and parameter groups of tensors on different device meshes, which torch's operators do not mix."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nemo_dist.mesh.mesh_context import MeshContext
 
 
 def by_mesh(tensors: Iterable[Any]) -> dict[Any, list[Any]]:
-    """Group tensors by the mesh they live on; plain tensors are one group."""
+    """Group tensors by device mesh; plain tensors are one group, under None."""
     groups: dict[Any, list[Any]] = {}
     for tensor in tensors:
         groups.setdefault(tensor.device_mesh if isinstance(tensor, DTensor) else None, []).append(tensor)
@@ -23,16 +23,17 @@ def by_mesh(tensors: Iterable[Any]) -> dict[Any, list[Any]]:
 
 
 def one_mesh_per_group(params: Iterable[Any]) -> list[dict[str, Any]]:
-    """Split parameter groups by mesh, because torch's fused loops refuse to mix them."""
+    """Split parameter groups by device mesh, as torch's fused and foreach optimizers do not accept mixed ones."""
     listed = list(params)
     groups = listed if listed and isinstance(listed[0], dict) else [{"params": listed}]
     return [{**group, "params": members} for group in groups for members in by_mesh(list(group["params"])).values()]
 
 
 def global_norm(grads: Iterable[Tensor], norm_type: float, axes: Iterable[str], mesh: MeshContext) -> Tensor:
-    """Combine the norms of the gradients of each mesh; a DTensor's norm is already that of the whole tensor.
+    """Return the norm of all gradients, across all meshes and *axes*: a 0-dim float32 tensor; collective.
 
-    ``axes`` are those along which ranks hold different parameters, so that every one of them takes part.
+    ``axes`` are those along which ranks hold different parameters; the norm is all-reduced over each of them. The norm
+    of a DTensor is that of the whole tensor.
     """
     norms = [_plain(get_total_norm(group, norm_type)) for group in by_mesh(grads).values()]
     local = torch.stack([norm.float().to(mesh.device) for norm in norms]) if norms else torch.zeros(1).to(mesh.device)

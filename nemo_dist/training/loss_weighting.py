@@ -1,7 +1,7 @@
-"""Count the labels that a model's mean loss is a mean over, and refuse a model whose loss is something else.
+"""Count the labels that a model's loss is the mean over, and reject a model whose loss is anything else.
 
-What a forward makes of its loss is judged by the names in its code, because every model writes that by itself: one that
-adds a term, or takes a mean of its own, would be weighted by its labels all the same, and silently be wrong.
+Losses are weighted by their label counts, which is silently wrong for a model that adds a term to its loss or takes
+another mean. Every model computes its loss in its own forward, so that is judged by the names in the forward's code.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ if TYPE_CHECKING:
 
 _PER_LABEL = ("ForMaskedLM", "ForTokenClassification", "ForSequenceClassification")
 _REDUCTIONS = ("num_items_in_batch", "ignore_index")  # what transformers' losses take besides labels
-# Names in the code of forwards whose loss is a plain mean over labels. A next-token loss of transformers.loss shifts
-# them; that of a forward which calls torch's cross entropy itself mostly does not.
+# Names in the code of forwards whose loss is a plain mean over labels. A next-token loss from transformers.loss shifts
+# the labels; a forward that calls torch's cross entropy itself mostly does not.
 _MEANS = {"loss", "loss_function"}
 _CLASSIFIERS = _MEANS | {"loss_fct", "loss_fn", "CrossEntropyLoss", "MSELoss", "BCEWithLogitsLoss"}
 _ROUTERS = {"aux_loss", "load_balancing_loss_func", "router_aux_loss_coef", "aux_loss_coef"}
 _LOGITS = {"z_loss", "z_loss_coefficient"}  # a mean over all tokens, labels or not
-_MASKED = "bbox_first_token_mask"  # leaves labels out of the mean without marking them
+_MASKED = "bbox_first_token_mask"  # leaves labels out of the mean that are not -100
 
 
 def judge_loss(model: Any, routers_known: bool) -> None:
-    """Raise ValueError when the forward of *model* makes its loss in a way that is not known to be a mean over labels.
+    """Raise ValueError when the forward of *model* computes a loss that is not known to be a mean over labels.
 
-    ``routers_known``: the load balancing loss of its routers, if it adds one, is taken care of. A model whose type of
-    loss is unknown passes; ``count_labels`` will refuse its batches.
+    ``routers_known``: whether the load balancing loss of its routers, if it adds one, is handled elsewhere. A model
+    whose kind of loss is unknown passes; ``count_labels`` raises for its batches.
     """
     kind, names = getattr(model, "loss_type", None), _loss_names(model)
     if predicts_next_token(model):
@@ -56,7 +56,7 @@ def judge_loss(model: Any, routers_known: bool) -> None:
 
 
 def _loss_names(model: Any) -> set[str]:
-    """Return the names with a loss in them, of the nearest forward of *model*'s classes that has any."""
+    """Return the names of losses and loss masks in the code of the first forward, in MRO order, that has any."""
     for kind in type(model).__mro__:
         forward = vars(kind).get("forward")
         code = getattr(inspect.unwrap(forward), "__code__", None) if forward else None
@@ -68,12 +68,12 @@ def _loss_names(model: Any) -> set[str]:
 
 
 def count_labels(model: nn.Module, batch: Batch) -> Tensor:
-    """Return how many labels of *batch* count in the loss of *model*: a 0-dim float32 tensor on the labels' device.
+    """Return how many labels of *batch* the loss of *model* averages: a 0-dim float32 tensor on the labels' device.
 
     Next-token losses leave out the first label of a sequence unless ``shift_labels`` are given; labels of -100 never
     count; float labels (regression, multi-label classification) all do, element by element. This is how
-    ``transformers.loss`` averages. Raises ValueError for a batch without labels, or a model whose loss is none of
-    these.
+    ``transformers.loss`` averages. Raises ValueError for a batch without labels or with an argument that changes the
+    mean, and for a model whose loss is none of these.
     """
     for name in _REDUCTIONS:
         if batch.get(name) is not None:

@@ -1,6 +1,6 @@
-"""Parameters that came to a model after it was loaded, as PEFT's adapters do: no strategy knows of them.
+"""Train parameters that were added to a model after loading, such as PEFT adapters, which no strategy shards.
 
-They are small, so they stay whole on every rank; only their gradients need a collective.
+They are small, so every rank keeps them whole; only their gradients are all-reduced.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from nemo_dist.plugin.protocol import Plugin
 from nemo_dist.plugin.registry import Registry
 from nemo_dist.torch_private import run_after_backward
 
-FEATURE = "adapters"  # what a strategy lists in ``composes_with`` when it is proven with them
+FEATURE = "adapters"  # what a strategy lists in ``composes_with`` when it is tested with them
 _LOADED = "loaded_by_nemo_dist"
 
 
 def mark_loaded(parts: Iterable[nn.Module]) -> None:
-    """Mark the parameters of *parts*, so that those added later can be told from them."""
+    """Mark the parameters of *parts* as loaded, to distinguish them from parameters that are added later."""
     for part in parts:
         for parameter in part.parameters():
             setattr(parameter, _LOADED, True)
 
 
 def refuse_prompts(part: nn.Module) -> None:
-    """Raise ValueError for adapters that lengthen the sequence, because a loss is then a mean over more labels."""
+    """Raise ValueError for prompt-learning adapters, which add tokens, so that the loss averages over more labels."""
     config: Any = getattr(part, "active_peft_config", None)
     if getattr(config, "is_prompt_learning", False):
         raise ValueError(
@@ -44,10 +44,11 @@ def refuse_prompts(part: nn.Module) -> None:
 
 
 def adapters(parts: Sequence[nn.Module], mesh: MeshContext, strategy: Plugin | None) -> dict[str, RuntimePart]:
-    """Make the trainable parameters added to *parts* equal on all ranks, and average their gradients from now on.
+    """Broadcast the trainable parameters added to *parts* to all ranks, and average their gradients from now on.
 
-    Collective over the mesh when there are any; otherwise the answer is empty. Raises ValueError where they are not
-    proven to train like on one process.
+    Returns the runtime part that does so, or an empty dict when nothing was added or one rank sees all tokens.
+    Collective over the mesh when something was added. Raises ValueError where such training is not tested against one
+    process.
     """
     added = {
         name: parameter
@@ -67,7 +68,10 @@ def adapters(parts: Sequence[nn.Module], mesh: MeshContext, strategy: Plugin | N
 
 
 def _refuse(added: dict[str, nn.Parameter], mesh: MeshContext, strategy: Plugin | None) -> None:
-    """Refuse every axis but one that splits the batch: nothing else is proven."""
+    """Raise ValueError for every mesh axis of size above 1 but the last batch axis, as nothing else is tested.
+
+    Also for a strategy that does not list the feature, and for added parameters that are DTensors.
+    """
     some = f"{len(added)} trainable parameters were added after loading ({next(iter(added))}, ...)"
     wide = mesh.wide()
     batch = [axis for axis in wide if mesh.roles.get(axis) is Role.BATCH]
@@ -107,7 +111,7 @@ class _Replicas:
             run_after_backward(self._average)
 
     def _average(self) -> None:
-        """Average what has accumulated: of an earlier backward's average, the average is itself."""
+        """All-reduce the accumulated gradients to their mean; what an earlier call averaged stays the same."""
         self._due = False
         for parameter in self.parameters:
             if parameter.grad is None:
@@ -118,7 +122,7 @@ class _Replicas:
 
 @torch.no_grad()
 def _together(tensors: Sequence[Tensor], collective: Callable[[Tensor], object]) -> None:
-    """Run *collective* in place on one vector of all *tensors*."""
+    """Run *collective* in place on one flat vector of all *tensors*."""
     vector = torch.cat([tensor.reshape(-1) for tensor in tensors])
     collective(vector)
     for tensor, values in zip(tensors, vector.split([tensor.numel() for tensor in tensors]), strict=True):

@@ -1,14 +1,14 @@
-"""The load balancing loss of routers, over all the tokens of a step.
+"""The load balancing loss of mixture-of-experts routers, over all tokens of a step.
 
 transformers adds to a model's loss ``coefficient * experts * sum_e f_e * P_e``, with f_e the share of the routed tokens
-that chose expert e and P_e the mean probability that routers gave it (Switch Transformer, arXiv:2101.03961). It is a
-product of two means over tokens, so that its mean over ranks or microbatches is not its value on the whole batch, nor
-does it count labels. Here the model leaves it out, hooks on the routers sum up what it needs, the sums are added over
-all ranks, and every router's backward gets the gradient of the whole: f_e is a constant to it, so it is linear in the
-local probabilities.
+that chose expert e and P_e the mean probability that routers gave it (Switch Transformer, arXiv:2101.03961). This is a
+product of two means over tokens, so its mean over ranks or microbatches is not its value on the whole batch, and it is
+not weighted by labels. Here the model leaves it out, hooks on the routers sum the choices and probabilities, the sums
+are all-reduced, and the backward of every router adds the gradient of the loss of all tokens: f_e has no gradient, so
+the loss is linear in the local probabilities.
 
-What transformers records as router logits is private to it and read here only; ``tests/test_routing.py`` holds the
-contract: thirty model families have the one formula, and any other is refused.
+What transformers records as router logits is private to it and read in this module only; ``tests/test_routing.py``
+tests what is relied on: thirty model families use this one formula, and a model with another is rejected.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ if TYPE_CHECKING:
     from nemo_dist.plugin.hookspecs import Batch
 
 SWITCH = "output_router_logits"  # the argument, and the config's field, that turns the loss on
-# In a batch, optional: which tokens of (rows, length) count, where that is not what attention_mask says. Whoever
-# appends tokens or rows of its own gives it; the model does not get it.
+# Optional key of a batch: a mask of shape (rows, length) of the tokens that count, where attention_mask is not that
+# mask. A plugin that appends padding tokens or rows sets it; it is removed before the model's forward.
 COUNTED = "counted_tokens"
 _FORMULA = "load_balancing_loss_func"
-# The numbers that models hand to it, under the names that they have for them.
+# The names under which models or their configs hold the numbers that they pass to the formula.
 _EXPERTS = ("num_experts", "num_local_experts", "moe_num_experts", "n_routed_experts")
 _TOP_K = ("num_experts_per_tok",)
 _COEFFICIENT = ("router_aux_loss_coef", "aux_loss_coef")
@@ -47,7 +47,7 @@ _ARGUMENTS = ("gate_logits", "num_experts", "top_k", "attention_mask")
 
 @attrs.define(eq=False)
 class RouterLoss:
-    """The load balancing loss of one model, whose routers are hooked; idle outside of ``step``."""
+    """The load balancing loss of one model, whose routers have hooks; they do nothing outside of ``step``."""
 
     experts: int
     top_k: int
@@ -55,24 +55,25 @@ class RouterLoss:
     default: bool
     device: torch.device
     groups: Sequence[dist.ProcessGroup]
-    unknown: str = ""  # why the loss cannot be had, where it is off by default and its form is not known
+    unknown: str = ""  # why the loss is not supported, where it is off by default and its formula is not known
     _active: bool = False
     _counting: bool = False
     _mask: Tensor | None = None
-    _sums: Tensor = attrs.field(init=False)  # per expert the choices and the probabilities, and the number of rows
-    _slope: Tensor = attrs.field(init=False)  # the gradient of the loss by the sum of each expert's probabilities
+    # Of shape (2 * experts + 1,): choices per expert, summed probabilities per expert, number of tokens routed.
+    _sums: Tensor = attrs.field(init=False)
+    _slope: Tensor = attrs.field(init=False)  # (experts,): gradient of the loss by each expert's summed probabilities
 
     def __attrs_post_init__(self) -> None:
         self._clear()
 
     @classmethod
     def of(cls, parts: Sequence[nn.Module], mesh: MeshContext) -> RouterLoss | None:
-        """Hook the routers of *parts*; None where the model has no load balancing loss.
+        """Register hooks on the routers of *parts*; return None when the model has no load balancing loss.
 
-        What is counted is added over the ranks that see different tokens and over those that hold different layers,
-        so other routers; ranks that split parameters route the same tokens.
+        Sums are all-reduced over the ranks that see different tokens and over those that hold different layers, so
+        other routers. Ranks that split parameters route the same tokens.
 
-        Raises ValueError when it has one that is turned on, and its form is not known.
+        Raises ValueError when the loss is on by default and its formula is not known.
         """
         model: Any = parts[0]
         formula = _formula(model)
@@ -97,7 +98,7 @@ class RouterLoss:
         return loss
 
     def wanted(self, batches: Iterable[Batch]) -> bool:
-        """Whether *batches* ask for the loss; raise ValueError when only some of them do, or its form is not known."""
+        """Whether *batches* ask for the loss; raise ValueError when only some do, or when its formula is not known."""
         asked = {bool(self.default if batch.get(SWITCH) is None else batch[SWITCH]) for batch in batches}
         if len(asked) > 1:
             raise ValueError(f"{SWITCH} is True in some batches of a step and False in others; give them one value")
@@ -107,7 +108,7 @@ class RouterLoss:
 
     @staticmethod
     def without(batch: Batch) -> dict[str, Any]:
-        """Return *batch* for a forward in which the model adds no router loss, and which says what counts in ours."""
+        """Return *batch* with the model's own router loss off, and with the mask of the tokens that count in ours."""
         counted = batch.get(COUNTED, batch.get("attention_mask"))
         if counted is None:
             tokens = batch["input_ids"] if batch.get("input_ids") is not None else batch["inputs_embeds"]
@@ -116,7 +117,7 @@ class RouterLoss:
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Within the context, routers count from the start until ``settle``, and backwards add the loss's gradient."""
+        """Within the context, routers count until ``settle``, and their backwards add the gradient of the loss."""
         self._clear()
         self._active = self._counting = True
         try:
@@ -127,18 +128,18 @@ class RouterLoss:
 
     @contextmanager
     def survey(self) -> Iterator[None]:
-        """Within the context, forwards only count: no gradients, and the random numbers are given back.
+        """Within the context, forwards run without gradients; at the end the random generators are restored.
 
-        So the forwards that follow draw the same dropout, and choose the same experts.
+        So the forwards that follow draw the same dropout masks and choose the same experts.
         """
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices), torch.no_grad():
             yield
 
     def settle(self, scale: float) -> Tensor:
-        """Add up what was counted and return the loss of all tokens, a 0-dim float32 tensor, equal on every rank.
+        """All-reduce the sums and return the loss of all tokens, a 0-dim float32 tensor, equal on every rank.
 
-        Backwards from now on add *scale* times its gradient.
+        From now on backwards add *scale* times its gradient.
         """
         self._counting = False
         for group in self.groups:
@@ -161,12 +162,12 @@ class RouterLoss:
     def _note_mask(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         if not self._active:
             return None
-        counted = kwargs.pop(COUNTED, None)  # a forward without it is not one of this step
+        counted = kwargs.pop(COUNTED, None)  # a forward without it does not belong to this step
         self._mask = None if counted is None else counted.reshape(-1).float()
         return args, kwargs
 
     def _route(self, index: int, module: nn.Module, args: Any, output: Any) -> Any:
-        """Count what a router chose, and tie the loss to one of its other outputs; called after its forward."""
+        """Forward hook of a router: count its choices, and attach the gradient of the loss to one of its outputs."""
         mask = self._mask if self._active else None
         values = output if isinstance(output, tuple) else (output,)
         index = index if isinstance(output, tuple) else 0  # as transformers reads what it records
@@ -177,7 +178,7 @@ class RouterLoss:
             self._count(logits.detach(), mask)
         if not torch.is_grad_enabled() or not logits.requires_grad:
             return None
-        # The logits themselves may end here: what the model goes on with carries the gradient back, if there is more.
+        # The model may not use the logits, and then they get no backward: attach to another output where there is one.
         others = [i for i, value in enumerate(values) if i != index and _differentiable(value)]
         at = others[0] if others else index
         tied = _Tied.apply(values[at], logits, mask, self)  # type: ignore[no-untyped-call]
@@ -201,12 +202,12 @@ def _differentiable(value: Any) -> bool:
 
 
 class _Tied(torch.autograd.Function):
-    """The identity on a tensor, whose backward adds the gradient of the router loss to the logits."""
+    """Identity of *carrier*, whose backward also passes the gradient of the router loss to *logits*."""
 
     @staticmethod
     def forward(ctx: Any, carrier: Tensor, logits: Tensor, mask: Tensor, loss: RouterLoss) -> Tensor:
         ctx.save_for_backward(logits)
-        # The mask belongs to this forward: a recomputation may run while another microbatch's is current.
+        # The mask of this forward: a recomputation may run when the current mask is that of another microbatch.
         ctx.mask, ctx.loss = mask, loss
         return carrier.view_as(carrier)
 
@@ -220,7 +221,7 @@ class _Tied(torch.autograd.Function):
 
 
 def _formula(model: nn.Module) -> Any:
-    """Return the function with which transformers computes the load balancing loss of *model*, or None."""
+    """Return the function by which transformers computes the load balancing loss of *model*, or None."""
     if SWITCH not in inspect.signature(type(model).forward).parameters:
         return None
     modules = (sys.modules.get(base.__module__) for base in type(model).__mro__)
@@ -228,7 +229,7 @@ def _formula(model: nn.Module) -> Any:
 
 
 def _number(model: nn.Module, config: Any, names: Sequence[str]) -> Any:
-    """Return the number that goes by one of *names*, of the model before its config; None where there is none."""
+    """Return the first number under one of *names*, on the model before its config, or None."""
     owners = [(owner, name) for owner in (model, config) for name in names]
     return next((value for owner, name in owners if (value := getattr(owner, name, None)) is not None), None)
 
@@ -245,7 +246,7 @@ def _recorders(owner: nn.Module) -> list[Any]:
 
 
 def _routers(part: nn.Module) -> dict[nn.Module, int]:
-    """Return the modules of *part* that transformers records router logits of, and where they are in the output."""
+    """Return the modules of *part* whose router logits transformers records, and the index of those in the output."""
     found: dict[nn.Module, int] = {}
     for owner in part.modules():
         for recorder in _recorders(owner):

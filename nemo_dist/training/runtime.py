@@ -1,4 +1,4 @@
-"""What a training loop holds: one object for every topology, with no plugin frame in a step."""
+"""The object that a training loop uses, the same for every topology; it calls no plugin hook during a step."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ RuntimeParts = Callable[[list[nn.Module], object], dict[str, RuntimePart]]
 
 @attrs.frozen(kw_only=True, eq=False, slots=False)
 class Runtime:
-    """Train a sharded model like a single process would; make one with ``setup.runtime(model)``.
+    """Train a sharded model as on a single process; make one with ``setup.runtime(model)``.
 
     Gradients: after ``forward_backward`` every gradient is that of the global token-weighted mean loss, the same as on
     one process that sees the whole batch. Strategies average gradients over the ranks that see different tokens
-    (``Role.TOKENS``); the loss is scaled for that here, once. ``plugins`` are what the plugins do in a step, by name.
+    (``Role.TOKENS``); the loss is scaled for that here, once. ``plugins`` maps each plugin's name to its runtime part.
     """
 
     sharded: ShardedModel
@@ -54,10 +54,10 @@ class Runtime:
     def assemble(
         cls, model: Any, sharded: ShardedModel, parts_of_plugins: RuntimeParts, strategy: Plugin | None
     ) -> Runtime:
-        """Return the runtime of *model*, whose parts are *sharded*; *parts_of_plugins* asks the plugins.
+        """Return the runtime of *model*, whose parts are *sharded*; *parts_of_plugins* calls the ``runtime`` hooks.
 
         Raises ValueError for a model whose loss is not known to be a mean over labels, and for adapters that *strategy*
-        is not proven with; PluginError when two plugins would run the batches.
+        is not tested with; PluginError when two plugins provide an engine.
         """
         parts = list(sharded.parts)
         for part in parts:
@@ -65,7 +65,7 @@ class Runtime:
         within = [inner_model(part) for part in parts]
         router_loss = RouterLoss.of(within, sharded.mesh)
         judge_loss(within[-1], routers_known=router_loss is not None)
-        added = adapters(parts, sharded.mesh, strategy)  # or refuses them, before plugins see a model they do not know
+        added = adapters(parts, sharded.mesh, strategy)  # raises for unsupported ones before plugins see the model
         plugins = parts_of_plugins(parts, model) | added
         engines = [name for name, part in plugins.items() if part.engine is not None]
         if len(engines) > 1:
@@ -79,7 +79,7 @@ class Runtime:
 
     @property
     def parts(self) -> Sequence[nn.Module]:
-        """The local parts of the model: the model itself, or the stages of this rank."""
+        """The parts of the model on this rank: the model itself, or its pipeline stages."""
         return self.sharded.parts
 
     @property
@@ -94,11 +94,11 @@ class Runtime:
 
     @property
     def dp_rank(self) -> int:
-        """Which of them is this rank's: ``rank`` of a ``DistributedSampler``."""
+        """The data-parallel coordinate of this rank: ``rank`` of a ``DistributedSampler``."""
         return self.mesh.rank(Role.BATCH)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield the local parameters, each once, under their names in the full model."""
+        """Yield the parameters of this rank, each once, with their names in the whole model."""
         seen: set[int] = set()
         for part in self.parts:
             for name, parameter in name_root(part).named_parameters():
@@ -107,10 +107,10 @@ class Runtime:
                     yield name, parameter
 
     def optimizer(self, optimizer_type: type[Optimizer], params: Iterable[Any] | None = None, **options: Any) -> Any:
-        """Return one optimizer over all local parts.
+        """Return one optimizer over the parameters of all local parts.
 
-        ``params``: parameters or parameter groups, by default all that require gradients. ``options`` are the
-        optimizer's.
+        ``params``: parameters or parameter groups; by default all parameters that require gradients. ``options`` are
+        passed to *optimizer_type*.
         """
         if params is None:
             params = [parameter for _, parameter in self.named_parameters() if parameter.requires_grad]
@@ -121,7 +121,7 @@ class Runtime:
         return _dropping_gradients_of(optimizer, droppers) if droppers else optimizer
 
     def batch(self, batch: Batch) -> dict[str, Any]:
-        """Return what this rank computes of the *batch* of its data-parallel rank, on its device."""
+        """Return what this rank computes on for the *batch* of its data-parallel coordinate, on its device."""
         for part in self._parts:
             batch = part.batch(batch) if part.batch else batch
         device = self.mesh.device
@@ -131,15 +131,15 @@ class Runtime:
         """Run forward and backward and return the loss: a 0-dim float32 tensor, equal on every rank.
 
         ``batches``: this data-parallel rank's batch, a mapping of tensors with ``labels``; or a list of them, whose
-        gradients are accumulated with one synchronisation. The loss is the sum of the token losses over all ranks and
-        batches divided by the number of labels that are not -100, exactly what one process computes on all of it. No
-        unmasked label anywhere gives a loss of 0 and zero gradients. Where the model adds a load balancing loss of its
+        gradients are accumulated and reduced once. The loss is the sum of the token losses over all ranks and batches
+        divided by the number of labels that are not -100, exactly what one process computes on all of it. If no label
+        counts on any rank, the loss is 0 and gradients are zero. Where the model adds a load balancing loss of its
         routers (``output_router_logits``), it is that of all tokens of the step. A list of batches then costs one more
-        forward each, because what the experts got in total must be known before the first backward.
+        forward each, because the total load of the experts must be known before the first backward.
 
-        Raises ValueError for a batch without labels or an empty list, RankError on the first step when ranks that work
-        on one batch together were given different ones, and where the strategy shards the model, when ranks were given
-        different numbers of batches or only some of them images.
+        Raises ValueError for a batch without labels or an empty list. Raises RankError on the first step when ranks
+        that share a batch got different ones and, where forwards of different ranks run in lockstep (the strategy
+        shards the model, for one), when ranks got different numbers of batches or only some of them images.
         """
         given = [batches] if isinstance(batches, Mapping) else list(batches)
         if not given:
@@ -149,7 +149,7 @@ class Runtime:
         counts = torch.stack([count_labels(self._last, batch) for batch in local])
         total = self._total(counts.sum(), given)
         weights = counts / total.clamp(min=1)
-        # The strategy will average gradients over these ranks, each of which contributes a sum.
+        # The strategy averages gradients over these ranks, but the gradient of the mean loss is a sum over them.
         scale = (1 if self._token_group is None else self._token_group.size()) * self._loss_scale()
         routers = self.router_loss
         if routers is None or not routers.wanted(local):
@@ -164,7 +164,7 @@ class Runtime:
         return self._sum_over_batches(loss / scale) + balance
 
     def _loss_scale(self) -> Any:
-        """Return the factor that plugins ask every loss to bear in its backward, 1 where none does."""
+        """Return the product of the loss scales of all plugins, 1 where there is none."""
         scale: Any = 1
         for part in self._parts:
             scale = scale * part.loss_scale() if part.loss_scale is not None else scale
@@ -187,7 +187,7 @@ class Runtime:
         return self._engine(batches, list(weights * scale), before_backward=settle), settled[0]
 
     def _survey(self, engine: RuntimePart | None, routers: RouterLoss, batches: list[Batch]) -> None:
-        """Run every forward once without gradients, for what the routers of all of them choose."""
+        """Run every forward once without gradients, so that the routers count the tokens of all batches."""
         if engine is not None and engine.survey is None:
             raise ValueError(
                 f"the plugin that runs the batches cannot run them without a backward, which a router loss needs; "
@@ -218,13 +218,13 @@ class Runtime:
                 if before_backward is not None:
                     before_backward()
                 loss.backward()
-            # Without an unmasked label the model's mean is 0/0; its gradient is zero all the same, and so is its share.
+            # Without an unmasked label the model's mean is 0/0, but its weight is 0: it adds nothing to the loss.
             total += torch.where(weight > 0, loss.detach().float(), total.new_zeros(()))
         return total
 
     @cached_property  # looking a group up on a mesh costs half a millisecond, too much for every step
     def _token_group(self) -> dist.ProcessGroup | None:
-        """The ranks that see different tokens: other rows, or other parts of them; None when there is one."""
+        """The process group of the ranks that see different tokens; None when one rank sees all."""
         return self.mesh.group(Role.TOKENS)
 
     @cached_property
@@ -240,12 +240,12 @@ class Runtime:
         return inner_model(self.parts[-1])
 
     def _total(self, count: Tensor, given: Sequence[Batch]) -> Tensor:
-        """Sum the label *count* over the ranks that see different tokens; refuse batches that would make ranks hang."""
+        """Sum the label *count* over the ranks that see different tokens; raise RankError if batches would hang."""
         if self._token_group is None:
             return count
         sums = tally(count, given)
         dist.all_reduce(sums, group=self._token_group)
-        # On a device reading the sums waits for it, so only where ranks may well differ.
+        # Reading the sums from a GPU waits for it, so they are read only where ranks are likely to differ.
         if self._lockstep and (sums.device.type == "cpu" or len(given) > 1 or self._has_towers):
             require_one_form(sums, given)
         return sums[0].float()
@@ -259,7 +259,7 @@ class Runtime:
         return any(has_towers(inner_model(part)) for part in self.parts)
 
     def _sum_over_batches(self, value: Tensor) -> Tensor:
-        """Sum over the ranks that see different tokens."""
+        """Sum *value* over the ranks that see different tokens."""
         value = value.detach().clone().float()
         if self._token_group is not None:
             dist.all_reduce(value, group=self._token_group)
@@ -267,7 +267,7 @@ class Runtime:
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Within the context a backward leaves gradients unsynchronised, for accumulation in a loop of your own."""
+        """Within the context, a backward does not reduce gradients, for accumulation in your own training loop."""
         with ExitStack() as stack:
             for part in self._parts:
                 if part.no_sync is not None:
@@ -275,13 +275,13 @@ class Runtime:
             yield
 
     def metrics(self) -> dict[str, float]:
-        """Return what the plugins measured since the last call, by name; collective, and the same on every rank."""
+        """Return the numbers that plugins measured since the last call, by name; all ranks must call it."""
         return {name: value for part in self._parts if part.metrics for name, value in part.metrics().items()}
 
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
         """Scale all gradients to a global norm of at most *max_norm*; return the norm before, equal on every rank.
 
-        The norm is over every parameter of the whole model once, across all meshes, stages and experts.
+        Every parameter of the whole model counts once, across all meshes, pipeline stages and experts.
         """
         for part in self._parts:
             if part.before_clip is not None:
@@ -310,15 +310,16 @@ class Runtime:
         data: Any = None,
         asynchronous: bool = False,
     ) -> async_save.Save:
-        """Save the run to the folder *path*, so that any strategy and topology can go on; collective over all ranks.
+        """Save the run to the folder *path*; any strategy and topology can resume it; collective over all ranks.
 
-        Saved are the weights, the optimizer by parameter name, the learning-rate ``schedulers``, the generators of
-        every rank, ``extra`` and, for every data-parallel rank, ``data.state_dict()``. ``extra`` and the state dicts
-        hold plain values, tensors, and containers of them; nothing is pickled. The folder appears when all of it is
-        durable; until then what was at *path* stays. With ``asynchronous`` the call returns when the state is copied to
-        host memory; an error then is raised by ``wait()`` of the returned handle, by the next save or load, or at exit.
+        Saved are the weights, the optimizer by parameter name, the learning-rate ``schedulers``, the random generators
+        of every rank, ``extra`` and, for every data-parallel rank, ``data.state_dict()``. ``extra`` and the state dicts
+        hold plain values, tensors, and containers of them; nothing is pickled. The folder appears at *path* when it is
+        complete and flushed to the disk; until then an older folder stays there. With ``asynchronous`` the call returns
+        when the state is copied to host memory; an error is then raised by ``wait()`` of the returned handle, by the
+        next save or load, or at exit.
 
-        Raises CheckpointError where the disk fails, RankError on the other ranks, TypeError for what JSON and
+        Raises CheckpointError where the disk fails, RankError on the other ranks, TypeError for values that JSON and
         safetensors cannot hold.
         """
         return save(
@@ -335,12 +336,12 @@ class Runtime:
     ) -> Any:
         """Load what ``save`` wrote under any topology, and return its ``extra``; collective over all ranks.
 
-        Weights and moments are those saved, bit for bit; every rank reads only what it holds. Generators are restored
-        where the topology is the same, and by data-parallel rank where it is not. All files are checked before anything
-        is changed, and no code in them is run.
+        Weights and moments are those saved, bit for bit; every rank reads only the chunks that it holds. Random
+        generators are restored by rank where the topology is the same, and by data-parallel coordinate where it is not.
+        All files are verified before anything is changed, and no code in them is run.
 
-        Raises CheckpointError that says what is damaged, missing or does not fit, RankError that quotes it on the other
-        ranks.
+        Raises CheckpointError that says what is damaged, missing or does not fit, and RankError that quotes it on the
+        other ranks.
         """
         return load(self.sharded, path, optimizer, schedulers=schedulers, data=data)
 
@@ -350,25 +351,30 @@ class Runtime:
         """Write a plain Hugging Face folder that transformers loads; collective over all ranks.
 
         ``dtype`` casts the floating-point weights. No file is larger than ``max_shard_size``, in bytes or like
-        ``"5GB"``, except for a single tensor that is. Ranks write different files at the same time, and hold one whole
-        tensor at a time. The folder appears when it is complete; weights that were there before go, and other files
-        stay. It may be the folder that the model was loaded from. Tokenizer and processor files are copied from there.
+        ``"5GB"``, except for a single tensor that is. Ranks write different files at the same time, and each holds
+        whole only the parameters that are converted together, mostly one tensor. The folder appears at *path* when it
+        is complete; old weights in it are removed, and other files stay. *path* may be the folder that the model was
+        loaded from. Tokenizer and processor files are copied from there.
 
         Raises CheckpointError where the disk fails or the model is quantized or has adapters, RankError on the others.
         """
         export(self.sharded, path, dtype, max_shard_size)
 
     def close(self) -> None:
-        """Wait for the save under way, and let every plugin give back what it holds; ``with`` does it too.
+        """Wait for the save under way, then call the ``close`` of every plugin in reverse order; ``with`` does so too.
 
-        Plugins are called in reverse order, all of them, also when one fails; the first error is raised. The model
-        cannot be trained with this runtime afterwards.
+        All plugins are called, also when one fails; then the first error is raised. Do not train with this runtime
+        afterwards.
         """
-        with ExitStack() as stack:
-            for part in self._parts:
-                if part.close is not None:
-                    stack.callback(part.close)
-            async_save.finish()
+        closing = [part.close for part in reversed(self._parts) if part.close is not None]
+        errors: list[Exception] = []
+        for close in (async_save.finish, *closing):
+            try:
+                close()
+            except Exception as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
 
     def __enter__(self) -> Runtime:
         return self
@@ -378,7 +384,7 @@ class Runtime:
 
 
 def _dropping_gradients_of(optimizer: Any, droppers: Sequence[Callable[[], None]]) -> Any:
-    """Let *optimizer* drop the gradients that plugins keep whenever it drops its own."""
+    """Make ``zero_grad`` of *optimizer* also call *droppers*, which drop the gradients that plugins keep."""
     found = optimizer.zero_grad
 
     def zero_grad(*args: Any, **kwargs: Any) -> None:
