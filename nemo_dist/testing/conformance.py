@@ -120,7 +120,7 @@ class PluginConformance:
             if axis in self.plugin_type.composes_with | self.plugin_type.axes:
                 continue
             options = self.selecting() | {"parallelism_sizes": ParallelismSizes(**{f"{axis}_size": 2})}
-            with pytest.raises(TopologyError, match=f"axis '{axis}' has size 2"):
+            with pytest.raises(TopologyError, match=f"axis '{axis}' has size 2, but strategy '{self.plugin}'"):
                 DistributedSetup.build(**options, world_size=4)
 
     def test_it_computes_what_one_process_computes(self, ranks: Callable[[int], Any]) -> None:
