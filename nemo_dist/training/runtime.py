@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import Any
 
 import attrs
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import Optimizer
@@ -21,16 +20,16 @@ from nemo_dist.checkpoint.load import load
 from nemo_dist.checkpoint.save import save
 from nemo_dist.checkpoint.sharded_model import ShardedModel
 from nemo_dist.errors import PluginError
-from nemo_dist.hf_model import has_towers, inner_model, name_root
+from nemo_dist.hf_model import inner_model, name_root
 from nemo_dist.mesh.mesh_context import MeshContext
 from nemo_dist.planning.mesh_plan import Role
 from nemo_dist.plugin.hookspecs import Batch, RuntimePart
 from nemo_dist.plugin.protocol import Plugin
-from nemo_dist.training.batch_checks import BatchCheck, require_one_form, tally
+from nemo_dist.training.batch_loop import BatchLoop
 from nemo_dist.training.grad_norm import by_mesh, global_norm, one_mesh_per_group
-from nemo_dist.training.loss_weighting import count_labels, judge_loss
+from nemo_dist.training.loss_weighting import judge_loss
 from nemo_dist.training.peft_adapters import adapters, refuse_prompts
-from nemo_dist.training.router_aux_loss import SWITCH, RouterLoss
+from nemo_dist.training.router_aux_loss import RouterLoss
 
 RuntimeParts = Callable[[list[nn.Module], object], dict[str, RuntimePart]]
 
@@ -48,7 +47,6 @@ class Runtime:
     model: Any
     plugins: Mapping[str, RuntimePart]
     router_loss: RouterLoss | None = None
-    _agreement: BatchCheck = attrs.field(factory=BatchCheck, init=False)
 
     @classmethod
     def assemble(
@@ -81,6 +79,14 @@ class Runtime:
     def parts(self) -> Sequence[nn.Module]:
         """The parts of the model on this rank: the model itself, or its pipeline stages."""
         return self.sharded.parts
+
+    @cached_property
+    def _parts(self) -> tuple[RuntimePart, ...]:
+        return tuple(self.plugins.values())
+
+    @cached_property
+    def _loop(self) -> BatchLoop:
+        return BatchLoop(sharded=self.sharded, model=self.model, parts=self._parts, router_loss=self.router_loss)
 
     @property
     def mesh(self) -> MeshContext:
@@ -122,10 +128,7 @@ class Runtime:
 
     def batch(self, batch: Batch) -> dict[str, Any]:
         """Return what this rank computes on for the *batch* of its data-parallel coordinate, on its device."""
-        for part in self._parts:
-            batch = part.batch(batch) if part.batch else batch
-        device = self.mesh.device
-        return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+        return self._loop.batch(batch)
 
     def forward_backward(self, batches: Batch | Sequence[Batch]) -> Tensor:
         """Run forward and backward and return the loss: a 0-dim float32 tensor, equal on every rank.
@@ -141,138 +144,11 @@ class Runtime:
         that share a batch got different ones and, where forwards of different ranks run in lockstep (the strategy
         shards the model, for one), when ranks got different numbers of batches or only some of them images.
         """
-        given = [batches] if isinstance(batches, Mapping) else list(batches)
-        if not given:
-            raise ValueError("forward_backward got an empty list; pass at least one batch")
-        self._agreement.once(given, self.mesh)
-        local: list[Batch] = [self.batch(batch) for batch in given]
-        counts = torch.stack([count_labels(self._last, batch) for batch in local])
-        total = self._total(counts.sum(), given)
-        weights = counts / total.clamp(min=1)
-        # The strategy averages gradients over these ranks, but the gradient of the mean loss is a sum over them.
-        scale = (1 if self._token_group is None else self._token_group.size()) * self._loss_scale()
-        routers = self.router_loss
-        if routers is None or not routers.wanted(local):
-            loss, balance = self._engine(local, list(weights * scale)), torch.zeros((), device=self.mesh.device)
-        else:
-            with routers.step():
-                batches = [routers.without(batch) for batch in local]
-                loss, balance = self._balanced(routers, batches, weights, scale)
-        for part in self._parts:
-            if part.after_backward is not None:
-                part.after_backward()
-        return self._sum_over_batches(loss / scale) + balance
+        return self._loop.run(batches)
 
-    def _loss_scale(self) -> Any:
-        """Return the product of the loss scales of all plugins, 1 where there is none."""
-        scale: Any = 1
-        for part in self._parts:
-            scale = scale * part.loss_scale() if part.loss_scale is not None else scale
-        return scale
-
-    def _balanced(
-        self, routers: RouterLoss, batches: list[Batch], weights: Tensor, scale: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Run forward and backward with the router loss; return the weighted model losses and the router loss."""
-        settled: list[Tensor] = []
-
-        def settle() -> None:
-            if not settled:
-                settled.append(routers.settle(scale))
-
-        engine = self._engine_part
-        if engine is not None or len(batches) > 1:
-            self._survey(engine, routers, batches)
-            settle()
-        return self._engine(batches, list(weights * scale), before_backward=settle), settled[0]
-
-    def _survey(self, engine: RuntimePart | None, routers: RouterLoss, batches: list[Batch]) -> None:
-        """Run every forward once without gradients, so that the routers count the tokens of all batches."""
-        if engine is not None and engine.survey is None:
-            raise ValueError(
-                f"the plugin that runs the batches cannot run them without a backward, which a router loss needs; "
-                f"turn the loss off with {SWITCH}=False"
-            )
-        with routers.survey():
-            if engine is not None and engine.survey is not None:
-                engine.survey(batches)
-            else:
-                for batch in batches:
-                    self.model(**batch)
-
-    def _engine(
-        self, batches: list[Batch], weights: list[Tensor], before_backward: Callable[[], None] | None = None
-    ) -> Tensor:
-        if self._engine_part is not None and self._engine_part.engine is not None:
-            return self._engine_part.engine(batches, weights)
-        return self._accumulate(batches, weights, before_backward)
-
-    def _accumulate(
-        self, batches: list[Batch], weights: list[Tensor], before_backward: Callable[[], None] | None
-    ) -> Tensor:
-        total = torch.zeros((), device=self.mesh.device)
-        for index, (batch, weight) in enumerate(zip(batches, weights, strict=True)):
-            last = index == len(batches) - 1
-            with nullcontext() if last else self.no_sync():
-                loss = self.model(**batch).loss * weight
-                if before_backward is not None:
-                    before_backward()
-                loss.backward()
-            # Without an unmasked label the model's mean is 0/0, but its weight is 0: it adds nothing to the loss.
-            total += torch.where(weight > 0, loss.detach().float(), total.new_zeros(()))
-        return total
-
-    @cached_property  # looking a group up on a mesh costs half a millisecond, too much for every step
-    def _token_group(self) -> dist.ProcessGroup | None:
-        """The process group of the ranks that see different tokens; None when one rank sees all."""
-        return self.mesh.group(Role.TOKENS)
-
-    @cached_property
-    def _parts(self) -> tuple[RuntimePart, ...]:
-        return tuple(self.plugins.values())
-
-    @cached_property
-    def _engine_part(self) -> RuntimePart | None:
-        return next((part for part in self._parts if part.engine is not None), None)
-
-    @cached_property
-    def _last(self) -> nn.Module:
-        return inner_model(self.parts[-1])
-
-    def _total(self, count: Tensor, given: Sequence[Batch]) -> Tensor:
-        """Sum the label *count* over the ranks that see different tokens; raise RankError if batches would hang."""
-        if self._token_group is None:
-            return count
-        sums = tally(count, given)
-        dist.all_reduce(sums, group=self._token_group)
-        # Reading the sums from a GPU waits for it, so they are read only where ranks are likely to differ.
-        if self._lockstep and (sums.device.type == "cpu" or len(given) > 1 or self._has_towers):
-            require_one_form(sums, given)
-        return sums[0].float()
-
-    @cached_property
-    def _lockstep(self) -> bool:
-        return any(part.lockstep for part in self._parts)
-
-    @cached_property
-    def _has_towers(self) -> bool:
-        return any(has_towers(inner_model(part)) for part in self.parts)
-
-    def _sum_over_batches(self, value: Tensor) -> Tensor:
-        """Sum *value* over the ranks that see different tokens."""
-        value = value.detach().clone().float()
-        if self._token_group is not None:
-            dist.all_reduce(value, group=self._token_group)
-        return value
-
-    @contextmanager
-    def no_sync(self) -> Iterator[None]:
+    def no_sync(self) -> AbstractContextManager[None]:
         """Within the context, a backward does not reduce gradients, for accumulation in your own training loop."""
-        with ExitStack() as stack:
-            for part in self._parts:
-                if part.no_sync is not None:
-                    stack.enter_context(part.no_sync())
-            yield
+        return self._loop.no_sync()
 
     def metrics(self) -> dict[str, float]:
         """Return the numbers that plugins measured since the last call, by name; all ranks must call it."""
