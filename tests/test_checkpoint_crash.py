@@ -250,7 +250,7 @@ def on_rank_fail_in_the_background(folders, path):
 def test_a_background_error_is_raised_once_by_the_next_call_on_each_rank(ranks, tmp_path):
     first, second = ranks(2).run(on_rank_fail_in_the_background, runs.folders("llama"), tmp_path / "c")
     assert first.startswith("RankError: ") and "rank 1: CheckpointError" in first
-    assert second.startswith("CheckpointError: writing the tensors to") and "File too large" in second
+    assert second.startswith("CheckpointError: writing the checkpoint to") and "File too large" in second
 
 
 EXIT = """

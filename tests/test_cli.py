@@ -152,6 +152,7 @@ def test_the_demo_trains_exports_and_checks_the_export(tmp_path: Path, capfd: py
     assert not verify(DemoOptions(nproc=2, out=out)).equal
 
 
+@pytest.mark.slow
 def test_the_demo_trains_a_mixture_of_experts(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "model"
     arguments = ["demo", "--moe", "--ep", "2", "--tp", "2", "--nproc", "4", "--steps", "4", "--out", str(out)]

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 import transformers
-from cases import case_id, cases
+from cases import case_id, cases, slow
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.device_mesh import init_device_mesh
@@ -133,7 +133,7 @@ def test_packed_sequences_that_transformers_would_mix_are_refused():
 @pytest.mark.parametrize("specimen", ["llama", "llama-tied", "qwen3"])
 @cases(
     ("world", "cp", "replicate"),
-    [(2, 2, None), (4, 2, None), (8, 2, 2)],
+    [(2, 2, None), (4, 2, None), slow(8, 2, 2)],
     lambda world, cp, replicate: case_id(world, {"cp": cp, "dp_replicate": replicate}),
 )
 def test_context_parallelism_matches_one_process(ranks, world, cp, replicate, specimen, method):

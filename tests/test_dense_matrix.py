@@ -36,11 +36,12 @@ MATRIX = [
     for mode in MODES
     for specimen in SPECIMENS
 ]
-# One of each world and factorisation, with the rest drawn, so that a run meets every pair of axes.
+# One of each factorisation, with the rest drawn, so that a run meets every pair of axes, and on 8 ranks every three.
 SAMPLE = [
     random.Random(f"{world}{sizes}").choice([cell for cell in MATRIX if cell[:2] == (world, sizes)])
     for world in (2, 4, 8)
     for sizes in factorisations(world)
+    if world < 8 or sum(size > 1 for size in sizes) == 3
 ]
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cases import slow
 from torch.distributed.device_mesh import DeviceMesh
 
 from nemo_dist import DistributedSetup, FSDP2Config, NeMoAutoModelForCausalLM, ParallelismSizes
@@ -35,7 +36,7 @@ def test_a_mesh_with_only_a_tp_axis_matches_one_process(ranks, layout):
         ([[0, 2], [1, 3]], ("dp", "tp"), {"tp_size": 2}),
         ([[0, 1], [2, 3]], ("tp", "dp"), {"tp_size": 2}),
         ([[0, 2], [1, 3]], ("tp", "dp_shard"), {"tp_size": 2}),
-        (
+        slow(
             [[[0, 1], [2, 3]], [[4, 5], [6, 7]]],
             ("dp_replicate", "dp_shard", "tp"),
             {"tp_size": 2, "dp_replicate_size": 2},

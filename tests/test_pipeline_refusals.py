@@ -93,7 +93,7 @@ def test_a_pipeline_without_an_axis_is_refused():
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"pp_microbatch_size": 0}, "PipelineConfig.pp_microbatch_size must be at least 1"),
+        ({"pp_microbatch_size": 0}, "PipelineConfig.pp_microbatch_size must be an int from 1 up"),
         ({"pp_batch_size": 2.0}, "PipelineConfig.pp_batch_size must be an int"),
         ({"round_virtual_stages_to_pp_multiple": "upp"}, "did you mean 'up'"),
         ({"dtype": "bfloat61"}, "did you mean 'bfloat16'"),

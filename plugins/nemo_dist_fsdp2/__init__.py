@@ -46,9 +46,9 @@ class FSDP2:
         """What other plugins may not be proven with, each with the option that asked for it."""
         reshard = self.config.reshard_after_forward
         asked = {
-            "compile": "enable_compile=True" if self.config.enable_compile else "",
+            "compile": "enable_compile" if self.config.enable_compile else "",
             "offload": "offload_policy" if self.config.offload_policy is not None else "",
-            "reshard_after_forward": f"reshard_after_forward={reshard}" if reshard else "",
+            "reshard_after_forward": "reshard_after_forward" if reshard else "",
             "reduce_every_backward": "" if self.config.defer_fsdp_grad_sync else "defer_fsdp_grad_sync=False",
         }
         return {feature: option for feature, option in asked.items() if option}

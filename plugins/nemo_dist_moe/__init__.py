@@ -74,8 +74,9 @@ class MoE:
             )
         if asked_for(plugins, "sequence_parallel"):
             problems.append(
-                f"sequence_parallel=True splits the tokens between layers, but routers and experts need all of them, "
-                f"and their dispatch does the splitting; leave it out, or set ep_size={sizes.ep_size} to 1"
+                f"sequence_parallel=True cuts the tokens between layers, which routers and experts take whole: no rule "
+                f"gathers them there, and their dispatch does the cutting; leave it out, or set ep_size={sizes.ep_size}"
+                " to 1"
             )
         if option := asked_for(plugins, "compile"):
             problems.append(f"{option} is not proven with expert parallelism; leave it out, or set ep_size to 1")
