@@ -59,18 +59,21 @@ def _dense(sizes: ParallelismSizes, world_size: int) -> View:
     """Return the dense view of *sizes*: our five axes, with each third-party axis next to those of its role."""
     replicate = sizes.dp_replicate_size or 1
     shard = max(1, sizes.dp(world_size) // replicate)
-    ours = dict(zip(DENSE_AXES, (sizes.pp_size, replicate, shard, sizes.cp_size, sizes.tp_size), strict=True))
-    axes: list[Axis] = []
-    for role in (Role.LAYERS, Role.BATCH, Role.SEQUENCE, Role.PARAMETERS):
-        mine = [Axis(name, size, role) for name, size in ours.items() if DENSE_AXES[name] is role]
-        theirs = [Axis(name, size, role) for name, size in sizes.own_axes(role).items()]
-        axes += theirs + mine if role is Role.BATCH else mine + theirs
-    runs = {role: tuple(axis.name for axis in axes if axis.role is role) for role in Role}
-    batch, sequence = runs.pop(Role.BATCH), runs[Role.SEQUENCE]
+    ours = (sizes.pp_size, replicate, shard, sizes.cp_size, sizes.tp_size)
+    axes = [Axis(name, size, role) for (name, role), size in zip(DENSE_AXES.items(), ours, strict=True)]
+    for name, role in sizes.roles.items():
+        places = [place for place, axis in enumerate(axes) if axis.role is role]
+        axes.insert(places[0] if role is Role.BATCH else places[-1] + 1, Axis(name, sizes.extra[name], role))
+    batch, sequence = _named(axes, Role.BATCH), _named(axes, Role.SEQUENCE)
     flattened = {"dp": batch, "dp_shard_cp": ("dp_shard", *sequence), "dp_cp": (*batch, *sequence)}
     if len(batch) > 2:
         flattened["replicas"] = batch[:-1]  # ranks that hold equal shards and read different batches
-    return View(DENSE, axes, flattened | {"_".join(run): run for run in runs.values() if len(run) > 1})
+    others = (_named(axes, role) for role in (Role.LAYERS, Role.SEQUENCE, Role.PARAMETERS)) if sizes.roles else ()
+    return View(DENSE, axes, flattened | {"_".join(run): run for run in others if len(run) > 1})
+
+
+def _named(axes: Iterable[Axis], role: Role) -> tuple[str, ...]:
+    return tuple(axis.name for axis in axes if axis.role is role)
 
 
 def _tuple(views: Iterable[View]) -> tuple[View, ...]:
