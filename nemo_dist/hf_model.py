@@ -20,14 +20,20 @@ def inner_model(part: nn.Module) -> nn.Module:
 
     Returns *part* unchanged when it holds no transformers model. Raises ValueError when it holds several side by side.
     """
+    if _is_transformers_model(part):  # mostly; a step asks too
+        return part
     outermost: dict[str, nn.Module] = {}
     for name, module in part.named_modules():
         inside = any(not outer or name.startswith(f"{outer}.") for outer in outermost)
-        if not inside and any(kind.__name__ == "PreTrainedModel" for kind in type(module).__mro__):
+        if not inside and _is_transformers_model(module):
             outermost[name] = module
     if len(outermost) > 1:
         raise ValueError(f"{type(part).__name__} holds several models ({', '.join(outermost)}); wrap one of them")
     return next(iter(outermost.values()), part)
+
+
+def _is_transformers_model(module: nn.Module) -> bool:
+    return any(kind.__name__ == "PreTrainedModel" for kind in type(module).__mro__)
 
 
 def name_root(part: nn.Module) -> nn.Module:

@@ -148,7 +148,7 @@ class _Collected:
 
 def _refuse_unequal_states(digests: Sequence[Mapping[str, int]]) -> None:
     """Raise CheckpointError, on every rank alike, for a plugin whose ``shared`` state differs between ranks."""
-    for name in digests[0]:
+    for name in sorted({name for digest in digests for name in digest}):
         values = [digest.get(name) for digest in digests]
         usual = Counter(values).most_common(1)[0][0]
         odd = [str(rank) for rank, value in enumerate(values) if value != usual]

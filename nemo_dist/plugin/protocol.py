@@ -38,7 +38,7 @@ class Plugin(Protocol):
     plugin of that axis or keyword.
 
     ``features``: what this instance does that another plugin may not have been tested with, each with the option that
-    turned it on: ``{"compile": "enable_compile=True"}``. Ours are "compile", "offload", "sequence_parallel",
+    turned it on: ``{"compile": "enable_compile"}``. Ours are "compile", "offload", "sequence_parallel",
     "reshard_after_forward", "reduce_every_backward" and "activation_checkpointing:selective".
 
     ``compute_dtype``: for a strategy, the name of the dtype of parameters in a forward; None is the dtype that they are
