@@ -8,14 +8,13 @@ import attrs
 
 from nemo_dist import MeshPlan, RuntimePart, Stage, hookimpl
 from nemo_dist.hf_model import inner_model
-from nemo_dist.plugin.comm_estimate import Traffic, shared
 from nemo_dist_context.config import EXCHANGES, ContextConfig
 
 if TYPE_CHECKING:
     from torch import nn
 
     from nemo_dist import MeshContext
-    from nemo_dist.plugin.comm_estimate import ModelFacts
+    from nemo_dist.plugin.comm_estimate import ModelFacts, Traffic
 
 __all__ = ["Context", "ContextConfig"]
 
@@ -59,28 +58,6 @@ class Context:
 
     @hookimpl
     def traffic(self, plan: MeshPlan, facts: ModelFacts | None) -> list[Traffic]:
-        ranks = plan.size("cp")
-        if ranks == 1:
-            return []
-        forward = backward = None
-        if facts is not None:
-            forward = self._sent(ranks, plan.size("tp"), facts) // plan.size("pp")
-            backward = forward
-            forward *= 2 if facts.recomputes else 1
-        what, ways = "keys and values", ("all-gather", "reduce-scatter")
-        if self.config.method == "ulysses":
-            what, ways = "queries, keys, values and outputs", ("all-to-all", "all-to-all")
-        first = Traffic(axis="cp", collective=ways[0], of=what, often="in the forward of every block", sent=forward)
-        second = Traffic(
-            axis="cp", collective=ways[1], of=f"gradients of {what}", often="in its backward", sent=backward
-        )
-        return [first, second]
+        from nemo_dist_context.comm_estimate import traffic
 
-    def _sent(self, ranks: int, tensor_ranks: int, facts: ModelFacts) -> int:
-        """Return the bytes that a rank sends in one forward of all blocks."""
-        heads, key_heads = facts.heads // tensor_ranks, max(1, facts.key_heads // tensor_ranks)
-        token = facts.head_width * facts.computed * facts.blocks
-        if self.config.method == "ulysses":
-            copied = key_heads if key_heads % ranks == 0 else ranks
-            return shared(ranks, facts.tokens / ranks * 2 * (heads + copied) * token)
-        return shared(ranks, facts.tokens * 2 * key_heads * token)
+        return traffic(plan, facts, self.config)

@@ -9,14 +9,13 @@ import attrs
 
 from nemo_dist import MeshPlan, RuntimePart, Stage, hookimpl
 from nemo_dist.hf_model import has_towers, inner_model
-from nemo_dist.plugin.comm_estimate import Traffic, shared
 from nemo_dist_ddp.config import DDPConfig
 
 if TYPE_CHECKING:
     from torch import nn
 
     from nemo_dist.mesh.mesh_context import MeshContext
-    from nemo_dist.plugin.comm_estimate import ModelFacts
+    from nemo_dist.plugin.comm_estimate import ModelFacts, Traffic
 
 __all__ = ["DDP", "DDPConfig"]
 
@@ -67,6 +66,8 @@ class DDP:
         replicas = plan.size("dp")
         if replicas == 1:
             return []
+        from nemo_dist.plugin.comm_estimate import Traffic, shared
+
         sent = None if facts is None else 2 * shared(replicas, facts.parameters * facts.stored)
         return [Traffic(axis="dp", collective="all-reduce", of="gradients, by bucket", often="once", sent=sent)]
 

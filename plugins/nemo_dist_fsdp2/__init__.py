@@ -9,14 +9,13 @@ import attrs
 
 from nemo_dist import MeshPlan, Role, RuntimePart, Stage, hookimpl
 from nemo_dist.hf_model import inner_model
-from nemo_dist.plugin.comm_estimate import Traffic, bytes_of, shared
 from nemo_dist_fsdp2.config import FSDP2Config
 
 if TYPE_CHECKING:
     from torch import nn
 
     from nemo_dist.mesh.mesh_context import MeshContext
-    from nemo_dist.plugin.comm_estimate import ModelFacts
+    from nemo_dist.plugin.comm_estimate import ModelFacts, Traffic
 
 _POLICY = ("param_dtype", "reduce_dtype")
 
@@ -109,39 +108,6 @@ class FSDP2:
 
     @hookimpl
     def traffic(self, plan: MeshPlan, facts: ModelFacts | None) -> list[Traffic]:
-        shards, replicas = plan.size("dp_shard_cp"), plan.size("dp_replicate")
-        if shards == 1:
-            return []
-        reshard = (
-            plan.splitting(Role.LAYERS) == 1
-            if self.config.reshard_after_forward is None
-            else self.config.reshard_after_forward
-        )
-        again = ", and again in the backward those of blocks and embedding" if reshard else ""
-        gathered = reduced = averaged = None
-        if facts is not None:
-            part = plan.size("tp") * plan.size("pp")
-            elsewhere = facts.expert_parameters if any("ep" in view for view in plan.views) else 0  # counted there
-            here = facts.parameters - elsewhere
-            twice = facts.block_parameters - elsewhere + facts.embedding_parameters if reshard else 0
-            gathered = shared(shards, (here + twice) * facts.computed / part)
-            reduction = self._dtypes[1]
-            size = bytes_of(reduction) if reduction else facts.stored
-            reduced = shared(shards, here * size / part)
-            averaged = 2 * shared(replicas, here * size / part / shards)
-        found = [
-            Traffic(
-                axis="dp_shard_cp",
-                collective="all-gather",
-                of="parameters, by block",
-                often=f"once{again}",
-                sent=gathered,
-            ),
-            Traffic(
-                axis="dp_shard_cp", collective="reduce-scatter", of="gradients, by block", often="once", sent=reduced
-            ),
-        ]
-        copies = Traffic(
-            axis="dp_replicate", collective="all-reduce", of="gradient shards", often="once", sent=averaged
-        )
-        return [*found, copies] if replicas > 1 else found
+        from nemo_dist_fsdp2.comm_estimate import traffic
+
+        return traffic(plan, facts, self.config.reshard_after_forward, self._dtypes[1])

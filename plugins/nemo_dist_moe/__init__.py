@@ -10,16 +10,13 @@ import attrs
 from nemo_dist import Axis, MeshPlan, ParallelismSizes, Plugin, Role, RuntimePart, Stage, View, hookimpl
 from nemo_dist.hf_model import inner_model
 from nemo_dist.plugin.protocol import asked_for
-from nemo_dist_moe.comm_estimate import BETWEEN, dispatch, shards
-from nemo_dist_moe.config import MoEParallelizerConfig
+from nemo_dist_moe.config import BETWEEN, WITHIN, MoEParallelizerConfig
 
 if TYPE_CHECKING:
     from torch import nn
 
     from nemo_dist.mesh.mesh_context import MeshContext
     from nemo_dist.plugin.comm_estimate import ModelFacts, Traffic
-
-_WITHIN = "ep_within_replica"
 
 __all__ = ["MoE", "MoEParallelizerConfig"]
 
@@ -31,7 +28,7 @@ class MoE:
     name: ClassVar[str] = "moe"
     config_type: ClassVar[type] = MoEParallelizerConfig
     stage: ClassVar[int] = Stage.EXPERT
-    axes: ClassVar[frozenset[str]] = frozenset({"ep", "ep_shard", BETWEEN, _WITHIN})
+    axes: ClassVar[frozenset[str]] = frozenset({"ep", "ep_shard", BETWEEN, WITHIN})
     # The axes of other plugins with which tests compare this with one process.
     composes_with: ClassVar[frozenset[str]] = frozenset({"cp", "dp_replicate", "dp_shard", "pp", "tp"})
 
@@ -55,7 +52,7 @@ class MoE:
             return [View("moe", (outer, Axis("ep_shard", copies), inner))]
         between = Axis(BETWEEN, copies // within)
         return [
-            View("moe", (outer, between, Axis(_WITHIN, within), inner), {"ep_shard": (BETWEEN, _WITHIN)}),
+            View("moe", (outer, between, Axis(WITHIN, within), inner), {"ep_shard": (BETWEEN, WITHIN)}),
         ]
 
     @hookimpl
@@ -106,6 +103,8 @@ class MoE:
 
     @hookimpl
     def traffic(self, plan: MeshPlan, facts: ModelFacts | None) -> list[Traffic]:
+        from nemo_dist_moe.comm_estimate import dispatch, shards
+
         return [*dispatch(plan, facts, self.config), *shards(plan, facts, self.config)]
 
     @hookimpl

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from nemo_dist.plugin.comm_estimate import Traffic, bytes_of, readable, shared
+from nemo_dist_moe.config import BETWEEN
 
 if TYPE_CHECKING:
     from nemo_dist import MeshPlan
     from nemo_dist.plugin.comm_estimate import ModelFacts
     from nemo_dist_moe.config import MoEParallelizerConfig
 
-BETWEEN = "ep_between_replicas"  # the axis of the replicas that hold the same shards of experts
 _COUNT = 8  # bytes of the number of tokens for one expert
 
 

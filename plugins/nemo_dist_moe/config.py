@@ -12,10 +12,9 @@ from nemo_dist.plugin.options import boolean, one_of, options
 if TYPE_CHECKING:
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
-
+# The axes of ep_shard where there are replicas: between the replicas, and within each.
+BETWEEN, WITHIN = "ep_between_replicas", "ep_within_replica"
 _DISPATCHERS = ("auto", "all_to_all", "all_reduce")
-
-
 _PRECISIONS = ("float32", "bfloat16", "float16")
 
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, ClassVar
 import attrs
 
 from nemo_dist import MeshPlan, Stage, hookimpl
-from nemo_dist.plugin.comm_estimate import Traffic
 from nemo_dist_tensor.config import TensorConfig
 from nemo_dist_tensor.styles import STYLES
 
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from nemo_dist.mesh.mesh_context import MeshContext
-    from nemo_dist.plugin.comm_estimate import ModelFacts
+    from nemo_dist.plugin.comm_estimate import ModelFacts, Traffic
     from nemo_dist_tensor.tp_plan import Rules
 
 __all__ = ["TensorConfig", "TensorParallel"]
