@@ -8,7 +8,7 @@ the name of its default plugin, used when the user chose none. ``nemo_dist.alias
 from __future__ import annotations
 
 from collections.abc import Iterator
-from importlib.metadata import EntryPoint, EntryPoints, entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, cast
 
 import attrs
@@ -39,7 +39,7 @@ class Registry:
     Raises PluginError when two distributions declare the same plugin name.
     """
 
-    installed: EntryPoints = attrs.field(factory=entry_points, repr=False, kw_only=True)  # of all groups, read once
+    installed: Any = attrs.field(factory=entry_points, repr=False, kw_only=True)  # of all groups, read once
     entries: tuple[EntryPoint, ...] = attrs.field(default=_of(GROUP))
     roles: tuple[EntryPoint, ...] = attrs.field(default=_of(ROLES))
     aliases: tuple[EntryPoint, ...] = attrs.field(default=_of(ALIASES))
