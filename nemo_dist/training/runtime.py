@@ -22,6 +22,7 @@ from nemo_dist.checkpoint.sharded_model import ShardedModel
 from nemo_dist.errors import PluginError
 from nemo_dist.hf_model import inner_model, name_root
 from nemo_dist.mesh.mesh_context import MeshContext
+from nemo_dist.mesh.store_consensus import compare
 from nemo_dist.planning.mesh_plan import Role
 from nemo_dist.plugin.hookspecs import Batch, RuntimePart
 from nemo_dist.plugin.protocol import Plugin
@@ -116,8 +117,12 @@ class Runtime:
         """Return one optimizer over the parameters of all local parts.
 
         ``params``: parameters or parameter groups; by default all parameters that require gradients. ``options`` are
-        passed to *optimizer_type*.
+        passed to *optimizer_type*. Raises RankError when ranks pass another type or other options.
         """
+        told = {"type": f"{optimizer_type.__module__}.{optimizer_type.__qualname__}"}
+        compare(
+            "the optimizer", told | {name: _plain(value) for name, value in options.items()}, self.sharded.ranks.ranks
+        )
         if params is None:
             params = [parameter for _, parameter in self.named_parameters() if parameter.requires_grad]
         optimizer = optimizer_type(one_mesh_per_group(params), **options)
@@ -185,13 +190,16 @@ class Runtime:
         schedulers: Sequence[Any] = (),
         data: Any = None,
         asynchronous: bool = False,
+        check_finite: bool = True,
     ) -> async_save.Save:
         """Save the run to the folder *path*; any strategy and topology can resume it; collective over all ranks.
 
         Saved are the weights, the optimizer by parameter name, the learning-rate ``schedulers``, the random generators
         of every rank, ``extra`` and, for every data-parallel rank, ``data.state_dict()``. ``extra`` and the state dicts
         hold plain values, tensors, and containers of them; nothing is pickled. The folder appears at *path* when it is
-        complete and flushed to the disk; until then an older folder stays there. With ``asynchronous`` the call returns
+        complete and flushed to the disk; until then an older checkpoint stays there. Files in it that are not the
+        checkpoint's stay too, and a folder that is no checkpoint is refused. A warning, and the manifest, name weights
+        that are not finite, unless ``check_finite`` is False. With ``asynchronous`` the call returns
         when the state is copied to host memory; an error is then raised by ``wait()`` of the returned handle, by the
         next save or load, or at exit.
 
@@ -199,7 +207,14 @@ class Runtime:
         safetensors cannot hold.
         """
         return save(
-            self.sharded, path, optimizer, extra=extra, schedulers=schedulers, data=data, asynchronous=asynchronous
+            self.sharded,
+            path,
+            optimizer,
+            extra=extra,
+            schedulers=schedulers,
+            data=data,
+            asynchronous=asynchronous,
+            check_finite=check_finite,
         )
 
     def load(
@@ -257,6 +272,14 @@ class Runtime:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _plain(value: Any) -> str:
+    """Return the text of a number, text or tuple of them; of other values the type, as their text has addresses."""
+    plain = isinstance(value, bool | int | float | str | None) or (
+        isinstance(value, tuple | list) and all(isinstance(item, bool | int | float | str | None) for item in value)
+    )
+    return repr(value) if plain else type(value).__qualname__
 
 
 def _dropping_gradients_of(optimizer: Any, droppers: Sequence[Callable[[], None]]) -> Any:
