@@ -25,6 +25,7 @@ from nemo_dist.mesh.mesh_context import MeshContext
 from nemo_dist.planning.mesh_plan import Role
 from nemo_dist.plugin.hookspecs import Batch, RuntimePart
 from nemo_dist.plugin.protocol import Plugin
+from nemo_dist.plugin.resharding import reshard
 from nemo_dist.training.batch_loop import BatchLoop
 from nemo_dist.training.grad_norm import by_mesh, global_norm, one_mesh_per_group
 from nemo_dist.training.loss_weighting import judge_loss
@@ -58,6 +59,7 @@ class Runtime:
         is not tested with; PluginError when two plugins provide an engine.
         """
         parts = list(sharded.parts)
+        reshard(parts)
         for part in parts:
             refuse_prompts(part)
         within = [inner_model(part) for part in parts]
@@ -105,6 +107,7 @@ class Runtime:
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield the parameters of this rank, each once, with their names in the whole model."""
+        reshard(self.parts)
         seen: set[int] = set()
         for part in self.parts:
             for name, parameter in name_root(part).named_parameters():
@@ -121,6 +124,7 @@ class Runtime:
         if params is None:
             params = [parameter for _, parameter in self.named_parameters() if parameter.requires_grad]
         optimizer = optimizer_type(one_mesh_per_group(params), **options)
+        optimizer.register_step_pre_hook(lambda *_: reshard(self.parts))
         for part in self._parts:
             optimizer = part.optimizer(optimizer) if part.optimizer else optimizer
         droppers = [part.zero_grad for part in self._parts if part.zero_grad is not None]

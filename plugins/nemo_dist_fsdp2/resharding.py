@@ -1,0 +1,59 @@
+"""Put the shards of a model back that FSDP2 left gathered."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import attrs
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+from nemo_dist.mesh.dtensor import parameter_slots
+
+
+@attrs.define(eq=False)
+class Resharding:
+    """Put the shards of *model* back, with what was frozen or thawed on the gathered parameters in between.
+
+    FSDP2 leaves some groups gathered after the forward (norm and head, all groups with ``reshard_after_forward=False``,
+    or on fewer ranks), because a backward mostly follows and frees them.
+    """
+
+    model: nn.Module
+    modules: list[FSDPModule]
+    slots: list[tuple[nn.Module, str]]
+    trained: list[bool] = attrs.field(init=False)
+    started: bool = False  # FSDP2 finds its root in the first forward, and cannot reset before
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Resharding:
+        """Return that of *model*, which FSDP2 has sharded."""
+        modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        found = cls(model, modules, [(module, slot) for _, module, slot, _ in parameter_slots(model)])
+        model.register_forward_hook(found._start, always_call=True)
+        return found
+
+    def __attrs_post_init__(self) -> None:
+        self.trained = [parameter.requires_grad for parameter in self._parameters()]
+
+    def __call__(self) -> None:
+        """Put the shards back."""
+        found = self._parameters()
+        reset: Any = getattr(self.model, "reset_iter_state", None)
+        if self.started and reset is not None:
+            # Also for a group of several modules of which a forward ran only some, and for one that an error cut short.
+            reset()
+        else:
+            for module in self.modules:
+                module.reshard()
+        shards = self._parameters()
+        for shard, gathered, trained in zip(shards, found, self.trained, strict=True):
+            if shard is not gathered and gathered.requires_grad != trained:
+                shard.requires_grad_(gathered.requires_grad)
+        self.trained = [shard.requires_grad for shard in shards]
+
+    def _start(self, *_: Any) -> None:
+        self.started = True
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [getattr(module, slot) for module, slot in self.slots]
