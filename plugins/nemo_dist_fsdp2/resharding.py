@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import attrs
+import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
@@ -23,6 +24,7 @@ class Resharding:
     modules: list[FSDPModule]
     slots: list[tuple[nn.Module, str]]
     trained: list[bool] = attrs.field(init=False)
+    gathered: bool = False  # every group, at least once
     started: bool = False  # FSDP2 finds its root in the first forward, and cannot reset before
 
     @classmethod
@@ -30,6 +32,7 @@ class Resharding:
         """Return that of *model*, which FSDP2 has sharded."""
         modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
         found = cls(model, modules, [(module, slot) for _, module, slot, _ in parameter_slots(model)])
+        model.register_forward_pre_hook(found._leave_inference_mode, prepend=True)
         model.register_forward_hook(found._start, always_call=True)
         return found
 
@@ -54,6 +57,19 @@ class Resharding:
 
     def _start(self, *_: Any) -> None:
         self.started = True
+
+    def _leave_inference_mode(self, *_: Any) -> None:
+        """Make the tensors that FSDP2 gathers into, and keeps, before a first forward in inference mode would.
+
+        No backward could use those. All ranks that share the parameters take part, as in the forward.
+        """
+        if not self.gathered and torch.is_inference_mode_enabled():
+            with torch.inference_mode(False), torch.no_grad():
+                for module in self.modules:
+                    module.unshard()
+                    module.reshard()
+        self.gathered = True
+
 
     def _parameters(self) -> list[nn.Parameter]:
         return [getattr(module, slot) for module, slot in self.slots]
