@@ -2,8 +2,8 @@
 
 A strategy may replace the shards of a module by gathered parameters for a forward, and put them back in the backward.
 Where none follows (an evaluation, ``generate``), whoever then lists, steps, loads or saves parameters would meet the
-gathered ones, and the next forward would compute with their old values. So a strategy says here, once for each model, how
-its shards come back; ``reshard`` does it for the core and for other plugins, and hooks of the model do it for users.
+gathered ones, and the next forward would compute with their old values. So a strategy says here, once for each model,
+how its shards come back; ``reshard`` does it for the core and for other plugins, and hooks of the model for users.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def reshard_with(model: nn.Module, action: Callable[[], None]) -> None:
     """Let *action* put the shards of *model*, a transformers model, back; a strategy calls this after it sharded it.
 
     It runs before every forward of *model*, as weights may have changed since the last one, and after every forward
-    without gradients; within ``keep_gathered`` only at both ends. It must be cheap where all shards are in place, run no
-    collective, and do no harm between a forward and its backward.
+    without gradients; within ``keep_gathered`` only at both ends. It must be cheap where all shards are in place, run
+    no collective, and do no harm between a forward and its backward.
     """
     found: _Resharding | None = model.__dict__.get(_KEY)
     if found is None:

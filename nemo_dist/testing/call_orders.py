@@ -1,8 +1,8 @@
 """Test that the order of calls changes nothing but what it should: run any order on ranks and on one process.
 
-An order is a list of names of calls, see ``call_names``. ``expected`` makes the calls on plain transformers and torch, ``traced`` on the
-ranks of a pool, and ``assert_same`` compares every loss, norm and generated token on the way, and the weights, gradients
-and optimizer state at the end. ``strategies.call_orders`` draws orders.
+An order is a list of names of calls, see ``call_names``. ``expected`` makes the calls on plain transformers and torch,
+``traced`` on the ranks of a pool, and ``assert_order_changes_nothing`` compares every loss, norm and generated token on
+the way, and weights, gradients and optimizer state at the end. ``strategies.call_orders`` draws orders.
 """
 
 from __future__ import annotations
@@ -305,7 +305,9 @@ def differences(found: Trace, wanted: Trace, tolerance: float = TOLERANCE) -> li
     lines = []
     for call, values in wanted.numbers.items():
         got = found.numbers.get(call, [])
-        if len(got) != len(values) or any(not abs(a - b) <= tolerance * abs(b) for a, b in zip(got, values, strict=True)):
+        if len(got) != len(values) or any(
+            not abs(a - b) <= tolerance * abs(b) for a, b in zip(got, values, strict=True)
+        ):
             lines.append(f"{call}: {got}, expected {values}")
     for kind in wanted.tensors.keys() | found.tensors.keys():
         lines += tensor_differences(kind, found.tensors.get(kind, {}), wanted.tensors.get(kind, {}), tolerance)

@@ -70,6 +70,5 @@ class Resharding:
                     module.reshard()
         self.gathered = True
 
-
     def _parameters(self) -> list[nn.Parameter]:
         return [getattr(module, slot) for module, slot in self.slots]
