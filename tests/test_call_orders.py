@@ -13,7 +13,7 @@ from nemo_dist.testing.call_orders import assert_order_changes_nothing, possible
 from nemo_dist.testing.equivalence import Task, checkpoint
 from nemo_dist.testing.fake_cuda import WithCudaCalls
 from nemo_dist.testing.precision import FP32
-from nemo_dist.testing.tensors import rows_of_rank
+from nemo_dist.testing.tensors import rows_of_rank, whole
 from nemo_dist.testing.tiny_models import SPECIMENS
 
 FSDP2 = FSDP2Config(mp_policy=FP32)
@@ -106,6 +106,32 @@ def test_a_few_drawn_orders_give_what_one_process_gives(ranks, topology):
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_any_order_gives_what_one_process_gives(ranks, topology):
     drawn(ranks, topology, examples=200)
+
+
+def on_rank_accumulate_by_hand(folder, options, looks):
+    """Return the gradients of two backwards, the first one unsynchronised, with forwards in between or without."""
+    setup = DistributedSetup.build(**options)
+    model = SPECIMENS["llama"].load.from_pretrained(folder, distributed_setup=setup, dtype=torch.float32)
+    runtime = setup.runtime(model)
+    first, second, other = (rows_of_rank(Task().batches(seed)[0], runtime) for seed in range(3))
+    with runtime.no_sync():
+        model(**first).loss.backward()
+    if looks:
+        with torch.no_grad():
+            model(**other)
+        model(**other)
+        assert len(list(runtime.named_parameters())) > 1
+    model(**second).loss.backward()
+    return {name: whole(parameter.grad) for name, parameter in runtime.named_parameters()}
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", "ddp"])
+def test_forwards_between_accumulated_batches_change_no_gradient(ranks, strategy):
+    plain, looked = (
+        ranks(2).run(on_rank_accumulate_by_hand, checkpoint("llama"), DATA_PARALLEL[strategy], looks)[0]
+        for looks in (False, True)
+    )
+    assert plain.keys() == looked.keys() and all(torch.equal(plain[name], looked[name]) for name in plain)
 
 
 # ---- what a step costs, and what it measures ----

@@ -22,7 +22,7 @@ class Resharding:
 
     model: nn.Module
     modules: list[FSDPModule]
-    slots: list[tuple[nn.Module, str]]
+    slots: list[tuple[dict[str, Any], str]]  # the dict of a module's own parameters, and a name in it
     trained: list[bool] = attrs.field(init=False)
     gathered: bool = False  # every group, at least once
     started: bool = False  # FSDP2 finds its root in the first forward, and cannot reset before
@@ -31,7 +31,7 @@ class Resharding:
     def of(cls, model: nn.Module) -> Resharding:
         """Return that of *model*, which FSDP2 has sharded."""
         modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
-        found = cls(model, modules, [(module, slot) for _, module, slot, _ in parameter_slots(model)])
+        found = cls(model, modules, [(module._parameters, slot) for _, module, slot, _ in parameter_slots(model)])
         model.register_forward_pre_hook(found._leave_inference_mode, prepend=True)
         model.register_forward_hook(found._start, always_call=True)
         return found
@@ -71,4 +71,4 @@ class Resharding:
         self.gathered = True
 
     def _parameters(self) -> list[nn.Parameter]:
-        return [getattr(module, slot) for module, slot in self.slots]
+        return [own[slot] for own, slot in self.slots]
