@@ -35,7 +35,7 @@ LAZY = {"nemo_dist", "nemo_dist.distributed"}
 PRIVATE = {
     "nemo_dist.torch_private": (
         *("_StridedShard", "_python_dispatch", "_disable_current_modes", "_get_current_dispatch_mode", "_pytree"),
-        *("_cdata", "_execution_engine", "_functional_collectives", "_c10d_functional"),
+        *("_cdata", "_execution_engine", "_functional_collectives", "_c10d_functional", "_current_graph_task_id"),
     ),
     "nemo_dist.hf_model": ("_no_split_modules", "_hf_peft_config_loaded"),
     "nemo_dist.mesh.mesh_context": ("_flatten", "_flatten_mapping", "_get_root_mesh", "_set_pg_timeout"),
@@ -53,7 +53,7 @@ PRIVATE = {
     "nemo_dist.training.router_aux_loss": ("_can_record_outputs",),
     "nemo_dist.testing.fake_cuda": ("_coalescing_manager", "_dynamo"),
     "nemo_dist.testing.worker": ("_clear_sharding_prop_cache", "_world"),
-    "nemo_dist_ddp.replicas": ("_composable",),
+    "nemo_dist_ddp.replicas": ("_pre_forward", "_post_forward"),
     "nemo_dist_moe.experts": ("_expand_parallel_plan", "_is_view"),
     "nemo_dist_recompute.apply": ("_can_checkpoint_with_cache", "_gradient_checkpointing_func"),
     "nemo_dist_context.model_check": ("_attn_implementation", "_supports_context_parallel"),

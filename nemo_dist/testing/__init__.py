@@ -1,6 +1,7 @@
 """Tools for testing plugins: conformance kit, Hypothesis strategies, a pool of ranks; each is loaded on first use.
 
-Here: ``conformance`` (the kit), ``equivalence`` (training compared with one process), ``strategies``, ``tiny_models``;
+Here: ``conformance`` (the kit), ``equivalence`` (training compared with one process), ``call_orders`` and
+``call_names`` (the same for any order of calls), ``strategies``, ``tiny_models``;
 the ranks: ``pool``, ``worker``, ``remote_call``, ``failure_report``, ``plugin`` (pytest fixtures); and small tools:
 ``precision``, ``tensors``, ``temp_folders``, ``io_counter``, ``fake_cuda``. Not here: tests.
 """

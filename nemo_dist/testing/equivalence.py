@@ -124,11 +124,11 @@ def train(task: Task, setup: DistributedSetup, model: Any) -> Outcome:
         batches = [rows_of_rank(batch, runtime) for batch in task.batches(step)]
         losses.append(runtime.forward_backward(batches if task.accumulate > 1 else batches[0]).item())
         if step == 0:
-            gradients = _whole(runtime, {n: p.grad for n, p in runtime.named_parameters() if p.grad is not None})
+            gradients = whole_state(runtime, {n: p.grad for n, p in runtime.named_parameters() if p.grad is not None})
         norms.append(runtime.clip_grad_norm_(MAX_NORM).item())
         optimizer.step()
         optimizer.zero_grad()
-    parameters = _whole(runtime, dict(runtime.named_parameters()))
+    parameters = whole_state(runtime, dict(runtime.named_parameters()))
     return Outcome(losses=losses, norms=norms, gradients=gradients, parameters=parameters)
 
 
@@ -162,18 +162,19 @@ def differences(found: Outcome, expected: Outcome, tolerance: float = TOLERANCE)
             if not abs(a - b) <= tolerance * abs(b):
                 lines.append(f"{field}[{step}]: {a!r}, expected {b!r}")
     for field in ("gradients", "parameters"):
-        lines += _tensor_differences(field, getattr(found, field), getattr(expected, field), tolerance)
+        lines += tensor_differences(field, getattr(found, field), getattr(expected, field), tolerance)
     return lines
 
 
-def _tensor_differences(
+def tensor_differences(
     field: str, found: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance: float
 ) -> list[str]:
+    """Return a line for each tensor of *found* that differs from that in *expected*, or that only one of them has."""
     missing = sorted(expected.keys() - found.keys())
     extra = sorted(found.keys() - expected.keys())
     lines = [f"{field}: missing {missing}"] * bool(missing) + [f"{field}: unexpected {extra}"] * bool(extra)
     # A tensor that is zero in exact arithmetic has only noise as its norm: compare with the largest tensor instead.
-    floor = max((tensor.norm().item() for tensor in expected.values()), default=0.0) * 1e-3
+    floor = max((tensor.norm().item() for tensor in expected.values()), default=0.0) * 1e-3 or 1e-30
     for name in sorted(expected.keys() & found.keys()):
         a, b = found[name].double(), expected[name].double()
         if a.shape != b.shape:
@@ -191,7 +192,7 @@ def assert_equivalent(pool: Any, task: Task, **options: Any) -> None:
     assert not found, "not what one process computes:\n" + "\n".join(found)
 
 
-def _whole(runtime: Runtime, state: dict[str, Tensor]) -> dict[str, Tensor]:
+def whole_state(runtime: Runtime, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the whole tensors of *state*, by way of the canonical state, as a strategy may have its own layout."""
     runtime.sharded.calls.export_state(state=state, parts=list(runtime.parts), mesh=runtime.mesh)
     return {name: whole(tensor) for name, tensor in state.items()}

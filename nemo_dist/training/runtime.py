@@ -26,6 +26,7 @@ from nemo_dist.mesh.store_consensus import compare
 from nemo_dist.planning.mesh_plan import Role
 from nemo_dist.plugin.hookspecs import Batch, RuntimePart
 from nemo_dist.plugin.protocol import Plugin
+from nemo_dist.plugin.resharding import reshard
 from nemo_dist.training.batch_loop import BatchLoop
 from nemo_dist.training.grad_norm import by_mesh, global_norm, one_mesh_per_group
 from nemo_dist.training.loss_weighting import judge_loss
@@ -59,6 +60,7 @@ class Runtime:
         is not tested with; PluginError when two plugins provide an engine.
         """
         parts = list(sharded.parts)
+        reshard(parts)
         for part in parts:
             refuse_prompts(part)
         within = [inner_model(part) for part in parts]
@@ -105,7 +107,11 @@ class Runtime:
         return self.mesh.rank(Role.BATCH)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield the parameters of this rank, each once, with their names in the whole model."""
+        """Iterate over the parameters of this rank, each once, with their names in the whole model."""
+        reshard(self.parts)
+        return self._named()
+
+    def _named(self) -> Iterator[tuple[str, nn.Parameter]]:
         seen: set[int] = set()
         for part in self.parts:
             for name, parameter in name_root(part).named_parameters():
@@ -125,11 +131,26 @@ class Runtime:
         )
         if params is None:
             params = [parameter for _, parameter in self.named_parameters() if parameter.requires_grad]
-        optimizer = optimizer_type(one_mesh_per_group(params), **options)
+        optimizer = optimizer_type(one_mesh_per_group(self._shards_of(params)), **options)
+        optimizer.register_step_pre_hook(lambda *_: reshard(self.parts))
         for part in self._parts:
             optimizer = part.optimizer(optimizer) if part.optimizer else optimizer
         droppers = [part.zero_grad for part in self._parts if part.zero_grad is not None]
         return _dropping_gradients_of(optimizer, droppers) if droppers else optimizer
+
+    def _shards_of(self, params: Iterable[Any]) -> list[Any]:
+        """Return *params*, parameters or groups of them, with the shard in place of each that a forward gathered."""
+        listed = dict(self._named())
+        shards = dict(self.named_parameters())
+        shard = {id(parameter): shards[name] for name, parameter in listed.items()}
+
+        def own(given: Iterable[Any]) -> list[Any]:
+            return [shard.get(id(parameter), parameter) for parameter in given]
+
+        given = list(params)
+        if given and isinstance(given[0], dict):
+            return [{**group, "params": own(group["params"])} for group in given]
+        return own(given)
 
     def batch(self, batch: Batch) -> dict[str, Any]:
         """Return what this rank computes on for the *batch* of its data-parallel coordinate, on its device."""

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nemo_dist.plugin.hookspecs import Batch
+from nemo_dist.plugin.resharding import keep_gathered, reshard
 from nemo_dist.training.router_aux_loss import COUNTED
 from nemo_dist_pipeline.partition.stage_model import PipelineInfo, StageInfo
 from nemo_dist_pipeline.runtime.forward_only import forward_only
@@ -22,7 +23,6 @@ from nemo_dist_pipeline.runtime.torch_stage import (
     ModelStage,
     ScheduleBuilder,
     TorchSchedule,
-    reshard,
     run_part,
     torch_order,
 )
@@ -81,6 +81,7 @@ class AutoPipeline:
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield the parameters of this rank's stages under their names in the full model."""
+        reshard(self.parts)
         for part in self.parts:
             yield from part.named_parameters()
 
@@ -113,7 +114,7 @@ class AutoPipeline:
         """
         runs = [self._splitter.split(self.parts[-1], *given) for given in zip(batches, weights, strict=True)]
         total = torch.zeros((), device=self.device)
-        with gradients_set_aside(self.tied.replicas) if self.tied else nullcontext():
+        with keep_gathered(self.parts), gradients_set_aside(self.tied.replicas) if self.tied else nullcontext():
             for run in self._splitter.joined(runs):
                 total += self._train(run)
             if self.tied:
@@ -177,7 +178,6 @@ class AutoPipeline:
             # This forward belongs to no step, so the router statistics must not count its tokens.
             inputs = {name: value for name, value in run[0].items() if name != COUNTED}
             hidden: Tensor = run_part(self.parts[0], self._stages[0], None, inputs, None)
-        reshard(self.parts[:1])
         if hidden.shape != self._splitter.hidden_shape(run):
             raise ValueError(
                 f"the first stage makes hidden states of shape {tuple(hidden.shape)} of inputs that should give "
@@ -220,9 +220,8 @@ class AutoPipeline:
     def _run_forward(self, run: Microbatches) -> list[Any]:
         hidden = torch.empty(self._splitter.hidden_shape(run), dtype=self._boundary_dtype(run), device=self.device)
         loss = self.config.loss_fn if "labels" in run.inputs else None
-        outputs = forward_only(self.parts, self._stages, run, hidden, self.placement, self.group, loss)
-        reshard(self.parts)
-        return outputs
+        with keep_gathered(self.parts):
+            return forward_only(self.parts, self._stages, run, hidden, self.placement, self.group, loss)
 
     # ---- inspection ----
 

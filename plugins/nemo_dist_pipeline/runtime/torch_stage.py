@@ -13,7 +13,6 @@ import attrs
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining._schedule_visualizer import get_schedule_ops
 from torch.distributed.pipelining.schedules import (
@@ -128,11 +127,3 @@ def _one_forward_one_backward(pp_size: int, microbatches: int) -> Order:
             line.append(Action(rank, "B", index))
         lines.append(tuple(line))
     return tuple(lines)
-
-
-def reshard(parts: Sequence[nn.Module]) -> None:
-    """Free the parameters that FSDP gathered for *parts* and keeps when no backward follows the forward."""
-    for part in parts:
-        for module in part.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
