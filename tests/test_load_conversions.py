@@ -48,6 +48,7 @@ CONFIGS = {
     "phimoe": lambda: config_of("phimoe", **EXPERTS),
     "falcon_h1": lambda: config_of("falcon_h1", mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8),
     "llama": lambda: config_of("llama"),
+    "wide-llama": lambda: config_of("llama", hidden_size=64, head_dim=32),  # a shard cuts blocks of 32 in the MLP only
     "qwen3": lambda: config_of("qwen3"),
     "gpt_oss": lambda: config_of("gpt_oss", **{**EXPERTS, "intermediate_size": 64}),
 }
@@ -168,7 +169,7 @@ def on_rank_load_with_every_conversion_in_slices(folder, options):
 
 @cases(
     ("family", "quantize", "name"),
-    [("olmo_hybrid", lambda folder: folder, "conv1d.weight"), ("llama", block_fp8, "mlp.up_proj.weight")],
+    [("olmo_hybrid", lambda folder: folder, "conv1d.weight"), ("wide-llama", block_fp8, "mlp.gate_proj.weight")],
     name=lambda family, quantize, name: family,
 )
 def test_the_proof_names_a_parameter_whose_slices_were_converted_wrongly(ranks, tmp_path, family, quantize, name):

@@ -89,25 +89,40 @@ class Draws:
 
     @torch.no_grad()
     def draw(self, part: nn.Module, initialise: Callable[[], None]) -> None:
-        """Fill the weights that *part* lacks; *initialise* draws them and creates the buffers that no file contains."""
+        """Fill the weights that *part* lacks; *initialise* draws them and creates the buffers that no file contains.
+
+        It may compute with weights that are loaded, before it skips them. So all sharded ones are replaced by whole
+        ones meanwhile: on the meta device, and those that are lacking recorded.
+        """
         if self._whole:
             for path, module, name, parameter in parameter_slots(part):
                 if path in self._whole and not _marked(parameter):
                     setattr(module, name, _mark(filled(parameter, self._whole[path](), local(parameter).device)))
         missing: dict[int, tuple[nn.Parameter, Tensor]] = {}
-        lacking = [slot for slot in parameter_slots(part) if isinstance(slot[3], DTensor) and not _marked(slot[3])]
+        slots = [slot for slot in parameter_slots(part) if isinstance(slot[3], DTensor)]
+        lacking = [slot for slot in slots if not _marked(slot[3])]
+        loaded = [slot for slot in slots if _marked(slot[3])]
+        for _, module, name, parameter in loaded:
+            setattr(module, name, _mark(_standing_in_for(parameter)))
         with self.shared(), DeferredInit() as init:
             for _, module, name, parameter in lacking:
                 if id(parameter) not in missing:
                     missing[id(parameter)] = (parameter, torch.empty(parameter.shape, dtype=parameter.dtype))
                 setattr(module, name, nn.Parameter(missing[id(parameter)][1], requires_grad=parameter.requires_grad))
             initialise()
+        for _, module, name, parameter in loaded:
+            setattr(module, name, parameter)
         drawn = {
             key: _mark(filled(parameter, init.replay(whole), local(parameter).device))
             for key, (parameter, whole) in missing.items()
         }
         for _, module, name, parameter in lacking:
             setattr(module, name, drawn[id(parameter)])
+
+
+def _standing_in_for(parameter: nn.Parameter) -> nn.Parameter:
+    whole = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+    return nn.Parameter(whole, requires_grad=parameter.requires_grad)
 
 
 def _mark(parameter: nn.Parameter) -> nn.Parameter:
