@@ -46,7 +46,9 @@ PRIVATE = {
     "nemo_dist.loading.deferred_init": ("_no_grad_trunc_normal_", "_schema"),
     "nemo_dist.loading.missing_weights": ("_is_hf_initialized",),
     "nemo_dist.checkpoint.chunks": ("_split_tensor",),
-    "nemo_dist.checkpoint.hf_weight_conversion": ("_weight_conversions",),
+    "nemo_dist.checkpoint.hf_weight_conversion": (
+        *("_weight_conversions", "_original_source_patterns", "_original_target_patterns"),
+    ),
     "nemo_dist.checkpoint.hf_export": ("_keys_to_ignore_on_save",),
     "nemo_dist.checkpoint.hf_side_files": ("_commit_hash",),
     "nemo_dist.checkpoint.scheduler_state": ("_schedulers", "_last_lr"),

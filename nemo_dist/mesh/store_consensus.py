@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -131,6 +131,17 @@ def differences(answers: Sequence[Mapping[str, str]]) -> list[str]:
 def report(occasion: str, failure: BaseException | None, ranks: Sequence[int] | None = None) -> None:
     """Raise on all *ranks* when one has a *failure*: that rank raises it, the others a RankError that quotes it."""
     share(occasion, None, failure, ranks)
+
+
+@contextmanager
+def reported(occasion: str, ranks: Sequence[int] | None = None) -> Iterator[None]:
+    """Run the with-block on all *ranks*; when it raises on one, raise on all as :func:`report` does."""
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    report(occasion, failure, ranks)
 
 
 def share(
