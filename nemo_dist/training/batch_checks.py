@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import torch
@@ -52,10 +52,15 @@ class BatchCheck:
 _OWN = frozenset({"attention_mask", "inputs_embeds", "labels", "shift_labels"})
 
 
+def is_media(name: str, value: Any) -> bool:
+    """Whether *value*, called *name* in a batch, is the input of a tower: pixels or sound, say."""
+    return name not in _OWN and isinstance(value, Tensor) and value.is_floating_point()
+
+
 def form(batches: Sequence[Batch]) -> str:
     """Return as text which modules *batches* run: the tower inputs of each batch, in order."""
     media = [
-        sorted(n for n, v in batch.items() if n not in _OWN and isinstance(v, Tensor) and v.is_floating_point())
+        sorted(name for name, value in batch.items() if is_media(name, value))
         for batch in batches
     ]
     return ", then ".join(" and ".join(names) or "text only" for names in media)
