@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 IGNORED = -100  # the label value that the losses of torch and transformers ignore
 MASKED = "bbox_first_token_mask"  # in a forward: leaves labels out of the mean that are not -100
+INITIALIZED = "_is_hf_initialized"  # marks tensors that transformers must not draw
+# Floating-point inputs of the language model itself; any other one goes to a tower that runs only when it is given.
+_OWN = frozenset({"attention_mask", "inputs_embeds", "labels", "shift_labels"})
 NEXT_TOKEN_LOSSES = ("ForCausalLM", "ForConditionalGeneration")  # values of ``model.loss_type``
 
 
@@ -85,6 +88,11 @@ def has_towers(model: Any) -> bool:
 def towers(model: Any) -> Iterator[str]:
     """Yield the attribute names of the tower configs in the config of *model* (``text_config``, ``vision_config``)."""
     yield from model.config.sub_configs
+
+
+def is_media(name: str, value: Any) -> bool:
+    """Whether *value*, called *name* in a batch, is the input of a tower: pixels or sound, say."""
+    return name not in _OWN and hasattr(value, "is_floating_point") and bool(value.is_floating_point())
 
 
 def has_adapters(model: Any) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import attrs
 import torch
@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nemo_dist.errors import RankError
+from nemo_dist.hf_model import is_media
 from nemo_dist.planning.mesh_plan import Role
 
 if TYPE_CHECKING:
@@ -48,21 +49,9 @@ class BatchCheck:
             )
 
 
-# Floating-point inputs of the language model itself; any other one goes to a tower that runs only when it is given.
-_OWN = frozenset({"attention_mask", "inputs_embeds", "labels", "shift_labels"})
-
-
-def is_media(name: str, value: Any) -> bool:
-    """Whether *value*, called *name* in a batch, is the input of a tower: pixels or sound, say."""
-    return name not in _OWN and isinstance(value, Tensor) and value.is_floating_point()
-
-
 def form(batches: Sequence[Batch]) -> str:
     """Return as text which modules *batches* run: the tower inputs of each batch, in order."""
-    media = [
-        sorted(name for name, value in batch.items() if is_media(name, value))
-        for batch in batches
-    ]
+    media = [sorted(name for name, value in batch.items() if is_media(name, value)) for batch in batches]
     return ", then ".join(" and ".join(names) or "text only" for names in media)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
 from torch import nn
 
+from nemo_dist.hf_model import has_towers
 from nemo_dist_pipeline.partition.balance import balanced
 from nemo_dist_pipeline.partition.skeleton import NO_PIPELINE, block_list, observe
 
@@ -38,6 +40,11 @@ class ModelStructure:
         """Find the structure of *model* by running its forward around its blocks; raise ValueError if it has none."""
         kind = type(model).__name__
         blocks = block_list(model)
+        if given := sorted(_from_towers(model)):
+            raise ValueError(
+                f"the towers of {kind} give its blocks {', '.join(given)} besides the embedding, which stays on the "
+                f"first stage; {NO_PIPELINE}"
+            )
         seen = observe(model, blocks)
         units = tuple(_units(model, blocks))
         if loose := [name for name, _ in model.named_parameters() if not _inside(name, (*units, *blocks))]:
@@ -46,7 +53,9 @@ class ModelStructure:
             )
         when = {unit: seen.when(unit) for unit in units}
         if between := [unit for unit, times in when.items() if "between" in times or len(times) > 1]:
-            raise ValueError(f"{kind} runs {', '.join(between[:5])} on several stages, between its blocks; {NO_PIPELINE}")
+            raise ValueError(
+                f"{kind} runs {', '.join(between[:5])} on several stages, between its blocks; {NO_PIPELINE}"
+            )
         after = sorted((unit for unit in units if "after" in when[unit]), key=seen.first_call)
         before = sorted((unit for unit in units if unit not in after), key=seen.first_call)
         structure = cls(
@@ -140,6 +149,15 @@ def _units(module: nn.Module, blocks: Mapping[str, nn.Module], prefix: str = "")
             yield from _units(child, blocks, f"{path}.")
         elif path not in blocks and next(child.parameters(), None) is not None:
             yield path
+
+
+def _from_towers(model: Any) -> set[str]:
+    """Return what the language model of *model* takes that a batch does not have, so that towers must make it."""
+    decoder = model.get_decoder()
+    if decoder is model or not has_towers(model):
+        return set()
+    taken, given = (set(inspect.signature(type(module).forward).parameters) for module in (decoder, model))
+    return {name for name in taken - given if not name.startswith(("output_", "return_", "cache_"))}
 
 
 def _inside(name: str, units: Iterable[str]) -> bool:

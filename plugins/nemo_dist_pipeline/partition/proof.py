@@ -34,7 +34,8 @@ def require_exact(model: Any, structure: ModelStructure, stages: Sequence[StageI
             hidden = forward(bare, run)
         except Exception as error:
             raise ValueError(
-                f"{kind} does not run with its blocks on several stages ({type(error).__name__}: {error}); {NO_PIPELINE}"
+                f"{kind} does not run with its blocks on several stages ({type(error).__name__}: {error}); "
+                f"{NO_PIPELINE}"
             ) from error
         for name in stage.own_blocks:
             for argument, value in whole.given[name].items():

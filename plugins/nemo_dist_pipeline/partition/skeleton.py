@@ -97,12 +97,11 @@ class ProbeBlock(StandIn):
     def __init__(self, replaced: nn.Module, name: str) -> None:
         super().__init__(replaced)
         self._name = name
-        self.run: Run | None = None
+        self.run = Run()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return what stands for the output of the block."""
         run = self.run
-        assert run is not None
         given = self.given(args, kwargs)
         hidden = next(iter(given.values()))
         if not isinstance(hidden, Tensor) or not hidden.is_floating_point():
@@ -138,7 +137,11 @@ def observe(model: Any, blocks: Mapping[str, nn.Module]) -> Run:
             continue
         return run
     error = max(problems, key=lambda problem: problem[:2])[2]  # that of the form which went furthest
-    found = str(error) if isinstance(error, UnfitBlockError) else f"its forward needs them ({type(error).__name__}: {error})"
+    found = (
+        str(error)
+        if isinstance(error, UnfitBlockError)
+        else f"its forward needs them ({type(error).__name__}: {error})"
+    )
     raise ValueError(f"{type(model).__name__} cannot be cut between its blocks: {found}; {NO_PIPELINE}") from error
 
 
@@ -217,7 +220,7 @@ class _Projection:
     bias: Tensor | None
 
     def __call__(self, features: Tensor) -> Tensor:
-        out, width = self.weight.shape
+        width = self.weight.shape[1]
         wave = torch.cos(torch.arange(width, device="cpu") * 0.9)
         projected = (features * wave).sum(-1, keepdim=True) / math.sqrt(width) * self.weight[:, 0]
         return projected if self.bias is None else projected + self.bias

@@ -15,11 +15,10 @@ import attrs
 import torch
 from torch import Tensor, nn
 
+from nemo_dist.hf_model import INITIALIZED
 from nemo_dist.plugin.forwards import wrap_forward
 from nemo_dist_pipeline.partition.model_structure import ModelStructure
 from nemo_dist_pipeline.partition.stand_in import StandIn
-
-_HOLLOW = "_is_hf_initialized"  # marks zeros in place of weights, in the way that makes transformers leave them alone
 
 
 @attrs.frozen(kw_only=True)
@@ -90,7 +89,7 @@ class PipelineInfo:
         return any(stage.is_last for stage in self.stages)
 
 
-class EndOfStage(Exception):  # noqa: N818  # not an error: it carries the hidden states out of the model's forward
+class EndOfStage(Exception):  # not an error: it carries the hidden states out of the model's forward
     """Ends the forward of a stage at the first block of the next one, whose input is ``hidden``."""
 
     def __init__(self, hidden: Tensor) -> None:
@@ -190,7 +189,7 @@ def set_hollow_dtype(model: nn.Module, dtype: torch.dtype) -> None:
     """Give the zeros in place of weights of other stages the *dtype* in which the first stage computes with them."""
     for module in model.modules():
         for name, value in vars(module).items():
-            if isinstance(value, Tensor) and hasattr(value, _HOLLOW) and value.is_floating_point():
+            if isinstance(value, Tensor) and hasattr(value, INITIALIZED) and value.is_floating_point():
                 setattr(module, name, _zeros(value.shape, dtype, value.device))
 
 
@@ -213,7 +212,7 @@ def _hollow(model: nn.Module, unit: str, kept: Collection[str], device: torch.de
 
 def _zeros(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
     zeros = torch.zeros((), dtype=dtype, device=device).expand(shape)
-    setattr(zeros, _HOLLOW, True)
+    setattr(zeros, INITIALIZED, True)
     return zeros
 
 

@@ -77,7 +77,7 @@ class Microbatches:
 
 @attrs.frozen(kw_only=True)
 class MicrobatchSplitter:
-    """Split batches as the options and the schedule ask; ``hidden`` gives the shape of the hidden states for (rows, length)."""
+    """Split batches as the options and the schedule ask; ``hidden`` gives the shape of hidden states."""
 
     config: PipelineConfig
     placement: StagePlacement

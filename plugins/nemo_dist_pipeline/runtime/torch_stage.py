@@ -23,7 +23,7 @@ from torch.distributed.pipelining.schedules import (
     get_schedule_class,
 )
 
-from nemo_dist.training.batch_checks import is_media
+from nemo_dist.hf_model import is_media
 from nemo_dist_pipeline.partition.skeleton import accepted
 from nemo_dist_pipeline.partition.stage_model import StageInfo, run_stage
 from nemo_dist_pipeline.schedule.actions import Action, Order, order_of
