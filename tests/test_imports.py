@@ -37,14 +37,13 @@ PRIVATE = {
         *("_StridedShard", "_python_dispatch", "_disable_current_modes", "_get_current_dispatch_mode", "_pytree"),
         *("_cdata", "_execution_engine", "_functional_collectives", "_c10d_functional", "_current_graph_task_id"),
     ),
-    "nemo_dist.hf_model": ("_no_split_modules", "_hf_peft_config_loaded"),
+    "nemo_dist.hf_model": ("_no_split_modules", "_hf_peft_config_loaded", "_is_hf_initialized"),
     "nemo_dist.mesh.mesh_context": ("_flatten", "_flatten_mapping", "_get_root_mesh", "_set_pg_timeout"),
     "nemo_dist.mesh.store_consensus": ("_get_default_store",),
     "nemo_dist.loading.hf_weight_loader": (
         *("_load_pretrained_model", "_finalize_model_loading", "_initialize_missing_keys"),
     ),
     "nemo_dist.loading.deferred_init": ("_no_grad_trunc_normal_", "_schema"),
-    "nemo_dist.loading.missing_weights": ("_is_hf_initialized",),
     "nemo_dist.checkpoint.chunks": ("_split_tensor",),
     "nemo_dist.checkpoint.hf_weight_conversion": (
         *("_weight_conversions", "_original_source_patterns", "_original_target_patterns"),

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from nemo_dist.hf_model import INITIALIZED
 from nemo_dist.loading.deferred_init import DeferredInit
 from nemo_dist.mesh.dtensor import filled, local, parameter_slots
 from nemo_dist.mesh.store_consensus import consensus
@@ -127,9 +128,9 @@ def _standing_in_for(parameter: nn.Parameter) -> nn.Parameter:
 
 def _mark(parameter: nn.Parameter) -> nn.Parameter:
     """Mark *parameter* as initialised, in the way that makes transformers skip it."""
-    setattr(parameter, "_is_hf_initialized", True)  # noqa: B010
+    setattr(parameter, INITIALIZED, True)
     return parameter
 
 
 def _marked(parameter: nn.Parameter) -> bool:
-    return bool(getattr(parameter, "_is_hf_initialized", False))
+    return bool(getattr(parameter, INITIALIZED, False))

@@ -104,6 +104,24 @@ def _neox() -> Any:
     return transformers.GPTNeoXConfig(**text)
 
 
+def _gpt2() -> Any:
+    """Return a config with learned positions, tied embeddings, and a class whose name says no type of loss."""
+    return transformers.GPT2Config(
+        vocab_size=_VOCABULARY, n_embd=32, n_layer=3, n_head=4, n_positions=128, initializer_range=0.1
+    )
+
+
+def _granite() -> Any:
+    """Return a config that scales the embedding, the residuals and the logits."""
+    scales = {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 2.0}
+    return transformers.GraniteConfig(**_text(**scales))
+
+
+def _lfm2() -> Any:
+    """Return a config of a hybrid: convolutions over the sequence, and attention."""
+    return transformers.Lfm2Config(**_text(layer_types=["conv", "full_attention", "conv"]))
+
+
 def _moe(**more: Any) -> dict[str, Any]:
     sizes = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8}
     return _text(**{**sizes, "output_router_logits": True, "router_aux_loss_coef": 0.1, **more})
@@ -297,6 +315,9 @@ SPECIMENS: dict[str, Specimen] = {
         ),
         Specimen(name="gemma2", loader=_CAUSAL, config=_gemma2, batch=_causal),
         Specimen(name="gemma3", loader=_CAUSAL, config=_gemma3, batch=_causal),
+        Specimen(name="gpt2", loader=_CAUSAL, config=_gpt2, batch=_padded_causal),
+        Specimen(name="granite", loader=_CAUSAL, config=_granite, batch=_causal),
+        Specimen(name="lfm2", loader=_CAUSAL, config=_lfm2, batch=_padded_causal),
         Specimen(name="olmo2", loader=_CAUSAL, config=_olmo2, batch=_causal),
         Specimen(name="neox", loader=_CAUSAL, config=_neox, batch=_causal),
         Specimen(name="deepseek", loader=_CAUSAL, config=_deepseek, batch=_causal),

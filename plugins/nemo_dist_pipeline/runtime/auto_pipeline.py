@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from nemo_dist.plugin.hookspecs import Batch
 from nemo_dist.plugin.resharding import keep_gathered, reshard
 from nemo_dist.training.router_aux_loss import COUNTED
-from nemo_dist_pipeline.partition.stage_model import PipelineInfo, StageInfo
+from nemo_dist_pipeline.partition.stage_model import PipelineInfo, StageInfo, set_hollow_dtype
 from nemo_dist_pipeline.runtime.forward_only import forward_only
 from nemo_dist_pipeline.runtime.microbatches import Microbatches, MicrobatchSplitter
 from nemo_dist_pipeline.runtime.tied_embedding import TiedWeight, gradients_set_aside
@@ -75,8 +75,7 @@ class AutoPipeline:
 
     @property
     def _splitter(self) -> MicrobatchSplitter:
-        base: Any = self.parts[0].base_model
-        hidden = base.config.hidden_size
+        hidden = self._stages[0].hidden_shape
         return MicrobatchSplitter(config=self.config, placement=self.placement, cp_size=self.cp_size, hidden=hidden)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -161,15 +160,18 @@ class AutoPipeline:
 
     def _boundary_dtype(self, run: Microbatches) -> torch.dtype:
         """Return the dtype of the hidden states between stages: the user's, else what the first stage makes."""
-        if self.config.dtype is not None:
-            return getattr(torch, self.config.dtype)  # type: ignore[no-any-return]
         if self._dtype is None:
-            code = torch.zeros((), dtype=torch.long, device=self.device)
+            codes = torch.zeros(2, dtype=torch.long, device=self.device)
             if self._stages[0].is_first:
-                code += _DTYPES.index(self._first_hidden(run).dtype)
-            # All ranks of this pipeline take part; the rank of the first stage knows the dtype.
-            dist.broadcast(code, group_src=self.placement.rank_of(0), group=self.group)
-            self._dtype = _DTYPES[int(code)]
+                made = self._first_hidden(run).dtype
+                entry: Any = self.parts[0].pipeline_entry
+                codes += torch.tensor([_DTYPES.index(made), _DTYPES.index(entry.dtype)], device=self.device)
+            # All ranks of this pipeline take part; the rank of the first stage knows the dtypes.
+            dist.broadcast(codes, group_src=self.placement.rank_of(0), group=self.group)
+            made, embedded = (_DTYPES[code] for code in codes.tolist())
+            for part in self.parts:
+                set_hollow_dtype(part, embedded)
+            self._dtype = getattr(torch, self.config.dtype) if self.config.dtype is not None else made
         return self._dtype
 
     @torch.no_grad()
