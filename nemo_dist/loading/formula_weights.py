@@ -1,9 +1,9 @@
 """Run a model of any size without its weights, to see how its outputs depend on its inputs.
 
 A copy of the model is built with its parameters on the meta device. While it runs, an operation that reads a parameter
-gets values by a formula: the element at offset ``i`` of a storage is ``scale * sin(phase + step * i)``, with a phase and a
-step for each storage. A matrix of such values is a product of two thin ones, however it is sliced or transposed, because
-``sin(a + b) = sin(a) cos(b) + cos(a) sin(b)``. So a product with it takes neither its memory nor its time.
+gets values by a formula: the element at offset ``i`` of a storage is ``scale * sin(phase + step * i)``, with a phase
+and a step for each storage. A matrix of such values is a product of two thin ones, however it is sliced or transposed,
+because ``sin(a + b) = sin(a) cos(b) + cos(a) sin(b)``. So a product with it takes neither its memory nor its time.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 from transformers.modeling_utils import local_torch_dtype as local_dtype
 
-from nemo_dist.hf_model import plain_class
+from nemo_dist.hf_model import attention_of, plain_class, set_attention
 from nemo_dist.torch_private import TorchDispatchMode, storage_id, tensors_in, tree_map_only
 
 _aten = torch.ops.aten
@@ -31,8 +31,8 @@ def weightless(model: nn.Module) -> Any:
     All of it is float32.
     """
     kind, config = plain_class(model), copy.deepcopy(model.config)
-    attention = config._attn_implementation
-    config._attn_implementation = attention if attention in ("sdpa", "eager") else "sdpa"  # others need a GPU
+    if attention_of(model) not in ("sdpa", "eager"):
+        set_attention(config, "sdpa")  # others need a GPU
     with local_dtype(torch.float32), no_init_weights(), _META:
         made: Any = kind(config)
     if made._can_set_experts_implementation():
@@ -131,8 +131,10 @@ def _embedding(mode: FormulaWeights, weight: Tensor, index: Tensor, *rest: Any) 
 
 
 def _index(mode: FormulaWeights, weight: Tensor, indices: list[Tensor | None]) -> Tensor | None:
-    whole = len(indices) == 1 and indices[0] is not None and not indices[0].dtype == torch.bool
-    return mode.rows(weight, indices[0]) if whole and weight.is_meta else None  # type: ignore[arg-type]
+    first = indices[0]
+    if len(indices) > 1 or first is None or first.dtype == torch.bool or not weight.is_meta:
+        return None
+    return mode.rows(weight, first)
 
 
 _RULES: dict[Any, Any] = {

@@ -76,8 +76,8 @@ class ModelInputs:
             )
         if self._fused and rows > 1:
             raise ValueError(
-                f"positions restart in a batch of {rows} rows, but flash attention keeps packed sequences apart only in "
-                "batches of one row; join the rows, or load the model with attn_implementation='sdpa'"
+                f"positions restart in a batch of {rows} rows, but flash attention keeps packed sequences apart only "
+                "in batches of one row; join the rows, or load the model with attn_implementation='sdpa'"
             )
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from nemo_dist.hf_model import accepts, class_name
 from nemo_dist.loading.formula_weights import FormulaWeights, weightless
 from nemo_dist.torch_private import tensors_in
+from nemo_dist.training.router_aux_loss import SWITCH
 
 TOLERANCE = 1e-4  # relative; models compute norms and router probabilities in float32
 _SEQUENCES = (5, 7)  # lengths of the sequences that are packed into one row
@@ -45,14 +46,16 @@ class Rehearsal:
     @classmethod
     def of(cls, model: nn.Module) -> Rehearsal:
         """Return a rehearsal of the class and config of *model*; its weights do not matter and are not read."""
-        copy = weightless(model)
+        copy: Any = weightless(model)
+        for config in (copy.config, copy.config.get_text_config()):
+            if hasattr(config, SWITCH):
+                setattr(config, SWITCH, False)  # a loss that is no mean over tokens
         return cls(copy, FormulaWeights(copy))
 
     @torch.no_grad()
-    def run(self, inputs: Mapping[str, Any], **more: Any) -> Run:
+    def run(self, inputs: Mapping[str, Any]) -> Run:
         """Run the copy on *inputs*, tensors of (rows, length), without a cache."""
-        given = {**inputs, **more, "use_cache": False, "output_router_logits": False}
-        given = {name: value for name, value in given.items() if accepts(self.model, name)}
+        given = {**inputs, "use_cache": False} if accepts(self.model, "use_cache") else inputs
         with _recording(self.model, inputs["input_ids"].shape) as outputs, self._mode:
             output = self.model(**given)
         return Run(output=output, outputs=outputs)
@@ -94,6 +97,8 @@ def mixes_packed_sequences(model: nn.Module) -> str | None:
     first, second = _SEQUENCES
     tokens = torch.arange(1, first + second + 1)[None] % model.config.get_text_config().vocab_size
     positions = torch.cat((torch.arange(first), torch.arange(second)))[None]
+    if not accepts(model, "position_ids"):
+        return "a forward that takes no position_ids"
     try:
         rehearsal = Rehearsal.of(model)
         packed = rehearsal.run({"input_ids": tokens, "position_ids": positions})
@@ -106,7 +111,7 @@ def mixes_packed_sequences(model: nn.Module) -> str | None:
 
 @contextmanager
 def _recording(model: nn.Module, shape: torch.Size) -> Iterator[dict[str, list[Tensor]]]:
-    """Within the context, keep the first output of every module of *model* that has one of *shape*, and maybe more dims."""
+    """Within the context, keep the first output of every module of *model*, if its first dims are *shape*."""
     outputs: dict[str, list[Tensor]] = {}
 
     def keep(name: str, module: nn.Module, args: Any, output: Any) -> None:

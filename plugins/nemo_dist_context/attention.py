@@ -1,9 +1,9 @@
 """Compute attention over a sequence that is split over ranks, as a mask and an attention function for transformers.
 
 Both are registered under one new name per loaded model. Without a split batch (generation, evaluation on whole
-sequences) they call what the model was loaded with: transformers' ``sdpa``, or the ``eager`` attention of its own module,
-which knows attention sinks and soft caps. The mask that a layer is given decides which one runs, so that a layer
-which is recomputed later does the same again.
+sequences) they call what the model was loaded with: transformers' ``sdpa``, or the ``eager`` attention of its own
+module, which knows attention sinks and soft caps. The mask that a layer is given decides which one runs, so that a
+layer which is recomputed later does the same again.
 """
 
 from __future__ import annotations
@@ -54,8 +54,9 @@ class Visible:
 class SharedAttention:
     """Attention of one loaded model, computed together by the ranks of *group*.
 
-    ``base``: the attention that the model was loaded with, "sdpa" or "eager". ``sequences`` are the sequence ids of the split batch in the forward, None without one; ``shifted`` says that the
-    loss was given labels that were shifted before the split.
+    ``base``: the attention that the model was loaded with, "sdpa" or "eager". ``sequences`` and ``positions`` are the
+    sequence ids and the positions of the split batch in the forward, None without one; ``shifted`` says that the loss
+    was given labels that were shifted before the split.
     """
 
     layout: SequenceLayout
@@ -63,6 +64,7 @@ class SharedAttention:
     method: str
     base: str = "sdpa"
     sequences: Tensor | None = None
+    positions: Tensor | None = None
     shifted: bool = False
 
     def register(self) -> str:

@@ -35,8 +35,8 @@ class SequenceSplitter:
     """Split the batches of one model.
 
     ``shifts``: the model's loss compares a token's output with the next label. ``numbering``: how the model numbers the
-    tokens of a batch without positions, one of ``NUMBERINGS``, or "none" for a model that takes no positions.
-    ``causal``: positions that restart mean packed sequences. ``pad_token``: the number of the padding token, if any.
+    tokens of a batch without positions, one of ``NUMBERINGS``. ``causal``: positions that restart mean packed
+    sequences. ``pad_token``: the number of the padding token, if any.
     """
 
     layout: SequenceLayout
@@ -58,13 +58,10 @@ class SequenceSplitter:
         _refuse(tensors, rows, length)
         mask = tensors.pop("attention_mask", None)
         device = next(iter(tensors.values())).device
-        takes_positions = self.numbering != "none"
         if "position_ids" not in tensors:
             tensors["position_ids"] = self._positions(mask, tensors.get("input_ids"), rows, length, device)
         ids = sequence_ids(mask, tensors["position_ids"], self.causal).expand(rows, length)
         counted = tensors.pop(COUNTED, None)
-        if not takes_positions:
-            del tensors["position_ids"]
         if self.shifts and "labels" in tensors:
             tensors.setdefault("shift_labels", pad(tensors["labels"], (0, 1), value=IGNORED)[:, 1:])
             tensors["labels"] = tensors["shift_labels"]  # the loss function reads only the shifted ones

@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from nemo_dist.hf_model import NEXT_TOKEN_LOSSES, attention_of, has_towers, towers
+from nemo_dist.hf_model import NEXT_TOKEN_LOSSES, attention_of, has_towers, loss_type, towers
 from nemo_dist_context.proof import Proof, Unequal, prove
 
 _PER_TOKEN = ("ForTokenClassification", "ForMaskedLM")
 _ROPES_BY_LENGTH = {"dynamic", "longrope"}
 
 
-def require_splittable(
-    model: Any, prepare: Callable[..., None], method: str, ranks: int, tensor_ranks: int
-) -> Proof:
+def require_splittable(model: Any, prepare: Callable[..., None], method: str, ranks: int, tensor_ranks: int) -> Proof:
     """Return how *model* treats sequences; raise ValueError with every reason why it cannot be split over *ranks*.
 
     ``prepare(model, attention)`` makes a model compute split batches.
@@ -44,8 +42,8 @@ def _structure(model: Any) -> Iterator[str]:
         yield f"it has several towers ({names}), and images or sounds cannot be split with the tokens; use cp_size=1"
     if attention_of(model) not in ("sdpa", "eager"):
         yield (
-            f"its attention implementation is {attention_of(model)!r}, and only 'sdpa' and 'eager' are exact on parts of a "
-            "sequence; load it with attn_implementation='sdpa', or 'eager' where it has no other"
+            f"its attention implementation is {attention_of(model)!r}, and only 'sdpa' and 'eager' are exact on parts "
+            "of a sequence; load it with attn_implementation='sdpa', or 'eager' where it has no other"
         )
     if ropes := sorted(_ropes(config.get_text_config()) & _ROPES_BY_LENGTH):
         yield f"its rotary embedding ({', '.join(ropes)}) depends on the length that a rank sees; use cp_size=1"
@@ -58,7 +56,7 @@ def _ropes(config: Any) -> set[str]:
 
 
 def _loss(model: Any) -> Iterator[str]:
-    kind = getattr(model, "loss_type", None)
+    kind = loss_type(model)
     if kind not in (*NEXT_TOKEN_LOSSES, *_PER_TOKEN):
         known = ", ".join((*NEXT_TOKEN_LOSSES, *_PER_TOKEN))
         yield (

@@ -1,8 +1,8 @@
 """Prove that a model computes a part of a sequence as it computes the whole one, before its weights are read.
 
-A weightless copy of the model runs a short sequence whole, and then as two ranks would, each with its half. Attention on a
-half gets what it would get from the other rank: its result is taken from the run on the whole sequence, if queries, keys,
-values and masks are those of that run. Everything else must come out the same.
+A weightless copy of the model runs a short sequence whole, and then as two ranks would, each with its half. Attention
+on a half gets what it would get from the other rank: its result is taken from the run on the whole sequence, if
+queries, keys, values and masks are those of that run. Everything else must come out the same.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from nemo_dist.hf_model import IGNORED, accepts, class_name
+from nemo_dist.hf_model import IGNORED, class_name, predicts_next_token
 from nemo_dist.training.rehearsal import Rehearsal, Run, first_difference, same
 from nemo_dist_context.attention import SharedAttention, Visible
 from nemo_dist_context.batch import NUMBERINGS, SequenceSplitter
@@ -24,7 +24,8 @@ from nemo_dist_context.sequence_layout import SequenceLayout
 _RANKS = 2
 _CHUNK = 6  # tokens; a rank has two chunks
 _LONGEST = 512
-_POOLING = ("compress", "pool", "block", "stride", "kernel", "conv")  # in names of options that say how far tokens reach
+# In names of options that say how many tokens are taken together.
+_POOLING = ("compress", "pool", "block", "stride", "kernel", "conv")
 
 
 @attrs.frozen(kw_only=True)
@@ -80,9 +81,10 @@ class _Rehearsed(SharedAttention):
         if self.done == len(self.calls):
             raise Unequal(f"{class_name(module)} attends more often than on a whole sequence")
         call, self.done = self.calls[self.done], self.done + 1
-        for name, whole, part in (("queries", call.query, query), ("keys", call.key, key), ("values", call.value, value)):
+        pairs = (("queries", call.query, query), ("keys", call.key, key), ("values", call.value, value))
+        for name, whole, part in pairs:
             if not self._equal(whole.movedim(2, 1), part.movedim(2, 1)):
-                raise Unequal(f"the {name} of {class_name(module)} depend on other tokens")
+                raise Unequal(f"the {name} of {class_name(module)} depend on other tokens, or on their number")
         if options.get("position_bias") is not None or not _same_options(call.options, options):
             raise Unequal(f"{class_name(module)} gives attention a bias that depends on where tokens stand")
         visible = _visible(attention_mask.allowed, attention_mask.causal, len(query), call.key.shape[2], self.index)
@@ -91,7 +93,7 @@ class _Rehearsed(SharedAttention):
         return call.output.index_select(1, self.index), None
 
     def _equal(self, expected: Tensor, found: Tensor, whole: bool = True) -> bool:
-        """Compare, at tokens that are no padding, tensors of (rows, tokens, ...); *expected* of all tokens if *whole*."""
+        """Compare (rows, tokens, ...) where tokens are no padding; *expected* is of all tokens if *whole*."""
         if whole and expected.shape[1] != len(self.index) * self.layout.size:
             return False
         expected = expected.index_select(1, self.index) if whole else expected
@@ -115,25 +117,27 @@ def prove(part: Any, prepare: Any, base: str) -> Proof:
         )
         prepare(rehearsal.model, attention)
         plain, padded = (_batch(rehearsal.model, length, pads) for pads in (False, True))
-        kinds = NUMBERINGS if accepts(rehearsal.model, "position_ids") else ("none",)
-        return _first_that_fits(rehearsal, attention, (plain, padded), kinds)
+        return _first_that_fits(rehearsal, attention, (plain, padded))
     except Unequal:
         raise
     except Exception as error:  # whatever a forward of any family raises
-        raise Unequal(f"{_where(error)} does not run on a part of a sequence ({_brief(error)})") from error
+        raise Unequal(
+            f"{_where(error)} does not run on a part of a sequence, so it does not leave attention and masks to "
+            f"transformers' attention interface ({_brief(error)})"
+        ) from error
 
 
-def _first_that_fits(rehearsal: Rehearsal, attention: _Rehearsed, batches: Any, kinds: tuple[str, ...]) -> Proof:
-    failure: Unequal | None = None
+def _first_that_fits(rehearsal: Rehearsal, attention: _Rehearsed, batches: Any) -> Proof:
+    failure: Exception | None = None
     causal, heads = True, set()
-    for kind in kinds:
+    for kind in NUMBERINGS:
         try:
             for batch in batches:
                 _compare(rehearsal, attention, batch, kind)
                 causal = causal and all(torch.equal(call.visible, call.visible.tril()) for call in attention.calls)
                 heads |= {(call.query.shape[1], call.key.shape[1]) for call in attention.calls}
             return Proof(numbering=kind, causal=causal, heads=frozenset(heads))
-        except Unequal as error:
+        except Exception as error:  # the first one says the most: other numberings need not suit the model at all
             failure = failure or error
     raise failure or Unequal("nothing fits")
 
@@ -153,7 +157,8 @@ def _compare(rehearsal: Rehearsal, attention: _Rehearsed, batch: dict[str, Tenso
         part = rehearsal.run(split)
         _require_equal(rehearsal, whole, part, attention)
         counts = split.get("shift_labels", split["labels"])
-        losses.append(part.output.loss), labels.append((counts != IGNORED).sum())
+        losses.append(part.output.loss)
+        labels.append((counts != IGNORED).sum())
     total = sum(loss * count for loss, count in zip(losses, labels, strict=True)) / sum(labels)
     if not same(whole.output.loss.reshape(1), total.reshape(1)):
         raise Unequal("its loss is not a mean over tokens")
@@ -171,12 +176,17 @@ def _require_equal(rehearsal: Rehearsal, whole: Run, part: Run, attention: _Rehe
 
 def splitter_of(model: Any, layout: SequenceLayout, numbering: str, causal: bool) -> SequenceSplitter:
     """Return what splits the batches of *model*."""
-    from nemo_dist.hf_model import predicts_next_token
-
-    pad = model.config.get_text_config().pad_token_id
     return SequenceSplitter(
-        layout=layout, shifts=predicts_next_token(model), numbering=numbering, causal=causal, pad_token=pad
+        layout=layout,
+        shifts=predicts_next_token(model),
+        numbering=numbering,
+        causal=causal,
+        pad_token=_pad_token(model),
     )
+
+
+def _pad_token(model: Any) -> int | None:
+    return getattr(model.config.get_text_config(), "pad_token_id", None)
 
 
 def _layout(rank: int) -> SequenceLayout:
@@ -186,10 +196,10 @@ def _layout(rank: int) -> SequenceLayout:
 def _batch(model: Any, length: int, padded: bool) -> dict[str, Tensor]:
     """Return a batch of two rows; *padded*, one from the left and one from the right."""
     config = model.config.get_text_config()
-    pad = config.pad_token_id or 0
+    pad = _pad_token(model) or 0
     tokens = (torch.arange(2 * length).view(2, length) * 7 + 3) % config.vocab_size
     tokens = torch.where(tokens == pad, (pad + 1) % config.vocab_size, tokens)
-    classes = config.vocab_size if not hasattr(model, "num_labels") or model.loss_type == "ForCausalLM" else 2
+    classes = config.vocab_size if not hasattr(model, "num_labels") or predicts_next_token(model) else 2
     if not padded:
         return {"input_ids": tokens, "labels": tokens % classes}
     places = torch.arange(length)

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from nemo_dist_recompute.config import RecomputeConfig
 
 
-
 def recompute(model: Any, config: RecomputeConfig) -> None:
     """Make the layers of *model* recompute during the backward.
 
