@@ -125,3 +125,19 @@ def loss_names(model: Any) -> set[str]:
         if found:
             return found
     return set()
+
+
+def accepts(module: nn.Module, argument: str) -> bool:
+    """Whether the forward of *module* takes *argument*, by name or among the keywords that it hands on."""
+    parameters = inspect.signature(module.forward).parameters
+    return argument in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def attention_of(model: Any) -> str:
+    """Return the name of the attention that *model* was loaded with: "sdpa", "eager", "flash_attention_2", ..."""
+    return str(getattr(getattr(model, "config", None), "_attn_implementation", None))
+
+
+def set_attention(config: Any, name: str) -> None:
+    """Let models that are made from *config* use the attention *name*."""
+    config._attn_implementation = name
