@@ -90,6 +90,16 @@ def has_adapters(model: Any) -> bool:
     return bool(getattr(model, "_hf_peft_config_loaded", False))
 
 
+def loss_type(model: Any) -> str:
+    """Return the kind of loss of *model*; transformers takes "ForCausalLM" where the name of a class says none."""
+    return getattr(model, "loss_type", None) or "ForCausalLM"
+
+
 def predicts_next_token(model: Any) -> bool:
     """Whether the loss of *model* compares a token's output with the next label, as in decoder-only language models."""
-    return getattr(model, "loss_type", None) in NEXT_TOKEN_LOSSES and not model.config.is_encoder_decoder
+    return loss_type(model) in NEXT_TOKEN_LOSSES and not model.config.is_encoder_decoder
+
+
+def kept_in_float32(model: Any) -> frozenset[str]:
+    """Return parts of the names of the tensors that transformers keeps in float32 in a model of another dtype."""
+    return frozenset(getattr(model, "_keep_in_fp32_modules_strict", None) or ())

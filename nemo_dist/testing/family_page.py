@@ -21,10 +21,11 @@ _INTRO = """# Which model trains how
 
 Every family of transformers {version}, made tiny, on two ranks, compared with one process in float32: loss, every
 gradient by name, clipped norm, the weights after two AdamW steps, and the exported files. Rows are padded, labels
-uneven, biases and norms random. `bfloat16` is the default precision of `fsdp2`, held to what plain bfloat16 loses. Image-text
-models are given text only. Made by `make models`; do not edit.
+uneven, biases and norms random. `bfloat16` is the default precision of `fsdp2`, held to what plain bfloat16 loses.
+Image-text models are given text only. Made by `make models`; do not edit.
 
-`=` equal; a number: refused, with the reason of that number below; **bold**: a fault. Empty: not run. `tp + sp` with the sequence cut between blocks; `recompute` is activation checkpointing under `fsdp2`.
+`=` equal; a number: refused, with the reason of that number below; **bold**: a fault. Empty: not run. `tp + sp` cuts
+the sequence between blocks; `recompute` is activation checkpointing under `fsdp2`.
 """
 
 

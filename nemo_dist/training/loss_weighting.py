@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nemo_dist.hf_model import IGNORED, NEXT_TOKEN_LOSSES, class_name, predicts_next_token
+from nemo_dist.hf_model import IGNORED, NEXT_TOKEN_LOSSES, class_name, loss_type, predicts_next_token
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -32,10 +32,9 @@ _MASKED = "bbox_first_token_mask"  # leaves labels out of the mean that are not 
 def judge_loss(model: Any, routers_known: bool) -> None:
     """Raise ValueError when the forward of *model* computes a loss that is not known to be a mean over labels.
 
-    ``routers_known``: whether the load balancing loss of its routers, if it adds one, is handled elsewhere. A model
-    whose kind of loss is unknown passes; ``count_labels`` raises for its batches.
+    ``routers_known``: whether the load balancing loss of its routers, if it adds one, is handled elsewhere.
     """
-    kind, names = getattr(model, "loss_type", None), _loss_names(model)
+    kind, names = loss_type(model), _loss_names(model)
     if predicts_next_token(model):
         known = (_MEANS if "loss_function" in names else set()) | (_ROUTERS if routers_known else set())
         if not getattr(model, "z_loss_coefficient", 1):
@@ -43,7 +42,7 @@ def judge_loss(model: Any, routers_known: bool) -> None:
     elif kind in _PER_LABEL:
         known = _CLASSIFIERS
     else:
-        return
+        raise ValueError(_unknown(model))
     strange = sorted(names - known) or ([] if names else ["a part of it"])
     if strange:
         way_out = (
@@ -53,6 +52,15 @@ def judge_loss(model: Any, routers_known: bool) -> None:
             f"{class_name(model)} makes a loss of its own (from {', '.join(strange)}) that is not known to be the mean "
             f"over the labels, so ranks and batches cannot be weighted by theirs; {way_out}"
         )
+
+
+def _unknown(model: Any) -> str:
+    known = ", ".join((*NEXT_TOKEN_LOSSES, *_PER_LABEL))
+    both = " of an encoder-decoder" * (loss_type(model) in NEXT_TOKEN_LOSSES)
+    return (
+        f"{class_name(model)} has a loss of type {loss_type(model)!r}{both}, whose mean is not known; known: {known}; "
+        "train it in a loop of your own"
+    )
 
 
 def _loss_names(model: Any) -> set[str]:
@@ -81,12 +89,11 @@ def count_labels(model: nn.Module, batch: Batch) -> Tensor:
     labels: Tensor | None = batch.get("shift_labels", batch.get("labels"))
     if labels is None:
         raise ValueError(f"the batch has no labels (it has {sorted(batch)}); add 'labels', -100 where none counts")
-    kind = getattr(model, "loss_type", None)
+    kind = loss_type(model)
     if labels.is_floating_point():
         return torch.tensor(float(labels.numel()), device=labels.device)
     if predicts_next_token(model):
         labels = labels if "shift_labels" in batch else labels[..., 1:]
     elif kind not in _PER_LABEL:
-        known = ", ".join((*NEXT_TOKEN_LOSSES, *_PER_LABEL))
-        raise ValueError(f"{class_name(model)} has a loss of type {kind!r}, whose mean is not known; known: {known}")
+        raise ValueError(_unknown(model))
     return (labels != IGNORED).sum().float()

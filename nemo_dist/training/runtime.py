@@ -28,6 +28,7 @@ from nemo_dist.plugin.protocol import Plugin
 from nemo_dist.training.batch_loop import BatchLoop
 from nemo_dist.training.grad_norm import by_mesh, global_norm, one_mesh_per_group
 from nemo_dist.training.loss_weighting import judge_loss
+from nemo_dist.training.optimizer_probe import refuse_what_mixes_elements
 from nemo_dist.training.peft_adapters import adapters, refuse_prompts
 from nemo_dist.training.router_aux_loss import RouterLoss
 
@@ -117,10 +118,15 @@ class Runtime:
 
         ``params``: parameters or parameter groups; by default all parameters that require gradients. ``options`` are
         passed to *optimizer_type*.
+
+        Raises ValueError on all ranks for an optimizer that does not step sharded parameters as one process steps whole
+        ones; all ranks must call this.
         """
         if params is None:
             params = [parameter for _, parameter in self.named_parameters() if parameter.requires_grad]
-        optimizer = optimizer_type(one_mesh_per_group(params), **options)
+        groups = one_mesh_per_group(params)
+        refuse_what_mixes_elements(optimizer_type, groups, options, self.mesh)
+        optimizer = optimizer_type(groups, **options)
         for part in self._parts:
             optimizer = part.optimizer(optimizer) if part.optimizer else optimizer
         droppers = [part.zero_grad for part in self._parts if part.zero_grad is not None]

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from nemo_dist.hf_model import NEXT_TOKEN_LOSSES, has_towers, towers
+from nemo_dist.hf_model import NEXT_TOKEN_LOSSES, has_towers, loss_type, towers
 
 _PER_TOKEN = ("ForTokenClassification", "ForMaskedLM")
 _LAYERS = {"full_attention", "sliding_attention"}
@@ -80,7 +80,7 @@ def _ropes(config: Any) -> set[str]:
 
 
 def _loss(model: Any) -> Iterator[str]:
-    kind = getattr(model, "loss_type", None)
+    kind = loss_type(model)
     if kind not in (*NEXT_TOKEN_LOSSES, *_PER_TOKEN):
         known = ", ".join((*NEXT_TOKEN_LOSSES, *_PER_TOKEN))
         yield f"its loss ({kind}) is not a mean over tokens, which all ranks could share; known: {known}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,8 @@ def replicate(part: nn.Module, mesh: MeshContext, options: dict[str, Any]) -> No
     """Average the gradients of *part* over the data-parallel ranks during every backward."""
     group = mesh.group(Role.TOKENS)
     if group is not None:
+        # Searching for unused parameters is a precaution: that there are none is no news.
+        warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
         torch_replicate(part, process_group=group, **options)
 
 
