@@ -141,3 +141,8 @@ def attention_of(model: Any) -> str:
 def set_attention(config: Any, name: str) -> None:
     """Let models that are made from *config* use the attention *name*."""
     config._attn_implementation = name
+
+
+def kept_in_float32(model: Any) -> frozenset[str]:
+    """Return parts of the names of the tensors that transformers keeps in float32 in a model of another dtype."""
+    return frozenset(getattr(model, "_keep_in_fp32_modules_strict", None) or ())

@@ -37,7 +37,10 @@ PRIVATE = {
         *("_StridedShard", "_python_dispatch", "_disable_current_modes", "_get_current_dispatch_mode", "_pytree"),
         *("_cdata", "_execution_engine", "_functional_collectives", "_c10d_functional", "_current_graph_task_id"),
     ),
-    "nemo_dist.hf_model": ("_no_split_modules", "_hf_peft_config_loaded", "_is_hf_initialized", "_attn_implementation"),
+    "nemo_dist.hf_model": (
+        *("_no_split_modules", "_hf_peft_config_loaded", "_is_hf_initialized", "_attn_implementation"),
+        "_keep_in_fp32_modules_strict",
+    ),
     "nemo_dist.mesh.mesh_context": ("_flatten", "_flatten_mapping", "_get_root_mesh", "_set_pg_timeout"),
     "nemo_dist.mesh.store_consensus": ("_get_default_store",),
     "nemo_dist.loading.hf_weight_loader": (
@@ -56,6 +59,7 @@ PRIVATE = {
     "nemo_dist.testing.fake_cuda": ("_coalescing_manager", "_dynamo"),
     "nemo_dist.testing.worker": ("_clear_sharding_prop_cache", "_world"),
     "nemo_dist_ddp.replicas": ("_pre_forward", "_post_forward"),
+    "nemo_dist_fsdp2.buffers": ("_version",),
     "nemo_dist_moe.experts": ("_expand_parallel_plan", "_is_view"),
     "nemo_dist_recompute.apply": ("_can_checkpoint_with_cache", "_gradient_checkpointing_func"),
     "nemo_dist_pipeline.runtime.torch_stage": (

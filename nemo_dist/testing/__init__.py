@@ -1,9 +1,10 @@
 """Tools for testing plugins: conformance kit, Hypothesis strategies, a pool of ranks; each is loaded on first use.
 
 Here: ``conformance`` (the kit), ``equivalence`` (training compared with one process), ``call_orders`` and
-``call_names`` (the same for any order of calls), ``strategies``, ``tiny_models``;
-the ranks: ``pool``, ``worker``, ``remote_call``, ``failure_report``, ``plugin`` (pytest fixtures); and small tools:
-``precision``, ``tensors``, ``temp_folders``, ``io_counter``, ``fake_cuda``. Not here: tests.
+``call_names`` (the same for any order of calls), ``strategies``, ``tiny_models``; the ranks: ``pool``, ``worker``,
+``remote_call``, ``failure_report``, ``plugin`` (pytest fixtures); every family of transformers: ``shrink`` (a config
+made tiny), ``families`` (the sweep and its command), ``family_cells``, ``family_names``, ``family_page``; and small
+tools: ``precision``, ``tensors``, ``temp_folders``, ``io_counter``, ``fake_cuda``. Not here: tests.
 """
 
 from __future__ import annotations

@@ -117,7 +117,11 @@ def train_on_rank(task: Task, folder: Path, options: Mapping[str, Any]) -> Outco
 def train(task: Task, setup: DistributedSetup, model: Any) -> Outcome:
     """Train *model*, which was loaded for *setup*, and return this rank's result; called on every rank."""
     task.freeze(model)
-    runtime = setup.runtime(model)
+    return train_with(task, setup.runtime(model))
+
+
+def train_with(task: Task, runtime: Runtime) -> Outcome:
+    """Train the model of *runtime* and return this rank's result; called on every rank."""
     optimizer = runtime.optimizer(torch.optim.AdamW, **task.optimizer)
     losses, norms, gradients = [], [], {}
     for step in range(task.steps):

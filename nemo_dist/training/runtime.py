@@ -30,6 +30,7 @@ from nemo_dist.plugin.resharding import reshard
 from nemo_dist.training.batch_loop import BatchLoop
 from nemo_dist.training.grad_norm import by_mesh, global_norm, one_mesh_per_group
 from nemo_dist.training.loss_weighting import judge_loss
+from nemo_dist.training.optimizer_probe import refuse_what_mixes_elements
 from nemo_dist.training.peft_adapters import adapters, refuse_prompts
 from nemo_dist.training.router_aux_loss import RouterLoss
 
@@ -123,7 +124,10 @@ class Runtime:
         """Return one optimizer over the parameters of all local parts.
 
         ``params``: parameters or parameter groups; by default all parameters that require gradients. ``options`` are
-        passed to *optimizer_type*. Raises RankError when ranks pass another type or other options.
+        passed to *optimizer_type*.
+
+        Raises ValueError on all ranks for an optimizer that does not step sharded parameters as one process steps whole
+        ones, and RankError when ranks pass another type or other options; all ranks must call this.
         """
         told = {"type": f"{optimizer_type.__module__}.{optimizer_type.__qualname__}"}
         compare(
@@ -131,7 +135,9 @@ class Runtime:
         )
         if params is None:
             params = [parameter for _, parameter in self.named_parameters() if parameter.requires_grad]
-        optimizer = optimizer_type(one_mesh_per_group(self._shards_of(params)), **options)
+        groups = one_mesh_per_group(self._shards_of(params))
+        refuse_what_mixes_elements(optimizer_type, groups, options, self.mesh)
+        optimizer = optimizer_type(groups, **options)
         optimizer.register_step_pre_hook(lambda *_: reshard(self.parts))
         for part in self._parts:
             optimizer = part.optimizer(optimizer) if part.optimizer else optimizer

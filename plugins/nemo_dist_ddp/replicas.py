@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -61,6 +62,8 @@ def replicate(part: nn.Module, mesh: MeshContext, options: dict[str, Any]) -> No
     group = mesh.group(Role.TOKENS)
     if group is None:
         return
+    # Searching for unused parameters is a precaution: that there are none is no news.
+    warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
     replicas = Replicas(model=part, options={"process_group": group, **options})
     part.__dict__[_KEY] = replicas
     part.register_forward_pre_hook(replicas._before_forward, with_kwargs=True)
