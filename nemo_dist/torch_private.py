@@ -24,6 +24,7 @@ __all__ = [
     "current_dispatch_mode",
     "disable_current_modes",
     "functional_collectives",
+    "in_backward",
     "run_after_backward",
     "storage_id",
     "tensors_in",
@@ -57,3 +58,8 @@ def run_after_backward(function: Callable[[], None]) -> None:
     """Run *function* when the current backward pass ends; call this from a gradient hook."""
     engine: Any = torch.autograd.Variable._execution_engine
     engine.queue_callback(function)
+
+
+def in_backward() -> bool:
+    """Whether this thread runs a backward pass now, as activation checkpointing does when it repeats a forward."""
+    return int(torch._C._current_graph_task_id()) != -1

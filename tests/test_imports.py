@@ -35,7 +35,7 @@ LAZY = {"nemo_dist", "nemo_dist.distributed"}
 PRIVATE = {
     "nemo_dist.torch_private": (
         *("_StridedShard", "_python_dispatch", "_disable_current_modes", "_get_current_dispatch_mode", "_pytree"),
-        *("_cdata", "_execution_engine", "_functional_collectives", "_c10d_functional"),
+        *("_cdata", "_execution_engine", "_functional_collectives", "_c10d_functional", "_current_graph_task_id", "_C"),
     ),
     "nemo_dist.hf_model": ("_no_split_modules", "_hf_peft_config_loaded"),
     "nemo_dist.mesh.mesh_context": ("_flatten", "_flatten_mapping", "_get_root_mesh", "_set_pg_timeout"),

@@ -124,11 +124,11 @@ def train(task: Task, setup: DistributedSetup, model: Any) -> Outcome:
         batches = [rows_of_rank(batch, runtime) for batch in task.batches(step)]
         losses.append(runtime.forward_backward(batches if task.accumulate > 1 else batches[0]).item())
         if step == 0:
-            gradients = _whole(runtime, {n: p.grad for n, p in runtime.named_parameters() if p.grad is not None})
+            gradients = whole_state(runtime, {n: p.grad for n, p in runtime.named_parameters() if p.grad is not None})
         norms.append(runtime.clip_grad_norm_(MAX_NORM).item())
         optimizer.step()
         optimizer.zero_grad()
-    parameters = _whole(runtime, dict(runtime.named_parameters()))
+    parameters = whole_state(runtime, dict(runtime.named_parameters()))
     return Outcome(losses=losses, norms=norms, gradients=gradients, parameters=parameters)
 
 
@@ -191,7 +191,7 @@ def assert_equivalent(pool: Any, task: Task, **options: Any) -> None:
     assert not found, "not what one process computes:\n" + "\n".join(found)
 
 
-def _whole(runtime: Runtime, state: dict[str, Tensor]) -> dict[str, Tensor]:
+def whole_state(runtime: Runtime, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the whole tensors of *state*, by way of the canonical state, as a strategy may have its own layout."""
     runtime.sharded.calls.export_state(state=state, parts=list(runtime.parts), mesh=runtime.mesh)
     return {name: whole(tensor) for name, tensor in state.items()}
