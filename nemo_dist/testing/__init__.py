@@ -2,7 +2,7 @@
 
 Here: ``conformance`` (the kit), ``equivalence`` (training compared with one process), ``strategies``, ``tiny_models``;
 the ranks: ``pool``, ``worker``, ``remote_call``, ``failure_report``, ``plugin`` (pytest fixtures); and small tools:
-``precision``, ``tensors``, ``temp_folders``, ``io_counter``, ``fake_cuda``. Not here: tests.
+``shrink`` (a config made tiny), ``precision``, ``tensors``, ``temp_folders``, ``io_counter``, ``fake_cuda``. Not here: tests.
 """
 
 from __future__ import annotations
