@@ -14,10 +14,10 @@ import nemo_dist.testing
 ROOT = Path(__file__).parents[1]
 HEAVY = {"torch", "transformers", "safetensors", "numpy"}
 
-# Each package (or module beside them) may import those that stand before it, never those after; testing may import all.
+# Each package (or module beside them) may import those that stand before it, never those after.
 ORDER = (
     *("errors", "hf_model", "torch_private", "planning", "mesh", "plugin", "hooks"),
-    *("loading", "checkpoint", "training", "setup", "models", "launcher", "cli", "testing"),
+    *("loading", "checkpoint", "training", "setup", "models", "launcher", "testing", "cli"),
 )
 # What a plugin may import of the core, besides the public names of nemo_dist itself.
 FOR_PLUGINS = {

@@ -8,8 +8,8 @@ import mutants
 
 import nemo_dist
 from nemo_dist import ParallelismSizes
+from nemo_dist.testing import verify
 from nemo_dist.testing.tiny_models import SPECIMENS
-from nemo_dist.testing.verify import verify
 
 
 @attrs.frozen(kw_only=True)
@@ -180,3 +180,22 @@ MUTANTS = [
     ),
     Mutant(around=mutants.router_counts_padding, module="", axis="dp_shard", model="qwen3-moe", sizes=EP),
 ]
+
+
+@pytest.mark.parametrize(
+    "mutant",
+    [pytest.param(one, id=one.name, marks=[pytest.mark.slow] if one.slow else []) for one in MUTANTS],
+)
+def test_a_planted_fault_is_found_and_its_module_and_axis_are_named(mutant, ranks):
+    report = mutant.report(ranks)
+    assert not report.ok
+    found = report.culprit
+    assert found is not None, report
+    assert re.fullmatch(mutant.module, found.module), f"named {found}"
+    assert mutant.axis in (found.axis or "").split(" = "), f"named {found}"
+
+
+def test_every_kind_on_the_page_is_planted():
+    page = (Path(__file__).parents[1] / "docs" / "verify.md").read_text()
+    listed = re.findall(r"^\| `(\w+)` \|", page, re.M)
+    assert sorted(listed) == sorted({one.around.__name__ for one in MUTANTS})

@@ -1,8 +1,11 @@
 """Tools for testing plugins: conformance kit, Hypothesis strategies, a pool of ranks; each is loaded on first use.
 
 Here: ``conformance`` (the kit), ``equivalence`` (training compared with one process), ``strategies``, ``tiny_models``;
+a proof for a user's own model: ``proof``, which uses ``local_topology``, ``tiny_work``, ``proof_run``, ``comparison``,
+and to find where it departs ``trace``, ``layouts``, ``axes``, ``localise``;
 the ranks: ``pool``, ``worker``, ``remote_call``, ``failure_report``, ``plugin`` (pytest fixtures); and small tools:
-``shrink`` (a config made tiny), ``precision``, ``tensors``, ``temp_folders``, ``io_counter``, ``fake_cuda``. Not here: tests.
+``shrink`` (a config made tiny), ``precision``, ``tensors``, ``temp_folders``, ``io_counter``, ``fake_cuda``. Not here:
+tests.
 """
 
 from __future__ import annotations
@@ -14,16 +17,20 @@ if TYPE_CHECKING:
     from nemo_dist.testing import strategies as strategies
     from nemo_dist.testing.conformance import PluginConformance as PluginConformance
     from nemo_dist.testing.pool import RankPool as RankPool
+    from nemo_dist.testing.proof import Report as Report
+    from nemo_dist.testing.proof import verify as verify
 
 # The public names and the module of each; "strategies" is the module itself. pytest, hypothesis and torch take seconds
 # to import, and a test that needs one of these names does not need all three.
 _HOMES = {
     "PluginConformance": "nemo_dist.testing.conformance",
     "RankPool": "nemo_dist.testing.pool",
+    "Report": "nemo_dist.testing.proof",
     "strategies": "nemo_dist.testing.strategies",
+    "verify": "nemo_dist.testing.proof",
 }
 
-__all__ = ["PluginConformance", "RankPool", "strategies"]
+__all__ = ["PluginConformance", "RankPool", "Report", "strategies", "verify"]
 
 
 def __getattr__(name: str) -> Any:

@@ -11,7 +11,10 @@ from nemo_dist.errors import TopologyError
 from nemo_dist.planning.sizes import ParallelismSizes
 from nemo_dist.setup.setup import DistributedSetup
 from nemo_dist.testing.precision import FP32
+from nemo_dist.testing.shrink import HEADS
 
+# The heads and the experts of a tiny model, which ranks share.
+LARGEST: Mapping[str, int] = {"tp_size": HEADS, "ep_size": 4}
 _HERE = {"device_type": "cpu", "ranks": None, "timeout_minutes": None}
 
 
@@ -24,17 +27,17 @@ class LocalTopology:
     changes: tuple[str, ...] = ()
 
 
-def fit(keywords: Mapping[str, Any], most: int) -> LocalTopology:
+def fit(keywords: Mapping[str, Any], most: int, largest: Mapping[str, int]) -> LocalTopology:
     """Return the topology of *keywords* for at most *most* ranks: sizes stay where they fit, ``dp`` becomes 2 or so.
 
-    Everything computes in float32, so that it can be compared with one process. Raises TopologyError when the setup
-    itself is refused, or when *most* ranks are too few for one that has all of its axes.
+    No size is above that in *largest*. Everything computes in float32, so that it can be compared with one process.
+    Raises TopologyError when the setup itself is refused, or when *most* ranks are too few for all of its axes.
     """
     sizes = keywords.get("parallelism_sizes") or ParallelismSizes()
     if keywords.get("world_size") is not None:
         DistributedSetup.build(**keywords)  # raises for what is wrong with the user's own topology
     refusals: list[TopologyError] = []
-    for smaller in _smaller(sizes):
+    for smaller in _smaller(_at_most(sizes, largest)):
         for dp in _data_parallel(smaller):
             tried = attrs.evolve(smaller, dp_size=dp)
             world = tried.model_size * dp
@@ -87,6 +90,14 @@ def _topology(
         if getattr(asked, field.name) not in (None, getattr(sizes, field.name)) and field.name != "roles"
     ]
     return LocalTopology(keywords=given, setup=setup, changes=tuple(changes))
+
+
+def _at_most(sizes: ParallelismSizes, largest: Mapping[str, int]) -> ParallelismSizes:
+    for name, most in largest.items():
+        while getattr(sizes, name) > most:
+            size = getattr(sizes, name)
+            sizes = attrs.evolve(sizes, **{name: size // _least_factor(size)})
+    return sizes
 
 
 def _smaller(sizes: ParallelismSizes) -> Iterator[ParallelismSizes]:

@@ -69,7 +69,7 @@ class Search:
 
     def _first(self, *whats: str) -> Culprit | None:
         for site in self._sites(*whats):
-            if self._verdict(site) is Verdict.WRONG and not self._is_internal(site):
+            if self._verdict(site) is Verdict.WRONG and self._matters(site):
                 return self._culprit(site)
         return None
 
@@ -134,22 +134,28 @@ class Search:
             return Verdict.WRONG, held
         return (Verdict.RIGHT if verdicts == {Verdict.RIGHT} else Verdict.OPEN), held
 
-    def _is_internal(self, site: Site) -> bool:
-        """Whether an enclosing module makes the tensor at *site* good, so that it is only laid out in its own way.
+    def _matters(self, site: Site) -> bool:
+        """Whether what is wrong at *site* makes something else wrong; else it is only laid out in its own way.
 
-        For an output, that is an enclosing module with the right output; for a gradient, one with right gradients of
-        all that it reads.
+        An argument does when the module's output is wrong too. Besides, no module around may have the right output or,
+        for a gradient, right gradients of all that it reads.
         """
+        if site.what == INPUT and not self._are(site.module, OUTPUT, Verdict.WRONG):
+            return False
         for outer in _enclosing(site.module):
             if site.what == GRADIENT:
-                read = [Site(GRADIENT, *made) for made, readers in self.single.readers.items() if outer in readers]
-                sites = [one for one in read if one in self.single.values]
-            else:
-                what = RECOMPUTED if site.what == RECOMPUTED else OUTPUT
-                sites = [one for one in self._sites(what) if one.module == outer]
-            if sites and all(self._verdict(one) is Verdict.RIGHT for one in sites):
-                return True
-        return False
+                made = [Site(GRADIENT, *key) for key, readers in self.single.readers.items() if outer in readers]
+                read = [one for one in made if one in self.single.values]
+                if read and all(self._verdict(one) is Verdict.RIGHT for one in read):
+                    return False
+            elif self._are(outer, OUTPUT if site.what == INPUT else site.what, Verdict.RIGHT):
+                return False
+        return True
+
+    def _are(self, module: str, what: str, verdict: Verdict) -> bool:
+        """Whether *module* has outputs, and all of them, or of a repeated forward, have this verdict."""
+        sites = [site for site in self._sites(what) if site.module == module]
+        return bool(sites) and all(self._verdict(site) is verdict for site in sites)
 
     def _culprit(self, site: Site) -> Culprit:
         _, held, allowed = self._judged(site)

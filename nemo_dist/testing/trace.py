@@ -21,7 +21,7 @@ INPUT, OUTPUT, GRADIENT, RECOMPUTED = "input", "output", "gradient of the output
 
 @attrs.frozen
 class Site:
-    """One tensor that is recorded: the ``leaf``-th tensor that comes out of ``module``, or an argument of it by name."""
+    """One tensor that is recorded: the ``leaf``-th that comes out of ``module``, or an argument of it by its name."""
 
     what: str
     module: str

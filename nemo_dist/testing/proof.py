@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
 from contextlib import redirect_stdout
@@ -20,6 +21,7 @@ from typing import Any
 
 import attrs
 import torch
+from transformers import AutoConfig
 
 from nemo_dist.errors import RankError, TopologyError
 from nemo_dist.plugin.registry import Registry
@@ -27,11 +29,11 @@ from nemo_dist.setup.config_section import build_keywords
 from nemo_dist.setup.setup import DistributedSetup
 from nemo_dist.testing.comparison import Check, Comparison
 from nemo_dist.testing.layouts import Tokens
-from nemo_dist.testing.local_topology import LocalTopology, fit, only
+from nemo_dist.testing.local_topology import LARGEST, LocalTopology, fit, only
 from nemo_dist.testing.localise import Culprit, Part, Search
 from nemo_dist.testing.pool import RankPool
 from nemo_dist.testing.proof_run import STEPS, Around, Result, Work, joined, run_alone, run_on_rank
-from nemo_dist.testing.tiny_work import tiny_work
+from nemo_dist.testing.tiny_work import make_work
 
 TIMEOUT = 600.0  # seconds
 RANKS = 8  # at most, unless the caller allows more
@@ -41,9 +43,9 @@ RANKS = 8  # at most, unless the caller allows more
 class Report:
     """The result of ``verify``; as a string it is what ``nemo-dist verify`` prints.
 
-    ``topology``: the ranks and sizes that ran. ``changes``: what was made smaller, and what that leaves unproven.
-    ``checks``: what was compared. ``culprit``: the first module and axis that depart. ``refused``: the reasons why the
-    setup does not take this model, when it does not.
+    ``topology``: the ranks and sizes that ran. ``changes``: what was made smaller or plainer, so that it is not proven
+    as it is. ``checks``: what was compared. ``culprit``: the first module and axis that depart. ``refused``: the
+    reasons why the setup does not take this model, when it does not.
     """
 
     topology: str
@@ -59,7 +61,7 @@ class Report:
         return not self.refused and bool(self.checks) and all(check.ok for check in self.checks)
 
     def __str__(self) -> str:
-        lines = [self.topology, *(f"  made smaller: {change}" for change in self.changes)]
+        lines = [self.topology, *(f"  changed: {change}" for change in self.changes)]
         lines += [f"refused: {reason}" for reason in self.refused]
         lines += [str(check) for check in self.checks]
         if self.culprit:
@@ -90,15 +92,16 @@ def verify(
     modules recorded, and the first departure is named.
     """
     start = time.monotonic()
+    if isinstance(config, str | os.PathLike):
+        config = AutoConfig.from_pretrained(config)
     keywords = build_keywords(setup.to_dict(), Registry()) if isinstance(setup, DistributedSetup) else dict(setup)
     try:
-        topology = fit(keywords, ranks)
+        topology = fit(keywords, ranks, {} if full else LARGEST)
     except TopologyError as refusal:
         return Report(topology="no topology", refused=refusal.problems, seconds=time.monotonic() - start)
-    work, changes = tiny_work(config, topology.setup.plan, full)
-    proof = _Proof(topology=topology, work=work, pool=pool or _Started, around=around)
-    report = proof.report()
-    return attrs.evolve(report, changes=(*changes, *topology.changes), seconds=time.monotonic() - start)
+    work, changes = make_work(config, topology.setup.plan, full=full)
+    report = _Proof(topology=topology, work=work, pool=pool or _Started, around=around).report()
+    return attrs.evolve(report, changes=(*topology.changes, *changes), seconds=time.monotonic() - start)
 
 
 @attrs.frozen
@@ -127,7 +130,7 @@ class _Proof:
             results = self._on_ranks(self.work)
         except RankError as error:
             return Report(topology=shown, checks=(Check(what="run", ok=False, found=str(error)),))
-        refused = tuple(dict.fromkeys(result.refused for result in results if result.refused))
+        refused = tuple(dict.fromkeys(result.refused.removeprefix("- ") for result in results if result.refused))
         if refused:
             return Report(topology=shown, refused=refused)
         comparison = self._compared(results)
