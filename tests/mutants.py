@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.functional import pad
 
+from nemo_dist.hf_model import blocks
 from nemo_dist.mesh.dtensor import local
 from nemo_dist.setup.setup import DistributedSetup
 from nemo_dist.torch_private import in_backward
@@ -22,6 +23,20 @@ from nemo_dist.training.router_aux_loss import RouterLoss
 def instead(owner, name, make):
     """Replace ``owner.name`` by ``make(what is there)`` while the context is open."""
     return patch.object(owner, name, make(getattr(owner, name)))
+
+
+def in_every_part(change):
+    """Call *change* with every part of the model on this rank, after its weights are loaded."""
+
+    def make(wrap):
+        def then(self, parts):
+            for part in parts:
+                change(part)
+            return wrap(self, parts)
+
+        return then
+
+    return instead(DistributedSetup, "wrap", make)
 
 
 # ---- tensor parallelism ----
@@ -96,16 +111,12 @@ def embedding_mask_off_by_one():
 
 
 def attention_scaled_twice_on_one_rank():
-    from transformers.models.llama.modeling_llama import LlamaAttention
+    def twice(model):
+        for module in model.modules():
+            if hasattr(module, "scaling") and dist.get_rank() == 1:
+                module.scaling **= 2
 
-    def make(init):
-        def scaled(self, *args, **kwargs):
-            init(self, *args, **kwargs)
-            self.scaling **= 1 + dist.get_rank()
-
-        return scaled
-
-    return instead(LlamaAttention, "__init__", make)
+    return in_every_part(twice)
 
 
 def packed_experts_cut_as_one_matrix():
@@ -235,29 +246,24 @@ def gradients_overwritten_by_the_next_batch():
 
 
 def recomputed_from_another_input():
-    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+    def differing(layer, args):
+        return (args[0] + 0.05, *args[1:]) if in_backward() else None
 
-    def make(forward):
-        def again(self, hidden_states, *args, **kwargs):
-            return forward(self, hidden_states + 0.05 if in_backward() else hidden_states, *args, **kwargs)
+    def hook(model):
+        for layer in blocks(model).values():
+            layer.register_forward_pre_hook(differing)
 
-        return again
-
-    return instead(LlamaDecoderLayer, "forward", make)
+    return in_every_part(hook)
 
 
 def wrong_rows_loaded_on_one_rank():
-    def make(wrap):
-        def then(self, parts):
-            weight = dict(parts[0].named_parameters())["model.layers.1.self_attn.k_proj.weight"]
-            if dist.get_rank() == 1:
-                with torch.no_grad():
-                    local(weight).copy_(local(weight).flip(0))
-            return wrap(self, parts)
+    @torch.no_grad()
+    def flip(model):
+        if dist.get_rank() == 1:
+            rows = local(model.get_parameter("model.layers.1.self_attn.k_proj.weight"))
+            rows.copy_(rows.flip(0))
 
-        return then
-
-    return instead(DistributedSetup, "wrap", make)
+    return in_every_part(flip)
 
 
 def optimizer_state_not_loaded():
@@ -290,17 +296,12 @@ def tied_gradients_not_summed():
 
 
 def layer_left_out():
-    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+    def skip(model):
+        if model.pipeline_stage.is_last:
+            first = next(name for name in model.pipeline_stage.modules if ".layers." in name)
+            model.get_submodule(first).forward = lambda hidden_states, *args, **options: hidden_states
 
-    def make(forward):
-        def skipping(self, hidden_states, *args, **kwargs):
-            if dist.get_rank() == 1:
-                return hidden_states
-            return forward(self, hidden_states, *args, **kwargs)
-
-        return skipping
-
-    return instead(LlamaDecoderLayer, "forward", make)
+    return in_every_part(skip)
 
 
 def norm_of_own_stage_only():

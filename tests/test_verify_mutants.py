@@ -1,10 +1,13 @@
 """Planted faults: ``verify`` finds each, and names the module and the axis."""
 
+import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import attrs
 import mutants
+import pytest
 
 import nemo_dist
 from nemo_dist import ParallelismSizes

@@ -46,10 +46,10 @@ class Departure:
 
 @attrs.frozen(kw_only=True, eq=False, slots=False)
 class Comparison:
-    """Compare the *results* of all ranks of *plan* with ``single``, where ``double`` is the same run in float64."""
+    """Compare the *results* of all ranks of *plan* with ``single``; ``other`` is the same run, rounded unlike it."""
 
     single: Result
-    double: Result | None
+    other: Result
     results: Sequence[Result]
     plan: MeshPlan
 
@@ -141,9 +141,8 @@ class Comparison:
 
     def _numbers(self, step: int, what: str, field: str) -> Iterator[Departure]:
         expected = torch.tensor(getattr(self.single, field)[step], dtype=torch.float64)
-        allowed = LEAST
-        if self.double is not None:
-            allowed = max(LEAST, bound(expected, torch.tensor(getattr(self.double, field)[step], dtype=torch.float64)))
+        other = torch.tensor(getattr(self.other, field)[step], dtype=torch.float64)
+        allowed = max(LEAST, bound(expected, other))
         values = [torch.tensor(getattr(result, field)[step], dtype=torch.float64) for result in self.results]
         errors = [relative(value, expected) for value in values]
         yield Departure(
@@ -182,10 +181,10 @@ class Comparison:
             return float("inf"), 0.0
         if what == "loaded":
             return relative(value, whole), 0.0
-        double = None if self.double is None else getattr(self.double, what)[step][name]
+        other = getattr(self.other, what)[step][name]
         # Rounding of the largest tensor of its kind reaches all of them, also those that are zero in exact arithmetic.
         least = self._largest[what, step] * 1e-8 / whole.double().norm().clamp(min=1e-30).item()
-        return relative(value, whole), bound(whole, double) + least
+        return relative(value, whole), bound(whole, other) + least
 
     @cached_property
     def _largest(self) -> dict[tuple[str, int], float]:

@@ -19,12 +19,12 @@ from nemo_dist.testing.layouts import Match, Tokens, Verdict, match, relative
 from nemo_dist.testing.trace import GRADIENT, INPUT, OUTPUT, RECOMPUTED, Site, Trace, is_complete
 
 FLOOR = 2e-6  # relative: some 30 roundings of float32
-FACTOR = 16.0  # times the difference of two precisions on one process: other orders of summation, with room to spare
+FACTOR = 16.0  # times the difference of two roundings on one process: other orders of summation, with room to spare
 
 
-def bound(single: Tensor, double: Tensor | None) -> float:
-    """Return the relative error that rounding explains, from the result in float32 and in float64 of one process."""
-    return 1e-5 if double is None else FLOOR + FACTOR * relative(single, double)
+def bound(single: Tensor, other: Tensor) -> float:
+    """Return the relative error that rounding explains, from two results of one process that were rounded unlike."""
+    return FLOOR + FACTOR * relative(other, single)
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -52,10 +52,10 @@ class Culprit:
 
 @attrs.frozen(kw_only=True, eq=False, slots=False)
 class Search:
-    """Search the traces of all *parts* for the first departure from *single*; ``double`` is the same run in float64."""
+    """Search the traces of all *parts* for the first departure from *single*; ``other`` is the same, rounded unlike."""
 
     single: Trace
-    double: Trace | None
+    other: Trace
     parts: Sequence[Part]
     plan: MeshPlan
 
@@ -107,8 +107,7 @@ class Search:
         count = len(self.single.values[recorded])
         verdicts = set()
         for call, whole in enumerate(self.single.calls(recorded, count)):
-            doubles = self.double.calls(recorded, count) if self.double else []
-            allowed = bound(whole, doubles[call] if doubles else None)
+            allowed = bound(whole, self.other.calls(recorded, count)[call])
             scale = self.plan.splitting(Role.TOKENS) if site.what == GRADIENT else 1
             verdict, held = self._compare(site, call, count, whole * scale, allowed)
             if verdict is Verdict.WRONG:

@@ -147,15 +147,16 @@ class _Proof:
         return found
 
     def _compared(self, results: list[Result]) -> Comparison:
-        single, double = self._alone(self.work)
-        return Comparison(single=single, double=double, results=results, plan=self.topology.setup.plan)
+        single, other = self._alone(self.work)
+        return Comparison(single=single, other=other, results=results, plan=self.topology.setup.plan)
 
-    def _alone(self, work: Work) -> tuple[Result, Result | None]:
-        single = run_alone(work, torch.float32)
+    def _alone(self, work: Work) -> tuple[Result, Result]:
+        """Return the result of one process, and another one that differs from it as much as rounding can explain."""
+        single = run_alone(work)
         try:
             return single, run_alone(work, torch.float64)
         except (RuntimeError, NotImplementedError):  # a kernel without float64
-            return single, None
+            return single, run_alone(work, nudged=True)
 
     def _culprit(self, comparison: Comparison) -> Culprit | None:
         """Repeat the first step that departs with every module recorded, and search for the first departure."""
@@ -181,7 +182,7 @@ class _Proof:
             return None  # the weights are wrong, or what was saved: not what modules compute
         work = attrs.evolve(self.work, traced=step)
         results = self._on_ranks(work)
-        single, double = self._alone(work)
+        single, other = self._alone(work)
         rows, length = joined(work.batches[step])["input_ids"].shape
         parts = [
             Part(rank=rank, trace=trace, tokens=Tokens(own=result.tokens, rows=rows, length=length))
@@ -191,7 +192,7 @@ class _Proof:
         ]
         return Search(
             single=single.traces[0],
-            double=double.traces[0] if double else None,
+            other=other.traces[0],
             parts=parts,
             plan=self.topology.setup.plan,
         )

@@ -69,9 +69,17 @@ class Result:
     refused: str | None = None
 
 
-def run_alone(work: Work, dtype: torch.dtype) -> Result:
-    """Run *work* on this process with plain transformers and torch, in *dtype*."""
+def run_alone(work: Work, dtype: torch.dtype = torch.float32, nudged: bool = False) -> Result:
+    """Run *work* on this process with plain transformers and torch, in *dtype*.
+
+    With *nudged* the last bit of every weight is changed at random: that shows, too, what rounding can do.
+    """
     model = work.load.auto.from_pretrained(work.folder, dtype=torch.float32).to(dtype)
+    if nudged:
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1 + torch.finfo(dtype).eps * torch.randn_like(parameter).sign())
     optimizer = torch.optim.AdamW(model.parameters(), **OPTIMIZER)
     result = Result(loaded={name: p.detach().clone() for name, p in model.named_parameters()})
     for step in work.steps:
