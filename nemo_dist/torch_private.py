@@ -61,5 +61,5 @@ def run_after_backward(function: Callable[[], None]) -> None:
 
 
 def in_backward() -> bool:
-    """Whether a backward pass is running; a forward is then a recomputation."""
-    return bool(torch._C._current_graph_task_id() != -1)
+    """Whether this thread runs a backward pass now; a forward is then repeated by activation checkpointing."""
+    return int(torch._C._current_graph_task_id()) != -1

@@ -99,7 +99,7 @@ def test_a_plugin_that_does_not_import_is_listed_as_broken(tmp_path: Path, monke
     assert "BROKEN" in run.invoke(app, ["plugins"]).stdout
 
 
-@pytest.mark.parametrize("command", ["plan", "explain", "plugins", "demo"])
+@pytest.mark.parametrize("command", ["plan", "explain", "plugins", "demo", "verify"])
 def test_every_command_has_help_with_examples(command: str) -> None:
     result = run.invoke(app, [command, "--help"])
     assert result.exit_code == 0

@@ -14,10 +14,10 @@ import nemo_dist.testing
 ROOT = Path(__file__).parents[1]
 HEAVY = {"torch", "transformers", "safetensors", "numpy"}
 
-# Each package (or module beside them) may import those that stand before it, never those after; testing may import all.
+# Each package (or module beside them) may import those that stand before it, never those after.
 ORDER = (
     *("errors", "hf_model", "torch_private", "planning", "mesh", "plugin", "hooks"),
-    *("loading", "checkpoint", "training", "setup", "models", "launcher", "cli", "testing"),
+    *("loading", "checkpoint", "training", "setup", "models", "launcher", "testing", "cli"),
 )
 # What a plugin may import of the core, besides the public names of nemo_dist itself.
 FOR_PLUGINS = {
@@ -35,7 +35,7 @@ LAZY = {"nemo_dist", "nemo_dist.distributed"}
 PRIVATE = {
     "nemo_dist.torch_private": (
         *("_StridedShard", "_python_dispatch", "_disable_current_modes", "_get_current_dispatch_mode", "_pytree"),
-        *("_cdata", "_execution_engine", "_functional_collectives", "_c10d_functional", "_current_graph_task_id"),
+        *("_cdata", "_execution_engine", "_functional_collectives", "_c10d_functional", "_current_graph_task_id", "_C"),
     ),
     "nemo_dist.hf_model": (
         *("_no_split_modules", "_hf_peft_config_loaded", "_is_hf_initialized", "_attn_implementation"),

@@ -13,12 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nemo_dist.cli.demo_config import DemoOptions
+from nemo_dist.cli.setup_options import Config, SetupOptions, WorldSize, takes_setup
 from nemo_dist.cli.tables import groups_table, plan_data, plan_table, plugin_rows, plugins_table, rank_lines
 from nemo_dist.errors import NemoDistError, TopologyError
-from nemo_dist.planning.sizes import ParallelismSizes
 from nemo_dist.plugin.registry import Registry
-from nemo_dist.setup.selection import DEFAULT
-from nemo_dist.setup.setup import DistributedSetup
 
 if TYPE_CHECKING:
     from nemo_dist.cli.demo import Verdict
@@ -37,17 +35,6 @@ def _examples(*arguments: str) -> str:
     return "\n".join(["\b", "Examples:", *(f"  nemo-dist {line}" for line in arguments)])
 
 
-WorldSize = Annotated[int, typer.Option("--world-size", "-n", help="How many ranks to plan for.", show_default=False)]
-Strategy = Annotated[str, typer.Option(help="A strategy plugin; `nemo-dist plugins` lists them.")]
-Tp = Annotated[int, typer.Option("--tp", help="Tensor-parallel size.")]
-Pp = Annotated[int, typer.Option("--pp", help="Pipeline-parallel size.")]
-Cp = Annotated[int, typer.Option("--cp", help="Context-parallel size.")]
-Ep = Annotated[int, typer.Option("--ep", help="Expert-parallel size.")]
-Dp = Annotated[int | None, typer.Option("--dp", help="Data-parallel size; what is left when omitted.")]
-Replicate = Annotated[int | None, typer.Option("--dp-replicate", help="Replicas of each shard (HSDP).")]
-Config = Annotated[
-    Path | None, typer.Option("--config", help="Take everything from the `distributed:` section of this YAML file.")
-]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
 
@@ -75,15 +62,10 @@ def _options(
         "plan --world-size 8 --json",
     )
 )
+@takes_setup
 def plan(
+    asked: SetupOptions,
     world_size: WorldSize,
-    strategy: Strategy = DEFAULT,
-    tp: Tp = 1,
-    pp: Pp = 1,
-    cp: Cp = 1,
-    ep: Ep = 1,
-    dp: Dp = None,
-    dp_replicate: Replicate = None,
     rank: Annotated[int | None, typer.Option(help="Also say where this rank stands.")] = None,
     config: Config = None,
     as_json: Json = False,
@@ -93,7 +75,7 @@ def plan(
     Needs no GPU, no other machine and no torch: plan for 16384 ranks on a laptop.
     """
     with _refusals():
-        setup = _build(world_size, strategy, _sizes(tp, pp, cp, ep, dp, dp_replicate), config)
+        setup = asked.build(world_size, config)
         if rank is not None:
             setup.plan.coordinates(rank)  # raises for a rank that the plan does not have
         if as_json:
@@ -109,20 +91,11 @@ def plan(
         "explain --world-size 8 --config recipe.yaml",
     )
 )
-def explain(
-    world_size: WorldSize,
-    strategy: Strategy = DEFAULT,
-    tp: Tp = 1,
-    pp: Pp = 1,
-    cp: Cp = 1,
-    ep: Ep = 1,
-    dp: Dp = None,
-    dp_replicate: Replicate = None,
-    config: Config = None,
-) -> None:
+@takes_setup
+def explain(asked: SetupOptions, world_size: WorldSize, config: Config = None) -> None:
     """Say who claims each axis and what every plugin will do, in order."""
     with _refusals():
-        setup = _build(world_size, strategy, _sizes(tp, pp, cp, ep, dp, dp_replicate), config)
+        setup = asked.build(world_size, config)
         typer.echo(setup.explain())
 
 
@@ -145,15 +118,10 @@ def plugins(as_json: Json = False) -> None:
         "demo --moe --ep 2 --tp 2",
     )
 )
+@takes_setup
 def demo(
+    asked: SetupOptions,
     nproc: Annotated[int, typer.Option("--nproc", "-n", help="How many ranks to start on this machine.")] = 4,
-    strategy: Strategy = DEFAULT,
-    tp: Tp = 1,
-    pp: Pp = 1,
-    cp: Cp = 1,
-    ep: Ep = 1,
-    dp: Dp = None,
-    dp_replicate: Replicate = None,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 160,
     out: Annotated[Path, typer.Option(help="Where to export the model.")] = Path("nemo_dist_demo"),
     seed: Annotated[int, typer.Option(help="Seed of the weights and of the text windows.")] = 0,
@@ -165,8 +133,9 @@ def demo(
     folder in one process and must compute the same loss as the ranks did; otherwise the exit code is 1.
     """
     with _refusals():
-        sizes = _given(tp, pp, cp, ep, dp, dp_replicate)
-        options = DemoOptions(nproc=nproc, strategy=strategy, sizes=sizes, steps=steps, out=out, seed=seed, moe=moe)
+        options = DemoOptions(
+            nproc=nproc, strategy=asked.strategy, sizes=asked.given, steps=steps, out=out, seed=seed, moe=moe
+        )
         options.claim_folder()
         from nemo_dist.cli.demo import device_type
 
@@ -182,6 +151,37 @@ def demo(
     from nemo_dist.cli.demo import verify
 
     _report(verify(options), options)
+
+
+@app.command(
+    epilog=_examples(
+        "verify meta-llama/Llama-3.2-1B --tp 2",
+        "verify my_model --cp 2 --dp 2",
+        "verify my_model/config.json --config recipe.yaml --ranks 4",
+    )
+)
+@takes_setup
+def verify(
+    asked: SetupOptions,
+    model: Annotated[str, typer.Argument(help="A folder, a config file, or a name on the hub.", show_default=False)],
+    ranks: Annotated[int, typer.Option(help="How many ranks to start on this machine at most.")] = 8,
+    full: Annotated[bool, typer.Option("--full", help="Take the model as it is; it must fit into memory.")] = False,
+    config: Config = None,
+) -> None:
+    """Prove that a setup trains your model as one process does, on ranks of this machine's CPU.
+
+    The model is made tiny, with the same structure, and the topology small, with every axis kept. Compared are loss,
+    every gradient, norm, three steps, save and load, and the export; where they differ, the first module and axis that
+    do are named, and the exit code is 1. It is 1 too when the setup refuses the model.
+    """
+    with _refusals():
+        from nemo_dist.testing.proof import verify as prove
+
+        _silence_transformers()
+        report = prove(asked.keywords(config), model, full=full, ranks=ranks)
+    typer.echo(str(report))
+    if not report.ok:
+        raise typer.Exit(1)
 
 
 @app.command(
@@ -208,25 +208,6 @@ def export(
     typer.echo(f"exported {taken} to {out}")
 
 
-def _given(tp: int, pp: int, cp: int, ep: int, dp: int | None, dp_replicate: int | None) -> dict[str, int]:
-    """Return the sizes that are not None, by their names in ParallelismSizes."""
-    always = {"tp_size": tp, "pp_size": pp, "cp_size": cp, "ep_size": ep}
-    sizes = {**always, "dp_size": dp, "dp_replicate_size": dp_replicate}
-    return {name: size for name, size in sizes.items() if size is not None}
-
-
-def _sizes(tp: int, pp: int, cp: int, ep: int, dp: int | None, dp_replicate: int | None) -> ParallelismSizes:
-    return ParallelismSizes(**_given(tp, pp, cp, ep, dp, dp_replicate))
-
-
-def _build(world_size: int, strategy: str, sizes: ParallelismSizes, config: Path | None) -> DistributedSetup:
-    if config is not None:
-        if strategy != DEFAULT or sizes != ParallelismSizes():
-            raise ValueError("--config gives the strategy and every size; leave the other options out, or --config")
-        return DistributedSetup.from_yaml(config, world_size)
-    return DistributedSetup.build(strategy=strategy, parallelism_sizes=sizes, world_size=world_size)
-
-
 def _report(verdict: Verdict, options: DemoOptions) -> None:
     """Print the result of the demo; exit with code 1 when the losses of exported and trained model differ."""
     typer.echo(f"training loss {verdict.first_loss:.3f} -> {verdict.last_loss:.3f} in {options.steps} steps")
@@ -251,6 +232,13 @@ def _refusals() -> Iterator[None]:
         lines = str(error) if count == 1 else f"{count} problems\n{error}"
         typer.echo(f"error: {lines.removeprefix('- ')}", err=True)
         raise typer.Exit(2) from None
+
+
+def _silence_transformers() -> None:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
 
 
 def _show(*things: Any) -> None:

@@ -1,10 +1,12 @@
 """Tools for testing plugins: conformance kit, Hypothesis strategies, a pool of ranks; each is loaded on first use.
 
 Here: ``conformance`` (the kit), ``equivalence`` (training compared with one process), ``call_orders`` and
-``call_names`` (the same for any order of calls), ``strategies``, ``tiny_models``; the ranks: ``pool``, ``worker``,
-``remote_call``, ``failure_report``, ``plugin`` (pytest fixtures); every family of transformers: ``shrink`` (a config
-made tiny), ``families`` (the sweep and its command), ``family_cells``, ``family_names``, ``family_page``; and small
-tools: ``precision``, ``tensors``, ``temp_folders``, ``io_counter``, ``fake_cuda``. Not here: tests.
+``call_names`` (the same for any order of calls), ``strategies``, ``tiny_models``; a proof for a user's own model:
+``proof``, which uses ``local_topology``, ``tiny_work``, ``proof_run``, ``comparison``, and to find where it departs
+``trace``, ``layouts``, ``axes``, ``localise``; the ranks: ``pool``, ``worker``, ``remote_call``, ``failure_report``,
+``plugin`` (pytest fixtures); every family of transformers: ``shrink`` (a config made tiny), ``families`` (the sweep and
+its command), ``family_cells``, ``family_names``, ``family_page``; and small tools: ``precision``, ``tensors``,
+``temp_folders``, ``io_counter``, ``fake_cuda``. Not here: tests.
 """
 
 from __future__ import annotations
@@ -16,16 +18,20 @@ if TYPE_CHECKING:
     from nemo_dist.testing import strategies as strategies
     from nemo_dist.testing.conformance import PluginConformance as PluginConformance
     from nemo_dist.testing.pool import RankPool as RankPool
+    from nemo_dist.testing.proof import Report as Report
+    from nemo_dist.testing.proof import verify as verify
 
 # The public names and the module of each; "strategies" is the module itself. pytest, hypothesis and torch take seconds
 # to import, and a test that needs one of these names does not need all three.
 _HOMES = {
     "PluginConformance": "nemo_dist.testing.conformance",
     "RankPool": "nemo_dist.testing.pool",
+    "Report": "nemo_dist.testing.proof",
     "strategies": "nemo_dist.testing.strategies",
+    "verify": "nemo_dist.testing.proof",
 }
 
-__all__ = ["PluginConformance", "RankPool", "strategies"]
+__all__ = ["PluginConformance", "RankPool", "Report", "strategies", "verify"]
 
 
 def __getattr__(name: str) -> Any:

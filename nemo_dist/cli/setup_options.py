@@ -1,0 +1,91 @@
+"""The options of commands that take a setup: one class, from which every such command gets them."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Concatenate, ParamSpec, get_type_hints
+
+import attrs
+import typer
+
+from nemo_dist.planning.sizes import ParallelismSizes
+from nemo_dist.setup.selection import DEFAULT
+from nemo_dist.setup.setup import DistributedSetup
+
+P = ParamSpec("P")
+
+WorldSize = Annotated[int, typer.Option("--world-size", "-n", help="How many ranks to plan for.", show_default=False)]
+Config = Annotated[
+    Path | None, typer.Option("--config", help="Take everything from the `distributed:` section of this YAML file.")
+]
+
+
+@attrs.frozen(kw_only=True)
+class SetupOptions:
+    """The strategy and the sizes that a user asks for on the command line."""
+
+    strategy: Annotated[str, typer.Option(help="A strategy plugin; `nemo-dist plugins` lists them.")] = DEFAULT
+    tp: Annotated[int, typer.Option("--tp", help="Tensor-parallel size.")] = 1
+    pp: Annotated[int, typer.Option("--pp", help="Pipeline-parallel size.")] = 1
+    cp: Annotated[int, typer.Option("--cp", help="Context-parallel size.")] = 1
+    ep: Annotated[int, typer.Option("--ep", help="Expert-parallel size.")] = 1
+    dp: Annotated[int | None, typer.Option("--dp", help="Data-parallel size; what is left when omitted.")] = None
+    dp_replicate: Annotated[int | None, typer.Option("--dp-replicate", help="Replicas of each shard (HSDP).")] = None
+
+    @property
+    def given(self) -> dict[str, int]:
+        """The sizes that are not None, by their names in ParallelismSizes."""
+        sizes = attrs.asdict(self, filter=lambda field, value: field.name != "strategy" and value is not None)
+        return {f"{axis}_size": size for axis, size in sizes.items()}
+
+    @property
+    def sizes(self) -> ParallelismSizes:
+        """The requested sizes."""
+        return ParallelismSizes(**self.given)
+
+    def keywords(self, config: Path | None) -> dict[str, Any]:
+        """Return the keywords of ``DistributedSetup.build``, from the YAML file *config* where one is given.
+
+        Raises ValueError where both ask for something.
+        """
+        if config is None:
+            return {"strategy": self.strategy, "parallelism_sizes": self.sizes}
+        if self != SetupOptions():
+            raise ValueError("--config gives the strategy and every size; leave the other options out, or --config")
+        from nemo_dist.plugin.registry import Registry
+        from nemo_dist.setup.config_section import build_keywords, read_yaml
+
+        return build_keywords(read_yaml(config), Registry())
+
+    def build(self, world_size: int, config: Path | None) -> DistributedSetup:
+        """Return the setup for *world_size* ranks."""
+        return DistributedSetup.build(**self.keywords(config), world_size=world_size)
+
+
+def takes_setup(command: Callable[Concatenate[SetupOptions, P], None]) -> Callable[..., None]:
+    """Give *command* the fields of SetupOptions as options, in place of its first parameter."""
+    hints = get_type_hints(SetupOptions, include_extras=True)
+    options = [
+        inspect.Parameter(
+            field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name]
+        )
+        for field in attrs.fields(SetupOptions)
+    ]
+    names = {option.name for option in options}
+    first, *others = inspect.signature(command, eval_str=True).parameters.values()
+    own = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in others]
+    required = [one for one in own if one.default is inspect.Parameter.empty]
+    optional = [one for one in own if one.default is not inspect.Parameter.empty]
+
+    @functools.wraps(command)
+    def with_options(**values: Any) -> None:
+        asked = SetupOptions(**{name: values.pop(name) for name in names})
+        command(**{first.name: asked, **values})  # type: ignore[arg-type]
+
+    signature = inspect.Signature([*required, *options, *optional])
+    with_options.__signature__ = signature  # type: ignore[attr-defined]
+    with_options.__annotations__ = {one.name: one.annotation for one in signature.parameters.values()}
+    return with_options

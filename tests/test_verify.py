@@ -1,0 +1,213 @@
+"""``verify``: a proof for a user's own model and setup, what it prints, and the parts that find where a run departs."""
+
+import attrs
+import pytest
+import torch
+import transformers
+from torch import nn
+from typer.testing import CliRunner
+
+from nemo_dist import DistributedSetup, FSDP2Config, ParallelismSizes, TopologyError
+from nemo_dist.cli.main import app
+from nemo_dist.planning.mesh_plan import MeshPlan
+from nemo_dist.testing import verify
+from nemo_dist.testing.axes import Held, blame
+from nemo_dist.testing.layouts import Tokens, Verdict, match
+from nemo_dist.testing.local_topology import LARGEST, fit
+from nemo_dist.testing.tiny_work import loader_of
+from nemo_dist.testing.trace import GRADIENT, INPUT, OUTPUT, Site, Trace
+
+LLAMA = {"hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8}
+TP = ParallelismSizes(tp_size=2, dp_size=1)
+
+
+# ---- proofs ----
+
+
+def test_a_setup_for_many_ranks_is_proven_on_two(ranks):
+    setup = DistributedSetup.build(parallelism_sizes=ParallelismSizes(tp_size=8), world_size=64)
+    report = verify(setup, transformers.LlamaConfig(**LLAMA), ranks=2, pool=ranks)
+    assert report.ok and report.culprit is None and not report.refused, report
+    assert [check.what for check in report.checks] == [
+        *("load", "loss", "gradients", "norm", "parameters", "save and load", "export")
+    ]
+    text = str(report)
+    assert text.startswith("2 ranks (tp 2), plugins: tensor, fsdp2, against one process")
+    assert "changed: tp_size: 8 -> 2" in text and "num_hidden_layers: 2 layers (got 16)" in text
+    assert "attention heads on a rank: 2 (of the whole model 16)" in text
+    assert "equal to one process (" in text.splitlines()[-1]
+
+
+FAMILIES = {
+    "qwen3, cp": (transformers.Qwen3Config, {"cp_size": 2, "dp_size": 1}),
+    "mixtral, ep": (transformers.MixtralConfig, {"ep_size": 2}),
+    "glm4_moe, tp": (transformers.Glm4MoeConfig, {"tp_size": 2, "dp_size": 1}),
+    "gemma3, pp": (transformers.Gemma3TextConfig, {"pp_size": 2, "dp_size": 1}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_are_proven_under_their_axes(family, ranks):
+    config, sizes = FAMILIES[family]
+    report = verify({"parallelism_sizes": ParallelismSizes(**sizes)}, config(), ranks=2, pool=ranks)
+    assert report.ok, report
+
+
+def test_a_model_that_the_setup_refuses_is_reported_with_the_reason(ranks):
+    config = transformers.LlamaConfig(**LLAMA, attention_dropout=0.1, vocab_size=64)
+    config.num_hidden_layers = 2
+    report = verify({"parallelism_sizes": TP}, config, full=True, ranks=2, pool=ranks)
+    assert not report.ok and not report.checks
+    assert "LlamaAttention" in report.refused[0] or "attention_dropout" in report.refused[0]
+    assert "refused: " in str(report)
+
+
+def test_a_setup_that_is_refused_starts_no_ranks():
+    def none(world_size):
+        raise AssertionError("no ranks are needed")
+
+    report = verify({"parallelism_sizes": TP, "strategy": "ddp"}, transformers.LlamaConfig(), pool=none)
+    assert not report.ok and "strategy 'ddp' does not compose with it" in report.refused[0]
+
+
+def test_the_command_exits_with_one_for_a_refusal(tmp_path):
+    transformers.LlamaConfig(**LLAMA).save_pretrained(tmp_path)
+    result = CliRunner().invoke(app, ["verify", str(tmp_path), "--strategy", "ddp", "--tp", "2"])
+    assert result.exit_code == 1 and "does not compose with it" in result.stdout
+
+
+@pytest.mark.slow
+def test_the_command_proves_a_model_of_a_folder(tmp_path):
+    transformers.LlamaConfig(**LLAMA, architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path)
+    result = CliRunner().invoke(app, ["verify", str(tmp_path), "--tp", "2", "--ranks", "2"])
+    assert result.exit_code == 0, result.output
+    assert "equal  gradients: 21 parameters, each step" in result.stdout
+
+
+# ---- the topology ----
+
+
+def test_sizes_stay_where_they_fit_and_there_are_two_data_parallel_ranks():
+    topology = fit({"parallelism_sizes": ParallelismSizes(tp_size=2)}, 8, LARGEST)
+    assert topology.setup.plan.world_size == 4 and topology.setup.plan.size("dp") == 2
+    assert [change.partition(":")[0] for change in topology.changes] == ["mp_policy"]
+    assert topology.setup.strategy_config.mp_policy is not None
+
+
+def test_every_wide_axis_stays_wide_on_fewer_ranks():
+    sizes = ParallelismSizes(tp_size=8, pp_size=4, cp_size=4)
+    topology = fit({"parallelism_sizes": sizes}, 8, LARGEST)
+    assert {axis.name: axis.size for axis in topology.setup.plan.wide} == {"pp": 2, "cp": 2, "tp": 2}
+    with pytest.raises(TopologyError, match="more than 4 ranks; allow more"):
+        fit({"parallelism_sizes": sizes}, 4, LARGEST)
+
+
+def test_options_of_the_strategy_are_kept():
+    given = {"parallelism_sizes": TP, "strategy": FSDP2Config(sequence_parallel=True)}
+    assert fit(given, 2, LARGEST).setup.strategy_config.sequence_parallel
+
+
+def test_the_loader_follows_the_architecture():
+    assert loader_of(transformers.LlamaConfig()) == "NeMoAutoModelForCausalLM"
+    assert loader_of(transformers.LlavaConfig()) == "NeMoAutoModelForImageTextToText"
+    bert = transformers.BertConfig(architectures=["BertForTokenClassification"])
+    assert loader_of(bert) == "NeMoAutoModelForTokenClassification"
+
+
+# ---- layouts ----
+
+WHOLE = torch.randn((4, 6, 8), generator=torch.Generator().manual_seed(0))
+TOKENS = Tokens(own=torch.arange(24).reshape(4, 6)[2:, [0, 5, 2]], rows=4, length=6)  # rows of one rank, in an order
+OWN = WHOLE[2:][:, [0, 5, 2]]
+
+
+@pytest.mark.parametrize(
+    "local",
+    [
+        pytest.param(OWN, id="the tokens of a rank"),
+        pytest.param(OWN[..., [7, 0, 3]], id="some features, in any order"),
+        pytest.param(OWN[..., :4], id="a slice of features"),
+    ],
+)
+def test_a_layout_that_a_parallelism_gives_is_right(local):
+    assert match(WHOLE, local, TOKENS, 1e-6).verdict is Verdict.RIGHT
+    assert match(WHOLE, local + 0.1, TOKENS, 1e-6).verdict is Verdict.WRONG
+
+
+def test_tokens_cut_again_and_tokens_in_one_dim_are_right():
+    assert match(WHOLE, OWN[:, :2], TOKENS, 1e-6, peers=2, place=0).verdict is Verdict.RIGHT
+    assert match(WHOLE, OWN[:, 2:], TOKENS, 1e-6, peers=2, place=1).verdict is Verdict.RIGHT
+    assert match(WHOLE, OWN[:, 2:], TOKENS, 1e-6, peers=2, place=0).verdict is not Verdict.RIGHT
+    assert match(WHOLE.flatten(0, 1), OWN.flatten(0, 1), TOKENS, 1e-6).verdict is Verdict.RIGHT
+    assert match(WHOLE, OWN.flatten(0, 1)[:5], TOKENS, 1e-6).verdict is Verdict.OPEN
+
+
+def test_tensors_without_a_batch_follow_their_positions():
+    positions = torch.randn((1, 6, 8))
+    assert match(positions, positions[:, [0, 5, 2]], TOKENS, 1e-6).verdict is Verdict.RIGHT
+    assert match(positions, positions[:, [0, 1, 2]], TOKENS, 1e-6).verdict is Verdict.WRONG
+
+
+# ---- axes ----
+
+PLAN = MeshPlan.resolve(ParallelismSizes(tp_size=2, dp_size=2), 4)
+RIGHT = torch.tensor([3.0, -1.0])
+
+
+def held(*values, expected=RIGHT):
+    return [
+        Held(rank=rank, value=value, expected=expected, right=expected is not None and value.equal(expected))
+        for rank, value in enumerate(values)
+    ]
+
+
+def test_the_axis_of_a_sum_that_was_left_out_is_named():
+    parts = torch.tensor([1.0, 1.0]), torch.tensor([2.0, -2.0])
+    found = blame(held(*parts, *parts), PLAN, 1e-6)
+    assert found.axis == "tp" and "sum over the ranks of tp is right" in found.why
+
+
+def test_the_axis_along_which_copies_differ_is_named():
+    other = RIGHT + 1
+    assert blame(held(RIGHT, RIGHT, other, other), PLAN, 1e-6).axis == "dp_shard"
+
+
+def test_the_axis_of_the_ranks_that_are_wrong_is_named():
+    wrong = attrs.evolve(held(RIGHT)[0], expected=None, right=False)
+    right = attrs.evolve(wrong, right=True)
+    found = [attrs.evolve(one, rank=rank) for rank, one in enumerate((right, wrong, right, wrong))]
+    assert blame(found, PLAN, 1e-6).axis == "tp"
+
+
+def test_a_factor_that_fits_several_axes_names_none():
+    found = blame(held(*[2 * RIGHT] * 4), PLAN, 1e-6)
+    assert found.axis is None and "2 times" in found.why
+
+
+# ---- traces ----
+
+
+def test_a_trace_has_outputs_gradients_and_who_reads_them():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Tanh())
+    trace = Trace()
+    with trace.watching(model):
+        model(torch.ones(3, 2)).sum().backward()
+    model(torch.ones(3, 2)).sum().backward()  # after the context nothing is recorded
+    order = [(site.what, site.module) for site in trace.values if site.what != INPUT]
+    assert order == [(OUTPUT, "0"), (OUTPUT, "1"), (OUTPUT, ""), (GRADIENT, ""), (GRADIENT, "1"), (GRADIENT, "0")] or (
+        sorted(order) == sorted([*((what, name) for what in (OUTPUT, GRADIENT) for name in ("0", "1", ""))])
+    )
+    assert trace.readers["0", 0] == ["1"]
+    assert trace.values[Site(GRADIENT, "1", 0)][0].equal(torch.ones(3, 2))
+
+
+def test_calls_of_microbatches_are_joined():
+    model = nn.Linear(2, 2)
+    trace = Trace()
+    with trace.watching(model):
+        for rows in torch.arange(8.0).reshape(4, 2).split(2):
+            model(rows)
+    (whole,) = trace.calls(Site(OUTPUT, "", 0))
+    assert whole.equal(model(torch.arange(8.0).reshape(4, 2)))
+    assert len(trace.calls(Site(OUTPUT, "", 0), 2)) == 2 and not trace.calls(Site(OUTPUT, "", 0), 3)
