@@ -36,6 +36,7 @@ PRIVATE = {
     "nemo_dist.torch_private": (
         *("_StridedShard", "_python_dispatch", "_disable_current_modes", "_get_current_dispatch_mode", "_pytree"),
         *("_cdata", "_execution_engine", "_functional_collectives", "_c10d_functional", "_current_graph_task_id", "_C"),
+        "_version",
     ),
     "nemo_dist.hf_model": (
         *("_no_split_modules", "_hf_peft_config_loaded", "_is_hf_initialized", "_attn_implementation"),
@@ -59,7 +60,6 @@ PRIVATE = {
     "nemo_dist.testing.fake_cuda": ("_coalescing_manager", "_dynamo"),
     "nemo_dist.testing.worker": ("_clear_sharding_prop_cache", "_world"),
     "nemo_dist_ddp.replicas": ("_pre_forward", "_post_forward"),
-    "nemo_dist_fsdp2.buffers": ("_version",),
     "nemo_dist_moe.experts": ("_expand_parallel_plan", "_is_view"),
     "nemo_dist_recompute.apply": ("_can_checkpoint_with_cache", "_gradient_checkpointing_func"),
     "nemo_dist_pipeline.runtime.torch_stage": (
@@ -68,7 +68,7 @@ PRIVATE = {
     "nemo_dist_tensor.vocab_parallel_loss": ("_assert_async",),
     "nemo_dist_megatron_fsdp.engine": (
         *("_replace_param_with_raw_if_needed", "_replace_param_with_distributed_if_needed"),
-        *("_root_pre_backward_hook_issued", "_version"),
+        "_root_pre_backward_hook_issued",
     ),
 }
 # Names of torch's modules that are private by their underscore, and as good as public by their use.

@@ -16,6 +16,7 @@ from torch import nn
 
 from nemo_dist import hf_model
 from nemo_dist.plugin.forwards import wrap_forward
+from nemo_dist.torch_private import changes_in_place
 
 _ALWAYS_FLOAT32 = ("inv_freq",)  # the frequencies of rope, which transformers computes in float32 in every dtype
 
@@ -58,7 +59,7 @@ def _with_buffers_cast(
 ) -> Any:
     stored = {name: module.get_buffer(name) for name in cast}
     given = {name: buffer.to(cast[name]) for name, buffer in stored.items()}
-    versions = {name: buffer._version for name, buffer in given.items()}
+    versions = {name: changes_in_place(buffer) for name, buffer in given.items()}
     for name, buffer in given.items():
         setattr(module, name, buffer)
     try:
@@ -66,6 +67,6 @@ def _with_buffers_cast(
     finally:
         for name, buffer in stored.items():
             left = module.get_buffer(name)
-            if left is not given[name] or left._version != versions[name]:  # the forward counts something in it
+            if left is not given[name] or changes_in_place(left) != versions[name]:  # it counts something
                 buffer.copy_(left)
             setattr(module, name, buffer)
