@@ -490,7 +490,8 @@ def on_rank_reshard(folder, target):
     from nemo_dist.plugin.resharding import keep_gathered
     from nemo_dist_outside import RESHARDED
 
-    setup, model = load("gathering", strategy=DDPConfig())
+    setup = DistributedSetup.build(**options("gathering", strategy=DDPConfig()))
+    model = LLAMA.from_pretrained(folder, distributed_setup=setup, dtype=torch.float32)
     (batch,) = Task().batches(0)
     counts = {}
 
