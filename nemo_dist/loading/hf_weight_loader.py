@@ -137,7 +137,7 @@ class Reading:
             # The config is frozen, but transformers reads device_map from it again to finish the model.
             object.__setattr__(config, "device_map", {"": self.target.device})
         whole = frozenset(model.state_dict())
-        undivided = copy.deepcopy(model) if self.target.splits_layers else None
+        undivided: Any = copy.deepcopy(model) if self.target.splits_layers else None
         self._parts = self.target.shard(model)
         refuse_quantized(self._parts, config.hf_quantizer)
         parts: list[Any] = self._models()

@@ -234,14 +234,15 @@ def convert_and_load(original: Callable[..., Any], model: Any, state: Any, optio
     """
     parameters = model.state_dict()
     mapping = options.weight_mapping or []
-    found = []
+    found: list[Conversion] = []
     if any(isinstance(one, WeightConverter) for one in mapping) and any(map(sharded, parameters.values())):
         found = [
             conversion
             for conversion in conversions(state, mapping, model.base_model_prefix, parameters)
             if any(sharded(parameters.get(name)) for name in conversion.targets)
         ]
-    sliced, whole = [], []
+    sliced: list[Conversion] = []
+    whole: list[Conversion] = []
     for conversion in found:
         (sliced if keeps_slices(conversion, state, parameters) else whole).append(conversion)
     with _converted_whole(model, whole, parameters, lambda made, info: _own_slices(made, parameters, info)):
