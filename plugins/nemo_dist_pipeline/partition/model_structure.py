@@ -156,8 +156,9 @@ def _from_towers(model: Any) -> set[str]:
     decoder = model.get_decoder()
     if decoder is model or not has_towers(model):
         return set()
-    taken, given = (set(inspect.signature(type(module).forward).parameters) for module in (decoder, model))
-    return {name for name in taken - given if not name.startswith(("output_", "return_", "cache_"))}
+    taken, given = (inspect.signature(type(module).forward).parameters for module in (decoder, model))
+    tensors = {name for name, parameter in taken.items() if "Tensor" in str(parameter.annotation)}
+    return {name for name in tensors - given.keys() if name != "cache_position"}
 
 
 def _inside(name: str, units: Iterable[str]) -> bool:

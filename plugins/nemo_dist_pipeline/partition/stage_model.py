@@ -154,14 +154,15 @@ def keep_stage(model: Any, stage: StageInfo, structure: ModelStructure, device: 
         if name not in own:
             block = model.get_submodule(name)
             model.set_submodule(name, EarlierBlock(block, structure.places) if index < at else LaterBlock(block))
-    kept = {stage.tied[1]} if stage.tied and stage.is_last else set()
+    tied = stage.tied if stage.tied and (stage.is_last or _head_comes_first(model, stage)) else ()
+    kept = set(tied) if stage.is_first or stage.is_last else set()
     for unit in structure.units:
         if unit not in stage.modules and unit not in stage.blocks:
             _hollow(model, unit, kept, device)
     here = dict(model.named_parameters(remove_duplicate=False))
     ties = dict(getattr(model, "all_tied_weights_keys", None) or {})
     model.all_tied_weights_keys = {name: source for name, source in ties.items() if name in here and source in here}
-    if stage.tied and stage.is_last:
+    if stage.tied and kept:
         _tie(model, *stage.tied)
     if not stage.is_last:
         wrap_forward(model, _until_its_end)
@@ -214,6 +215,12 @@ def _zeros(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tenso
     zeros = torch.zeros((), dtype=dtype, device=device).expand(shape)
     setattr(zeros, INITIALIZED, True)
     return zeros
+
+
+def _head_comes_first(model: nn.Module, stage: StageInfo) -> bool:
+    """Whether the whole model calls its tied weight by its name in the head, which the first stage then must, too."""
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    return stage.tied is not None and names.index(stage.tied[0]) < names.index(stage.tied[1])
 
 
 def _tie(model: nn.Module, head: str, embedding: str) -> None:
