@@ -93,11 +93,12 @@ def _topology(
 
 
 def _at_most(sizes: ParallelismSizes, largest: Mapping[str, int]) -> ParallelismSizes:
-    for name, most in largest.items():
-        while getattr(sizes, name) > most:
-            size = getattr(sizes, name)
-            sizes = attrs.evolve(sizes, **{name: size // _least_factor(size)})
-    return sizes
+    """Return *sizes* with each one of *largest* made a divisor of what is there to share, the greatest up to itself."""
+    fitting = {
+        name: max(size for size in range(1, there + 1) if there % size == 0 and size <= getattr(sizes, name))
+        for name, there in largest.items()
+    }
+    return attrs.evolve(sizes, **fitting)
 
 
 def _smaller(sizes: ParallelismSizes) -> Iterator[ParallelismSizes]:

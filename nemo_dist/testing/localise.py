@@ -73,10 +73,6 @@ class Search:
                 return self._culprit(site)
         return None
 
-    def compared(self) -> int:
-        """Return the number of outputs and gradients that are right."""
-        return sum(self._verdict(site) is Verdict.RIGHT for site in self.single.values if site.what != INPUT)
-
     def _sites(self, *whats: str) -> Iterator[Site]:
         """Yield the sites of *whats* in the order of the run on one process, which repeats nothing."""
         for site in self.single.values:
