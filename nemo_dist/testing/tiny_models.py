@@ -168,6 +168,49 @@ def _deepseek() -> Any:
     return transformers.DeepseekV2Config(**_text(num_key_value_heads=4, first_k_dense_replace=1, **latent, **experts))
 
 
+def _glm4_moe() -> Any:
+    """Return a config with an option that is off by default and that its tensor-parallel plan forgets: q/k norms."""
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "n_group": 1}
+    options = {"use_qk_norm": True, "attention_bias": True, "head_dim": 8, "topk_group": 1, "first_k_dense_replace": 1}
+    return transformers.Glm4MoeConfig(**_text(**experts, **options))
+
+
+def _apertus() -> Any:
+    """Return a config whose activation has parameters of its own, which act between two cut projections."""
+    return transformers.ApertusConfig(**_text())
+
+
+def _inkling2() -> Any:
+    """Return a config whose plan calls the packed projections of its experts plain column-wise."""
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8}
+    return transformers.CONFIG_MAPPING["inkling2_text"](**_text(num_hidden_layers=2, **experts))
+
+
+def _gpt_oss() -> Any:
+    """Return a config without a plan, with a sink for every head and biases for every expert."""
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "sliding_window": 8}
+    return transformers.GptOssConfig(**_text(num_hidden_layers=2, **experts))
+
+
+def _gptj() -> Any:
+    """Return a config without a plan whose attention counts its heads itself."""
+    quiet = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    sizes = {"vocab_size": _VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "rotary_dim": 8}
+    return transformers.GPTJConfig(**sizes, **quiet, bos_token_id=1, eos_token_id=2)
+
+
+def _opt() -> Any:
+    """Return a config without a plan whose blocks hold their feed-forward layers themselves."""
+    text = _text(dropout=0.0, attention_dropout=0.0, ffn_dim=56, word_embed_proj_dim=32)
+    return transformers.OPTConfig(**{name: value for name, value in text.items() if name != "intermediate_size"})
+
+
+def _bloom() -> Any:
+    """Return a config without a plan, with packed projections and a slope for every head."""
+    quiet = {"hidden_dropout": 0.0, "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2}
+    return transformers.BloomConfig(vocab_size=_VOCABULARY, hidden_size=32, n_layer=2, n_head=4, **quiet)
+
+
 def _mistral(**more: Any) -> Callable[[], Any]:
     return lambda: transformers.MistralConfig(**_text(sliding_window=5, **more))
 
@@ -386,6 +429,13 @@ SPECIMENS: dict[str, Specimen] = {
         Specimen(name="qwen2-moe", loader=_CAUSAL, config=_qwen2_moe, batch=_causal),
         Specimen(name="deepseek-v3", loader=_CAUSAL, config=_deepseek_v3, batch=_causal),
         Specimen(name="deepseek-v3-deep", loader=_CAUSAL, config=lambda: _deepseek_v3(layers=4), batch=_causal),
+        Specimen(name="glm4-moe-norms", loader=_CAUSAL, config=_glm4_moe, batch=_causal),
+        Specimen(name="apertus", loader=_CAUSAL, config=_apertus, batch=_causal),
+        Specimen(name="inkling2", loader=_CAUSAL, config=_inkling2, batch=_causal),
+        Specimen(name="gpt-oss", loader=_CAUSAL, config=_gpt_oss, batch=_causal),
+        Specimen(name="gptj", loader=_CAUSAL, config=_gptj, batch=_causal),
+        Specimen(name="opt", loader=_CAUSAL, config=_opt, batch=_causal),
+        Specimen(name="bloom", loader=_CAUSAL, config=_bloom, batch=_causal),
         Specimen(name="llava", loader="NeMoAutoModelForImageTextToText", config=_llava, batch=_images),
     )
 }

@@ -32,6 +32,7 @@ from nemo_dist.training.grad_norm import by_mesh, global_norm, one_mesh_per_grou
 from nemo_dist.training.loss_weighting import judge_loss
 from nemo_dist.training.optimizer_probe import refuse_what_mixes_elements
 from nemo_dist.training.peft_adapters import adapters, refuse_prompts
+from nemo_dist.training.replica_check import ReplicaCheck, check_replicas
 from nemo_dist.training.router_aux_loss import RouterLoss
 
 RuntimeParts = Callable[[list[nn.Module], object], dict[str, RuntimePart]]
@@ -50,10 +51,16 @@ class Runtime:
     model: Any
     plugins: Mapping[str, RuntimePart]
     router_loss: RouterLoss | None = None
+    replicas: ReplicaCheck = attrs.field(factory=ReplicaCheck)
 
     @classmethod
     def assemble(
-        cls, model: Any, sharded: ShardedModel, parts_of_plugins: RuntimeParts, strategy: Plugin | None
+        cls,
+        model: Any,
+        sharded: ShardedModel,
+        parts_of_plugins: RuntimeParts,
+        strategy: Plugin | None,
+        check_replicas: int | None = None,
     ) -> Runtime:
         """Return the runtime of *model*, whose parts are *sharded*; *parts_of_plugins* calls the ``runtime`` hooks.
 
@@ -77,7 +84,13 @@ class Runtime:
             )
         states = {name: part.state for name, part in plugins.items() if part.state is not None}
         sharded = attrs.evolve(sharded, states=states)
-        return cls(sharded=sharded, model=model, plugins=plugins, router_loss=router_loss)
+        return cls(
+            sharded=sharded,
+            model=model,
+            plugins=plugins,
+            router_loss=router_loss,
+            replicas=ReplicaCheck(every=check_replicas),
+        )
 
     @property
     def parts(self) -> Sequence[nn.Module]:
@@ -176,7 +189,18 @@ class Runtime:
         that share a batch got different ones and, where forwards of different ranks run in lockstep (the strategy
         shards the model, for one), when ranks got different numbers of batches or only some of them images.
         """
-        return self._loop.run(batches)
+        loss = self._loop.run(batches)
+        if self.replicas.due:
+            self.check_replicas()
+        return loss
+
+    def check_replicas(self) -> None:
+        """Raise RankError, on every rank, when a copy of a parameter or gradient differs between ranks that share it.
+
+        Collective over all ranks; ``forward_backward`` calls it in the first steps and as often as the runtime was
+        asked to.
+        """
+        check_replicas(self.named_parameters(), self.mesh)
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Within the context, a backward does not reduce gradients, for accumulation in your own training loop."""
