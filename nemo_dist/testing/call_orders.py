@@ -136,8 +136,10 @@ class Caller:
         return [torch.nn.utils.clip_grad_norm_(self.model.parameters(), MAX_NORM).item()]
 
     def call_export(self, place: int) -> None:
-        """Write the weights as plain files."""
-        self.exported[f"exported at {place}"] = _copied(self.model.state_dict())
+        """Write the weights as plain files, and read them again."""
+        folder = scratch("exported")
+        self.model.save_pretrained(folder)
+        self.exported[f"exported at {place}"] = saved_weights(folder)
 
     def call_save(self, place: int) -> None:
         """Save weights and optimizer."""
