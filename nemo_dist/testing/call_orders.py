@@ -24,7 +24,8 @@ from nemo_dist.testing.tiny_models import SPECIMENS
 
 OPTIMIZER: Mapping[str, Any] = {"lr": 3e-3, "weight_decay": 0.1, "eps": 1e-5}
 MAX_NORM = 0.5
-TOLERANCE = 1e-5
+# Several AdamW steps amplify rounding errors to 2e-5; a step too many, or on old weights, is off by 1e-3 and more.
+TOLERANCE = 1e-4
 _ROWS, _LENGTH = 4, 8
 
 
