@@ -66,6 +66,15 @@ ORDERS = {
         *("evaluate", "freeze block", "runtime", "optimizer", *STEP, "thaw", "evaluate", "optimizer", *STEP),
         *("forward", "freeze head", "update", "zero_grad", *STEP, "evaluate"),
     ),
+    "an optimizer after the backward": (
+        "runtime",
+        "forward_backward",
+        "optimizer",
+        "update",
+        "evaluate",
+        *STEP[1:],
+        *STEP,
+    ),
     "a runtime more": ("runtime", "optimizer", *STEP, "evaluate", "runtime", *STEP, "evaluate"),
 }
 FEW = ("fsdp2", "ddp", "tp", "pp", "ep")  # by default; the rest is for the matrix

@@ -24,7 +24,8 @@ from nemo_dist.testing.tiny_models import SPECIMENS
 
 OPTIMIZER: Mapping[str, Any] = {"lr": 3e-3, "weight_decay": 0.1, "eps": 1e-5}
 MAX_NORM = 0.5
-TOLERANCE = 1e-5
+# Several AdamW steps amplify rounding errors to 2e-5; a step too many, or on old weights, is off by 1e-3 and more.
+TOLERANCE = 1e-4
 _ROWS, _LENGTH = 4, 8
 
 
@@ -136,8 +137,10 @@ class Caller:
         return [torch.nn.utils.clip_grad_norm_(self.model.parameters(), MAX_NORM).item()]
 
     def call_export(self, place: int) -> None:
-        """Write the weights as plain files."""
-        self.exported[f"exported at {place}"] = _copied(self.model.state_dict())
+        """Write the weights as plain files, and read them again."""
+        folder = scratch("exported")
+        self.model.save_pretrained(folder)
+        self.exported[f"exported at {place}"] = saved_weights(folder)
 
     def call_save(self, place: int) -> None:
         """Save weights and optimizer."""

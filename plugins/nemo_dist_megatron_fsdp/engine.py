@@ -181,8 +181,13 @@ class Engine:
         """Let *optimizer* step the shards, without changing its state or the weights now.
 
         ``fully_shard_optimizer`` takes a real step to allocate the state, which moves every weight by the weight decay
-        and counts as the first step. It gets a step that does nothing, and replaces it by its own.
+        and counts as the first step. It gets a step that does nothing, and replaces it by its own. It also replaces the
+        gradients, which may be those of a backward that came before, and drops them.
         """
+        gradients = [(parameter, parameter.grad) for group in optimizer.param_groups for parameter in group["params"]]
         optimizer.register_step_post_hook(lambda *_: setattr(self, "stale", True))
         optimizer.step = lambda *args, **kwargs: None  # type: ignore[assignment]
-        return fully_shard_optimizer(optimizer, preproc_state_dict_for_dcp_ckpt=False)  # type: ignore[no-any-return]
+        adopted: Optimizer = fully_shard_optimizer(optimizer, preproc_state_dict_for_dcp_ckpt=False)
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        return adopted
