@@ -59,16 +59,19 @@ class Draws:
     def shared(self) -> Iterator[None]:
         """Within the context, draw from the shared state, and go on from there the next time.
 
-        The first rank's generator keeps what the draws advanced; any other rank gets its own state back afterwards.
+        A rank whose own state differed gets it back afterwards; the generators of the others keep what the draws
+        advanced.
         """
         mine = torch.get_rng_state()
-        if self._follows and self._state is not None:
-            torch.set_rng_state(self._state)
+        start = self._state if self._follows and self._state is not None else mine
+        differs = not torch.equal(mine, start)
+        if differs:
+            torch.set_rng_state(start)
         try:
             yield
         finally:
-            if self._follows:
-                self._state = torch.get_rng_state()
+            self._state = torch.get_rng_state()
+            if differs:
                 torch.set_rng_state(mine)
 
     @torch.no_grad()
