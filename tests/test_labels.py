@@ -45,7 +45,7 @@ def test_a_loss_of_no_known_type_is_refused_before_the_first_step():
 
 
 def test_a_class_whose_name_says_no_type_of_loss_trains_with_transformers_default():
-    """The next-token loss is what transformers takes where no type is known; the numbers are those of a loss by hand."""
+    """The next-token loss is what transformers takes where no type is known; the numbers are those by hand."""
     model, batch = SPECIMENS["gpt2"].make(), SPECIMENS["gpt2"].batch(4, 12, torch.Generator())
     judge_loss(model, routers_known=False)
     output = model(**batch)
