@@ -11,6 +11,7 @@ import copy
 import inspect
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import attrs
@@ -180,13 +181,13 @@ def accepted(model: Any, given: Mapping[str, Any]) -> dict[str, Any]:
 def _watch(bare: nn.Module, run: Run) -> None:
     """Note when every module of *bare* with parameters of its own runs."""
 
-    def note(name: str) -> None:
+    def note(name: str, *_: Any) -> None:
         run.modules.setdefault(name, set()).add(len(run.given))
         run.order.append(name)
 
     for name, module in bare.named_modules():
         if next(module.parameters(recurse=False), None) is not None:
-            module.register_forward_pre_hook(lambda *_, name=name: note(name))
+            module.register_forward_pre_hook(partial(note, name))
 
 
 def _fill(bare: nn.Module) -> None:
@@ -201,7 +202,8 @@ def _fill(bare: nn.Module) -> None:
             if isinstance(value, Tensor) and value.is_meta:
                 setattr(module, name, _values(value))
         if isinstance(module, nn.Linear):
-            module.forward = _Projection(module.weight, module.bias)
+            linear: Any = module  # a method, to a type checker
+            linear.forward = _Projection(module.weight, module.bias)
 
 
 def _values(meta: Tensor) -> Tensor:

@@ -15,8 +15,9 @@ class StandIn(nn.Module):
         super().__init__()
         plain = {name: value for name, value in vars(replaced).items() if isinstance(value, str | int | float)}
         self.__dict__.update({name: value for name, value in plain.items() if not name.startswith("_")})
-        same = isinstance(replaced, StandIn)
-        self._signature: inspect.Signature = replaced._signature if same else inspect.signature(replaced.forward)
+        self._signature: inspect.Signature = (
+            replaced._signature if isinstance(replaced, StandIn) else inspect.signature(replaced.forward)
+        )
 
     def given(self, args: Any, kwargs: Any) -> dict[str, Any]:
         """Return the arguments of a call by name; the first ones are the hidden states."""
