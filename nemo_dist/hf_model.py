@@ -5,6 +5,7 @@ Imports neither torch nor transformers, so planning code may use it too. Plugins
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -90,6 +91,27 @@ def has_adapters(model: Any) -> bool:
     return bool(getattr(model, "_hf_peft_config_loaded", False))
 
 
+def loss_type(model: Any) -> str:
+    """Return the kind of loss of *model*; transformers takes "ForCausalLM" where the name of a class says none."""
+    return getattr(model, "loss_type", None) or "ForCausalLM"
+
+
 def predicts_next_token(model: Any) -> bool:
     """Whether the loss of *model* compares a token's output with the next label, as in decoder-only language models."""
-    return getattr(model, "loss_type", None) in NEXT_TOKEN_LOSSES and not model.config.is_encoder_decoder
+    return loss_type(model) in NEXT_TOKEN_LOSSES and not model.config.is_encoder_decoder
+
+
+def accepts(module: nn.Module, argument: str) -> bool:
+    """Whether the forward of *module* takes *argument*, by name or among the keywords that it hands on."""
+    parameters = inspect.signature(module.forward).parameters
+    return argument in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def attention_of(model: Any) -> str:
+    """Return the name of the attention that *model* was loaded with: "sdpa", "eager", "flash_attention_2", ..."""
+    return str(model.config._attn_implementation)
+
+
+def set_attention(config: Any, name: str) -> None:
+    """Let models that are made from *config* use the attention *name*."""
+    config._attn_implementation = name

@@ -23,7 +23,7 @@ ORDER = (
 FOR_PLUGINS = {
     *("nemo_dist.errors", "nemo_dist.hf_model", "nemo_dist.torch_private", "nemo_dist.hooks", "nemo_dist.testing"),
     *("nemo_dist.planning", "nemo_dist.mesh", "nemo_dist.plugin"),
-    *("nemo_dist.training.loss_weighting", "nemo_dist.training.router_aux_loss"),
+    *("nemo_dist.training.loss_weighting", "nemo_dist.training.router_aux_loss", "nemo_dist.training.rehearsal"),
 }
 # These plan: importing them, with every plugin, leaves torch unimported.
 WITHOUT_TORCH = ("nemo_dist", "nemo_dist.hf_model", "nemo_dist.hooks", "nemo_dist.cli.main")
@@ -37,12 +37,13 @@ PRIVATE = {
         *("_StridedShard", "_python_dispatch", "_disable_current_modes", "_get_current_dispatch_mode", "_pytree"),
         *("_cdata", "_execution_engine", "_functional_collectives", "_c10d_functional"),
     ),
-    "nemo_dist.hf_model": ("_no_split_modules", "_hf_peft_config_loaded"),
+    "nemo_dist.hf_model": ("_no_split_modules", "_hf_peft_config_loaded", "_attn_implementation"),
     "nemo_dist.mesh.mesh_context": ("_flatten", "_flatten_mapping", "_get_root_mesh", "_set_pg_timeout"),
     "nemo_dist.mesh.store_consensus": ("_get_default_store",),
     "nemo_dist.loading.hf_weight_loader": (
         *("_load_pretrained_model", "_finalize_model_loading", "_initialize_missing_keys"),
     ),
+    "nemo_dist.loading.formula_weights": ("_can_set_experts_implementation",),
     "nemo_dist.loading.deferred_init": ("_no_grad_trunc_normal_", "_schema"),
     "nemo_dist.loading.missing_weights": ("_is_hf_initialized",),
     "nemo_dist.checkpoint.chunks": ("_split_tensor",),
@@ -56,7 +57,6 @@ PRIVATE = {
     "nemo_dist_ddp.replicas": ("_composable",),
     "nemo_dist_moe.experts": ("_expand_parallel_plan", "_is_view"),
     "nemo_dist_recompute.apply": ("_can_checkpoint_with_cache", "_gradient_checkpointing_func"),
-    "nemo_dist_context.model_check": ("_attn_implementation", "_supports_context_parallel"),
     "nemo_dist_pipeline.runtime.torch_stage": (
         *("_PipelineScheduleRuntime", "_load_csv", "_post_metadata_inference_cleanup", "_schedule_visualizer"),
     ),

@@ -159,6 +159,50 @@ def _bert() -> Any:
     return transformers.BertConfig(**_text(num_labels=3, **options))
 
 
+def _gpt_oss() -> Any:
+    """Return a config with attention sinks, sliding windows and experts."""
+    layers = ["sliding_attention", "full_attention"]
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    return transformers.GptOssConfig(
+        **_text(head_dim=8, num_hidden_layers=2, sliding_window=5, layer_types=layers, **experts)
+    )
+
+
+def _llama4() -> Any:
+    """Return a config with chunked attention, layers without rotary embedding, and experts."""
+    layers = ["chunked_attention", "full_attention"]
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 56, "no_rope_layers": [1, 0]}
+    return transformers.Llama4TextConfig(
+        **_text(head_dim=8, num_hidden_layers=2, attention_chunk_size=5, layer_types=layers, **experts)
+    )
+
+
+def _opt() -> Any:
+    return transformers.OPTConfig(
+        vocab_size=_VOCABULARY, hidden_size=32, ffn_dim=56, num_hidden_layers=2, num_attention_heads=4, init_std=0.1,
+        max_position_embeddings=64, word_embed_proj_dim=32, dropout=0.0, attention_dropout=0.0, pad_token_id=0,
+    )  # fmt: skip
+
+
+def _roberta_decoder() -> Any:
+    options = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "is_decoder": True}
+    return transformers.RobertaConfig(**_text(bos_token_id=1, eos_token_id=2, **options))
+
+
+def _bart_decoder() -> Any:
+    return transformers.BartConfig(
+        vocab_size=_VOCABULARY, d_model=32, decoder_layers=2, decoder_ffn_dim=56, decoder_attention_heads=4,
+        max_position_embeddings=64, dropout=0.0, attention_dropout=0.0, activation_dropout=0.0, init_std=0.1,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+
+
+def _mamba() -> Any:
+    return transformers.MambaConfig(
+        vocab_size=_VOCABULARY, hidden_size=32, state_size=8, time_step_rank=4, num_hidden_layers=2, pad_token_id=0
+    )
+
+
 def _llava() -> Any:
     vision = transformers.CLIPVisionConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=8, patch_size=4
@@ -299,6 +343,12 @@ SPECIMENS: dict[str, Specimen] = {
         Specimen(name="gemma3", loader=_CAUSAL, config=_gemma3, batch=_causal),
         Specimen(name="olmo2", loader=_CAUSAL, config=_olmo2, batch=_causal),
         Specimen(name="neox", loader=_CAUSAL, config=_neox, batch=_causal),
+        Specimen(name="gpt-oss", loader=_CAUSAL, config=_gpt_oss, batch=_padded_causal),
+        Specimen(name="llama4", loader=_CAUSAL, config=_llama4, batch=_causal),
+        Specimen(name="opt", loader=_CAUSAL, config=_opt, batch=_left_padded),
+        Specimen(name="roberta-decoder", loader=_CAUSAL, config=_roberta_decoder, batch=_left_padded),
+        Specimen(name="bart-decoder", loader=_CAUSAL, config=_bart_decoder, batch=_padded_causal),
+        Specimen(name="mamba", loader=_CAUSAL, config=_mamba, batch=_causal),
         Specimen(name="deepseek", loader=_CAUSAL, config=_deepseek, batch=_causal),
         Specimen(
             name="bert-sequences", loader="NeMoAutoModelForSequenceClassification", config=_bert, batch=_sequences

@@ -19,7 +19,8 @@ from nemo_dist.planning.mesh_plan import Role
 from nemo_dist.plugin.hookspecs import Batch, RuntimePart
 from nemo_dist.training.batch_checks import BatchCheck, require_one_form, tally
 from nemo_dist.training.loss_weighting import count_labels
-from nemo_dist.training.router_aux_loss import SWITCH, RouterLoss
+from nemo_dist.training.model_inputs import ModelInputs
+from nemo_dist.training.router_aux_loss import COUNTED, SWITCH, RouterLoss
 
 
 @attrs.frozen(kw_only=True, eq=False, slots=False)
@@ -63,10 +64,20 @@ class BatchLoop:
 
     def batch(self, batch: Batch) -> dict[str, Any]:
         """Return what this rank computes on for the *batch* of its data-parallel coordinate, on its device."""
+        batch = self._inputs(batch)
         for part in self.parts:
             batch = part.batch(batch) if part.batch else batch
         device = self.mesh.device
-        return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+        counting = self.router_loss is not None and not self.router_loss.unknown
+        return {
+            name: value.to(device) if isinstance(value, Tensor) else value
+            for name, value in batch.items()
+            if counting or name != COUNTED  # no hook would take it out before the model's forward
+        }
+
+    @cached_property
+    def _inputs(self) -> ModelInputs:
+        return ModelInputs(self.sharded.parts[-1])
 
     def _loss_scale(self) -> Any:
         """Return the product of the loss scales of all plugins, 1 where there is none."""
