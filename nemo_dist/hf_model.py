@@ -109,7 +109,7 @@ def accepts(module: nn.Module, argument: str) -> bool:
 
 def attention_of(model: Any) -> str:
     """Return the name of the attention that *model* was loaded with: "sdpa", "eager", "flash_attention_2", ..."""
-    return str(model.config._attn_implementation)
+    return str(getattr(getattr(model, "config", None), "_attn_implementation", None))
 
 
 def set_attention(config: Any, name: str) -> None:

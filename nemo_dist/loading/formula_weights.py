@@ -37,7 +37,7 @@ def weightless(model: nn.Module) -> Any:
         made: Any = kind(config)
     if made._can_set_experts_implementation():
         made.set_experts_implementation("eager")  # the others compute with the experts of all tokens at once
-    with torch.no_grad(), local_dtype(torch.float32):
+    with torch.no_grad(), torch.random.fork_rng([]), local_dtype(torch.float32):
         for module in made.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 module._buffers[name] = torch.zeros_like(buffer, device=_CPU)

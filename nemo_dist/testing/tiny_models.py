@@ -168,12 +168,12 @@ def _gpt_oss() -> Any:
     )
 
 
-def _llama4() -> Any:
+def _llama4(**more: Any) -> Any:
     """Return a config with chunked attention, layers without rotary embedding, and experts."""
     layers = ["chunked_attention", "full_attention"]
     experts = {"num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 56, "no_rope_layers": [1, 0]}
     return transformers.Llama4TextConfig(
-        **_text(head_dim=8, num_hidden_layers=2, attention_chunk_size=5, layer_types=layers, **experts)
+        **_text(head_dim=8, num_hidden_layers=2, attention_chunk_size=5, layer_types=layers, **experts, **more)
     )
 
 
@@ -345,6 +345,7 @@ SPECIMENS: dict[str, Specimen] = {
         Specimen(name="neox", loader=_CAUSAL, config=_neox, batch=_causal),
         Specimen(name="gpt-oss", loader=_CAUSAL, config=_gpt_oss, batch=_padded_causal),
         Specimen(name="llama4", loader=_CAUSAL, config=_llama4, batch=_causal),
+        Specimen(name="llama4-packed", loader=_CAUSAL, config=lambda: _llama4(use_cache=False), batch=_packed),
         Specimen(name="opt", loader=_CAUSAL, config=_opt, batch=_left_padded),
         Specimen(name="roberta-decoder", loader=_CAUSAL, config=_roberta_decoder, batch=_left_padded),
         Specimen(name="bart-decoder", loader=_CAUSAL, config=_bart_decoder, batch=_padded_causal),

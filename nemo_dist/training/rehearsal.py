@@ -56,7 +56,8 @@ class Rehearsal:
     def run(self, inputs: Mapping[str, Any]) -> Run:
         """Run the copy on *inputs*, tensors of (rows, length), without a cache."""
         given = {**inputs, "use_cache": False} if accepts(self.model, "use_cache") else inputs
-        with _recording(self.model, inputs["input_ids"].shape) as outputs, self._mode:
+        shape = inputs["input_ids"].shape
+        with torch.random.fork_rng([]), torch.device("cpu"), _recording(self.model, shape) as outputs, self._mode:
             output = self.model(**given)
         return Run(output=output, outputs=outputs)
 

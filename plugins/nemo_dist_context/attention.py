@@ -103,7 +103,8 @@ class SharedAttention:
         else:
             row = torch.arange(rows, device=ids.device)[:, None, None, None]
             head = torch.zeros((1, 1, 1, 1), dtype=torch.long, device=ids.device)
-            pattern = mask_function(row, head, queries[None, None, :, None], keys[None, None, None, :])
+            places = _places(ids)  # of a packed sequence, its own, as in transformers
+            pattern = mask_function(row, head, places[:, None, queries, None], places[:, None, None, :])
         of_query, of_key = ids[:, None, queries, None], ids[:, None, None, :]
         # A masked token attends to what transformers allows it, the whole row; no token attends to it.
         allowed: Tensor = pattern & (of_key > 0) & ((of_query <= 0) | (of_query == of_key))
@@ -158,6 +159,13 @@ class SharedAttention:
         found = _sdpa(_like(module, groups), query, key, value, mask.allowed, is_causal=causal, **options)
         back = torch.tensor(self.layout.gathered(length), device=query.device)
         return to_sequence(found.transpose(1, 2).index_select(2, back), self.group).transpose(1, 2)
+
+
+def _places(ids: Tensor) -> Tensor:
+    """Return the place of each token in its packed sequence, or in its row where that is not packed: like *ids*."""
+    rows = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    starts = torch.where((ids > 1) & (ids.diff(dim=1, prepend=ids[:, :1]) != 0), rows, 0).cummax(1).values
+    return torch.where(ids > 0, rows - starts, rows)
 
 
 def _lower_right(queries: int, keys: int, device: torch.device) -> Tensor:

@@ -125,6 +125,9 @@ def prove(part: Any, prepare: Any, base: str) -> Proof:
             f"{_where(error)} does not run on a part of a sequence, so it does not leave attention and masks to "
             f"transformers' attention interface ({_brief(error)})"
         ) from error
+    finally:
+        if attention is not None:
+            attention.calls = []  # transformers keeps what is registered for ever
 
 
 def _first_that_fits(rehearsal: Rehearsal, attention: _Rehearsed, batches: Any) -> Proof:
