@@ -56,9 +56,10 @@ def layout_of(proof: Proof, mesh: MeshContext, config: ContextConfig) -> Sequenc
 def _prepare(part: Any, attention: SharedAttention) -> None:
     """Let *part* compute split batches with *attention*."""
     part.set_attn_implementation(attention.register())
-    for module in part.modules():
-        if isinstance(module, nn.Embedding) and "position_ids" in inspect.signature(module.forward).parameters:
-            module.register_forward_pre_hook(partial(_number, attention), with_kwargs=True)
+    if not _names_positions(part):
+        for module in part.modules():
+            if isinstance(module, nn.Embedding) and _names_positions(module):
+                module.register_forward_pre_hook(partial(_number, attention), with_kwargs=True)
     part.register_forward_pre_hook(partial(_begin, attention), with_kwargs=True)
     part.register_forward_hook(partial(_end, attention), with_kwargs=True, always_call=True)
     if predicts_next_token(part):
@@ -79,11 +80,13 @@ def _begin(attention: SharedAttention, part: nn.Module, args: Any, kwargs: dict[
     return args, kwargs
 
 
+def _names_positions(module: nn.Module) -> bool:
+    return "position_ids" in inspect.signature(module.forward).parameters
+
+
 def _number(attention: SharedAttention, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-    """Give the positions of a split batch to an embedding that would number the tokens of this rank from 0."""
-    if attention.sequences is None or kwargs.get("position_ids") is not None:
-        return None
-    return args, {**kwargs, "position_ids": attention.positions}
+    """Give an embedding the positions of a split batch, where the model would number the tokens of this rank from 0."""
+    return None if attention.sequences is None else (args, {**kwargs, "position_ids": attention.positions})
 
 
 def _end(attention: SharedAttention, part: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
