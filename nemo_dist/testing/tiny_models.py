@@ -346,6 +346,7 @@ SPECIMENS: dict[str, Specimen] = {
         Specimen(name="gpt-oss", loader=_CAUSAL, config=_gpt_oss, batch=_padded_causal),
         Specimen(name="llama4", loader=_CAUSAL, config=_llama4, batch=_causal),
         Specimen(name="llama4-packed", loader=_CAUSAL, config=lambda: _llama4(use_cache=False), batch=_packed),
+        Specimen(name="gemma2-left-padded", loader=_CAUSAL, config=_gemma2, batch=_left_padded),
         Specimen(name="opt", loader=_CAUSAL, config=_opt, batch=_left_padded),
         Specimen(name="roberta-decoder", loader=_CAUSAL, config=_roberta_decoder, batch=_left_padded),
         Specimen(name="bart-decoder", loader=_CAUSAL, config=_bart_decoder, batch=_padded_causal),
