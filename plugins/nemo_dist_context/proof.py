@@ -241,7 +241,7 @@ def _visible(mask: Tensor | None, causal: bool, rows: int, keys: int, index: Ten
 def _same_options(whole: Mapping[str, Any], part: Mapping[str, Any]) -> bool:
     """Whether attention gets the same numbers: scales and caps, and tensors of floating-point numbers."""
     for name, value in whole.items():
-        other = part.get(name)
+        other: Any = part.get(name)
         if isinstance(value, Tensor):
             if value.is_floating_point() and not (value is other or (value.shape == other.shape)):
                 return False
