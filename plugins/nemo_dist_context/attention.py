@@ -55,9 +55,9 @@ class Visible:
 class SharedAttention:
     """Attention of one loaded model, computed together by the ranks of *group*.
 
-    ``base``: the attention that the model was loaded with, "sdpa" or "eager". ``sequences`` and ``positions`` are the
-    sequence ids and the positions of the split batch in the forward, None without one; ``shifted`` says that the loss
-    was given labels that were shifted before the split.
+    ``base``: the attention that the model was loaded with, "sdpa" or "eager". ``sequences`` are the
+    sequence ids of the split batch in the forward, None without one; ``shifted`` says that the loss was given labels
+    that were shifted before the split.
     """
 
     layout: SequenceLayout
@@ -65,7 +65,6 @@ class SharedAttention:
     method: str
     base: str = "sdpa"
     sequences: Tensor | None = None
-    positions: Tensor | None = None
     shifted: bool = False
 
     def register(self) -> str:
