@@ -50,7 +50,8 @@ class FormulaWeights(TorchDispatchMode):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._scales = {storage_id(p): p.shape[-1] ** -0.5 for p in model.parameters() if p.ndim > 1}
+        matrices = [p for p in model.parameters() if p.ndim > 1]
+        self._scales: dict[int, float] = {storage_id(p): p.shape[-1] ** -0.5 for p in matrices}
         self._order: dict[int, int] = {}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -104,7 +105,7 @@ class FormulaWeights(TorchDispatchMode):
         return torch.tensor(1.0 + self._number(tensor) + self._step(tensor) * tensor.storage_offset()).double()
 
     def _step(self, tensor: Tensor) -> float:
-        return 0.5 + (self._number(tensor) * 0.6180339887498949) % 2.0
+        return 0.5 + self._number(tensor) * 0.6180339887498949 % 2.0
 
     def _number(self, tensor: Tensor) -> int:
         return self._order.setdefault(storage_id(tensor), len(self._order))

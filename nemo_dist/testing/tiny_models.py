@@ -250,14 +250,6 @@ def _roberta_decoder() -> Any:
     return transformers.RobertaConfig(**_text(bos_token_id=1, eos_token_id=2, **options))
 
 
-def _bart_decoder() -> Any:
-    return transformers.BartConfig(
-        vocab_size=_VOCABULARY, d_model=32, decoder_layers=2, decoder_ffn_dim=56, decoder_attention_heads=4,
-        max_position_embeddings=64, dropout=0.0, attention_dropout=0.0, activation_dropout=0.0, init_std=0.1,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-
-
 def _mamba() -> Any:
     return transformers.MambaConfig(
         vocab_size=_VOCABULARY, hidden_size=32, state_size=8, time_step_rank=4, num_hidden_layers=2, pad_token_id=0
@@ -410,9 +402,9 @@ SPECIMENS: dict[str, Specimen] = {
         Specimen(name="gpt-oss", loader=_CAUSAL, config=_gpt_oss, batch=_padded_causal),
         Specimen(name="llama4", loader=_CAUSAL, config=_llama4, batch=_causal),
         Specimen(name="llama4-packed", loader=_CAUSAL, config=lambda: _llama4(use_cache=False), batch=_packed),
+        Specimen(name="gemma2-left-padded", loader=_CAUSAL, config=_gemma2, batch=_left_padded),
         Specimen(name="opt", loader=_CAUSAL, config=_opt, batch=_left_padded),
         Specimen(name="roberta-decoder", loader=_CAUSAL, config=_roberta_decoder, batch=_left_padded),
-        Specimen(name="bart-decoder", loader=_CAUSAL, config=_bart_decoder, batch=_padded_causal),
         Specimen(name="mamba", loader=_CAUSAL, config=_mamba, batch=_causal),
         Specimen(name="deepseek", loader=_CAUSAL, config=_deepseek, batch=_causal),
         Specimen(

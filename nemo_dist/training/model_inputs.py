@@ -53,7 +53,8 @@ class ModelInputs:
 
         Which tokens count for a router loss stays in ``counted_tokens``. Other batches stay as they are.
         """
-        mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
+        mask: Any = inputs.get("attention_mask")
+        positions: Any = inputs.get("position_ids")
         if not _per_token(positions) or not (mask is None or _per_token(mask)) or not restarts(mask, positions).any():
             return inputs
         self._refuse_mixing(len(positions) if mask is None else len(mask))

@@ -41,7 +41,7 @@ class Rehearsal:
     """A weightless copy of a model, to run on a few tokens."""
 
     model: Any
-    _mode: FormulaWeights
+    _mode: Any
 
     @classmethod
     def of(cls, model: nn.Module) -> Rehearsal:
@@ -93,7 +93,7 @@ def same(expected: Tensor, found: Tensor, counted: Tensor | None = None) -> bool
     return bool(error <= TOLERANCE * expected.double().norm())
 
 
-def mixes_packed_sequences(model: nn.Module) -> str | None:
+def mixes_packed_sequences(model: Any) -> str | None:
     """Return where *model* lets packed sequences see each other, the first module or an error; None if nowhere."""
     first, second = _SEQUENCES
     tokens = torch.arange(1, first + second + 1)[None] % model.config.get_text_config().vocab_size

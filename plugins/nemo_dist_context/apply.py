@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
-
-from torch import nn
 
 from nemo_dist.hf_model import accepts, attention_of, predicts_next_token
 from nemo_dist.training.router_aux_loss import COUNTED
@@ -19,6 +16,8 @@ from nemo_dist_context.proof import Proof, splitter_of
 from nemo_dist_context.sequence_layout import SequenceLayout
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from nemo_dist import MeshContext
     from nemo_dist_context.config import ContextConfig
 
@@ -56,9 +55,6 @@ def layout_of(proof: Proof, mesh: MeshContext, config: ContextConfig) -> Sequenc
 def _prepare(part: Any, attention: SharedAttention) -> None:
     """Let *part* compute split batches with *attention*."""
     part.set_attn_implementation(attention.register())
-    for module in part.modules():
-        if isinstance(module, nn.Embedding) and "position_ids" in inspect.signature(module.forward).parameters:
-            module.register_forward_pre_hook(partial(_number, attention), with_kwargs=True)
     part.register_forward_pre_hook(partial(_begin, attention), with_kwargs=True)
     part.register_forward_hook(partial(_end, attention), with_kwargs=True, always_call=True)
     if predicts_next_token(part):
@@ -73,17 +69,9 @@ def _begin(attention: SharedAttention, part: nn.Module, args: Any, kwargs: dict[
     attention.shifted = False
     if ids is not None:
         kwargs["attention_mask"] = ids > 0
-        attention.positions = kwargs["position_ids"]
         if not accepts(part, "position_ids"):
             del kwargs["position_ids"]
     return args, kwargs
-
-
-def _number(attention: SharedAttention, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-    """Give the positions of a split batch to an embedding that would number the tokens of this rank from 0."""
-    if attention.sequences is None or kwargs.get("position_ids") is not None:
-        return None
-    return args, {**kwargs, "position_ids": attention.positions}
 
 
 def _end(attention: SharedAttention, part: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:

@@ -43,7 +43,8 @@ _names = count()
 class Visible:
     """What the queries of a split batch may attend to; passed through the model in place of a mask.
 
-    ``allowed``: (rows, 1, queries, keys) of bool. None allows all keys or, if ``causal``, those up to the query.
+    ``allowed``: (rows, 1, queries, keys) of bool, or what eager attention adds to its scores. None allows all keys or,
+    if ``causal``, those up to the query.
     """
 
     allowed: Tensor | None
@@ -54,9 +55,9 @@ class Visible:
 class SharedAttention:
     """Attention of one loaded model, computed together by the ranks of *group*.
 
-    ``base``: the attention that the model was loaded with, "sdpa" or "eager". ``sequences`` and ``positions`` are the
-    sequence ids and the positions of the split batch in the forward, None without one; ``shifted`` says that the loss
-    was given labels that were shifted before the split.
+    ``base``: the attention that the model was loaded with, "sdpa" or "eager". ``sequences`` are the
+    sequence ids of the split batch in the forward, None without one; ``shifted`` says that the loss was given labels
+    that were shifted before the split.
     """
 
     layout: SequenceLayout
@@ -64,7 +65,6 @@ class SharedAttention:
     method: str
     base: str = "sdpa"
     sequences: Tensor | None = None
-    positions: Tensor | None = None
     shifted: bool = False
 
     def register(self) -> str:
@@ -86,7 +86,10 @@ class SharedAttention:
         known = causal or mask_function is bidirectional_mask_function
         if self.base == "sdpa" and known and whole.all():
             return Visible(allowed=None, causal=causal)
-        return Visible(allowed=self._allowed(ids, mask_function, use_vmap), causal=causal)
+        allowed = self._allowed(ids, mask_function, use_vmap)
+        if self.base == "eager":
+            allowed = _additive(allowed, ids, rest["dtype"])
+        return Visible(allowed=allowed, causal=causal)
 
     def _allowed(self, ids: Tensor, mask_function: Callable[..., Any], use_vmap: bool) -> Tensor:
         rows, length = ids.shape
@@ -95,7 +98,7 @@ class SharedAttention:
         if self.method != "ulysses":
             queries = torch.tensor(self.layout.indices(length), device=ids.device)
         if use_vmap:
-            whole = sdpa_mask(
+            whole: Any = sdpa_mask(
                 rows, length, length, mask_function=mask_function, allow_is_causal_skip=False, use_vmap=True,
                 device=ids.device,
             )  # fmt: skip
@@ -129,7 +132,7 @@ class SharedAttention:
         order = torch.tensor(self.layout.restoring(length), device=key.device)
         key, value = pair.index_select(2, order).split((key.shape[-1], value.shape[-1]), dim=-1)
         if self.base == "eager":
-            return self._local(module, query, key, value, _additive(mask.allowed, query.dtype), **options)
+            return self._local(module, query, key, value, mask.allowed, **options)
         if mask.allowed is not None or not mask.causal:
             return _sdpa(_like(module), query, key, value, mask.allowed, is_causal=False, **options)
         parts, first = [], 0
@@ -180,9 +183,13 @@ def _lower_right(queries: int, keys: int, device: torch.device) -> Tensor:
     return (positions[None, :] <= positions[keys - queries :, None])[None, None]
 
 
-def _additive(allowed: Any, dtype: torch.dtype) -> Tensor:
-    """Return the mask that eager attention adds to its scores: 0 where *allowed*, else the least number of *dtype*."""
-    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(~allowed, torch.finfo(dtype).min)
+def _additive(allowed: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what eager attention adds to its scores: 0 where *allowed*, else the least number of *dtype*.
+
+    A masked token that may attend to nothing then attends to all of its row alike; but not to what was appended.
+    """
+    added = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(~allowed, torch.finfo(dtype).min)
+    return added.masked_fill((ids == APPENDED)[:, None, None, :], -torch.inf)
 
 
 def _sdpa(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Tensor:

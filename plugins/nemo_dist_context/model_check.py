@@ -18,7 +18,7 @@ def require_splittable(model: Any, prepare: Callable[..., None], method: str, ra
     ``prepare(model, attention)`` makes a model compute split batches.
     """
     reasons = [*_structure(model), *_loss(model)]
-    proof = None
+    proof: Proof | None = None
     if not reasons:  # a model that is refused need not run
         try:
             proof = prove(model, prepare, attention_of(model))

@@ -132,7 +132,8 @@ def prove(part: Any, prepare: Any, base: str) -> Proof:
 
 def _first_that_fits(rehearsal: Rehearsal, attention: _Rehearsed, batches: Any) -> Proof:
     failure: Exception | None = None
-    causal, heads = True, set()
+    causal = True
+    heads: set[tuple[int, int]] = set()
     for kind in NUMBERINGS:
         try:
             for batch in batches:
@@ -151,7 +152,8 @@ def _compare(rehearsal: Rehearsal, attention: _Rehearsed, batch: dict[str, Tenso
     mask = batch.get("attention_mask", torch.ones(rows, length))
     attention.calls, attention.counted = [], mask != 0
     whole = rehearsal.run(batch)
-    losses, labels = [], []
+    losses: list[Tensor] = []
+    labels: list[Tensor] = []
     for rank in range(_RANKS):
         layout = _layout(rank)
         attention.layout, attention.done = layout, 0
@@ -162,7 +164,8 @@ def _compare(rehearsal: Rehearsal, attention: _Rehearsed, batch: dict[str, Tenso
         counts = split.get("shift_labels", split["labels"])
         losses.append(part.output.loss)
         labels.append((counts != IGNORED).sum())
-    total = sum(loss * count for loss, count in zip(losses, labels, strict=True)) / sum(labels)
+    counted = torch.stack(labels)
+    total = (torch.stack(losses) * counted).sum() / counted.sum()
     if not same(whole.output.loss.reshape(1), total.reshape(1)):
         raise Unequal("its loss is not a mean over tokens")
 
@@ -238,7 +241,7 @@ def _visible(mask: Tensor | None, causal: bool, rows: int, keys: int, index: Ten
 def _same_options(whole: Mapping[str, Any], part: Mapping[str, Any]) -> bool:
     """Whether attention gets the same numbers: scales and caps, and tensors of floating-point numbers."""
     for name, value in whole.items():
-        other = part.get(name)
+        other: Any = part.get(name)
         if isinstance(value, Tensor):
             if value.is_floating_point() and not (value is other or (value.shape == other.shape)):
                 return False
