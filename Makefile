@@ -2,6 +2,7 @@
 # make demo ARGS="--strategy ddp"   the same, with options of `nemo-dist demo`
 # make test                         lint, type check and test, as CI does
 # make matrix                       the full matrices of compositions, which take long
+# make models                       every family of transformers under every kind of parallelism; goes on where it stopped
 # make lint | bench | clean
 #
 # Needs Python 3.11 or newer with venv, and make; everything else is installed into .venv, at the tested versions.
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 ARGS ?=
 
-.PHONY: help demo test matrix lint bench clean
+.PHONY: help demo test matrix models lint bench clean
 help:
 	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
 
@@ -24,6 +25,9 @@ test: lint
 
 matrix: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+models: $(INSTALLED)
+	$(BIN)/python -m nemo_dist.testing.families $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/python -m ruff check .

@@ -163,7 +163,11 @@ def main(given: Sequence[str] | None = None) -> int:
     """Run the command; return 1 if a cell failed."""
     arguments = _arguments(given)
     results = Results.read(arguments.results)
+    for kind in LOADERS:
+        for family in families(kind):
+            results.of(kind, family)
     failures = sweep(results, arguments)
+    results.write()
     if arguments.results == RESULTS:
         PAGE.write_text(page(results.families))
     print(f"{failures} cells failed")

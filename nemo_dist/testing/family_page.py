@@ -75,14 +75,18 @@ def _table(
     kind: str, found: Mapping[str, Mapping[str, Any]], numbers: dict[str, int], examples: dict[str, str]
 ) -> list[str]:
     lines = [f"## {_TITLES[kind]}\n", f"| family | {' | '.join(CELLS)} |", "|---|" + "---|" * len(CELLS)]
-    unmade = []
+    unmade, waiting = [], []
     for family, entry in sorted(found.items()):
-        if entry["made"] != "":
-            unmade.append(f"- `{family}`: {_plain(entry['made'] or 'not run')}")
+        if entry["made"] is None:
+            waiting.append(f"`{family}`")
+            continue
+        if entry["made"]:
+            unmade.append(f"- `{family}`: {_plain(entry['made'])}")
             continue
         cells = [_cell(entry["cells"].get(cell), numbers, examples) for cell in CELLS]
         lines.append(f"| `{family}` | {' | '.join(cells)} |")
-    return [*lines, "", *(["Could not be made tiny:\n", *unmade, ""] if unmade else [])]
+    lines += ["", *(["Could not be made tiny:\n", *unmade, ""] if unmade else [])]
+    return lines + ([f"Not run: {', '.join(waiting)}.\n"] if waiting else [])
 
 
 def _cell(found: Mapping[str, Any] | None, numbers: dict[str, int], examples: dict[str, str]) -> str:

@@ -1,0 +1,134 @@
+"""The matrix of families: the page is what the stored results say, and a sample of cells gives them again."""
+
+import json
+import random
+
+import pytest
+from transformers import LlamaConfig, Qwen3MoeConfig, Qwen3NextConfig
+
+from nemo_dist.testing.families import PAGE, Results, missing, run_family
+from nemo_dist.testing.family_cells import CELLS, LOADERS, Verdict, merged
+from nemo_dist.testing.family_names import families
+from nemo_dist.testing.family_page import FAILED, page
+from nemo_dist.testing.shrink import shrink, tiny
+
+
+def test_the_results_name_every_family_that_transformers_has():
+    stored = Results.read().families.keys()
+
+    assert stored == {f"{kind} {family}" for kind in LOADERS for family in families(kind)}
+
+
+def test_the_page_is_what_the_stored_results_say():
+    assert PAGE.read_text() == page(Results.read().families), "run: make models"
+
+
+def test_no_stored_cell_is_a_fault():
+    faults = [
+        f"{name}, {cell}: {found['status']}"
+        for name, entry in Results.read().families.items()
+        for cell, found in entry["cells"].items()
+        if found["status"] in FAILED
+    ]
+
+    assert faults == []
+
+
+SAMPLE = [
+    ("causal", "llama", "fsdp2"),
+    ("causal", "llama", "bfloat16"),
+    ("causal", "gpt2", "ddp"),
+    ("causal", "minimax", "bfloat16"),
+    ("causal", "qwen3_moe", "ep"),
+    ("causal", "big_bird", "ddp"),
+    ("sequence", "bert", "recompute"),
+]
+
+
+@pytest.mark.parametrize(("kind", "family", "cell"), SAMPLE)
+def test_a_family_trains_as_on_one_process(ranks, kind, family, cell):
+    why, verdicts = run_family(ranks(2), kind, family, [cell])
+
+    assert why == ""
+    assert [(name, verdict.status, verdict.reason) for name, verdict in verdicts] == [(cell, "equal", "")]
+
+
+def test_a_family_without_experts_is_refused_under_expert_parallelism(ranks):
+    _, verdicts = run_family(ranks(2), "causal", "llama", ["ep"])
+
+    ((_, verdict),) = verdicts
+    assert verdict.status == "refused"
+    assert "expert" in verdict.reason
+
+
+@pytest.mark.slow
+def test_a_random_sample_of_cells_gives_the_stored_results(ranks):
+    stored = [
+        (name, cell, found["status"])
+        for name, entry in Results.read().families.items()
+        for cell, found in entry["cells"].items()
+    ]
+    for name, cell, status in random.sample(stored, min(20, len(stored))):
+        _, verdicts = run_family(ranks(2), *name.split(" "), [cell])
+        assert [verdict.status for _, verdict in verdicts] == [status], (name, cell)
+
+
+def test_ranks_are_judged_together():
+    one = Verdict(status="equal", digests={"a": "1", "b": "2"}, expected=frozenset("abc"))
+    two = Verdict(status="equal", digests={"b": "2", "c": "3"}, expected=frozenset("abc"))
+
+    assert merged([one, two]).status == "equal"
+    assert merged([one, one]).reason == "no rank has c"
+    assert merged([one, Verdict(status="equal", digests={"b": "9", "c": "3"})]).reason == "differs between ranks: b"
+    assert merged([one, Verdict(status="refused", reason="why")]).reason == "why"
+    assert merged([Verdict(status="refused", reason="why"), Verdict(status="crash", reason="hm")]).status == "crash"
+
+
+def test_a_sweep_runs_what_has_no_result_and_what_is_asked_for():
+    cells = {"fsdp2": {"status": "equal", "digest": "1"}, "tp": {"status": "wrong", "digest": "2"}}
+    entry = {"made": "", "cells": cells}
+
+    assert missing(entry, ["fsdp2", "tp", "cp"], "never", "2") == ["cp"]
+    assert missing(entry, ["fsdp2", "tp", "cp"], "failed", "2") == ["tp", "cp"]
+    assert missing(entry, ["fsdp2", "tp", "cp"], "stale", "2") == ["fsdp2", "cp"]
+    assert missing(entry, ["fsdp2", "tp", "cp"], "all", "2") == ["fsdp2", "tp", "cp"]
+    assert missing({"made": "no", "cells": {}}, list(CELLS), "never", "2") == []
+
+
+def test_results_are_read_as_they_were_written(tmp_path):
+    results = Results(tmp_path / "models.json")
+    results.of("causal", "llama")["cells"]["tp"] = {"status": "equal", "digest": "1"}
+    results.write()
+
+    assert Results.read(results.path).families == results.families
+    assert json.loads(results.path.read_text())["transformers"]
+
+
+def test_a_tiny_config_keeps_the_structure():
+    config = LlamaConfig(num_attention_heads=64, num_key_value_heads=8, hidden_size=8192, attention_bias=True)
+    small = shrink(config).config
+
+    assert small.num_attention_heads // small.num_key_value_heads > 1
+    assert small.head_dim * small.num_attention_heads == small.hidden_size == 64
+    assert small.attention_bias
+    assert config.hidden_size == 8192
+
+
+def test_a_tiny_config_has_every_kind_of_layer():
+    config = Qwen3NextConfig()
+    small = shrink(config).config
+
+    assert set(small.layer_types) == set(config.layer_types)
+    assert small.num_hidden_layers == len(small.layer_types) < config.num_hidden_layers
+
+
+def test_what_a_tiny_config_changes_is_said():
+    changes = shrink(Qwen3MoeConfig(num_experts=128, num_experts_per_tok=8)).changes
+
+    assert "num_experts: 4 (got 128)" in changes
+    assert "num_experts_per_tok: 2 (got 8)" in changes
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3n_text", "deepseek_v3", "zamba2", "gpt_neo", "qwen2_vl"])
+def test_a_tiny_config_is_the_same_every_time(family):
+    assert tiny(family).config.to_dict() == tiny(family).config.to_dict()
