@@ -5,6 +5,7 @@ Imports neither torch nor transformers, so planning code may use it too. Plugins
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,10 @@ if TYPE_CHECKING:
     from torch import nn
 
 IGNORED = -100  # the label value that the losses of torch and transformers ignore
+MASKED = "bbox_first_token_mask"  # in a forward: leaves labels out of the mean that are not -100
+INITIALIZED = "_is_hf_initialized"  # marks tensors that transformers must not draw
+# Floating-point inputs of the language model itself; any other one goes to a tower that runs only when it is given.
+_OWN = frozenset({"attention_mask", "inputs_embeds", "labels", "shift_labels"})
 NEXT_TOKEN_LOSSES = ("ForCausalLM", "ForConditionalGeneration")  # values of ``model.loss_type``
 
 
@@ -85,6 +90,11 @@ def towers(model: Any) -> Iterator[str]:
     yield from model.config.sub_configs
 
 
+def is_media(name: str, value: Any) -> bool:
+    """Whether *value*, called *name* in a batch, is the input of a tower: pixels or sound, say."""
+    return name not in _OWN and hasattr(value, "is_floating_point") and bool(value.is_floating_point())
+
+
 def has_adapters(model: Any) -> bool:
     """Whether adapters were loaded into *model* with transformers' ``load_adapter``."""
     return bool(getattr(model, "_hf_peft_config_loaded", False))
@@ -92,4 +102,47 @@ def has_adapters(model: Any) -> bool:
 
 def predicts_next_token(model: Any) -> bool:
     """Whether the loss of *model* compares a token's output with the next label, as in decoder-only language models."""
-    return getattr(model, "loss_type", None) in NEXT_TOKEN_LOSSES and not model.config.is_encoder_decoder
+    return loss_kind(model) in NEXT_TOKEN_LOSSES and not model.config.is_encoder_decoder
+
+
+def loss_kind(model: Any) -> str | None:
+    """Return the key of transformers' loss functions that *model* trains with: its ``loss_type``, or the default.
+
+    transformers finds the type in the name of the class, and many names have none (GPT2LMHeadModel); where such a
+    forward calls ``self.loss_function``, that is the default one.
+    """
+    kind: str | None = getattr(model, "loss_type", None)
+    return NEXT_TOKEN_LOSSES[0] if kind is None and "loss_function" in loss_names(model) else kind
+
+
+def loss_names(model: Any) -> set[str]:
+    """Return the names of losses and loss masks in the code of the first forward, in MRO order, that has any."""
+    for kind in type(model).__mro__:
+        forward = vars(kind).get("forward")
+        code = getattr(inspect.unwrap(forward), "__code__", None) if forward else None
+        names = {*code.co_names, *code.co_varnames} if code else set()
+        found = {name for name in names if "loss" in name.lower() or name == MASKED}
+        if found:
+            return found
+    return set()
+
+
+def accepts(module: nn.Module, argument: str) -> bool:
+    """Whether the forward of *module* takes *argument*, by name or among the keywords that it hands on."""
+    parameters = inspect.signature(module.forward).parameters
+    return argument in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def attention_of(model: Any) -> str:
+    """Return the name of the attention that *model* was loaded with: "sdpa", "eager", "flash_attention_2", ..."""
+    return str(getattr(getattr(model, "config", None), "_attn_implementation", None))
+
+
+def set_attention(config: Any, name: str) -> None:
+    """Let models that are made from *config* use the attention *name*."""
+    config._attn_implementation = name
+
+
+def kept_in_float32(model: Any) -> frozenset[str]:
+    """Return parts of the names of the tensors that transformers keeps in float32 in a model of another dtype."""
+    return frozenset(getattr(model, "_keep_in_fp32_modules_strict", None) or ())

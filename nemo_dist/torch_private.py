@@ -61,5 +61,10 @@ def run_after_backward(function: Callable[[], None]) -> None:
 
 
 def in_backward() -> bool:
-    """Whether this thread runs a backward pass now, as activation checkpointing does when it repeats a forward."""
+    """Whether this thread runs a backward pass now; a forward is then repeated by activation checkpointing."""
     return int(torch._C._current_graph_task_id()) != -1
+
+
+def changes_in_place(tensor: Tensor) -> int:
+    """Return how often *tensor* was changed in place since it was made; only for comparison with a later value."""
+    return tensor._version

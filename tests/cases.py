@@ -29,6 +29,15 @@ def cases(names, rows, name=case_id):
     return pytest.mark.parametrize(names, named)
 
 
+def crossed(first, second, every=3):
+    """Return each of *first* with each of *second* (tuples); one in *every* by default, the rest in ``make matrix``.
+
+    With lengths that *every* does not divide, each value of both is still in the default run.
+    """
+    rows = [(one, *other) for one in first for other in second]
+    return [row if index % every == 0 else slow(*row) for index, row in enumerate(rows)]
+
+
 def slow(*values):
     """Leave the case of these *values* to ``make matrix``."""
     return pytest.param(*values, marks=pytest.mark.slow)

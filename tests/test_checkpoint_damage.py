@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import shutil
 import zlib
 
 import checkpoint_runs as runs
@@ -23,10 +24,7 @@ def original(rank_pools, tmp_path_factory):
 
 @pytest.fixture
 def copy(original, tmp_path):
-    for entry in original.iterdir():
-        if entry.is_file():
-            (tmp_path / entry.name).write_bytes(entry.read_bytes())
-    return tmp_path
+    return shutil.copytree(original, tmp_path, dirs_exist_ok=True)
 
 
 def locally(runtime, optimizer):

@@ -26,7 +26,7 @@ from nemo_dist import (
 from nemo_dist.testing.equivalence import Task, assert_equivalent, checkpoint
 from nemo_dist.testing.precision import FP32
 from nemo_dist.testing.tiny_models import SPECIMENS
-from nemo_dist_context.batch import SequenceSplitter, sequence_ids
+from nemo_dist_context.batch import NUMBERINGS, SequenceSplitter, sequence_ids
 from nemo_dist_context.sequence_layout import SequenceLayout
 
 METHODS = ("all_gather", "ulysses")
@@ -69,7 +69,7 @@ def test_balanced_ranks_attend_to_equally_many_keys(size, step):
 
 
 def splitters(size, balanced=True, **facts):
-    facts = {"shifts": True, "counts": True, "causal": True, "caches": False, **facts}
+    facts = {"shifts": True, "numbering": "places", "causal": True, **facts}
     return [
         SequenceSplitter(layout=SequenceLayout(size=size, rank=rank, balanced=balanced), **facts)
         for rank in range(size)
@@ -114,16 +114,18 @@ def test_a_tensor_that_cannot_be_split_is_refused(extra, message):
         splitters(2)[0]({"input_ids": torch.zeros(2, 6), **extra})
 
 
-def test_a_model_that_numbers_tokens_in_its_own_way_needs_positions():
+def test_tokens_are_numbered_as_the_model_numbers_them():
+    batch = {"input_ids": torch.tensor([[1, 1, 7, 8]]), "attention_mask": torch.tensor([[0, 0, 1, 1]])}
+    numbers = {}
+    for kind in NUMBERINGS:
+        first, second = (split(batch)["position_ids"] for split in splitters(2, False, numbering=kind, pad_token=1))
+        numbers[kind] = torch.cat((first, second), dim=1).tolist()
+    assert numbers == {"places": [[0, 1, 2, 3]], "mask": [[-1, -1, 0, 1]], "tokens": [[1, 1, 2, 3]]}
+
+
+def test_padding_that_embeddings_do_not_show_needs_positions():
     with pytest.raises(ValueError, match="add position_ids"):
-        splitters(2, counts=False)[0]({"input_ids": torch.zeros(2, 6)})
-
-
-def test_packed_sequences_that_transformers_would_mix_are_refused():
-    packed = {"input_ids": torch.zeros(1, 4), "position_ids": torch.tensor([[0, 1, 0, 1]])}
-    with pytest.raises(ValueError, match="add use_cache=False"):
-        splitters(2, caches=True)[0](packed)
-    assert splitters(2, caches=True)[0]({**packed, "use_cache": False})["use_cache"] is False
+        splitters(2, numbering="tokens")[0]({"inputs_embeds": torch.zeros(2, 6, 4)})
 
 
 # ---- equal to one process ----
@@ -151,6 +153,12 @@ def test_any_length_padding_and_packing_are_exact(ranks, specimen, length, metho
 @pytest.mark.parametrize("specimen", ["mistral", "mistral-packed"])
 def test_sliding_windows_are_exact(ranks, specimen, method):
     assert_equivalent(ranks(2), Task(specimen=specimen, length=14), **options(2, 2, method=method))
+
+
+@pytest.mark.parametrize("length", [13, 16], ids="{} tokens".format)
+@pytest.mark.parametrize("specimen", ["gpt-oss", "opt", "roberta-decoder", "bart-decoder", "llama4-packed", "gemma2"])
+def test_sinks_soft_caps_chunks_and_own_numbering_are_exact(ranks, specimen, length):
+    assert_equivalent(ranks(2), Task(specimen=specimen, length=length), **options(2, 2))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -294,11 +302,27 @@ CONFIGS = {
             use_mamba_kernels=False,
             pad_token_id=0,
         ),
-        "use cp_size=1",
+        "JambaAttention depend on other tokens|outside of attention, in model.layers.*; use cp_size=1",
     ),
     "alibi": (
         lambda: transformers.BloomConfig(vocab_size=32, hidden_size=16, n_layer=1, n_head=2),
-        "takes no position_ids",
+        "BloomAttention does not run on a part of a sequence.*; use cp_size=1",
+    ),
+    "attention of its own": (
+        lambda: transformers.FalconConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2),
+        "FalconAttention does not run on a part of a sequence.*; use cp_size=1",
+    ),
+    "pooled tokens": (
+        lambda: transformers.Lfm2Config(
+            vocab_size=32,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            layer_types=["conv", "full_attention"],
+        ),
+        "depend on .*; use cp_size=1",
     ),
     "llava": (SPECIMENS["llava"].config, "several towers \\(vision_config, text_config\\)"),
 }
@@ -326,14 +350,14 @@ def on_rank_refuse_losses_and_attention(folder):
     setup = DistributedSetup.build(**options(2, 2))
     with pytest.raises(ValueError, match="is not a mean over tokens"):
         NeMoAutoModelForSequenceClassification.from_pretrained(folder, distributed_setup=setup)
-    with pytest.raises(ValueError, match="attention implementation is 'eager'"):
-        NeMoAutoModelForCausalLM.from_config(
-            SPECIMENS["llama"].config(), distributed_setup=setup, attn_implementation="eager"
-        )
+    config = SPECIMENS["llama"].config()
+    exchanging = DistributedSetup.build(**options(2, 2, method="ulysses"))
+    with pytest.raises(ValueError, match=r"'ulysses' needs 'sdpa'.*; use method='all_gather'"):
+        NeMoAutoModelForCausalLM.from_config(config, distributed_setup=exchanging, attn_implementation="eager")
     return True
 
 
-def test_sequence_losses_and_eager_attention_are_refused(on_ranks):
+def test_sequence_losses_and_exchanged_heads_of_eager_attention_are_refused(on_ranks):
     assert all(on_ranks(2, on_rank_refuse_losses_and_attention, checkpoint("bert-sequences")))
 
 

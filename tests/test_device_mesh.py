@@ -41,7 +41,7 @@ def test_a_mesh_with_only_a_tp_axis_matches_one_process(ranks, layout):
             ("dp_replicate", "dp_shard", "tp"),
             {"tp_size": 2, "dp_replicate_size": 2},
         ),
-        (
+        slow(
             [[[0, 1], [2, 3]], [[4, 5], [6, 7]]],
             ("tp", "dp_replicate", "dp_shard"),
             {"tp_size": 2, "dp_replicate_size": 2},

@@ -1,7 +1,7 @@
 """Training under a strategy is training on one process: loss, every gradient, clipped norm, three AdamW steps."""
 
 import pytest
-from cases import cases
+from cases import cases, crossed
 from setups import DATA_PARALLEL
 
 from nemo_dist import DDPConfig, FSDP2Config
@@ -9,10 +9,10 @@ from nemo_dist.testing.equivalence import Task, assert_equivalent
 from nemo_dist.testing.precision import FP32
 
 SPECIMENS = ["llama", "llama-tied", "bert-sequences", "bert-tokens", "llava"]
+DATA_PARALLEL_WORLDS = [("fsdp2", 2), ("fsdp2", 4), ("hsdp", 4), ("ddp", 2), ("ddp", 4)]
 
 
-@pytest.mark.parametrize("specimen", SPECIMENS)
-@cases(("strategy", "world"), [("fsdp2", 2), ("fsdp2", 4), ("hsdp", 4), ("ddp", 2), ("ddp", 4)])
+@cases(("specimen", "strategy", "world"), crossed(SPECIMENS, DATA_PARALLEL_WORLDS))
 def test_a_strategy_matches_one_process(ranks, specimen, strategy, world):
     assert_equivalent(ranks(world), Task(specimen=specimen), **DATA_PARALLEL[strategy])
 

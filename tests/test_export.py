@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from cases import case_id, cases
+from cases import case_id, cases, crossed
 from safetensors.torch import load_file
 from setups import DATA_PARALLEL
 
@@ -45,8 +45,10 @@ def assert_same_weights(found, expected):
         assert torch.equal(found[name], tensor), name
 
 
-@pytest.mark.parametrize("specimen", KINDS)
-@cases(("strategy", "world"), [("fsdp2", 2), ("fsdp2", 4), ("hsdp", 4), ("ddp", 2), ("fsdp2", 1)])
+@cases(
+    ("specimen", "strategy", "world"),
+    crossed(KINDS, [("fsdp2", 2), ("fsdp2", 4), ("hsdp", 4), ("ddp", 2), ("fsdp2", 1)]),
+)
 def test_an_export_has_the_files_and_weights_that_one_process_saves(ranks, tmp_path, specimen, strategy, world):
     source = checkpoint(specimen)
     ranks(world).run(on_rank_export, specimen, source, tmp_path / "out", DATA_PARALLEL[strategy], max_shard_size="30KB")

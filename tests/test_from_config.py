@@ -27,8 +27,8 @@ def on_rank_build(specimen, options, seed_of_rank):
 
 
 # What is drawn does not depend on the strategy, which only shards it: every model once, and under each strategy those
-# with uneven shards, tied weights, experts and two towers.
-ON_FOUR = ("llama-odd", "llama-tied", "qwen3-moe", "llava")
+# with uneven shards and two towers.
+ON_FOUR = ("llama-odd", "llava")
 CELLS = [
     *((specimen, 2, "fsdp2") for specimen in SPECIMENS),
     *(

@@ -23,7 +23,7 @@ ORDER = (
 FOR_PLUGINS = {
     *("nemo_dist.errors", "nemo_dist.hf_model", "nemo_dist.torch_private", "nemo_dist.hooks", "nemo_dist.testing"),
     *("nemo_dist.planning", "nemo_dist.mesh", "nemo_dist.plugin"),
-    *("nemo_dist.training.loss_weighting", "nemo_dist.training.router_aux_loss"),
+    *("nemo_dist.training.loss_weighting", "nemo_dist.training.router_aux_loss", "nemo_dist.training.rehearsal"),
 }
 # These plan: importing them, with every plugin, leaves torch unimported.
 WITHOUT_TORCH = ("nemo_dist", "nemo_dist.hf_model", "nemo_dist.hooks", "nemo_dist.cli.main")
@@ -36,34 +36,39 @@ PRIVATE = {
     "nemo_dist.torch_private": (
         *("_StridedShard", "_python_dispatch", "_disable_current_modes", "_get_current_dispatch_mode", "_pytree"),
         *("_cdata", "_execution_engine", "_functional_collectives", "_c10d_functional", "_current_graph_task_id", "_C"),
+        "_version",
     ),
-    "nemo_dist.hf_model": ("_no_split_modules", "_hf_peft_config_loaded"),
+    "nemo_dist.hf_model": (
+        *("_no_split_modules", "_hf_peft_config_loaded", "_is_hf_initialized", "_attn_implementation"),
+        "_keep_in_fp32_modules_strict",
+    ),
     "nemo_dist.mesh.mesh_context": ("_flatten", "_flatten_mapping", "_get_root_mesh", "_set_pg_timeout"),
     "nemo_dist.mesh.store_consensus": ("_get_default_store",),
     "nemo_dist.loading.hf_weight_loader": (
         *("_load_pretrained_model", "_finalize_model_loading", "_initialize_missing_keys"),
     ),
+    "nemo_dist.loading.formula_weights": ("_can_set_experts_implementation",),
     "nemo_dist.loading.deferred_init": ("_no_grad_trunc_normal_", "_schema"),
-    "nemo_dist.loading.missing_weights": ("_is_hf_initialized",),
     "nemo_dist.checkpoint.chunks": ("_split_tensor",),
-    "nemo_dist.checkpoint.hf_weight_conversion": ("_weight_conversions",),
+    "nemo_dist.checkpoint.hf_weight_conversion": (
+        *("_weight_conversions", "_original_source_patterns", "_original_target_patterns"),
+    ),
     "nemo_dist.checkpoint.hf_export": ("_keys_to_ignore_on_save",),
     "nemo_dist.checkpoint.hf_side_files": ("_commit_hash",),
     "nemo_dist.checkpoint.scheduler_state": ("_schedulers", "_last_lr"),
     "nemo_dist.training.router_aux_loss": ("_can_record_outputs",),
     "nemo_dist.testing.fake_cuda": ("_coalescing_manager", "_dynamo"),
     "nemo_dist.testing.worker": ("_clear_sharding_prop_cache", "_world"),
-    "nemo_dist_ddp.replicas": ("_composable",),
+    "nemo_dist_ddp.replicas": ("_pre_forward", "_post_forward"),
     "nemo_dist_moe.experts": ("_expand_parallel_plan", "_is_view"),
     "nemo_dist_recompute.apply": ("_can_checkpoint_with_cache", "_gradient_checkpointing_func"),
-    "nemo_dist_context.model_check": ("_attn_implementation", "_supports_context_parallel"),
     "nemo_dist_pipeline.runtime.torch_stage": (
         *("_PipelineScheduleRuntime", "_load_csv", "_post_metadata_inference_cleanup", "_schedule_visualizer"),
     ),
     "nemo_dist_tensor.vocab_parallel_loss": ("_assert_async",),
     "nemo_dist_megatron_fsdp.engine": (
         *("_replace_param_with_raw_if_needed", "_replace_param_with_distributed_if_needed"),
-        *("_root_pre_backward_hook_issued", "_version"),
+        "_root_pre_backward_hook_issued",
     ),
 }
 # Names of torch's modules that are private by their underscore, and as good as public by their use.

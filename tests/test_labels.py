@@ -38,6 +38,22 @@ def test_a_decoder_whose_loss_does_not_shift_its_labels_is_refused():
         judge_loss(model, routers_known=False)
 
 
+def test_a_loss_of_no_known_type_is_refused_before_the_first_step():
+    model = transformers.XLNetLMHeadModel(transformers.XLNetConfig(d_model=16, n_layer=1, n_head=2, vocab_size=32))
+    with pytest.raises(ValueError, match=r"loss of type None.*own"):
+        judge_loss(model, routers_known=False)
+
+
+def test_a_class_whose_name_says_no_type_of_loss_trains_with_transformers_default():
+    """Where no type is known, transformers takes the next-token loss; the numbers are those of a loss by hand."""
+    model, batch = SPECIMENS["gpt2"].make(), SPECIMENS["gpt2"].batch(4, 12, torch.Generator())
+    judge_loss(model, routers_known=False)
+    output = model(**batch)
+    logits, labels = output.logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()
+    total = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+    torch.testing.assert_close(output.loss, total / count_labels(model, batch))
+
+
 def test_a_setup_has_no_runtime_for_a_model_whose_loss_is_not_known(on_ranks):
     (message,) = on_ranks(1, on_rank_refusal)
     assert "makes a loss of its own (from teacher_loss) that is not known to be the mean over the labels" in message

@@ -12,7 +12,6 @@ from nemo_dist import (
     DistributedSetup,
     FSDP2Config,
     NeMoAutoModelForCausalLM,
-    NeMoAutoModelForSequenceClassification,
     ParallelismSizes,
     PipelineConfig,
     RankError,
@@ -218,17 +217,6 @@ def test_stages_that_the_ranks_do_not_divide_are_refused(ranks):
     assert "makes 3 stages of 3 layers, which is no multiple of the 2 pipeline ranks" in message
 
 
-def test_a_model_that_scales_its_embedding_in_the_forward_is_refused(ranks):
-    config = tiny(transformers.GraniteConfig, embedding_multiplier=3.0)
-    assert "changes inputs_embeds in its forward" in loading(ranks, config)
-
-
-def test_a_model_without_a_pipeline_plan_is_refused(ranks):
-    config = SPECIMENS["bert-sequences"].config()
-    message = loading(ranks, config, loader=NeMoAutoModelForSequenceClassification)
-    assert "has no base_model_pp_plan" in message
-
-
 # ---- batches ----
 
 
@@ -256,6 +244,7 @@ def stepping(ranks, rows=4, batch=None, **options):
 def test_too_few_microbatches_say_what_to_do(ranks):
     message = stepping(ranks, rows=1)
     assert "needs at least as many microbatches as its 2 stages (got 1)" in message
+    assert "Pass a list of batches of one shape, forward_backward([...])" in message
     assert "or set pp_batch_size: smaller ones are then filled up with rows that do not count" in message
     assert stepping(ranks, rows=1, pp_batch_size=4) == "accepted"
 

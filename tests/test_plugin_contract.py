@@ -480,3 +480,52 @@ def test_the_package_is_in_the_catalogue_like_ours():
 
     assert {"counted", "wrapped", "split_labels"} <= names
     assert reference(Task()).losses  # and what they are compared with is one process
+
+
+# ---- 8. shards that come back ----
+
+
+def on_rank_reshard(folder, target):
+    """Return, by what was called, how often the plugin was told to put its shards back."""
+    from nemo_dist.plugin.resharding import keep_gathered
+    from nemo_dist_outside import RESHARDED
+
+    setup = DistributedSetup.build(**options("gathering", strategy=DDPConfig()))
+    model = LLAMA.from_pretrained(folder, distributed_setup=setup, dtype=torch.float32)
+    (batch,) = Task().batches(0)
+    counts = {}
+
+    def count(name, call):
+        RESHARDED.clear()
+        found = call()
+        counts[name] = len(RESHARDED)
+        return found
+
+    def evaluate():
+        with torch.no_grad():
+            model(**batch)
+
+    def twice():
+        with keep_gathered([model]):
+            evaluate()
+            evaluate()
+
+    count("evaluate", evaluate)
+    count("evaluate twice, kept", twice)
+    count("forward", lambda: model(**batch))
+    runtime = count("runtime", lambda: setup.runtime(model))
+    optimizer = count("optimizer", lambda: runtime.optimizer(torch.optim.SGD, lr=0.1))
+    count("three batches", lambda: runtime.forward_backward([batch] * 3))
+    count("clip", lambda: runtime.clip_grad_norm_(1.0))
+    count("step", optimizer.step)
+    count("save", lambda: runtime.save(target, optimizer))
+    return counts
+
+
+def test_a_plugin_is_told_when_to_put_its_shards_back(ranks, tmp_path):
+    once = ("forward", "runtime", "clip", "step", "save")  # before a forward, and before parameters are looked at
+    for counts in ranks(2).run(on_rank_reshard, checkpoint("llama"), tmp_path / "run"):
+        assert {name: count for name, count in counts.items() if name in once} == dict.fromkeys(once, 1)
+        assert counts["optimizer"] >= 1
+        # Before and after a forward without gradients, and around forwards in a row, whatever their number.
+        assert counts["evaluate"] == counts["evaluate twice, kept"] == counts["three batches"] == 2

@@ -102,6 +102,15 @@ def test_recomputation_fits_every_kind_of_model(ranks, specimen):
     )
 
 
+@pytest.mark.parametrize("mode", ["full", "selective"])
+@pytest.mark.parametrize("specimen", ["mamba", "llama"])
+def test_a_model_in_evaluation_mode_recomputes_without_its_cache(on_ranks, specimen, mode):
+    exact, found = (on_ranks(1, on_rank_measure, checkpoint(specimen), m, False, specimen)[0][3] for m in (False, mode))
+    assert exact.keys() == found.keys()
+    for name, gradient in exact.items():
+        torch.testing.assert_close(found[name], gradient, msg=name)
+
+
 def test_a_scope_recomputes_only_its_towers(on_ranks):
     folder = checkpoint("llava")
     alive = {

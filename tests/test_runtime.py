@@ -160,6 +160,7 @@ def test_the_default_computes_in_bfloat16_and_stores_in_float32(ranks):
         ("llama", {"labels": torch.tensor([[1, 2, -100, 4], [-100, -100, 3, -100]])}, 3),
         ("llama", {"labels": torch.ones(1, 4).long(), "shift_labels": torch.tensor([[1, -100, 2, 3]])}, 3),
         ("llava", {"labels": torch.tensor([[1, 2, 3]])}, 2),
+        ("gpt2", {"labels": torch.tensor([[1, 2, -100, 4]])}, 2),
         ("bert-tokens", {"labels": torch.tensor([[1, 2, -100]])}, 2),
         ("bert-sequences", {"labels": torch.tensor([1, -100, 2])}, 2),
         ("bert-sequences", {"labels": torch.zeros(2, 3)}, 6),

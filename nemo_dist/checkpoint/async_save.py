@@ -36,6 +36,7 @@ class Save:
             self._work()
         except BaseException as error:
             self._error = error
+        del self._work  # and with it the copy of the state in host memory
 
 
 def begin(work: Callable[[], None]) -> Save:

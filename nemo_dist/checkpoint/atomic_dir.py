@@ -101,6 +101,7 @@ def write_folder(
     *,
     write: Callable[[Path], Any],
     stale: Callable[[str], bool],
+    refuse: Callable[[Path], None] = lambda folder: None,
     finish: Callable[[Path, list[Any]], None] = lambda folder, answers: None,
     committed: Callable[[], None] = lambda: None,
 ) -> None:
@@ -108,12 +109,16 @@ def write_folder(
 
     *what* names the folder in errors. *write* returns a small JSON value. The first rank then calls *finish* with the
     temporary folder and the values of all ranks in rank order, moves the folder to *path*, and calls *committed*.
-    *stale* says by name which entries of an existing folder are dropped. Raises CheckpointError where the disk fails,
-    and RankError on the other ranks; an error before the move leaves the folder at *path* unchanged.
+    *stale* says by name which entries of an existing folder are dropped; the others stay. *refuse* gets an existing
+    folder before anything is written, and raises CheckpointError when it must not be replaced. Raises CheckpointError
+    where the disk fails, and RankError on the other ranks; an error before the move leaves the folder at *path*
+    unchanged.
     """
     staging = Staging.beside(path)
     with ranks.agreed(f"preparing {what} at {staging.final}"):
         if ranks.first:
+            if staging.final.is_dir():
+                refuse(staging.final)
             staging.begin()
 
     def written() -> Any:

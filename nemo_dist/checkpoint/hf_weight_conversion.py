@@ -15,7 +15,7 @@ from typing import Any
 import attrs
 import torch
 from torch import Tensor, nn
-from transformers.core_model_loading import revert_weight_conversion
+from transformers.core_model_loading import WeightConverter, WeightTransform, revert_weight_conversion
 
 from nemo_dist.errors import CheckpointError
 from nemo_dist.hf_model import has_adapters, inner_model, name_root, plain_class
@@ -44,8 +44,27 @@ def skeleton(model: Any) -> Any:
         bare = plain_class(model)(copy.deepcopy(model.config))
     known = getattr(model, "_weight_conversions", None)
     if known is not None:
-        bare._weight_conversions = known
+        bare._weight_conversions = [kept for conversion in known if (kept := unquantized(conversion)) is not None]
     return bare
+
+
+def unquantized(conversion: WeightTransform) -> WeightTransform | None:
+    """Return *conversion* without the operations of a quantizer, None if nothing else is left.
+
+    A quantized checkpoint is dequantized while it is read, and exported like one that never was quantized.
+    """
+    if not isinstance(conversion, WeightConverter):
+        return conversion
+    quantizers = [one.hf_quantizer for one in conversion.operations if hasattr(one, "hf_quantizer")]
+    if not quantizers:
+        return conversion
+    others = [one for one in conversion.operations if not hasattr(one, "hf_quantizer")]
+    if not others:
+        return None
+    stored = {name for names in quantizers[0].serialized_names.values() for name in names}
+    companions = stored - quantizers[0].serialized_names.keys()  # scales
+    sources = [one for one in conversion._original_source_patterns if one.rpartition(".")[2] not in companions]
+    return conversion.copy(sources, list(conversion._original_target_patterns), operations=others)
 
 
 def refuse_unplain(model: Any) -> None:

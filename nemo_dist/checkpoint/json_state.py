@@ -17,29 +17,35 @@ from nemo_dist.plugin.mixed_precision import dtype_name
 
 _KIND = "nemo_dist"  # the key that marks a JSON object as an encoded value of a type that JSON lacks
 _NAMES = {dtype_name(dtype): dtype for dtype in DTYPES}
+_DEPTH = 100  # levels of nesting; Python's own limit is near 1000 calls
+_LARGEST = 1 << 4096
 _SEQUENCES: dict[str, Any] = {"tuple": tuple, "set": set, "deque": deque}
 _MAPPINGS: dict[str, Any] = {"dict": dict, "Counter": Counter, "OrderedDict": OrderedDict}
 
 
-def to_json(value: Any, where: str = "extra") -> Any:
-    """Return *value* as JSON that ``from_json`` decodes; *where* names it in errors.
+def to_json(value: Any, where: str = "extra", depth: int = 0) -> Any:
+    """Return *value* as JSON that ``from_json`` decodes; *where* names it in errors, *depth* is how deep it lies.
 
     Takes None, bools, numbers, text, bytes, tensors, NumPy values, and dicts, lists, tuples, sets and deques of them.
-    Raises TypeError for anything else, with the path to it.
+    Raises TypeError for anything else, for integers beyond 4096 bits and for more than 100 levels, with the path to it.
     """
+    if depth > _DEPTH:
+        raise TypeError(f"{where[:60]}... is nested deeper than {_DEPTH} levels, or contains itself")
+    if type(value) is int and abs(value) > _LARGEST:
+        raise TypeError(f"{where} is an integer of {value.bit_length()} bits, which is too large for JSON")
     if value is None or type(value) in (bool, int, float, str):
         return value
     if type(value) is list:
-        return [to_json(item, f"{where}[{index}]") for index, item in enumerate(value)]
+        return [to_json(item, f"{where}[{index}]", depth + 1) for index, item in enumerate(value)]
     if isinstance(value, Tensor) and not isinstance(value, DTensor):
         return _tensor(value, where)
     if isinstance(value, bytes | bytearray):
         return {_KIND: "bytes", "value": _text(bytes(value))}
     kind = type(value).__name__
     if type(value) is _SEQUENCES.get(kind):
-        return {_KIND: kind, "value": [to_json(item, f"{where}[{index}]") for index, item in enumerate(value)]}
+        return {_KIND: kind, "value": to_json(list(value), where, depth)}
     if type(value) is _MAPPINGS.get(kind):
-        return _mapping(value, kind, where)
+        return _mapping(value, kind, where, depth + 1)
     if type(value).__module__ == "numpy":
         return _numpy(value, where)
     raise TypeError(
@@ -47,15 +53,20 @@ def to_json(value: Any, where: str = "extra") -> Any:
     )
 
 
-def _mapping(value: Mapping[Any, Any], kind: str, where: str) -> Any:
+def _mapping(value: Mapping[Any, Any], kind: str, where: str, depth: int) -> Any:
     if kind == "dict" and all(type(key) is str and key != _KIND for key in value):
-        return {key: to_json(item, f"{where}[{key!r}]") for key, item in value.items()}
-    items = [[to_json(key, f"a key of {where}"), to_json(item, f"{where}[{key!r}]")] for key, item in value.items()]
+        return {key: to_json(item, f"{where}[{key!r}]", depth) for key, item in value.items()}
+    items = [
+        [to_json(key, f"a key of {where}", depth), to_json(item, f"{where}[{key!r}]", depth)]
+        for key, item in value.items()
+    ]
     return {_KIND: kind, "value": items}
 
 
 def _tensor(value: Tensor, where: str) -> Any:
     name = dtype_name(value.dtype)
+    if value.is_meta or value.layout is not torch.strided:
+        raise TypeError(f"{where} is a {'meta' if value.is_meta else 'sparse'} tensor, which cannot be saved")
     if name not in _NAMES:
         raise TypeError(f"{where} is a tensor of {value.dtype}, which cannot be saved")
     content = _text(as_bytes(value.detach().cpu()).numpy().tobytes())

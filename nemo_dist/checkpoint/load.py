@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -54,6 +54,8 @@ def intact(ranks: RankGroup, path: str | os.PathLike[str]) -> Manifest:
     with ranks.agreed(f"reading the manifest of {path}"):
         manifest = Manifest.read(path)
     with ranks.agreed(f"verifying {path}"):
+        if ranks.first:
+            manifest.verify_companions()
         for index in range(ranks.rank, len(manifest.files), ranks.size):
             manifest.verify(index)
     return manifest
@@ -76,20 +78,23 @@ def load_from(
         own = own_state(sharded)
         names = _check_model(sharded, manifest, own)
         parameters = _check_optimizer(manifest, optimizer, own)
-        options = options_of_groups(optimizer, parameters, manifest.about["options"]) if optimizer is not None else []
-        _check_layers(manifest)
-        _check_rest(manifest, schedulers, data)
-        states = [from_json(state) for state in manifest.about["schedulers"]]
+        with manifest.readable():
+            options = options_of_groups(optimizer, parameters, manifest.about["options"]) if parameters else []
+            counts = count_of(manifest.about["counts"] if parameters else [])
+            _check_layers(manifest)
+            _check_rest(manifest, schedulers, data)
+            states = [from_json(state) for state in manifest.about["schedulers"]]
+            generators = _generators(sharded, manifest)
+            data_state = _data_state(manifest, data, sharded.batch, sharded.batches)
+            extra = from_json(manifest.about["extra"])
         fits = [fitted(scheduler, state) for scheduler, state in zip(schedulers, states, strict=True)]
-        mine = _rank_state(sharded, manifest)
         plugin_states = _plugin_states(sharded, manifest)
-        data_state = _data_state(manifest, data, sharded.batch, sharded.batches)
     _check_complete(ranks, manifest, names)
     with ranks.agreed(f"loading {path}"), Reader(manifest) as reader, torch.no_grad():
         with imported(sharded, own) as canonical:
             reader.fill(MODEL, canonical)
         if optimizer is not None:
-            _load_optimizer(sharded, manifest, reader, optimizer, parameters)
+            _load_optimizer(sharded, reader, optimizer, parameters, counts)
             for group, values in zip(optimizer.param_groups, options, strict=True):
                 group.update(values)
         for name, saved in plugin_states.items():
@@ -98,9 +103,9 @@ def load_from(
             restore_scheduler(scheduler, state)
         if data is not None:
             data.load_state_dict(data_state)
-        if mine is not None:
-            rng_state.restore(from_json(mine["generators"]))
-        return from_json(manifest.about["extra"])
+        if generators is not None:
+            rng_state.restore(generators)
+        return extra
 
 
 @attrs.define
@@ -216,16 +221,22 @@ def _same_topology(sharded: ShardedModel, manifest: Manifest) -> bool:
     return saved == own and len(manifest.about["ranks"]) == sharded.ranks.size
 
 
-def _rank_state(sharded: ShardedModel, manifest: Manifest) -> Any:
-    """Return the saved values for this rank, or None.
+def _generators(sharded: ShardedModel, manifest: Manifest) -> Any:
+    """Return the saved states of the random generators for this rank, or None.
 
     With the same topology these are of the same rank; otherwise of the first one with the same data-parallel
     coordinate.
     """
     saved = manifest.about["ranks"]
     if _same_topology(sharded, manifest):
-        return saved[sharded.ranks.rank]
-    return next((rank for rank in saved if rank["dp_rank"] == sharded.batch), None)
+        mine = saved[sharded.ranks.rank]
+    else:
+        mine = next((rank for rank in saved if rank["dp_rank"] == sharded.batch), None)
+    if mine is None:
+        return None
+    generators = from_json(mine["generators"])
+    rng_state.check(generators)
+    return generators
 
 
 def _plugin_states(sharded: ShardedModel, manifest: Manifest) -> dict[str, SavedState]:
@@ -240,8 +251,9 @@ def _plugin_states(sharded: ShardedModel, manifest: Manifest) -> dict[str, Saved
         warnings.warn(f"{here} has state of plugin {name!r}, and {there} has not: it is left out", stacklevel=3)
     same, found, problems = _same_topology(sharded, manifest), {}, []
     for name in [name for name in sharded.states if name in saved]:
-        own = manifest.about["ranks"][sharded.ranks.rank]["plugin_states"][name] if same else None
-        found[name] = SavedState(shared=from_json(saved[name]), own=from_json(own))
+        with manifest.readable():
+            own = manifest.about["ranks"][sharded.ranks.rank]["plugin_states"][name] if same else None
+            found[name] = SavedState(shared=from_json(saved[name]), own=from_json(own))
         state = sharded.states[name]
         if state.accepts is not None:
             problem = state.accepts(found[name])
@@ -283,15 +295,18 @@ def _data_state(manifest: Manifest, data: Any, dp_rank: int, dp_size: int) -> An
 
 
 def _load_optimizer(
-    sharded: ShardedModel, manifest: Manifest, reader: Reader, optimizer: Any, parameters: Mapping[str, nn.Parameter]
+    sharded: ShardedModel,
+    reader: Reader,
+    optimizer: Any,
+    parameters: Mapping[str, nn.Parameter],
+    counts: Callable[[str, bool], Any],
 ) -> None:
-    """Replace the state of *optimizer* by the moments and step counts of the checkpoint."""
+    """Replace the state of *optimizer* by the moments of the checkpoint and the saved *counts* of steps."""
     optimizer.state.clear()
-    for kind in manifest.kinds(OPTIMIZER):
+    for kind in reader.manifest.kinds(OPTIMIZER):
         for name, tensor in _read_like(sharded, reader, f"{OPTIMIZER}{kind}/", parameters).items():
             optimizer.state[parameters[name]][kind] = tensor
     group_of = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
-    counts = count_of(manifest.about["counts"])
     for name, parameter in parameters.items():
         for kind, value in counts(name, bool(optimizer.state.get(parameter))).items():
             optimizer.state[parameter][kind] = place(value, parameter, group_of[id(parameter)])

@@ -6,7 +6,8 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,34 @@ from nemo_dist.plugin.mixed_precision import dtype_name
 
 FORMAT = 1
 NAME = "manifest.json"
+IDENTITY = "hf"  # the folder with config and tokenizer, which an offline export needs
 _FILE = re.compile(r"rank-[0-9]{5}\.safetensors")
-_CHUNK = 1 << 24
+_BUFFER = 1 << 24
 _DTYPES = {dtype_name(dtype): dtype for dtype in DTYPES}
+
+
+def is_entry(name: str) -> bool:
+    """Whether an entry called *name* in the folder of a checkpoint is part of the checkpoint."""
+    return name in (NAME, IDENTITY) or bool(_FILE.fullmatch(name))
+
+
+def refuse_others(folder: Path) -> None:
+    """Raise CheckpointError for a *folder* that is neither empty nor a checkpoint, complete or damaged."""
+    found = sorted(entry.name for entry in folder.iterdir())
+    damaged = all(map(is_entry, found)) and any(map(_FILE.fullmatch, found))
+    if found and not damaged and not _has_manifest(folder):
+        some = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
+        raise CheckpointError(
+            f"{folder} is not a checkpoint, and a save would replace what it has ({some}); name a new folder in it, or "
+            "save with RunFolder"
+        )
+
+
+def _has_manifest(folder: Path) -> bool:
+    try:
+        return {"format", "checksum", "tensors"} <= _parse(folder).keys()
+    except CheckpointError:
+        return False
 
 
 @attrs.frozen
@@ -50,10 +76,14 @@ def key(name: str, chunk: Chunk) -> str:
 
 @attrs.frozen(kw_only=True)
 class Manifest:
-    """The manifest of the checkpoint in ``folder``; ``about`` is everything that is not a tensor."""
+    """The manifest of the checkpoint in ``folder``; ``about`` is everything that is not a tensor.
+
+    ``files`` are those of the ranks, ``companions`` those in the folder ``hf``, each with name, bytes and crc32.
+    """
 
     folder: Path
     files: Sequence[Mapping[str, Any]]
+    companions: Sequence[Mapping[str, Any]]
     tensors: Mapping[str, Stored]
     about: Mapping[str, Any]
 
@@ -74,31 +104,72 @@ class Manifest:
         checksum = content.pop("checksum", None)
         if checksum != _checksum(content):
             raise CheckpointError(f"{where / NAME} is damaged: its checksum is {checksum!r}, not {_checksum(content)}")
-        try:
+        with _readable(where / NAME):
             tensors = {name: _stored(value) for name, value in content["tensors"].items()}
-            manifest = cls(folder=where, files=content["files"], tensors=tensors, about=content)
+            companions = content.get("companions", [])  # version 0.1 listed none
+            manifest = cls(folder=where, files=content["files"], companions=companions, tensors=tensors, about=content)
             manifest._check()
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-            raise CheckpointError(f"{where / NAME} is malformed: {type(error).__name__}: {error}") from error
+            manifest._check_about()
         return manifest
+
+    def readable(self) -> AbstractContextManager[None]:
+        """Within the context, an error in the values of the manifest is a CheckpointError."""
+        return _readable(self.folder / NAME)
 
     def _check(self) -> None:
         for file in self.files:
             name, size = str(file["name"]), int(file["bytes"])
             if not _FILE.fullmatch(name):
                 raise CheckpointError(f"{self.folder / NAME} names the file {name!r}, which is not one of a checkpoint")
-            path = self.folder / name
-            if not path.is_file():
-                raise CheckpointError(f"{path} is missing; the checkpoint is not complete")
-            if path.stat().st_size != size:
-                raise CheckpointError(f"{path} has {path.stat().st_size} bytes, not {size}; it was cut or replaced")
+            self._check_file(self.folder / name, size)
+        for file in self.companions:
+            self._check_file(self.folder / IDENTITY / file["name"], int(file["bytes"]))
         for name, stored in self.tensors.items():
             whole = Chunk((0,) * len(stored.shape), stored.shape)
             for piece in stored.pieces:
                 if not 0 <= piece.file < len(self.files) or piece.chunk.common(whole) != piece.chunk:
                     raise ValueError(f"a piece of {name} lies outside the tensor or the files")
-            if sum(piece.chunk.numel for piece in stored.pieces) != whole.numel:
+            if sum(piece.chunk.numel for piece in stored.pieces) != whole.numel or overlap(stored.pieces):
                 raise ValueError(f"the pieces of {name} do not make the whole tensor")
+
+    def _check_about(self) -> None:
+        """Raise ValueError or KeyError where ``about`` lacks a value, or has one of the wrong type."""
+        about = self.about
+        _require(about["model"], str, "model")
+        _require(about["optimizer"], str | None, "optimizer")
+        _require(about["extra"], object, "extra")
+        _require(about["schedulers"], list, "schedulers")
+        for name, value in about["topology"].items():
+            _require(value, int | str, name)
+        for file in self.files:
+            _require(file["crc32"], int, "a checksum")
+        for rank in _require(about["ranks"], list, "ranks"):
+            _require(rank["dp_rank"], int, "dp_rank")
+            _require(rank["generators"], dict, "generators")
+            _require(rank["data"], object, "data")
+        if not about["ranks"]:
+            raise ValueError("it lists no ranks")
+        if about["optimizer"] is not None:
+            for what in ("counts", "options"):
+                for value, names in _require(about[what], list, what):
+                    _require(value, dict, what)
+                    for name in _require(names, list, what):
+                        _require(name, str, what)
+            if not about["counts"] and self.kinds("optimizer."):
+                raise ValueError("it has moments of the optimizer, but no step counts")
+
+    def _check_file(self, path: Path, size: int) -> None:
+        if not path.resolve().is_relative_to(self.folder.resolve()):
+            raise CheckpointError(f"{path} leads out of the checkpoint; copy the file into it")
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing; the checkpoint is not complete")
+        if path.stat().st_size != size:
+            raise CheckpointError(f"{path} has {path.stat().st_size} bytes, not {size}; it was cut or replaced")
+
+    @property
+    def not_finite(self) -> list[str]:
+        """Some of the chunks of weights that were not finite when saved, by their names in the files."""
+        return [piece for file in self.files for piece in file.get("not_finite", [])]
 
     def kinds(self, prefix: str) -> list[str]:
         """Return the sorted kinds of tensors under *prefix*: ``exp_avg`` for ``optimizer.exp_avg/lm_head.weight``."""
@@ -106,19 +177,18 @@ class Manifest:
 
     def verify(self, index: int) -> None:
         """Read file *index* whole; raise CheckpointError unless its checksum, shapes and dtypes are those saved."""
-        file = self.files[index]
-        path, found = self.folder / file["name"], 0
-        with path.open("rb", buffering=0) as stream:
-            buffer = memoryview(bytearray(min(_CHUNK, max(1, file["bytes"]))))
-            while count := stream.readinto(buffer):
-                found = zlib.crc32(buffer[:count], found)
-        if found != file["crc32"]:
-            raise CheckpointError(f"{path} is damaged: its checksum is {found}, not {file['crc32']}")
+        path = self.folder / self.files[index]["name"]
+        _verify(path, self.files[index])
         try:
             with safe_open(path, framework="pt") as stored:
                 self._compare(path, index, stored)
         except SafetensorError as error:
             raise CheckpointError(f"{path} is no safetensors file, or lacks a tensor: {error}") from error
+
+    def verify_companions(self) -> None:
+        """Raise CheckpointError unless the checksums of the files in ``hf`` are those saved."""
+        for file in self.companions:
+            _verify(self.folder / IDENTITY / file["name"], file)
 
     def _compare(self, path: Path, index: int, stored: Any) -> None:
         """Raise CheckpointError when a chunk in the file has another shape or dtype than the manifest says.
@@ -131,6 +201,54 @@ class Manifest:
                     found = stored.get_slice(key(name, piece.chunk))
                     if (tuple(found.get_shape()), found.get_dtype()) != (piece.chunk.sizes, DTYPES[tensor.dtype]):
                         raise CheckpointError(f"{path} has {name} as {found.get_dtype()} {found.get_shape()}")
+
+
+def _verify(path: Path, file: Mapping[str, Any]) -> None:
+    found = _crc32(path)
+    if found != file["crc32"]:
+        raise CheckpointError(f"{path} is damaged: its checksum is {found}, not {file['crc32']}")
+
+
+def _crc32(path: Path) -> int:
+    found = 0
+    with path.open("rb", buffering=0) as stream:
+        buffer = memoryview(bytearray(min(_BUFFER, max(1, path.stat().st_size))))
+        while count := stream.readinto(buffer):
+            found = zlib.crc32(buffer[:count], found)
+    return found
+
+
+def overlap(pieces: Sequence[StoredChunk]) -> bool:
+    """Whether two of *pieces* of one tensor have an element in common.
+
+    A sweep along the first dim, in which most tensors are cut: only pieces with common rows are compared.
+    """
+    if not pieces or not pieces[0].chunk.sizes:
+        return len(pieces) > 1
+    open_chunks: list[Chunk] = []
+    for piece in sorted(pieces, key=lambda piece: piece.chunk.offsets[0]):
+        start = piece.chunk.offsets[0]
+        open_chunks = [chunk for chunk in open_chunks if chunk.offsets[0] + chunk.sizes[0] > start]
+        if any(chunk.common(piece.chunk) is not None for chunk in open_chunks):
+            return True
+        open_chunks.append(piece.chunk)
+    return False
+
+
+def _require(value: Any, kind: Any, what: str) -> Any:
+    if not isinstance(value, kind):
+        raise ValueError(f"{what} is a {type(value).__name__}")
+    return value
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever decoders raise for junk
+        raise CheckpointError(f"{path} is malformed: {type(error).__name__}: {error}") from error
 
 
 def _parse(where: Path) -> dict[str, Any]:
@@ -160,7 +278,13 @@ def _stored(value: Any) -> Stored:
 def write(
     folder: Path, files: Sequence[Mapping[str, Any]], tensors: Mapping[str, Stored], about: Mapping[str, Any]
 ) -> None:
-    """Write the manifest into *folder* and flush it to the disk."""
+    """Write the manifest of *files* and of those in ``hf`` into *folder*, and flush it to the disk."""
+    identity = folder / IDENTITY
+    companions = [
+        {"name": path.relative_to(identity).as_posix(), "bytes": path.stat().st_size, "crc32": _crc32(path)}
+        for path in sorted(identity.rglob("*"))
+        if path.is_file()
+    ]
     listed = {
         name: [
             stored.shape,
@@ -169,7 +293,9 @@ def write(
         ]
         for name, stored in tensors.items()
     }
-    content = json.loads(json.dumps({**about, "format": FORMAT, "files": files, "tensors": listed}))
+    content = json.loads(
+        json.dumps({**about, "format": FORMAT, "files": files, "companions": companions, "tensors": listed})
+    )
     with (folder / NAME).open("w") as stream:
         json.dump({**content, "checksum": _checksum(content)}, stream)
         stream.flush()

@@ -14,9 +14,9 @@ from torch import Tensor
 from nemo_dist.checkpoint.chunks import Chunk, Entry
 from nemo_dist.checkpoint.hf_export import Plan, bytes_of, dtype_of
 from nemo_dist.checkpoint.load import Reader, intact
-from nemo_dist.checkpoint.manifest import NAME, Manifest
+from nemo_dist.checkpoint.manifest import IDENTITY, NAME, Manifest
 from nemo_dist.checkpoint.run_folder import RunFolder
-from nemo_dist.checkpoint.save import IDENTITY, MODEL
+from nemo_dist.checkpoint.save import MODEL
 from nemo_dist.errors import CheckpointError
 from nemo_dist.mesh.rank_group import RankGroup
 

@@ -111,6 +111,10 @@ def count_of(saved: Sequence[Any]) -> Callable[[str, bool], Any]:
     A parameter that has moments but no saved counts, because its name differs under another topology, gets the counts
     that all parameters share, if they share them.
     """
+    for value, _ in saved:
+        for kind, found in from_json(value).items():  # each parameter gets a copy of its own later
+            if not isinstance(found, Tensor | bool | int | float | list | None):
+                raise ValueError(f"{kind!r} of the optimizer is a {type(found).__name__}")
     value_of = {name: value for value, names in saved for name in names}
     common = saved[0][0] if len(saved) == 1 else {}
     return lambda name, has_moments: from_json(value_of.get(name, common if has_moments else {}))

@@ -22,6 +22,16 @@ def capture() -> dict[str, Any]:
     return states
 
 
+def check(states: dict[str, Any]) -> None:
+    """Raise the error that ``restore`` would raise for malformed *states*; changes no generator."""
+    torch.Generator().set_state(states["torch"])
+    random.Random().setstate(states["python"])
+    if "numpy" in states:
+        import numpy as np
+
+        np.random.RandomState().set_state(states["numpy"])
+
+
 def restore(states: dict[str, Any]) -> None:
     """Restore the generator states that ``capture`` returned; generators that *states* lacks are left alone."""
     torch.set_rng_state(states["torch"])

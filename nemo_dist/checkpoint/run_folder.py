@@ -22,6 +22,7 @@ from nemo_dist.errors import CheckpointError, RankError
 from nemo_dist.planning.validation import integer
 
 _NAME = re.compile(r"step-([0-9]+)")
+_LEFT = re.compile(r"\.step-[0-9]{8,}\.(removed|partial|old)")  # what an interrupted save or removal leaves
 _LATEST = "latest"
 
 
@@ -41,12 +42,14 @@ class RunFolder:
     """A folder with one checkpoint per saved step (``step-00000100``), and a file ``latest`` that names the newest.
 
     ``keep_last``: how many of the newest are kept; None keeps all. ``keep_every``: checkpoints of steps that it divides
-    are never removed. The newest is never removed.
+    are never removed. The newest is never removed, nor, with ``check_finite``, the newest that has only finite weights
+    (see ``Runtime.save``).
     """
 
     path: Path = attrs.field(converter=_folder)
     keep_last: int | None = attrs.field(default=None, validator=_at_least_one, kw_only=True)
     keep_every: int | None = attrs.field(default=None, validator=_at_least_one, kw_only=True)
+    check_finite: bool = attrs.field(default=True, kw_only=True)
 
     def save(
         self,
@@ -64,9 +67,19 @@ class RunFolder:
         Arguments and errors as for ``Runtime.save``.
         """
         integer("step", step, 0)
-        state: dict[str, Any] = {"extra": extra, "schedulers": schedulers, "data": data, "asynchronous": asynchronous}
-        where = self.path / f"step-{step:08d}"
-        return save(runtime.sharded, where, optimizer, step=step, committed=lambda: self._committed(where), **state)
+        where = self._folder(step)
+        return save(
+            runtime.sharded,
+            where,
+            optimizer,
+            step=step,
+            extra=extra,
+            schedulers=schedulers,
+            data=data,
+            asynchronous=asynchronous,
+            check_finite=self.check_finite,
+            committed=lambda: self._committed(where),
+        )
 
     def resume(
         self, runtime: Holder, optimizer: Any = None, *, schedulers: Sequence[Any] = (), data: Any = None
@@ -95,8 +108,13 @@ class RunFolder:
         """Return the steps that have a checkpoint, complete or not, ascending."""
         if not self.path.is_dir():
             return []
-        names = {entry.name.removeprefix(".").removesuffix(".old") for entry in self.path.iterdir() if entry.is_dir()}
-        return sorted(int(found[1]) for found in map(_NAME.fullmatch, names) if found)
+        folders = {entry.name for entry in self.path.iterdir() if entry.is_dir()}
+        # Of a commit that was interrupted between its two renames, which ``recover`` finishes.
+        whole = folders | {
+            name[1:-4] for name in folders if f"{name[:-4]}.partial" in folders and name.endswith(".old")
+        }
+        found = [(name, int(name[1])) for name in map(_NAME.fullmatch, whole) if name]
+        return sorted(step for name, step in found if name[0] == self._folder(step).name)
 
     def latest(self) -> Path | None:
         """Return the newest checkpoint with a valid manifest and files of the right size, or None.
@@ -128,9 +146,11 @@ class RunFolder:
         sync(beside)
         beside.rename(self.path / _LATEST)
         sync(self.path)
+        for step in self.steps():
+            Staging.beside(self._folder(step)).recover()
         self._prune(int(where.name.removeprefix("step-")))
-        for left in (*self.path.glob(".step-*.removed"), *self.path.glob(".step-*.partial")):
-            if not left.with_suffix(".old").exists():  # otherwise its commit can still be finished
+        for left in [entry for entry in self.path.iterdir() if _LEFT.fullmatch(entry.name)]:
+            if left.suffix != ".old" or (self.path / left.stem[1:]).exists():
                 shutil.rmtree(left, ignore_errors=True)
 
     def _prune(self, newest: int) -> None:
@@ -138,13 +158,23 @@ class RunFolder:
             return
         older = [step for step in self.steps() if step < newest]
         kept = older[max(0, len(older) - self.keep_last + 1) :]
+        if self.check_finite and not any(map(self._finite, (newest, *kept))):
+            kept += [step for step in older if self._finite(step)][-1:]
         for step in older:
             if step in kept or (self.keep_every is not None and step % self.keep_every == 0):
                 continue
             # Renamed before its files are removed, so that an interrupted removal leaves no incomplete checkpoint.
             doomed = self.path / f".step-{step:08d}.removed"
+            shutil.rmtree(doomed, ignore_errors=True)
             os.rename(self._folder(step), doomed)
             shutil.rmtree(doomed, ignore_errors=True)
+
+    def _finite(self, step: int) -> bool:
+        """Whether checkpoint *step* can be read and has only finite weights; True where they were not checked."""
+        try:
+            return not Manifest.read(self._folder(step)).not_finite
+        except CheckpointError:
+            return False
 
 
 def _read_name(pointer: Path) -> int | None:

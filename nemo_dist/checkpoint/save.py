@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import warnings
 import zlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -31,12 +32,14 @@ from nemo_dist.checkpoint.sharded_model import ShardedModel
 from nemo_dist.checkpoint.state_dict import exported, own_state
 from nemo_dist.errors import CheckpointError
 from nemo_dist.mesh.rank_group import RankGroup
+from nemo_dist.mesh.store_consensus import refuse_differences
 
 # Prefixes of tensor names: "model/NAME", "optimizer.KIND/NAME" for moments, "plugin.PLUGIN.KIND/NAME".
 MODEL = "model/"
 OPTIMIZER = "optimizer."
 PLUGIN = "plugin."
-IDENTITY = "hf"  # the folder with config and tokenizer, which an offline export needs
+_BRIEF = 60  # characters of a value in an error
+_FEW = 5  # names of weights that are not finite, per rank
 
 
 def save(
@@ -48,6 +51,7 @@ def save(
     schedulers: Sequence[Any] = (),
     data: Any = None,
     asynchronous: bool = False,
+    check_finite: bool = True,
     step: int | None = None,
     committed: Callable[[], None] = lambda: None,
 ) -> async_save.Save:
@@ -59,8 +63,9 @@ def save(
     ranks = sharded.ranks
     found = _Collected()
     summaries = ranks.collect(
-        "collecting the state of the run", lambda: found.take(sharded, optimizer, data, extra, schedulers, step)
+        "collecting the state of the run", lambda: found.take(sharded, path, optimizer, data, extra, schedulers, step)
     )
+    refuse_differences("what to save", [summary["same"] for summary in summaries])
     _refuse_unequal_states([summary["shared"] for summary in summaries])
     prefixes = sorted({prefix for summary in summaries for prefix in summary["prefixes"]})
     with ranks.agreed("collecting what to save"):
@@ -69,7 +74,8 @@ def save(
     answers = ranks.gather({**found.of_rank, "tensors": described})
     with ranks.agreed("planning the save"):
         entries = merged([answer.pop("tensors") for answer in answers])
-        work = _Work.plan(ranks, sharded.model, path, state, entries, _joined(answers) | found.of_all)
+        checked = found.weights if check_finite else frozenset()
+        work = _Work.plan(ranks, sharded.model, path, state, entries, _joined(answers) | found.of_all, checked)
         if asynchronous:
             work = work.copied()
     under_way = async_save.begin(lambda: work.run(committed))
@@ -93,9 +99,19 @@ class _Collected:
     of_all: dict[str, Any] = attrs.field(factory=dict)
 
     def take(
-        self, sharded: ShardedModel, optimizer: Any, data: Any, extra: Any, schedulers: Sequence[Any], step: int | None
+        self,
+        sharded: ShardedModel,
+        path: str | os.PathLike[str],
+        optimizer: Any,
+        data: Any,
+        extra: Any,
+        schedulers: Sequence[Any],
+        step: int | None,
     ) -> dict[str, Any]:
-        """Collect the state; return the prefixes and digests that all ranks must know before they go on."""
+        """Collect the state; return what all ranks must know before they go on.
+
+        That is ``prefixes``, ``shared``, digests of plugins' states, and ``same``, the arguments that must not differ.
+        """
         refuse_unplain(sharded.model)
         self.own = own_state(sharded)
         self.of_rank = {
@@ -107,7 +123,9 @@ class _Collected:
         if optimizer is not None:
             self._take_optimizer(optimizer)
         shared = self._take_plugins(sharded)
-        return {"prefixes": list(self.layers), "shared": shared}
+        same = {name: _brief(self.of_all[name]) for name in ("step", "optimizer", "schedulers", "extra")}
+        same |= {"path": str(Path(path).expanduser().absolute()), "data": "given" if data is not None else "None"}
+        return {"prefixes": list(self.layers), "shared": shared, "same": same}
 
     def _take_optimizer(self, optimizer: Any) -> None:
         parameters = named(optimizer, {name: p for name, p in self.own.items() if isinstance(p, torch.nn.Parameter)})
@@ -137,6 +155,11 @@ class _Collected:
             self.of_rank["plugin_states"], self.of_all["plugin_states"] = own, shared
         return {name: zlib.crc32(json.dumps(value, sort_keys=True).encode()) for name, value in shared.items()}
 
+    @property
+    def weights(self) -> frozenset[str]:
+        """The names, in the checkpoint, of what must be finite: all tensors of the model but its buffers."""
+        return frozenset(MODEL + name for name, tensor in self.own.items() if isinstance(tensor, torch.nn.Parameter))
+
     def canonical(self, sharded: ShardedModel, prefixes: Sequence[str]) -> dict[str, Tensor]:
         """Return the canonical state; every rank exports all *prefixes*, as a plugin may run a collective for each."""
         state = {MODEL + name: tensor for name, tensor in exported(sharded, self.own).items()}
@@ -144,6 +167,12 @@ class _Collected:
             tensors = exported(sharded, self.layers.get(prefix, {}))
             state |= {prefix + name: tensor for name, tensor in tensors.items()}
         return state
+
+
+def _brief(value: Any) -> str:
+    """Return JSON *value* as text for a comparison between ranks: the start of a long one, and its checksum."""
+    text = json.dumps(value, sort_keys=True)
+    return text if len(text) <= _BRIEF else f"{text[:_BRIEF]}... ({zlib.crc32(text.encode()):08x})"
 
 
 def _refuse_unequal_states(digests: Sequence[Mapping[str, int]]) -> None:
@@ -206,8 +235,9 @@ def _version(package: str) -> str | None:
 class _Work:
     """The part of a save that can run in the background: it runs no torch collective, ranks meet through the store.
 
-    ``writers``: which rank writes each chunk. ``mine``: the chunks that this rank writes. ``about``: what the manifest
-    contains besides files and tensors.
+    ``writers``: which rank writes each chunk. ``mine``: the chunks that this rank writes, by their names in the file.
+    ``about``: what the manifest contains besides files and tensors. ``checked``: the names in the file of the chunks
+    that should be finite.
     """
 
     ranks: RankGroup
@@ -217,6 +247,7 @@ class _Work:
     entries: Mapping[str, Entry]
     mine: Mapping[str, Tensor]
     about: Mapping[str, Any]
+    checked: frozenset[str]
 
     @classmethod
     def plan(
@@ -227,15 +258,25 @@ class _Work:
         state: Mapping[str, Tensor],
         entries: Mapping[str, Entry],
         about: Mapping[str, Any],
+        checked: Collection[str],
     ) -> _Work:
         writers = share_out(entries, ranks.size)
-        mine = {
-            key(name, chunk): values
-            for name, tensor in state.items()
-            for chunk, values in chunks(tensor)
-            if writers[name][chunk] == ranks.rank
-        }
-        return cls(ranks=ranks, model=model, path=path, writers=writers, entries=entries, mine=mine, about=about)
+        mine, finite = {}, set()
+        for name, tensor in state.items():
+            for chunk, values in chunks(tensor):
+                if writers[name][chunk] == ranks.rank:
+                    mine[key(name, chunk)] = values
+                    finite |= {key(name, chunk)} if name in checked and values.is_floating_point() else set()
+        return cls(
+            ranks=ranks,
+            model=model,
+            path=path,
+            writers=writers,
+            entries=entries,
+            mine=mine,
+            about=about,
+            checked=frozenset(finite),
+        )
 
     def copied(self) -> _Work:
         """Return this work with copies of its tensors in host memory, which training does not change."""
@@ -250,7 +291,8 @@ class _Work:
             "the checkpoint",
             write=self._write_file,
             finish=self._write_manifest,
-            stale=lambda name: True,
+            stale=manifest.is_entry,
+            refuse=manifest.refuse_others,
             committed=committed,
         )
 
@@ -260,10 +302,15 @@ class _Work:
         with SafetensorsFile(folder / name, layouts) as file:
             for piece in file.slots:
                 file.write(piece, self.mine[piece])
-        return {"name": name, "bytes": file.nbytes, "crc32": file.checksum}
+        odd = [piece for piece in self.checked if not _is_finite(self.mine[piece])]
+        return {"name": name, "bytes": file.nbytes, "crc32": file.checksum, "not_finite": sorted(odd)[:_FEW]}
 
     def _write_manifest(self, folder: Path, files: Sequence[Mapping[str, Any]]) -> None:
-        write_companions(folder / IDENTITY, self.model)
+        if odd := [piece for file in files for piece in file["not_finite"]]:
+            warnings.warn(
+                f"the checkpoint {self.path} has weights that are not finite: {', '.join(odd[:_FEW])}", stacklevel=2
+            )
+        write_companions(folder / manifest.IDENTITY, self.model)
         manifest.write(folder, files, {name: self._stored(name) for name in sorted(self.entries)}, self.about)
 
     def _stored(self, name: str) -> Stored:
@@ -271,6 +318,14 @@ class _Work:
         return Stored(
             entry.shape, entry.dtype, [StoredChunk(chunk, rank) for chunk, rank in self.writers[name].items()]
         )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether no element is NaN or infinite; reads *tensor* once and makes no copy of it."""
+    if not tensor.numel():
+        return True
+    wide = tensor.float() if tensor.itemsize == 1 else tensor  # torch computes nothing in float8
+    return bool(torch.isfinite(torch.linalg.vector_norm(wide, float("inf"))))
 
 
 def share_out(entries: Mapping[str, Entry], count: int) -> dict[str, dict[Chunk, int]]:

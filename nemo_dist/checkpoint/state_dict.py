@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from nemo_dist.checkpoint.sharded_model import ShardedModel
 from nemo_dist.hf_model import name_root
 from nemo_dist.mesh.dtensor import local
+from nemo_dist.plugin.resharding import reshard
 
 
 def own_state(model: ShardedModel) -> dict[str, Tensor]:
     """Return this rank's parameters and persistent buffers, each once, under their names in the whole model."""
+    reshard(model.parts)
     state: dict[str, Tensor] = {}
     for part in map(name_root, model.parts):
-        # The state dict, not the parameters: its hooks reshard parameters that a forward left gathered.
         own = {name: value for name, value in part.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
         names = canonical_names(part, own)
         for name, tensor in own.items():

@@ -1,6 +1,7 @@
 """Fill a sharded model with weights: this rank's slices of a checkpoint, or the initial weights that one process draws.
 
-Here: ``hf_weight_loader`` (transformers' reader, run after the model is sharded), ``deferred_init`` and
-``missing_weights`` (initial weights). Not here: the public loaders, which are in ``nemo_dist.models``, and checkpoints
-of a run.
+Here: ``hf_weight_loader`` (transformers' reader, run after the model is sharded), ``weight_conversion`` (which weights
+are converted before they are sliced), ``deferred_init`` and ``missing_weights`` (initial weights), ``formula_weights``
+(run a model without its weights). Not here: the public
+loaders, which are in ``nemo_dist.models``, and checkpoints of a run.
 """

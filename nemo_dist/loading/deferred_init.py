@@ -212,10 +212,14 @@ class DeferredInit(TorchDispatchMode):
 
 
 def _makes_deferrable(function: Any, args: Any, kwargs: Mapping[str, Any]) -> bool:
-    """Whether *function* creates a floating-point CPU tensor to defer: uninitialised, or a large constant or draw."""
-    device = kwargs.get("device")
-    if device is not None and torch.device(device).type != "cpu":
-        return False
+    """Whether *function* creates a tensor to defer: uninitialised, a large constant or draw, or beside a deferred one.
+
+    The first two of floating point and on the CPU. The last is on meta, as a model may create a tensor on the device of
+    a weight, and that of a deferred one is meta.
+    """
+    device = torch.device(kwargs.get("device") or "cpu")
+    if device.type != "cpu":
+        return device.type == "meta"
     dtype = kwargs.get("dtype") or torch.get_default_dtype()
     if not dtype.is_floating_point:
         return False
@@ -233,9 +237,20 @@ def _draw_and_forget(function: Any, args: Any, kwargs: Mapping[str, Any]) -> Non
 
 
 def _run(call: _Call, storages: dict[int, Tensor]) -> None:
-    args, kwargs = tree_map_only(
-        Tensor, lambda tensor: _view(storages, tensor) if tensor.is_meta else tensor, (call.args, dict(call.kwargs))
-    )
+    """Run *call* on the CPU tensors that replace the deferred ones; raise PluginError where one was never made."""
+    overwritten = storage_id(call.args[0]) if call.overwrites else None
+
+    def replaced(tensor: Tensor) -> Tensor:
+        if not tensor.is_meta:
+            return tensor
+        if storage_id(tensor) not in storages and storage_id(tensor) != overwritten:
+            raise PluginError(
+                f"an initial weight is computed by {call.function} from a tensor of shape {tuple(tensor.shape)} on the "
+                "meta device, whose values are not known; build the model on one process, save_pretrained, and load it"
+            )
+        return _view(storages, tensor)
+
+    args, kwargs = tree_map_only(Tensor, replaced, (call.args, dict(call.kwargs)))
     if "device" in kwargs:
         kwargs["device"] = torch.device("cpu")
     with torch.no_grad():

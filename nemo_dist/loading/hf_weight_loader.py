@@ -3,7 +3,10 @@
 transformers builds the model on the meta device, passes it to ``PreTrainedModel._load_pretrained_model`` and later, for
 weights that the checkpoint lacks, to ``_initialize_missing_keys``. Both names are private to transformers;
 ``tests/test_loading.py`` tests what is relied on. For a DTensor parameter, transformers reads only the local slice, on
-the CPU as a view of the memory-mapped file.
+the CPU as a view of the memory-mapped file; ``weight_conversion`` says what it converts whole.
+
+The ranks meet twice: when all have read their weights, and when the model is finished. In between no rank waits for
+another, so an error on one of them is soon an error on all.
 """
 
 from __future__ import annotations
@@ -15,19 +18,29 @@ from typing import Any, NoReturn, Protocol
 
 import attrs
 import torch
+import transformers.modeling_utils
 from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers.modeling_utils import PreTrainedModel
 
 from nemo_dist.errors import CheckpointError, RankError, TopologyError
-from nemo_dist.hf_model import class_name, inner_model
+from nemo_dist.hf_model import class_name, inner_model, plain_class
+from nemo_dist.loading.weight_conversion import convert_and_load
 from nemo_dist.mesh.dtensor import local_slice
-from nemo_dist.mesh.store_consensus import consensus, report
+from nemo_dist.mesh.store_consensus import share
+
+_READING, _FINISHING = "reading the checkpoint", "finishing the model"
 
 
 class Missing(Protocol):
     """Draws the weights that a checkpoint lacks; see ``missing_weights``."""
+
+    def offer(self) -> str:
+        """Return what the other ranks need to draw the same weights."""
+
+    def follow(self, offered: str) -> None:
+        """Draw as the first of the ranks *offered*."""
 
     def foresee(self, model: nn.Module, names: Collection[str], initialise: Callable[[], None]) -> None:
         """Prepare the missing weights *names* of a whole model that is split into parts, before ``draw``."""
@@ -58,6 +71,42 @@ def refuse_uneven(parts: Sequence[nn.Module]) -> None:
         raise TopologyError(problems)
 
 
+def refuse_quantized(parts: Sequence[nn.Module], quantizer: Any) -> None:
+    """Raise CheckpointError for sharded parameters that *quantizer* would leave quantized; None stands for none."""
+    kept = [
+        name
+        for part in parts
+        for name, parameter in part.named_parameters()
+        if quantizer is not None
+        and isinstance(parameter, DTensor)
+        and _stays_quantized(name, parameter, part, quantizer)
+    ]
+    if kept:
+        config = type(quantizer.quantization_config).__name__
+        raise CheckpointError(
+            f"{len(kept)} sharded parameters ({kept[0]}, ...) would stay quantized, and quantized weights cannot be "
+            f"sharded; pass quantization_config={config}(dequantize=True) where it has that option, or dequantize the "
+            "checkpoint on one process and load what save_pretrained writes"
+        )
+
+
+def _stays_quantized(name: str, parameter: DTensor, part: nn.Module, quantizer: Any) -> bool:
+    plain = parameter.dtype.is_floating_point and parameter.dtype.itemsize > 1
+    return not plain or bool(quantizer.param_needs_quantization(inner_model(part), name))
+
+
+def _keep_origin(part: nn.Module) -> None:
+    """Let sharded classes in *part* say that they come from where the plain class does.
+
+    torch makes a subclass of a class that it shards. transformers tells by the module of its class whether a model is
+    custom code, of which it skips the initialisation where no weight of its own is missing, with all buffers that the
+    model fills in its submodules.
+    """
+    for module in part.modules():
+        if isinstance(module, PreTrainedModel) and plain_class(module) is not type(module):
+            type(module).__module__ = plain_class(module).__module__
+
+
 @attrs.frozen(kw_only=True)
 class Target:
     """How to load: ``shard`` turns the meta model into this rank's parts, whose weights are put on ``device``.
@@ -79,29 +128,40 @@ class Reading:
     source: Any
     missing: Missing
     _parts: list[nn.Module] = attrs.field(factory=list)
-    _reported: bool = False
+    _occasion: str | None = _READING  # where the ranks meet next; None once they have met in vain
 
     def load(self, original: Callable[..., Any], model: Any, state: Any, files: Any, config: Any, *rest: Any) -> Any:
         """Shard *model*, then let transformers load the slices of every part; return its result for *model*."""
+        self._occasion = _READING
         if self.target.device.type != "cpu":
             # The config is frozen, but transformers reads device_map from it again to finish the model.
             object.__setattr__(config, "device_map", {"": self.target.device})
         whole = frozenset(model.state_dict())
-        undivided = copy.deepcopy(model) if self.target.splits_layers else None
+        undivided: Any = copy.deepcopy(model) if self.target.splits_layers else None
         self._parts = self.target.shard(model)
+        refuse_quantized(self._parts, config.hf_quantizer)
         parts: list[Any] = self._models()
         infos: dict[int, Any] = {}
         answer = None
         for part in parts:
+            _keep_origin(part)
             info, *rest_of_answer = self._read(original, part, state, files, config, *rest)
             infos[id(part)] = info
             answer = (info, *rest_of_answer) if part is model else answer
-        self._report(None)
+        found = self._meet(
+            {
+                "lacking": sorted(self._lacking(infos)),
+                "mismatched": [[n, list(a), list(b)] for info in infos.values() for n, a, b in info.mismatched_keys],
+                "generator": self.missing.offer(),
+            }
+        )
+        self.missing.follow(found[0]["generator"])
         for info in infos.values():
             info.unexpected_keys -= whole  # keys that this part lacks belong to another part of the model
-        self._agree_on_shapes(infos, config)
-        if undivided is not None:
-            self._foresee(undivided, infos, config)
+        self._agree_on_shapes(infos, config, {item[0]: item for ours in found for item in ours["mismatched"]})
+        lacking = sorted({name for ours in found for name in ours["lacking"]})
+        if undivided is not None and lacking:
+            self.missing.foresee(undivided, lacking, lambda: undivided._initialize_missing_keys(config.is_quantized))
         for part in parts:
             if part is not model:
                 part._finalize_model_loading(part, config, infos[id(part)])
@@ -116,39 +176,29 @@ class Reading:
         part._initialize_missing_keys = lambda quantized: self.missing.draw(part, lambda: whole(quantized))
         return original(part, *args)
 
-    def _foresee(self, model: Any, infos: Mapping[int, Any], config: Any) -> None:
-        """Draw the weights that the checkpoint lacks for any part of *model*, the whole model on the meta device.
+    def _lacking(self, infos: Mapping[int, Any]) -> set[str]:
+        """Return the weights that the checkpoint lacks for any part, or has in another shape.
 
-        ``infos`` are transformers' loading infos by the id of the part. The names are merged from all ranks.
+        ``infos`` are transformers' loading infos by the id of the part. Raises CheckpointError for weights that could
+        not be converted.
         """
-        mine: set[str] = set()
+        failed = {name: text for info in infos.values() for name, text in info.conversion_errors.items()}
+        if failed:
+            lines = [f"- {name}: {'; '.join(text.splitlines()[-2:])}" for name, text in sorted(failed.items())]
+            raise CheckpointError(f"weights of {str(self.source)!r} cannot be converted:\n" + "\n".join(lines))
+        lacking: set[str] = set()
         for part in self._models():
             info: Any = infos[id(part)]
             tied: Any = part.all_tied_weights_keys
-            mine |= (info.missing_keys - tied.keys()) | {name for name, *_ in info.mismatched_keys}
-        names = consensus(
-            "the weights that the checkpoint lacks",
-            sorted(mine),
-            lambda lists: sorted({name for ours in lists for name in ours}),
-            self.target.ranks,
-        )
-        if names:
-            self.missing.foresee(model, names, lambda: model._initialize_missing_keys(config.is_quantized))
+            lacking |= (info.missing_keys - tied.keys()) | {name for name, *_ in info.mismatched_keys}
+        return lacking
 
-    def _agree_on_shapes(self, infos: Mapping[int, Any], config: Any) -> None:
-        """Merge the shape mismatches of all ranks, as only some may see them; raise CheckpointError unless ignored.
+    def _agree_on_shapes(self, infos: Mapping[int, Any], config: Any, union: Mapping[str, Any]) -> None:
+        """Note the shape mismatches of all ranks, *union*; raise CheckpointError unless they are ignored.
 
-        A 10-row and a 9-row parameter, for example, give most ranks equal slices. ``infos`` are transformers' loading
-        infos by the id of the part.
+        Only some ranks may see them: a 10-row and a 9-row parameter, for example, give most ranks equal slices.
+        ``infos`` are transformers' loading infos by the id of the part.
         """
-        mismatched = [item for info in infos.values() for item in info.mismatched_keys]
-        mine = [[name, list(found), list(wanted)] for name, found, wanted in mismatched]
-        union = consensus(
-            "the shapes in the checkpoint",
-            mine,
-            lambda lists: {item[0]: item for ours in lists for item in ours},
-            self.target.ranks,
-        )
         if union and not config.ignore_mismatched_sizes:
             lines = [f"- {name}: a slice of {a} in the checkpoint, {b} in the model" for name, a, b in union.values()]
             raise CheckpointError(
@@ -177,13 +227,21 @@ class Reading:
             failure.__cause__ = error
         else:
             failure = error
-        if not self._reported:
-            self._report(failure)
+        if self._occasion is None:  # the other ranks know
+            raise failure
+        self._meet(None, failure)
         raise failure
 
-    def _report(self, failure: Exception | None) -> None:
-        self._reported = True
-        report("reading the checkpoint", failure, self.target.ranks)
+    def finish(self) -> None:
+        """Meet the other ranks after the model is finished; raise RankError when one of them has failed."""
+        self._meet(None)
+
+    def _meet(self, value: Any, failure: Exception | None = None) -> list[Any]:
+        """Return the *value* of every rank; raise on all when one has a *failure*."""
+        occasion, self._occasion = self._occasion or _FINISHING, None
+        values = share(occasion, value, failure, self.target.ranks)
+        self._occasion = _FINISHING
+        return values
 
 
 @contextmanager
@@ -196,10 +254,20 @@ def read_through(target: Target, source: Any, missing: Missing) -> Iterator[Read
         return reading.load(lambda *args: original(*args, **more), model, state, files, config, *rest)
 
     private: Any = PreTrainedModel  # typed as Any, because the attribute is private to transformers
+    reader: Any = transformers.modeling_utils
+    converting = reader.convert_and_load_state_dict_in_model
+
+    def convert(model: Any, state_dict: Any, load_config: Any, *others: Any, **more: Any) -> Any:
+        return convert_and_load(lambda *args: converting(*args, **more), model, state_dict, load_config, *others)
+
     private._load_pretrained_model = staticmethod(load)
+    reader.convert_and_load_state_dict_in_model = convert
     try:
         yield reading
     except Exception as error:
         reading.fail(error)
+    else:
+        reading.finish()
     finally:
+        reader.convert_and_load_state_dict_in_model = converting
         private._load_pretrained_model = staticmethod(original)

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from nemo_dist.hf_model import INITIALIZED
 from nemo_dist.loading.deferred_init import DeferredInit
 from nemo_dist.mesh.dtensor import filled, local, parameter_slots
 from nemo_dist.mesh.store_consensus import consensus
@@ -24,36 +25,60 @@ def shared_draws(ranks: Sequence[int] | None) -> Iterator[None]:
 
     A rank whose state differed gets it back afterwards; the first rank's generator keeps what the draws advanced.
     """
-    mine = torch.get_rng_state()
-    text = base64.b64encode(mine.numpy().tobytes()).decode()
-    follows = dist.is_initialized() and dist.get_rank() != (ranks[0] if ranks else 0)
-    shared = consensus("the generator for the weights", "" if follows else text, lambda states: states[0], ranks)
-    if shared == text:
+    draws = Draws(ranks)
+    draws.follow(consensus("the generator for the weights", draws.offer(), lambda states: states[0], ranks))
+    with draws.shared():
         yield
-        return
-    torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(shared)), dtype=torch.uint8))
-    try:
-        yield
-    finally:
-        torch.set_rng_state(mine)
 
 
 @attrs.define
 class Draws:
-    """Draw the weights that a checkpoint lacks, as one process would, on each of *ranks* (None: all)."""
+    """Draw the weights that a checkpoint lacks, as one process would, on each of *ranks* (None: all).
+
+    The ranks draw from the state that the CPU generator of the first of them had at ``offer``, so drawing itself needs
+    no communication, and a rank that fails in between leaves no other one waiting.
+    """
 
     ranks: Sequence[int] | None
+    _state: Tensor | None = attrs.field(default=None, init=False)
     _whole: Mapping[str, Callable[[], Tensor]] = attrs.field(factory=dict, init=False)
+
+    def offer(self) -> str:
+        """Return the state of the generator on the first of the ranks, as text, and an empty text on the others."""
+        return "" if self._follows else base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode()
+
+    def follow(self, offered: str) -> None:
+        """Draw from the state that the first of the ranks has *offered*."""
+        self._state = torch.frombuffer(bytearray(base64.b64decode(offered)), dtype=torch.uint8)
+
+    @property
+    def _follows(self) -> bool:
+        return dist.is_initialized() and dist.get_rank() != (self.ranks[0] if self.ranks else 0)
+
+    @contextmanager
+    def shared(self) -> Iterator[None]:
+        """Within the context, draw from the shared state, and go on from there the next time.
+
+        The first rank's generator keeps what the draws advanced; any other rank gets its own state back afterwards.
+        """
+        mine = torch.get_rng_state()
+        if self._follows and self._state is not None:
+            torch.set_rng_state(self._state)
+        try:
+            yield
+        finally:
+            if self._follows:
+                self._state = torch.get_rng_state()
+                torch.set_rng_state(mine)
 
     @torch.no_grad()
     def foresee(self, model: nn.Module, names: Collection[str], initialise: Callable[[], None]) -> None:
         """Record the draws of the missing weights *names* in the order of the whole *model*, which is on meta.
 
-        ``draw`` then uses them, because a part alone does not know what other parts draw before it. Collective over the
-        ranks.
+        ``draw`` then uses them, because a part alone does not know what other parts draw before it.
         """
         origins: dict[str, Tensor] = {}
-        with shared_draws(self.ranks), DeferredInit() as init:
+        with self.shared(), DeferredInit() as init:
             for path, module, name, parameter in parameter_slots(model):
                 if path in names:
                     origins[path] = torch.empty(parameter.shape, dtype=parameter.dtype)
@@ -65,19 +90,29 @@ class Draws:
 
     @torch.no_grad()
     def draw(self, part: nn.Module, initialise: Callable[[], None]) -> None:
-        """Fill the weights that *part* lacks; *initialise* draws them and creates the buffers that no file contains."""
+        """Fill the weights that *part* lacks; *initialise* draws them and creates the buffers that no file contains.
+
+        It may compute with weights that are loaded, before it skips them. So all sharded ones are replaced by whole
+        ones meanwhile: on the meta device, and those that are lacking recorded.
+        """
         if self._whole:
             for path, module, name, parameter in parameter_slots(part):
                 if path in self._whole and not _marked(parameter):
                     setattr(module, name, _mark(filled(parameter, self._whole[path](), local(parameter).device)))
         missing: dict[int, tuple[nn.Parameter, Tensor]] = {}
-        lacking = [slot for slot in parameter_slots(part) if isinstance(slot[3], DTensor) and not _marked(slot[3])]
-        with shared_draws(self.ranks), DeferredInit() as init:
+        slots = [slot for slot in parameter_slots(part) if isinstance(slot[3], DTensor)]
+        lacking = [slot for slot in slots if not _marked(slot[3])]
+        loaded = [slot for slot in slots if _marked(slot[3])]
+        for _, module, name, parameter in loaded:
+            setattr(module, name, _mark(_standing_in_for(parameter)))
+        with self.shared(), DeferredInit() as init:
             for _, module, name, parameter in lacking:
                 if id(parameter) not in missing:
                     missing[id(parameter)] = (parameter, torch.empty(parameter.shape, dtype=parameter.dtype))
                 setattr(module, name, nn.Parameter(missing[id(parameter)][1], requires_grad=parameter.requires_grad))
             initialise()
+        for _, module, name, parameter in loaded:
+            setattr(module, name, parameter)
         drawn = {
             key: _mark(filled(parameter, init.replay(whole), local(parameter).device))
             for key, (parameter, whole) in missing.items()
@@ -86,11 +121,16 @@ class Draws:
             setattr(module, name, drawn[id(parameter)])
 
 
+def _standing_in_for(parameter: nn.Parameter) -> nn.Parameter:
+    whole = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+    return nn.Parameter(whole, requires_grad=parameter.requires_grad)
+
+
 def _mark(parameter: nn.Parameter) -> nn.Parameter:
     """Mark *parameter* as initialised, in the way that makes transformers skip it."""
-    setattr(parameter, "_is_hf_initialized", True)  # noqa: B010
+    setattr(parameter, INITIALIZED, True)
     return parameter
 
 
 def _marked(parameter: nn.Parameter) -> bool:
-    return bool(getattr(parameter, "_is_hf_initialized", False))
+    return bool(getattr(parameter, INITIALIZED, False))

@@ -25,24 +25,32 @@ _PATIENCE = timedelta(minutes=30)  # the slowest disk may be much slower than th
 
 @attrs.frozen
 class RankGroup:
-    """The ranks of a mesh, in the order of ``ranks`` (None: the whole process group), and this rank's ``device``.
+    """The ranks of a mesh, ascending in ``ranks`` (None: all in the process group), and this rank's ``device``.
 
-    ``store`` is a separate connection to the store for use in a background thread; None is that of the process group.
+    For use in a background thread, which may outlive the process group: ``store`` is a separate connection to the
+    store (None is that of the process group), ``home`` is the store that it leads to, which ends when no process holds
+    it, and ``here`` is the rank of this process in the process group.
     """
 
     ranks: tuple[int, ...] | None = None
     device: torch.device = attrs.field(factory=lambda: torch.device("cpu"))
     store: dist.Store | None = None
+    home: dist.Store | None = attrs.field(default=None, eq=False, repr=False)
+    here: int | None = None
 
     @classmethod
     def of(cls, mesh: MeshContext) -> RankGroup:
         """Return the group of the ranks of *mesh*."""
-        laid = None if mesh.device_mesh is None else tuple(mesh.device_mesh.mesh.flatten().tolist())
-        return cls(None if laid is None or len(laid) == _world() else laid, mesh.device)
+        laid = None if mesh.device_mesh is None else tuple(sorted(mesh.device_mesh.mesh.flatten().tolist()))
+        return cls(laid, mesh.device)
 
     def in_background(self) -> RankGroup:
-        """Return this group with its own connection to the store, for use in another thread."""
-        return self if self.size == 1 else attrs.evolve(self, store=default_store().clone())  # type: ignore[attr-defined]
+        """Return this group for use in another thread: it runs no collective and does not need the process group."""
+        fixed = attrs.evolve(self, ranks=self.ranks or tuple(range(_world())), here=_here())
+        if self.size == 1:
+            return fixed
+        home = default_store()
+        return attrs.evolve(fixed, store=home.clone(), home=home)  # type: ignore[attr-defined]
 
     @property
     def size(self) -> int:
@@ -52,7 +60,7 @@ class RankGroup:
     @property
     def rank(self) -> int:
         """The index of this rank in the group."""
-        mine = dist.get_rank() if dist.is_initialized() else 0
+        mine = _here() if self.here is None else self.here
         return mine if self.ranks is None else self.ranks.index(mine)
 
     @property
@@ -72,7 +80,7 @@ class RankGroup:
             yield
         except Exception as error:
             failure = _in_words(occasion, error)
-        share(occasion, None, failure, self.ranks, _PATIENCE, self.store)
+        share(occasion, None, failure, self.ranks, _PATIENCE, self.store, self.here)
 
     def collect(self, occasion: str, value_of: Callable[[], Any]) -> list[Any]:
         """Call *value_of* on every rank and return all results in rank order, gathered through the store.
@@ -85,7 +93,7 @@ class RankGroup:
             value = value_of()
         except Exception as error:
             failure = _in_words(occasion, error)
-        return share(occasion, value, failure, self.ranks, _PATIENCE, self.store)
+        return share(occasion, value, failure, self.ranks, _PATIENCE, self.store, self.here)
 
     def gather(self, value: Any) -> list[Any]:
         """All-gather *value*, a JSON value of any size; return the values of all ranks in rank order."""
@@ -128,6 +136,10 @@ def _in_words(occasion: str, error: Exception) -> Exception:
     return failure
 
 
+def _here() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
 def _world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
@@ -135,4 +147,6 @@ def _world() -> int:
 @lru_cache(maxsize=16)
 def _group(ranks: tuple[int, ...] | None) -> dist.ProcessGroup | None:
     """Return the process group of *ranks*, created on first use by its members only; None for the default group."""
-    return None if ranks is None else dist.new_group(list(ranks), use_local_synchronization=True)
+    return (
+        None if ranks is None or len(ranks) == _world() else dist.new_group(list(ranks), use_local_synchronization=True)
+    )

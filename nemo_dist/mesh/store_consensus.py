@@ -8,8 +8,10 @@ waits for the values of all ranks, reads them and writes the result.
 from __future__ import annotations
 
 import json
+import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -29,22 +31,27 @@ def consensus(
     ranks: Sequence[int] | None = None,
     patience: timedelta = _PATIENCE,
     store: dist.Store | None = None,
+    here: int | None = None,
 ) -> Any:
     """Gather *mine* of all *ranks* (None: all) through the store and return ``decide(values)`` on every rank.
 
     Values and result are JSON; *decide* gets the values in the order of *ranks* and runs on the first of them only.
     ``occasion`` names the exchange in errors. ``patience`` is how long to wait for the slowest rank. A background
-    thread must pass its own ``store`` (a clone), because a connection that waits blocks other threads. Raises RankError
+    thread must pass ``ranks``, its own ``store`` (a clone, because a connection that waits blocks other threads) and
+    ``here``, the rank of this process: nothing then depends on the process group, which may be gone. Raises RankError
     on every rank that takes part when a rank does not arrive in time; the message names the missing ones.
     """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    background = store is not None
+    if not background and not dist.is_initialized() and len(ranks or ()) > 1:
+        raise RankError(f"the process group is destroyed, so ranks {ranks} cannot meet at {occasion!r}; do that before")
+    if not background and (not dist.is_initialized() or dist.get_world_size() == 1):
         return decide([mine])
     members = list(range(dist.get_world_size()) if ranks is None else ranks)
     store = store or default_store()
-    name = occasion if ranks is None else f"{occasion} of {members}"
+    name = occasion if ranks is None else f"{occasion} of {len(members)} ranks, {zlib.crc32(repr(members).encode())}"
     _held[name] += 1
     prefix = f"nemo_dist/{name}/{_held[name]}"
-    rank = dist.get_rank()
+    rank = dist.get_rank() if here is None else here
     store.set(f"{prefix}/{rank}", json.dumps(mine))
     if rank == members[0]:
         _publish(store, prefix, members, decide, patience)
@@ -55,6 +62,8 @@ def consensus(
             f"rank {rank} waited {patience * 2} for rank {members[0]} at {occasion!r}, and it did not come"
         ) from error
     result = json.loads(store.get(f"{prefix}/result"))
+    if background:
+        _keep_until_read(store, prefix, members, rank, patience)
     if "missing" in result:
         raise RankError(
             f"ranks {result['missing']} did not come to {occasion!r} within {patience}; look at their logs first"
@@ -79,9 +88,25 @@ def _publish(
     store.set(f"{prefix}/result", json.dumps(result))
 
 
+def _keep_until_read(store: dist.Store, prefix: str, members: list[int], rank: int, patience: timedelta) -> None:
+    """Have the first rank wait until the others have read the result: its process may hold the store, and end next."""
+    store.set(f"{prefix}/{rank}/read", "")
+    if rank == members[0]:
+        with suppress(dist.DistStoreError):  # a rank that has failed reads nothing
+            store.wait([f"{prefix}/{member}/read" for member in members], patience)
+
+
 def compare(occasion: str, fields: Mapping[str, str], ranks: Sequence[int] | None = None) -> None:
     """Raise RankError on every rank when *fields* differ between ranks; the message lists each field and the ranks."""
-    differing = consensus(occasion, dict(fields), differences, ranks)
+    _refuse(occasion, consensus(occasion, dict(fields), differences, ranks))
+
+
+def refuse_differences(occasion: str, answers: Sequence[Mapping[str, str]]) -> None:
+    """Raise RankError as ``compare`` does, where the fields of all ranks, *answers*, are known already."""
+    _refuse(occasion, differences(answers))
+
+
+def _refuse(occasion: str, differing: Sequence[str]) -> None:
     if differing:
         raise RankError(f"the ranks disagree about {occasion}:\n" + "\n".join(f"- {line}" for line in differing))
 
@@ -108,6 +133,17 @@ def report(occasion: str, failure: BaseException | None, ranks: Sequence[int] | 
     share(occasion, None, failure, ranks)
 
 
+@contextmanager
+def reported(occasion: str, ranks: Sequence[int] | None = None) -> Iterator[None]:
+    """Run the with-block on all *ranks*; when it raises on one, raise on all as :func:`report` does."""
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    report(occasion, failure, ranks)
+
+
 def share(
     occasion: str,
     value: Any,
@@ -115,15 +151,16 @@ def share(
     ranks: Sequence[int] | None = None,
     patience: timedelta = _PATIENCE,
     store: dist.Store | None = None,
+    here: int | None = None,
 ) -> list[Any]:
     """Return the *value* of every rank, in the order of *ranks*; when any rank has a *failure*, raise on all.
 
     Values are JSON; where all are None the result is an empty list. Arguments as for :func:`consensus`, errors as for
     :func:`report`.
     """
-    rank = dist.get_rank() if dist.is_initialized() else 0
+    rank = here if here is not None else dist.get_rank() if dist.is_initialized() else 0
     error = "" if failure is None else f"{type(failure).__name__}: {failure}"
-    failed, values = consensus(occasion, [rank, error, value], _failed_or_values, ranks, patience, store)
+    failed, values = consensus(occasion, [rank, error, value], _failed_or_values, ranks, patience, store, here)
     if failure is not None:
         raise failure
     if failed:

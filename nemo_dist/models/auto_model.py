@@ -21,7 +21,7 @@ from nemo_dist.loading.deferred_init import DeferredInit
 from nemo_dist.loading.hf_weight_loader import Target, read_through
 from nemo_dist.loading.missing_weights import Draws, shared_draws
 from nemo_dist.mesh.mesh_context import MeshContext
-from nemo_dist.mesh.store_consensus import report
+from nemo_dist.mesh.store_consensus import reported
 from nemo_dist.planning.mesh_plan import Role
 from nemo_dist.setup.setup import DistributedSetup
 from nemo_dist.training.peft_adapters import mark_loaded
@@ -199,17 +199,14 @@ class _Loader:
             return cls.auto.from_config(config, **kwargs)
         _refuse_placement(kwargs)
         own = copy.deepcopy(config)  # plugins change it, for example the attention implementation
-        with shared_draws(setup.ranks), DeferredInit() as init:
+        with shared_draws(setup.ranks), reported("building the model", setup.ranks), DeferredInit() as init:
             model = cls.auto.from_config(own, **kwargs)
         init.hollow(model)
-        try:
+        with reported("sharding the model", setup.ranks):
             parts = setup.shard(model)
-        except Exception as error:
-            report("sharding the model", error, setup.ranks)
-            raise
-        report("sharding the model", None, setup.ranks)
-        for part in parts:
-            init.fill(inner_model(part), setup.mesh_context.device)
+        with reported("filling the model", setup.ranks):
+            for part in parts:
+                init.fill(inner_model(part), setup.mesh_context.device)
         return _finish(setup, parts)
 
 

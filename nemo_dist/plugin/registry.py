@@ -28,8 +28,8 @@ def owner(entry: EntryPoint) -> str:
     return f"{entry.dist.name} {entry.dist.version}" if entry.dist else "an unknown distribution"
 
 
-def _installed(group: str) -> tuple[EntryPoint, ...]:
-    return tuple(entry_points(group=group))
+def _of(group: str) -> Any:
+    return attrs.Factory(lambda self: tuple(self.installed.select(group=group)), takes_self=True)
 
 
 @attrs.frozen
@@ -39,9 +39,10 @@ class Registry:
     Raises PluginError when two distributions declare the same plugin name.
     """
 
-    entries: tuple[EntryPoint, ...] = attrs.field(factory=lambda: _installed(GROUP))
-    roles: tuple[EntryPoint, ...] = attrs.field(factory=lambda: _installed(ROLES))
-    aliases: tuple[EntryPoint, ...] = attrs.field(factory=lambda: _installed(ALIASES))
+    installed: Any = attrs.field(factory=entry_points, repr=False, kw_only=True)  # of all groups, read once
+    entries: tuple[EntryPoint, ...] = attrs.field(default=_of(GROUP))
+    roles: tuple[EntryPoint, ...] = attrs.field(default=_of(ROLES))
+    aliases: tuple[EntryPoint, ...] = attrs.field(default=_of(ALIASES))
 
     @entries.validator
     def _one_owner_each(self, _: object, entries: tuple[EntryPoint, ...]) -> None:

@@ -210,8 +210,11 @@ class DistributedSetup(Composition):
         presented = self.calls.only("present", parts=parts, mesh=self.mesh_context, plan=self.plan)
         return parts[0] if presented is None else presented
 
-    def runtime(self, model: object) -> Runtime:
+    def runtime(self, model: object, check_replicas: int | None = None) -> Runtime:
         """Return the runtime for a training loop; *model* is what the loader returned for this setup.
+
+        ``check_replicas``: compare what ranks hold whole, parameters and gradients, in every that many steps, beside
+        the first two; 0 compares nothing.
 
         Raises ValueError for a model that was loaded with another setup, or whose loss is not known to be a mean over
         labels.
@@ -226,7 +229,7 @@ class DistributedSetup(Composition):
             if owner is not self:
                 made = "another setup" if owner is not None else "no setup"
                 raise ValueError(f"the model was loaded with {made}; load it with distributed_setup=<this setup> first")
-        return Runtime.assemble(model, self.sharded(parts), self.runtime_parts, self.strategy)
+        return Runtime.assemble(model, self.sharded(parts), self.runtime_parts, self.strategy, check_replicas)
 
     def sharded(self, parts: Sequence[nn.Module]) -> ShardedModel:
         """Return *parts* with what saving, loading and exporting need to know about them."""

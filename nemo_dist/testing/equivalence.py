@@ -117,7 +117,11 @@ def train_on_rank(task: Task, folder: Path, options: Mapping[str, Any]) -> Outco
 def train(task: Task, setup: DistributedSetup, model: Any) -> Outcome:
     """Train *model*, which was loaded for *setup*, and return this rank's result; called on every rank."""
     task.freeze(model)
-    runtime = setup.runtime(model)
+    return train_with(task, setup.runtime(model))
+
+
+def train_with(task: Task, runtime: Runtime) -> Outcome:
+    """Train the model of *runtime* and return this rank's result; called on every rank."""
     optimizer = runtime.optimizer(torch.optim.AdamW, **task.optimizer)
     losses, norms, gradients = [], [], {}
     for step in range(task.steps):
@@ -162,18 +166,19 @@ def differences(found: Outcome, expected: Outcome, tolerance: float = TOLERANCE)
             if not abs(a - b) <= tolerance * abs(b):
                 lines.append(f"{field}[{step}]: {a!r}, expected {b!r}")
     for field in ("gradients", "parameters"):
-        lines += _tensor_differences(field, getattr(found, field), getattr(expected, field), tolerance)
+        lines += tensor_differences(field, getattr(found, field), getattr(expected, field), tolerance)
     return lines
 
 
-def _tensor_differences(
+def tensor_differences(
     field: str, found: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance: float
 ) -> list[str]:
+    """Return a line for each tensor of *found* that differs from that in *expected*, or that only one of them has."""
     missing = sorted(expected.keys() - found.keys())
     extra = sorted(found.keys() - expected.keys())
     lines = [f"{field}: missing {missing}"] * bool(missing) + [f"{field}: unexpected {extra}"] * bool(extra)
     # A tensor that is zero in exact arithmetic has only noise as its norm: compare with the largest tensor instead.
-    floor = max((tensor.norm().item() for tensor in expected.values()), default=0.0) * 1e-3
+    floor = max((tensor.norm().item() for tensor in expected.values()), default=0.0) * 1e-3 or 1e-30
     for name in sorted(expected.keys() & found.keys()):
         a, b = found[name].double(), expected[name].double()
         if a.shape != b.shape:

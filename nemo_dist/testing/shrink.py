@@ -53,7 +53,7 @@ _INNER = re.compile(
 _WIDTH = re.compile(
     r"(.*_)?(hidden_size|hidden_dim|d_model|n_embd|embed_dim|emb_dim|embedding_size|embedding_dim|output_dim|input_dim)(_.*)?"
     r"|dim|projection_dim|projector_.*_size|word_embed_proj_dim|output_proj_dims|out_hidden_size|resampler_dim|lru_width"
-    r"|attention_hidden_size|image_token_embed_dim|text_hidden_size|backbone_hidden_size"
+    r"|attention_hidden_size|image_token_embed_dim|text_hidden_size|backbone_hidden_size|adapter_.*_dim|adapter_input_size"
 )
 _RANK = re.compile(r".*_?(lora_rank|lowrank|_rank|rank|per_layer_input|state_size|d_state|state_dim|d_rel)")
 _MOST_POSITIONS = re.compile(
@@ -100,7 +100,18 @@ _INDEXER = {
     "indexer_compress_ratio": 4,
 }
 _ONE_STREAM = {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}}
+_SECTIONS = {
+    "text_config": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 12, 12]},
+        "head_dim": 64,
+    }
+}
 _UNSET: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("glm46v", "glm4v", "glm4v_moe", "glm_ocr", "glmga"), _SECTIONS),
+    **dict.fromkeys(("paddleocr_vl", "qwen2_5_vl", "qwen2_vl"), _SECTIONS),
+    "hunyuan_vl": {"text_config": {"head_dim": 128}},
+    "t5": {"decoder_start_token_id": 0},
+    "udop": {"decoder_start_token_id": 0},
     "bamba": {"attn_layer_indices": [9, 18, 27]},
     "dbrx": {"attn_config": {"kv_n_heads": 8, "clip_qkv": 8.0, "rope_theta": 5e5}},
     "deepseek_v2": {"num_experts_per_tok": 6},
@@ -117,7 +128,6 @@ _UNSET: dict[str, dict[str, Any]] = {
     "qwen4_exp": {"text_config": _INDEXER},
     "qwen4_exp_text": _INDEXER,
     "reformer": {"is_decoder": True},
-    "xlstm": {"mode": "train", "return_last_states": False},
     "xmod": {"default_language": "en_XX"},
 }
 
@@ -148,6 +158,8 @@ class _Shrinker:
         kept = _kept_layers(config, values, self.layers)
         small = {name: self._value(name, value, config, values, kept, where) for name, value in values.items()}
         _agree(values, small)
+        if config.is_heterogeneous:
+            small["per_layer_config"] = self._layers_of_their_own(config, values, small, kept)
         self._say(config, values, small, kept, where)
         return type(config)(**small)
 
@@ -160,6 +172,24 @@ class _Shrinker:
         if isinstance(value, (list, tuple)):
             return self._list(name, value, values, kept)
         return self._number(name, value, values, kept)
+
+    def _layers_of_their_own(
+        self, config: Any, values: Mapping[str, Any], small: Mapping[str, Any], kept: list[int]
+    ) -> dict[str, Any]:
+        """Return what differs in single layers, as large in relation to all layers as it was."""
+        given = {int(index): own for index, own in config.to_dict()["per_layer_config"].items()}
+
+        def one(name: str, value: Any, own: Mapping[str, Any]) -> Any:
+            usual = values.get(name)
+            if _whole(value) and _whole(usual) and usual and value % usual == 0:
+                return small[name] * (value // usual)
+            return self._number(name, value, {**values, **own}, kept)
+
+        return {
+            str(place): {name: one(name, value, given[index]) for name, value in given[index].items()}
+            for place, index in enumerate(kept)
+            if index in given
+        }
 
     def _list(self, name: str, value: Any, values: Mapping[str, Any], kept: list[int]) -> Any:
         if _TOKEN.fullmatch(name):
@@ -274,7 +304,7 @@ def _kept_layers(config: Any, values: Mapping[str, Any], least: int) -> list[int
 
 def _are_indices(value: Sequence[Any], count: int) -> bool:
     """Whether *value* names some of *count* layers, in ascending order."""
-    return all(map(_whole, value)) and list(value) == sorted(set(value)) and 0 <= value[0] and value[-1] < count
+    return all(map(_whole, value)) and list(value) == sorted(set(value)) and value[0] >= 0 and value[-1] < count
 
 
 def _shared(values: Mapping[str, Any]) -> int:
@@ -323,6 +353,11 @@ def _head_dim(value: int, name: str, values: Mapping[str, Any]) -> int:
     return 2 * HEAD if value * heads > hidden else HEAD // 2
 
 
+def _plain_head_dim(value: int, name: str, values: Mapping[str, Any]) -> int:
+    """Keep the ratio of the values of a head without a rotation to those with one."""
+    return max(1, HEAD // 2 * value // values.get("qk_rope_head_dim", value))
+
+
 def _width(value: int, name: str, values: Mapping[str, Any]) -> int:
     hidden = next((values[one] for one in ("hidden_size", "d_model", "n_embd") if _whole(values.get(one))), None)
     if name in ("attention_hidden_size", "lru_width") and hidden and value % hidden == 0:
@@ -352,6 +387,7 @@ _RULES: tuple[tuple[re.Pattern[str], Callable[[int, str, Mapping[str, Any]], int
     (_KEY_HEADS, _key_heads),
     (_HEAD_COUNT, _heads),
     (_ROTARY_HEAD_DIM, _at_most(HEAD // 2)),
+    (re.compile("qk_nope_head_dim"), _plain_head_dim),
     (_HEAD_DIM, _head_dim),
     (_LAYERS, _at_most(2)),
     (_INNER, _inner),
@@ -376,7 +412,7 @@ def _agree(before: Mapping[str, Any], after: dict[str, Any]) -> None:
         after["num_kv_shared_layers"] = _layer_count(after) if everything else _layer_count(after) // 2
     if before.get("axial_pos_embds_dim"):
         after["axial_pos_embds_dim"] = [HIDDEN // 4, HIDDEN - HIDDEN // 4]
-        after["axial_pos_shape"] = [4, 4]  # rows of 16 tokens, no others
+        after["axial_pos_shape"] = [4, 6]  # rows of 24 tokens, no others
     if "num_layers_per_stack" in after:
         times = after["H_cycles"] * (after["L_cycles"] + 1)
         after["num_hidden_layers"] = after["num_layers_per_stack"] * times
@@ -391,6 +427,8 @@ def _fit_heads(before: Mapping[str, Any], after: dict[str, Any]) -> None:
         after["qk_head_dim"] = rotary + after["qk_nope_head_dim"]
     if rotary and before["qk_rope_head_dim"] == before.get("head_dim"):
         after["head_dim"] = rotary
+    if _whole(before.get("indexer_head_dim")) and before["indexer_head_dim"] == before.get("head_dim"):
+        after["indexer_head_dim"] = after["head_dim"]
     if _whole(before.get("query_pre_attn_scalar")):
         after["query_pre_attn_scalar"] = after.get("head_dim", HEAD)
     head = rotary or after.get("head_dim") or HEAD

@@ -22,8 +22,19 @@ from hypothesis.strategies import DrawFn, SearchStrategy
 
 from nemo_dist.planning.mesh_plan import Axis, MeshPlan, Role, View
 from nemo_dist.planning.sizes import ParallelismSizes
+from nemo_dist.testing.call_names import ANY_TIME, CALLS, WITH_OPTIMIZER, possible
 
-__all__ = ["AXES", "factorisations", "own_axes", "parallelism_sizes", "plans", "topologies", "views", "worlds"]
+__all__ = [
+    "AXES",
+    "call_orders",
+    "factorisations",
+    "own_axes",
+    "parallelism_sizes",
+    "plans",
+    "topologies",
+    "views",
+    "worlds",
+]
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 
@@ -134,3 +145,18 @@ def plans(
     extra = [draw(views(dense, f"view_{number}")) for number in range(draw(st.integers(0, max_views)))]
     declared = {axis.name: axis.size for view in extra for axis in view.axes if axis.name not in dense}
     return MeshPlan.resolve(attrs.evolve(sizes, extra={**sizes.extra, **declared}), world, extra)
+
+
+@st.composite
+def call_orders(draw: DrawFn, without: Collection[str] = (), most: int = 10) -> list[str]:
+    """Draw an order of calls for ``nemo_dist.testing.call_orders``, at most *most* of them with an optimizer.
+
+    *without*: calls that are not drawn, as those that a strategy refuses.
+    """
+    calls = [call for call in CALLS if call not in without]
+    some = st.lists(st.sampled_from([call for call in calls if call in ANY_TIME]), max_size=2)
+    early = st.sampled_from([call for call in calls if call not in WITH_OPTIMIZER])
+    # Training calls twice as often as all others: an order without a step shows little.
+    step = st.sampled_from(("forward_backward", "accumulate", "clip", "update", "update", "zero_grad"))
+    late = st.lists(st.one_of(step, st.sampled_from(calls)), min_size=2, max_size=most)
+    return possible([*draw(some), "runtime", *draw(st.lists(early, max_size=3)), "optimizer", *draw(late)])

@@ -104,6 +104,24 @@ def _neox() -> Any:
     return transformers.GPTNeoXConfig(**text)
 
 
+def _gpt2() -> Any:
+    """Return a config with learned positions, tied embeddings, and a class whose name says no type of loss."""
+    return transformers.GPT2Config(
+        vocab_size=_VOCABULARY, n_embd=32, n_layer=3, n_head=4, n_positions=128, initializer_range=0.1
+    )
+
+
+def _granite() -> Any:
+    """Return a config that scales the embedding, the residuals and the logits."""
+    scales = {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "logits_scaling": 2.0}
+    return transformers.GraniteConfig(**_text(**scales))
+
+
+def _lfm2() -> Any:
+    """Return a config of a hybrid: convolutions over the sequence, and attention."""
+    return transformers.Lfm2Config(**_text(layer_types=["conv", "full_attention", "conv"]))
+
+
 def _moe(**more: Any) -> dict[str, Any]:
     sizes = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8}
     return _text(**{**sizes, "output_router_logits": True, "router_aux_loss_coef": 0.1, **more})
@@ -150,6 +168,49 @@ def _deepseek() -> Any:
     return transformers.DeepseekV2Config(**_text(num_key_value_heads=4, first_k_dense_replace=1, **latent, **experts))
 
 
+def _glm4_moe() -> Any:
+    """Return a config with an option that is off by default and that its tensor-parallel plan forgets: q/k norms."""
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "n_group": 1}
+    options = {"use_qk_norm": True, "attention_bias": True, "head_dim": 8, "topk_group": 1, "first_k_dense_replace": 1}
+    return transformers.Glm4MoeConfig(**_text(**experts, **options))
+
+
+def _apertus() -> Any:
+    """Return a config whose activation has parameters of its own, which act between two cut projections."""
+    return transformers.ApertusConfig(**_text())
+
+
+def _inkling2() -> Any:
+    """Return a config whose plan calls the packed projections of its experts plain column-wise."""
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8}
+    return transformers.CONFIG_MAPPING["inkling2_text"](**_text(num_hidden_layers=2, **experts))
+
+
+def _gpt_oss() -> Any:
+    """Return a config without a plan, with a sink for every head and biases for every expert."""
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "sliding_window": 8}
+    return transformers.GptOssConfig(**_text(num_hidden_layers=2, **experts))
+
+
+def _gptj() -> Any:
+    """Return a config without a plan whose attention counts its heads itself."""
+    quiet = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    sizes = {"vocab_size": _VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "rotary_dim": 8}
+    return transformers.GPTJConfig(**sizes, **quiet, bos_token_id=1, eos_token_id=2)
+
+
+def _opt() -> Any:
+    """Return a config without a plan whose blocks hold their feed-forward layers themselves."""
+    text = _text(dropout=0.0, attention_dropout=0.0, ffn_dim=56, word_embed_proj_dim=32)
+    return transformers.OPTConfig(**{name: value for name, value in text.items() if name != "intermediate_size"})
+
+
+def _bloom() -> Any:
+    """Return a config without a plan, with packed projections and a slope for every head."""
+    quiet = {"hidden_dropout": 0.0, "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2}
+    return transformers.BloomConfig(vocab_size=_VOCABULARY, hidden_size=32, n_layer=2, n_head=4, **quiet)
+
+
 def _mistral(**more: Any) -> Callable[[], Any]:
     return lambda: transformers.MistralConfig(**_text(sliding_window=5, **more))
 
@@ -157,6 +218,50 @@ def _mistral(**more: Any) -> Callable[[], Any]:
 def _bert() -> Any:
     options = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "classifier_dropout": 0.0}
     return transformers.BertConfig(**_text(num_labels=3, **options))
+
+
+def _gpt_oss() -> Any:
+    """Return a config with attention sinks, sliding windows and experts."""
+    layers = ["sliding_attention", "full_attention"]
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    return transformers.GptOssConfig(
+        **_text(head_dim=8, num_hidden_layers=2, sliding_window=5, layer_types=layers, **experts)
+    )
+
+
+def _llama4(**more: Any) -> Any:
+    """Return a config with chunked attention, layers without rotary embedding, and experts."""
+    layers = ["chunked_attention", "full_attention"]
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 56, "no_rope_layers": [1, 0]}
+    return transformers.Llama4TextConfig(
+        **_text(head_dim=8, num_hidden_layers=2, attention_chunk_size=5, layer_types=layers, **experts, **more)
+    )
+
+
+def _opt() -> Any:
+    return transformers.OPTConfig(
+        vocab_size=_VOCABULARY, hidden_size=32, ffn_dim=56, num_hidden_layers=2, num_attention_heads=4, init_std=0.1,
+        max_position_embeddings=64, word_embed_proj_dim=32, dropout=0.0, attention_dropout=0.0, pad_token_id=0,
+    )  # fmt: skip
+
+
+def _roberta_decoder() -> Any:
+    options = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "is_decoder": True}
+    return transformers.RobertaConfig(**_text(bos_token_id=1, eos_token_id=2, **options))
+
+
+def _bart_decoder() -> Any:
+    return transformers.BartConfig(
+        vocab_size=_VOCABULARY, d_model=32, decoder_layers=2, decoder_ffn_dim=56, decoder_attention_heads=4,
+        max_position_embeddings=64, dropout=0.0, attention_dropout=0.0, activation_dropout=0.0, init_std=0.1,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+
+
+def _mamba() -> Any:
+    return transformers.MambaConfig(
+        vocab_size=_VOCABULARY, hidden_size=32, state_size=8, time_step_rank=4, num_hidden_layers=2, pad_token_id=0
+    )
 
 
 def _llava() -> Any:
@@ -297,8 +402,18 @@ SPECIMENS: dict[str, Specimen] = {
         ),
         Specimen(name="gemma2", loader=_CAUSAL, config=_gemma2, batch=_causal),
         Specimen(name="gemma3", loader=_CAUSAL, config=_gemma3, batch=_causal),
+        Specimen(name="gpt2", loader=_CAUSAL, config=_gpt2, batch=_padded_causal),
+        Specimen(name="granite", loader=_CAUSAL, config=_granite, batch=_causal),
+        Specimen(name="lfm2", loader=_CAUSAL, config=_lfm2, batch=_padded_causal),
         Specimen(name="olmo2", loader=_CAUSAL, config=_olmo2, batch=_causal),
         Specimen(name="neox", loader=_CAUSAL, config=_neox, batch=_causal),
+        Specimen(name="gpt-oss", loader=_CAUSAL, config=_gpt_oss, batch=_padded_causal),
+        Specimen(name="llama4", loader=_CAUSAL, config=_llama4, batch=_causal),
+        Specimen(name="llama4-packed", loader=_CAUSAL, config=lambda: _llama4(use_cache=False), batch=_packed),
+        Specimen(name="opt", loader=_CAUSAL, config=_opt, batch=_left_padded),
+        Specimen(name="roberta-decoder", loader=_CAUSAL, config=_roberta_decoder, batch=_left_padded),
+        Specimen(name="bart-decoder", loader=_CAUSAL, config=_bart_decoder, batch=_padded_causal),
+        Specimen(name="mamba", loader=_CAUSAL, config=_mamba, batch=_causal),
         Specimen(name="deepseek", loader=_CAUSAL, config=_deepseek, batch=_causal),
         Specimen(
             name="bert-sequences", loader="NeMoAutoModelForSequenceClassification", config=_bert, batch=_sequences
@@ -314,6 +429,13 @@ SPECIMENS: dict[str, Specimen] = {
         Specimen(name="qwen2-moe", loader=_CAUSAL, config=_qwen2_moe, batch=_causal),
         Specimen(name="deepseek-v3", loader=_CAUSAL, config=_deepseek_v3, batch=_causal),
         Specimen(name="deepseek-v3-deep", loader=_CAUSAL, config=lambda: _deepseek_v3(layers=4), batch=_causal),
+        Specimen(name="glm4-moe-norms", loader=_CAUSAL, config=_glm4_moe, batch=_causal),
+        Specimen(name="apertus", loader=_CAUSAL, config=_apertus, batch=_causal),
+        Specimen(name="inkling2", loader=_CAUSAL, config=_inkling2, batch=_causal),
+        Specimen(name="gpt-oss", loader=_CAUSAL, config=_gpt_oss, batch=_causal),
+        Specimen(name="gptj", loader=_CAUSAL, config=_gptj, batch=_causal),
+        Specimen(name="opt", loader=_CAUSAL, config=_opt, batch=_causal),
+        Specimen(name="bloom", loader=_CAUSAL, config=_bloom, batch=_causal),
         Specimen(name="llava", loader="NeMoAutoModelForImageTextToText", config=_llava, batch=_images),
     )
 }

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nemo_dist.errors import RankError
+from nemo_dist.hf_model import is_media
 from nemo_dist.planning.mesh_plan import Role
 
 if TYPE_CHECKING:
@@ -48,16 +49,9 @@ class BatchCheck:
             )
 
 
-# Floating-point inputs of the language model itself; any other one goes to a tower that runs only when it is given.
-_OWN = frozenset({"attention_mask", "inputs_embeds", "labels", "shift_labels"})
-
-
 def form(batches: Sequence[Batch]) -> str:
     """Return as text which modules *batches* run: the tower inputs of each batch, in order."""
-    media = [
-        sorted(n for n, v in batch.items() if n not in _OWN and isinstance(v, Tensor) and v.is_floating_point())
-        for batch in batches
-    ]
+    media = [sorted(name for name, value in batch.items() if is_media(name, value)) for batch in batches]
     return ", then ".join(" and ".join(names) or "text only" for names in media)
 
 

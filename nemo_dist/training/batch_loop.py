@@ -17,9 +17,11 @@ from nemo_dist.hf_model import has_towers, inner_model
 from nemo_dist.mesh.mesh_context import MeshContext
 from nemo_dist.planning.mesh_plan import Role
 from nemo_dist.plugin.hookspecs import Batch, RuntimePart
+from nemo_dist.plugin.resharding import keep_gathered
 from nemo_dist.training.batch_checks import BatchCheck, require_one_form, tally
 from nemo_dist.training.loss_weighting import count_labels
-from nemo_dist.training.router_aux_loss import SWITCH, RouterLoss
+from nemo_dist.training.model_inputs import ModelInputs
+from nemo_dist.training.router_aux_loss import COUNTED, SWITCH, RouterLoss
 
 
 @attrs.frozen(kw_only=True, eq=False, slots=False)
@@ -50,12 +52,13 @@ class BatchLoop:
         # The strategy averages gradients over these ranks, but the gradient of the mean loss is a sum over them.
         scale = (1 if self._token_group is None else self._token_group.size()) * self._loss_scale()
         routers = self.router_loss
-        if routers is None or not routers.wanted(local):
-            loss, balance = self._engine(local, list(weights * scale)), torch.zeros((), device=self.mesh.device)
-        else:
-            with routers.step():
-                batches = [routers.without(batch) for batch in local]
-                loss, balance = self._balanced(routers, batches, weights, scale)
+        with keep_gathered(self.sharded.parts):
+            if routers is None or not routers.wanted(local):
+                loss, balance = self._engine(local, list(weights * scale)), torch.zeros((), device=self.mesh.device)
+            else:
+                with routers.step():
+                    batches = [routers.without(batch) for batch in local]
+                    loss, balance = self._balanced(routers, batches, weights, scale)
         for part in self.parts:
             if part.after_backward is not None:
                 part.after_backward()
@@ -63,10 +66,20 @@ class BatchLoop:
 
     def batch(self, batch: Batch) -> dict[str, Any]:
         """Return what this rank computes on for the *batch* of its data-parallel coordinate, on its device."""
+        batch = self._inputs(batch)
         for part in self.parts:
             batch = part.batch(batch) if part.batch else batch
         device = self.mesh.device
-        return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+        counting = self.router_loss is not None and not self.router_loss.unknown
+        return {
+            name: value.to(device) if isinstance(value, Tensor) else value
+            for name, value in batch.items()
+            if counting or name != COUNTED  # no hook would take it out before the model's forward
+        }
+
+    @cached_property
+    def _inputs(self) -> ModelInputs:
+        return ModelInputs(self.sharded.parts[-1])
 
     def _loss_scale(self) -> Any:
         """Return the product of the loss scales of all plugins, 1 where there is none."""

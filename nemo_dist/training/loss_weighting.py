@@ -6,12 +6,11 @@ another mean. Every model computes its loss in its own forward, so that is judge
 
 from __future__ import annotations
 
-import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nemo_dist.hf_model import IGNORED, NEXT_TOKEN_LOSSES, class_name, predicts_next_token
+from nemo_dist.hf_model import IGNORED, NEXT_TOKEN_LOSSES, class_name, loss_kind, loss_names, predicts_next_token
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -26,16 +25,14 @@ _MEANS = {"loss", "loss_function"}
 _CLASSIFIERS = _MEANS | {"loss_fct", "loss_fn", "CrossEntropyLoss", "MSELoss", "BCEWithLogitsLoss"}
 _ROUTERS = {"aux_loss", "load_balancing_loss_func", "router_aux_loss_coef", "aux_loss_coef"}
 _LOGITS = {"z_loss", "z_loss_coefficient"}  # a mean over all tokens, labels or not
-_MASKED = "bbox_first_token_mask"  # leaves labels out of the mean that are not -100
 
 
 def judge_loss(model: Any, routers_known: bool) -> None:
     """Raise ValueError when the forward of *model* computes a loss that is not known to be a mean over labels.
 
-    ``routers_known``: whether the load balancing loss of its routers, if it adds one, is handled elsewhere. A model
-    whose kind of loss is unknown passes; ``count_labels`` raises for its batches.
+    ``routers_known``: whether the load balancing loss of its routers, if it adds one, is handled elsewhere.
     """
-    kind, names = getattr(model, "loss_type", None), _loss_names(model)
+    kind, names = loss_kind(model), loss_names(model)
     if predicts_next_token(model):
         known = (_MEANS if "loss_function" in names else set()) | (_ROUTERS if routers_known else set())
         if not getattr(model, "z_loss_coefficient", 1):
@@ -43,7 +40,7 @@ def judge_loss(model: Any, routers_known: bool) -> None:
     elif kind in _PER_LABEL:
         known = _CLASSIFIERS
     else:
-        return
+        raise ValueError(_unknown(model))
     strange = sorted(names - known) or ([] if names else ["a part of it"])
     if strange:
         way_out = (
@@ -53,18 +50,6 @@ def judge_loss(model: Any, routers_known: bool) -> None:
             f"{class_name(model)} makes a loss of its own (from {', '.join(strange)}) that is not known to be the mean "
             f"over the labels, so ranks and batches cannot be weighted by theirs; {way_out}"
         )
-
-
-def _loss_names(model: Any) -> set[str]:
-    """Return the names of losses and loss masks in the code of the first forward, in MRO order, that has any."""
-    for kind in type(model).__mro__:
-        forward = vars(kind).get("forward")
-        code = getattr(inspect.unwrap(forward), "__code__", None) if forward else None
-        names = {*code.co_names, *code.co_varnames} if code else set()
-        found = {name for name in names if "loss" in name.lower() or name == _MASKED}
-        if found:
-            return found
-    return set()
 
 
 def count_labels(model: nn.Module, batch: Batch) -> Tensor:
@@ -81,12 +66,24 @@ def count_labels(model: nn.Module, batch: Batch) -> Tensor:
     labels: Tensor | None = batch.get("shift_labels", batch.get("labels"))
     if labels is None:
         raise ValueError(f"the batch has no labels (it has {sorted(batch)}); add 'labels', -100 where none counts")
-    kind = getattr(model, "loss_type", None)
     if labels.is_floating_point():
         return torch.tensor(float(labels.numel()), device=labels.device)
     if predicts_next_token(model):
         labels = labels if "shift_labels" in batch else labels[..., 1:]
-    elif kind not in _PER_LABEL:
-        known = ", ".join((*NEXT_TOKEN_LOSSES, *_PER_LABEL))
-        raise ValueError(f"{class_name(model)} has a loss of type {kind!r}, whose mean is not known; known: {known}")
+    elif loss_kind(model) not in _PER_LABEL:
+        raise ValueError(_unknown(model))
     return (labels != IGNORED).sum().float()
+
+
+def _unknown(model: Any) -> str:
+    """Say that the loss of *model* is of no known kind."""
+    if model.config.is_encoder_decoder:
+        return (
+            f"{class_name(model)} has an encoder and a decoder, whose loss is not known to be a mean over labels; "
+            "train it in a loop of your own"
+        )
+    known = ", ".join((*NEXT_TOKEN_LOSSES, *_PER_LABEL))
+    return (
+        f"{class_name(model)} has a loss of type {loss_kind(model)!r}, whose mean is not known; known: {known}. Train "
+        "it in a loop of your own"
+    )

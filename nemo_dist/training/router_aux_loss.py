@@ -160,10 +160,8 @@ class RouterLoss:
             module.register_forward_hook(partial(self._route, index))
 
     def _note_mask(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        if not self._active:
-            return None
         counted = kwargs.pop(COUNTED, None)  # a forward without it does not belong to this step
-        self._mask = None if counted is None else counted.reshape(-1).float()
+        self._mask = counted.reshape(-1).float() if self._active and counted is not None else None
         return args, kwargs
 
     def _route(self, index: int, module: nn.Module, args: Any, output: Any) -> Any:

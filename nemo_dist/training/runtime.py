@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
@@ -19,16 +20,20 @@ from nemo_dist.checkpoint.hf_export import export
 from nemo_dist.checkpoint.load import load
 from nemo_dist.checkpoint.save import save
 from nemo_dist.checkpoint.sharded_model import ShardedModel
-from nemo_dist.errors import PluginError
+from nemo_dist.errors import PluginError, RankError
 from nemo_dist.hf_model import inner_model, name_root
 from nemo_dist.mesh.mesh_context import MeshContext
+from nemo_dist.mesh.store_consensus import compare
 from nemo_dist.planning.mesh_plan import Role
 from nemo_dist.plugin.hookspecs import Batch, RuntimePart
 from nemo_dist.plugin.protocol import Plugin
+from nemo_dist.plugin.resharding import reshard
 from nemo_dist.training.batch_loop import BatchLoop
 from nemo_dist.training.grad_norm import by_mesh, global_norm, one_mesh_per_group
 from nemo_dist.training.loss_weighting import judge_loss
+from nemo_dist.training.optimizer_probe import refuse_what_mixes_elements
 from nemo_dist.training.peft_adapters import adapters, refuse_prompts
+from nemo_dist.training.replica_check import ReplicaCheck, check_replicas
 from nemo_dist.training.router_aux_loss import RouterLoss
 
 RuntimeParts = Callable[[list[nn.Module], object], dict[str, RuntimePart]]
@@ -47,10 +52,16 @@ class Runtime:
     model: Any
     plugins: Mapping[str, RuntimePart]
     router_loss: RouterLoss | None = None
+    replicas: ReplicaCheck = attrs.field(factory=ReplicaCheck)
 
     @classmethod
     def assemble(
-        cls, model: Any, sharded: ShardedModel, parts_of_plugins: RuntimeParts, strategy: Plugin | None
+        cls,
+        model: Any,
+        sharded: ShardedModel,
+        parts_of_plugins: RuntimeParts,
+        strategy: Plugin | None,
+        check_replicas: int | None = None,
     ) -> Runtime:
         """Return the runtime of *model*, whose parts are *sharded*; *parts_of_plugins* calls the ``runtime`` hooks.
 
@@ -58,6 +69,7 @@ class Runtime:
         is not tested with; PluginError when two plugins provide an engine.
         """
         parts = list(sharded.parts)
+        reshard(parts)
         for part in parts:
             refuse_prompts(part)
         within = [inner_model(part) for part in parts]
@@ -73,7 +85,13 @@ class Runtime:
             )
         states = {name: part.state for name, part in plugins.items() if part.state is not None}
         sharded = attrs.evolve(sharded, states=states)
-        return cls(sharded=sharded, model=model, plugins=plugins, router_loss=router_loss)
+        return cls(
+            sharded=sharded,
+            model=model,
+            plugins=plugins,
+            router_loss=router_loss,
+            replicas=ReplicaCheck(every=check_replicas),
+        )
 
     @property
     def parts(self) -> Sequence[nn.Module]:
@@ -104,7 +122,11 @@ class Runtime:
         return self.mesh.rank(Role.BATCH)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield the parameters of this rank, each once, with their names in the whole model."""
+        """Iterate over the parameters of this rank, each once, with their names in the whole model."""
+        reshard(self.parts)
+        return self._named()
+
+    def _named(self) -> Iterator[tuple[str, nn.Parameter]]:
         seen: set[int] = set()
         for part in self.parts:
             for name, parameter in name_root(part).named_parameters():
@@ -117,14 +139,38 @@ class Runtime:
 
         ``params``: parameters or parameter groups; by default all parameters that require gradients. ``options`` are
         passed to *optimizer_type*.
+
+        Raises ValueError on all ranks for an optimizer that does not step sharded parameters as one process steps whole
+        ones, and RankError when ranks pass another type or other options; all ranks must call this.
         """
+        told = {"type": f"{optimizer_type.__module__}.{optimizer_type.__qualname__}"}
+        compare(
+            "the optimizer", told | {name: _plain(value) for name, value in options.items()}, self.sharded.ranks.ranks
+        )
         if params is None:
             params = [parameter for _, parameter in self.named_parameters() if parameter.requires_grad]
-        optimizer = optimizer_type(one_mesh_per_group(params), **options)
+        groups = one_mesh_per_group(self._shards_of(params))
+        refuse_what_mixes_elements(optimizer_type, groups, options, self.mesh)
+        optimizer = optimizer_type(groups, **options)
+        optimizer.register_step_pre_hook(lambda *_: reshard(self.parts))
         for part in self._parts:
             optimizer = part.optimizer(optimizer) if part.optimizer else optimizer
         droppers = [part.zero_grad for part in self._parts if part.zero_grad is not None]
         return _dropping_gradients_of(optimizer, droppers) if droppers else optimizer
+
+    def _shards_of(self, params: Iterable[Any]) -> list[Any]:
+        """Return *params*, parameters or groups of them, with the shard in place of each that a forward gathered."""
+        listed = dict(self._named())
+        shards = dict(self.named_parameters())
+        shard = {id(parameter): shards[name] for name, parameter in listed.items()}
+
+        def own(given: Iterable[Any]) -> list[Any]:
+            return [shard.get(id(parameter), parameter) for parameter in given]
+
+        given = list(params)
+        if given and isinstance(given[0], dict):
+            return [{**group, "params": own(group["params"])} for group in given]
+        return own(given)
 
     def batch(self, batch: Batch) -> dict[str, Any]:
         """Return what this rank computes on for the *batch* of its data-parallel coordinate, on its device."""
@@ -144,7 +190,27 @@ class Runtime:
         that share a batch got different ones and, where forwards of different ranks run in lockstep (the strategy
         shards the model, for one), when ranks got different numbers of batches or only some of them images.
         """
-        return self._loop.run(batches)
+        loss = self._loop.run(batches)
+        if self.replicas.due:
+            self._check_replicas_unasked() if self.replicas.every is None else self.check_replicas()
+        return loss
+
+    def _check_replicas_unasked(self) -> None:
+        """Check the first steps; on an accelerator only warn, as kernels that add in any order differ in last bits."""
+        try:
+            self.check_replicas()
+        except RankError as error:
+            if self.mesh.device.type == "cpu":
+                raise
+            warnings.warn(str(error), stacklevel=3)
+
+    def check_replicas(self) -> None:
+        """Raise RankError, on every rank, when a copy of a parameter or gradient differs between ranks that share it.
+
+        Collective over all ranks; ``forward_backward`` calls it in the first steps and as often as the runtime was
+        asked to.
+        """
+        check_replicas(self.named_parameters(), self.mesh)
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Within the context, a backward does not reduce gradients, for accumulation in your own training loop."""
@@ -185,13 +251,16 @@ class Runtime:
         schedulers: Sequence[Any] = (),
         data: Any = None,
         asynchronous: bool = False,
+        check_finite: bool = True,
     ) -> async_save.Save:
         """Save the run to the folder *path*; any strategy and topology can resume it; collective over all ranks.
 
         Saved are the weights, the optimizer by parameter name, the learning-rate ``schedulers``, the random generators
         of every rank, ``extra`` and, for every data-parallel rank, ``data.state_dict()``. ``extra`` and the state dicts
         hold plain values, tensors, and containers of them; nothing is pickled. The folder appears at *path* when it is
-        complete and flushed to the disk; until then an older folder stays there. With ``asynchronous`` the call returns
+        complete and flushed to the disk; until then an older checkpoint stays there. Files in it that are not the
+        checkpoint's stay too, and a folder that is no checkpoint is refused. A warning, and the manifest, name weights
+        that are not finite, unless ``check_finite`` is False. With ``asynchronous`` the call returns
         when the state is copied to host memory; an error is then raised by ``wait()`` of the returned handle, by the
         next save or load, or at exit.
 
@@ -199,7 +268,14 @@ class Runtime:
         safetensors cannot hold.
         """
         return save(
-            self.sharded, path, optimizer, extra=extra, schedulers=schedulers, data=data, asynchronous=asynchronous
+            self.sharded,
+            path,
+            optimizer,
+            extra=extra,
+            schedulers=schedulers,
+            data=data,
+            asynchronous=asynchronous,
+            check_finite=check_finite,
         )
 
     def load(
@@ -257,6 +333,14 @@ class Runtime:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _plain(value: Any) -> str:
+    """Return the text of a number, text or tuple of them; of other values the type, as their text has addresses."""
+    plain = isinstance(value, bool | int | float | str | None) or (
+        isinstance(value, tuple | list) and all(isinstance(item, bool | int | float | str | None) for item in value)
+    )
+    return repr(value) if plain else type(value).__qualname__
 
 
 def _dropping_gradients_of(optimizer: Any, droppers: Sequence[Callable[[], None]]) -> Any:

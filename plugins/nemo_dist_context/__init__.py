@@ -35,8 +35,7 @@ class Context:
     def shard(self, parts: list[nn.Module], mesh: MeshContext) -> None:
         from nemo_dist_context.apply import apply_context_parallelism
 
-        for part in parts:
-            apply_context_parallelism(inner_model(part), mesh, self.config)
+        apply_context_parallelism([inner_model(part) for part in parts], mesh, self.config)
 
     @hookimpl
     def runtime(self, parts: list[nn.Module], mesh: MeshContext) -> RuntimePart | None:

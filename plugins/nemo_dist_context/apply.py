@@ -2,52 +2,67 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
-from nemo_dist.hf_model import predicts_next_token
+from torch import nn
+
+from nemo_dist.hf_model import accepts, attention_of, predicts_next_token
 from nemo_dist.training.router_aux_loss import COUNTED
 from nemo_dist_context.attention import SharedAttention
 from nemo_dist_context.batch import SEQUENCES, SequenceSplitter
-from nemo_dist_context.model_check import counts_positions, is_causal, require_splittable
+from nemo_dist_context.model_check import require_splittable
+from nemo_dist_context.proof import Proof, splitter_of
 from nemo_dist_context.sequence_layout import SequenceLayout
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from nemo_dist import MeshContext
     from nemo_dist_context.config import ContextConfig
 
 
-def apply_context_parallelism(part: Any, mesh: MeshContext, config: ContextConfig) -> None:
-    """Make *part* compute a split batch as one process computes the whole one; other batches run as before."""
+_proofs: WeakKeyDictionary[Any, Proof] = WeakKeyDictionary()  # of the parts of loaded models
+
+
+def apply_context_parallelism(parts: Sequence[Any], mesh: MeshContext, config: ContextConfig) -> None:
+    """Make *parts* compute a split batch as one process computes the whole one; other batches run as before.
+
+    Raises ValueError with every reason why the model cannot be split.
+    """
     group = mesh.group("cp")
     if group is None:
         return
-    require_splittable(part, config.method, mesh.size("cp"), mesh.size("tp"))
-    attention = SharedAttention(layout=layout_of(part, mesh, config), group=group, method=config.method)
-    part.set_attn_implementation(attention.register())
-    part.register_forward_pre_hook(partial(_begin, attention), with_kwargs=True)
-    part.register_forward_hook(partial(_end, attention), with_kwargs=True, always_call=True)
-    if predicts_next_token(part):
-        part.loss_function = partial(_next_token_loss, part.loss_function, attention)
+    proof = require_splittable(parts[0], _prepare, config.method, mesh.size("cp"), mesh.size("tp"))
+    for part in parts:
+        _proofs[part] = proof
+        layout = layout_of(proof, mesh, config)
+        _prepare(part, SharedAttention(layout=layout, group=group, method=config.method, base=attention_of(part)))
 
 
 def splitter(part: Any, mesh: MeshContext, config: ContextConfig) -> SequenceSplitter:
     """Return the function that splits the batches of the model that *part* belongs to."""
-    return SequenceSplitter(
-        layout=layout_of(part, mesh, config),
-        shifts=predicts_next_token(part),
-        counts=counts_positions(part),
-        causal=is_causal(part),
-        caches=bool(getattr(part.config.get_text_config(), "use_cache", False)),
-    )
+    proof = _proofs[part]
+    return splitter_of(part, layout_of(proof, mesh, config), proof.numbering, proof.causal)
 
 
-def layout_of(part: nn.Module, mesh: MeshContext, config: ContextConfig) -> SequenceLayout:
+def layout_of(proof: Proof, mesh: MeshContext, config: ContextConfig) -> SequenceLayout:
     """Return how the cp ranks share a sequence: balanced where attention is causal, unless the user said otherwise."""
-    balanced = is_causal(part) if config.balance is None else config.balance
+    balanced = proof.causal if config.balance is None else config.balance
     return SequenceLayout(size=mesh.size("cp"), rank=mesh.rank("cp"), balanced=balanced)
+
+
+def _prepare(part: Any, attention: SharedAttention) -> None:
+    """Let *part* compute split batches with *attention*."""
+    part.set_attn_implementation(attention.register())
+    for module in part.modules():
+        if isinstance(module, nn.Embedding) and "position_ids" in inspect.signature(module.forward).parameters:
+            module.register_forward_pre_hook(partial(_number, attention), with_kwargs=True)
+    part.register_forward_pre_hook(partial(_begin, attention), with_kwargs=True)
+    part.register_forward_hook(partial(_end, attention), with_kwargs=True, always_call=True)
+    if predicts_next_token(part):
+        part.loss_function = partial(_next_token_loss, part.loss_function, attention)
 
 
 def _begin(attention: SharedAttention, part: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -58,7 +73,17 @@ def _begin(attention: SharedAttention, part: nn.Module, args: Any, kwargs: dict[
     attention.shifted = False
     if ids is not None:
         kwargs["attention_mask"] = ids > 0
+        attention.positions = kwargs["position_ids"]
+        if not accepts(part, "position_ids"):
+            del kwargs["position_ids"]
     return args, kwargs
+
+
+def _number(attention: SharedAttention, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Give the positions of a split batch to an embedding that would number the tokens of this rank from 0."""
+    if attention.sequences is None or kwargs.get("position_ids") is not None:
+        return None
+    return args, {**kwargs, "position_ids": attention.positions}
 
 
 def _end(attention: SharedAttention, part: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:

@@ -1,12 +1,14 @@
 """Compute attention over a sequence that is split over ranks, as a mask and an attention function for transformers.
 
 Both are registered under one new name per loaded model. Without a split batch (generation, evaluation on whole
-sequences) they call transformers' own ``sdpa``. The mask that a layer is given decides which one runs, so that a layer
-which is recomputed later does the same again.
+sequences) they call what the model was loaded with: transformers' ``sdpa``, or the ``eager`` attention of its own
+module, which knows attention sinks and soft caps. The mask that a layer is given decides which one runs, so that a
+layer which is recomputed later does the same again.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from itertools import count
 from types import SimpleNamespace
@@ -18,16 +20,20 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    bidirectional_mask_function,
+    causal_mask_function,
+    sdpa_mask,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from nemo_dist.hf_model import plain_class
 from nemo_dist.torch_private import current_dispatch_mode
 from nemo_dist_context.batch import APPENDED
 from nemo_dist_context.collectives import gather_sequence, to_heads, to_sequence
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
     from nemo_dist_context.sequence_layout import SequenceLayout
 
 _names = count()
@@ -48,14 +54,17 @@ class Visible:
 class SharedAttention:
     """Attention of one loaded model, computed together by the ranks of *group*.
 
-    ``sequences`` are the sequence ids of the split batch in the forward, None without one; ``shifted`` says that the
-    loss was given labels that were shifted before the split.
+    ``base``: the attention that the model was loaded with, "sdpa" or "eager". ``sequences`` and ``positions`` are the
+    sequence ids and the positions of the split batch in the forward, None without one; ``shifted`` says that the loss
+    was given labels that were shifted before the split.
     """
 
     layout: SequenceLayout
-    group: ProcessGroup
+    group: Any
     method: str
+    base: str = "sdpa"
     sequences: Tensor | None = None
+    positions: Tensor | None = None
     shifted: bool = False
 
     def register(self) -> str:
@@ -66,28 +75,36 @@ class SharedAttention:
         return name
 
     def mask(self, *, mask_function: Callable[..., Any], device: Any, use_vmap: bool = False, **rest: Any) -> Any:
-        """Return a ``Visible`` for a split batch, else transformers' mask for ``sdpa``."""
+        """Return a ``Visible`` for a split batch, else transformers' mask for the attention of whole sequences."""
         ids = self.sequences
         if ids is None:
-            return sdpa_mask(mask_function=mask_function, device=device, use_vmap=use_vmap, **rest)
-        if use_vmap:
-            raise ValueError("context parallelism cannot split a mask function of the model's own; use cp_size=1")
+            make = ALL_MASK_ATTENTION_FUNCTIONS[self.base]
+            return make(mask_function=mask_function, device=device, use_vmap=use_vmap, **rest)
         causal = mask_function is causal_mask_function
         # A causal query never attends to padding at the end.
         whole = (ids == 1) | (ids == APPENDED) if causal else ids == 1
-        if whole.all() and (causal or mask_function is bidirectional_mask_function):
+        known = causal or mask_function is bidirectional_mask_function
+        if self.base == "sdpa" and known and whole.all():
             return Visible(allowed=None, causal=causal)
-        return Visible(allowed=self._allowed(ids, mask_function), causal=causal)
+        return Visible(allowed=self._allowed(ids, mask_function, use_vmap), causal=causal)
 
-    def _allowed(self, ids: Tensor, mask_function: Callable[..., Any]) -> Tensor:
+    def _allowed(self, ids: Tensor, mask_function: Callable[..., Any], use_vmap: bool) -> Tensor:
         rows, length = ids.shape
         keys = torch.arange(length, device=ids.device)
         queries = keys
         if self.method != "ulysses":
             queries = torch.tensor(self.layout.indices(length), device=ids.device)
-        row = torch.arange(rows, device=ids.device)[:, None, None, None]
-        head = torch.zeros((1, 1, 1, 1), dtype=torch.long, device=ids.device)
-        pattern = mask_function(row, head, queries[None, None, :, None], keys[None, None, None, :])
+        if use_vmap:
+            whole = sdpa_mask(
+                rows, length, length, mask_function=mask_function, allow_is_causal_skip=False, use_vmap=True,
+                device=ids.device,
+            )  # fmt: skip
+            pattern = whole.index_select(2, queries)
+        else:
+            row = torch.arange(rows, device=ids.device)[:, None, None, None]
+            head = torch.zeros((1, 1, 1, 1), dtype=torch.long, device=ids.device)
+            places = _places(ids)  # of a packed sequence, its own, as in transformers
+            pattern = mask_function(row, head, places[:, None, queries, None], places[:, None, None, :])
         of_query, of_key = ids[:, None, queries, None], ids[:, None, None, :]
         # A masked token attends to what transformers allows it, the whole row; no token attends to it.
         allowed: Tensor = pattern & (of_key > 0) & ((of_query <= 0) | (of_query == of_key))
@@ -98,7 +115,7 @@ class SharedAttention:
     ) -> tuple[Tensor, None]:
         """Return the attention of this rank's queries, (rows, queries, heads, width), over the whole sequence."""
         if not isinstance(attention_mask, Visible):
-            return _sdpa(module, query, key, value, attention_mask, **options), None
+            return self._local(module, query, key, value, attention_mask, **options), None
         if options.get("position_bias") is not None:
             raise ValueError("context parallelism cannot split a learned position bias; use cp_size=1 for this model")
         options.pop("is_causal", None)
@@ -111,6 +128,8 @@ class SharedAttention:
         pair = gather_sequence(torch.cat((key, value), dim=-1), self.group)
         order = torch.tensor(self.layout.restoring(length), device=key.device)
         key, value = pair.index_select(2, order).split((key.shape[-1], value.shape[-1]), dim=-1)
+        if self.base == "eager":
+            return self._local(module, query, key, value, _additive(mask.allowed, query.dtype), **options)
         if mask.allowed is not None or not mask.causal:
             return _sdpa(_like(module), query, key, value, mask.allowed, is_causal=False, **options)
         parts, first = [], 0
@@ -120,6 +139,14 @@ class SharedAttention:
             parts.append(_masked(_like(module), own, key[:, :, :stop], value[:, :, :stop], bias, **options))
             first += stop - start
         return torch.cat(parts, dim=1)
+
+    def _local(self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Tensor:
+        """Return the attention of these queries over these keys, as the model was loaded, on this rank alone."""
+        if self.base == "sdpa":
+            return _sdpa(module, query, key, value, mask, **options)
+        eager = vars(sys.modules[plain_class(module).__module__])["eager_attention_forward"]
+        found: Tensor = eager(module, query, key, value, mask, **options)[0]
+        return found
 
     def _exchanged(self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Visible, options: Any) -> Tensor:
         """Exchange sequence parts for head parts between the cp ranks, attend to whole sequences, and exchange back."""
@@ -134,6 +161,13 @@ class SharedAttention:
         return to_sequence(found.transpose(1, 2).index_select(2, back), self.group).transpose(1, 2)
 
 
+def _places(ids: Tensor) -> Tensor:
+    """Return the place of each token in its packed sequence, or in its row where that is not packed: like *ids*."""
+    rows = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    starts = torch.where((ids > 1) & (ids.diff(dim=1, prepend=ids[:, :1]) != 0), rows, 0).cummax(1).values
+    return torch.where(ids > 0, rows - starts, rows)
+
+
 def _lower_right(queries: int, keys: int, device: torch.device) -> Tensor:
     """Return the causal mask of the last *queries* of *keys* positions, (1, 1, queries, keys) of bool.
 
@@ -144,6 +178,11 @@ def _lower_right(queries: int, keys: int, device: torch.device) -> Tensor:
         return causal_lower_right(queries, keys)
     positions = torch.arange(keys, device=device)
     return (positions[None, :] <= positions[keys - queries :, None])[None, None]
+
+
+def _additive(allowed: Any, dtype: torch.dtype) -> Tensor:
+    """Return the mask that eager attention adds to its scores: 0 where *allowed*, else the least number of *dtype*."""
+    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(~allowed, torch.finfo(dtype).min)
 
 
 def _sdpa(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Tensor:

@@ -16,7 +16,11 @@ from nemo_dist_context.sequence_layout import SequenceLayout
 
 SEQUENCES = "sequence_ids"  # only a split batch has it; the model's forward pre-hook takes it out again
 APPENDED = -1  # the sequence id of padding that makes the length divide
+# How models number tokens when a batch has no positions: by place in the row, whatever the mask; by counting the tokens
+# that the mask lets count; by counting those that are not the padding token, from the number of that one on.
+NUMBERINGS = ("places", "mask", "tokens")
 _FILL = {
+    COUNTED: 0,
     "input_ids": 0,
     "inputs_embeds": 0,
     "labels": IGNORED,
@@ -30,16 +34,16 @@ _FILL = {
 class SequenceSplitter:
     """Split the batches of one model.
 
-    ``shifts``: the model's loss compares a token's output with the next label. ``counts``: the model numbers positions
-    from 0 where the batch has none. ``causal``: positions that restart mean packed sequences; transformers keeps these
-    apart only in a forward without a cache. ``caches``: whether the model makes a cache when the batch does not say.
+    ``shifts``: the model's loss compares a token's output with the next label. ``numbering``: how the model numbers the
+    tokens of a batch without positions, one of ``NUMBERINGS``. ``causal``: positions that restart mean packed
+    sequences. ``pad_token``: the number of the padding token, if any.
     """
 
     layout: SequenceLayout
     shifts: bool
-    counts: bool
+    numbering: str
     causal: bool
-    caches: bool
+    pad_token: int | None = None
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Return this rank's part of *batch*: tensors of (rows, length, ...) -> (rows, padded length / size, ...).
@@ -55,18 +59,9 @@ class SequenceSplitter:
         mask = tensors.pop("attention_mask", None)
         device = next(iter(tensors.values())).device
         if "position_ids" not in tensors:
-            if not self.counts:
-                raise ValueError(
-                    "this model numbers the positions of its tokens itself, which a rank cannot do for a part of the "
-                    "sequence; add position_ids of shape (rows, length) to the batch"
-                )
-            tensors["position_ids"] = torch.arange(length, device=device).unsqueeze(0)
+            tensors["position_ids"] = self._positions(mask, tensors.get("input_ids"), rows, length, device)
         ids = sequence_ids(mask, tensors["position_ids"], self.causal).expand(rows, length)
-        if mask is None and batch.get("use_cache", self.caches) and (ids > 1).any():
-            raise ValueError(
-                "positions restart, as in packed sequences, but the forward makes a cache, and then transformers lets "
-                "tokens attend to other sequences; add use_cache=False to the batch, or set it in the model's config"
-            )
+        counted = tensors.pop(COUNTED, None)
         if self.shifts and "labels" in tensors:
             tensors.setdefault("shift_labels", pad(tensors["labels"], (0, 1), value=IGNORED)[:, 1:])
             tensors["labels"] = tensors["shift_labels"]  # the loss function reads only the shifted ones
@@ -75,7 +70,25 @@ class SequenceSplitter:
         parts = {name: _padded(value, whole, _FILL[name]).index_select(1, index) for name, value in tensors.items()}
         others = {name: value for name, value in batch.items() if not isinstance(value, Tensor)}
         ids = _padded(ids, whole, APPENDED)
-        return {**others, **parts, SEQUENCES: ids, COUNTED: ids.index_select(1, index) > 0}
+        counts = ids > 0 if counted is None else _padded(counted, whole, 0) != 0
+        return {**others, **parts, SEQUENCES: ids, COUNTED: counts.index_select(1, index)}
+
+    def _positions(self, mask: Tensor | None, tokens: Tensor | None, rows: int, length: int, device: Any) -> Tensor:
+        """Return the positions that the model would give the tokens of a batch, (rows or 1, length)."""
+        places = torch.arange(length, device=device).unsqueeze(0)
+        if self.numbering == "mask":
+            real = torch.ones_like(places) if mask is None else (mask != 0).long()
+            return real.cumsum(1) * real - 1
+        if self.numbering == "tokens":
+            if tokens is None:
+                raise ValueError(
+                    "this model numbers its tokens by which of them are padding, which inputs_embeds do not tell; add "
+                    "position_ids of shape (rows, length) to the batch"
+                )
+            first = self.pad_token or 0
+            real = (tokens != first).long()
+            return real.cumsum(1) * real + first
+        return places
 
 
 def sequence_ids(mask: Tensor | None, positions: Tensor, causal: bool) -> Tensor:

@@ -1,76 +1,52 @@
-"""Check whether a model can be computed on parts of a sequence; what is not known to be exact is refused."""
+"""Check whether a model can be computed on parts of a sequence; what is not proven exact is refused."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from torch import nn
-from transformers.modeling_layers import GradientCheckpointingLayer
-
-from nemo_dist.hf_model import NEXT_TOKEN_LOSSES, has_towers, towers
+from nemo_dist.hf_model import NEXT_TOKEN_LOSSES, attention_of, has_towers, loss_kind, towers
+from nemo_dist_context.proof import Proof, Unequal, prove
 
 _PER_TOKEN = ("ForTokenClassification", "ForMaskedLM")
-_LAYERS = {"full_attention", "sliding_attention"}
 _ROPES_BY_LENGTH = {"dynamic", "longrope"}
 
 
-def require_splittable(model: Any, method: str, ranks: int, tensor_ranks: int) -> None:
-    """Raise ValueError with every reason why *model* cannot be split over *ranks* along the sequence."""
+def require_splittable(model: Any, prepare: Callable[..., None], method: str, ranks: int, tensor_ranks: int) -> Proof:
+    """Return how *model* treats sequences; raise ValueError with every reason why it cannot be split over *ranks*.
+
+    ``prepare(model, attention)`` makes a model compute split batches.
+    """
     reasons = [*_structure(model), *_loss(model)]
-    if method == "ulysses":
-        reasons += _heads(model.config.get_text_config(), ranks, tensor_ranks)
-    if reasons:
+    proof = None
+    if not reasons:  # a model that is refused need not run
+        try:
+            proof = prove(model, prepare, attention_of(model))
+        except Unequal as error:
+            reasons.append(f"{error}; use cp_size=1")
+    if proof is not None and method == "ulysses":
+        reasons += _heads(model, proof.heads, ranks, tensor_ranks)
+    if proof is None or reasons:
         raise ValueError(
             f"cp_size={ranks} does not fit {type(model).__name__}:\n" + "\n".join(f"- {reason}" for reason in reasons)
         )
-
-
-def is_causal(model: Any) -> bool:
-    """Whether tokens attend only to earlier ones."""
-    causal = [bool(module.is_causal) for module in model.modules() if hasattr(module, "is_causal")]
-    return bool(causal) and all(causal) and getattr(model.config, "is_causal", True) is not False
-
-
-def counts_positions(model: nn.Module) -> bool:
-    """Whether *model* numbers tokens 0, 1, 2, ... where a batch has no positions; known only of rotary models."""
-    return any(name.endswith("inv_freq") for name, _ in model.named_buffers())
+    return proof
 
 
 def _structure(model: Any) -> Iterator[str]:
     config = model.config
-    text = config.get_text_config()
     if config.is_encoder_decoder:
         yield "it has an encoder and a decoder, whose sequences differ; use cp_size=1"
     if has_towers(model):
         names = ", ".join(towers(model))
         yield f"it has several towers ({names}), and images or sounds cannot be split with the tokens; use cp_size=1"
-    if config._attn_implementation != "sdpa":
+    if attention_of(model) not in ("sdpa", "eager"):
         yield (
-            f"its attention implementation is {config._attn_implementation!r}, and only 'sdpa' is exact on parts of a "
-            "sequence; load it with attn_implementation='sdpa'"
+            f"its attention implementation is {attention_of(model)!r}, and only 'sdpa' and 'eager' are exact on parts "
+            "of a sequence; load it with attn_implementation='sdpa', or 'eager' where it has no other"
         )
-    if not getattr(model, "_supports_context_parallel", True):
-        yield "transformers says that its attention cannot be split (attention sinks, say); use cp_size=1"
-    if strange := sorted(set(getattr(text, "layer_types", None) or ()) - _LAYERS):
-        yield f"it has layers of type {', '.join(strange)}, which carry a state along the sequence; use cp_size=1"
-    if not any(isinstance(module, GradientCheckpointingLayer) for module in model.modules()):
-        yield "transformers does not say which of its modules are blocks; use cp_size=1"
-    if mixing := sorted(set(_mixing(model))):
-        yield f"its blocks mix tokens outside of attention ({', '.join(mixing)}); use cp_size=1"
-    if "position_ids" not in inspect.signature(model.forward).parameters or getattr(text, "alibi", False):
-        yield "it takes no position_ids, so a part of a sequence would be numbered from 0; use cp_size=1"
-    if ropes := sorted(_ropes(text) & _ROPES_BY_LENGTH):
+    if ropes := sorted(_ropes(config.get_text_config()) & _ROPES_BY_LENGTH):
         yield f"its rotary embedding ({', '.join(ropes)}) depends on the length that a rank sees; use cp_size=1"
-
-
-def _mixing(model: Any) -> Iterator[str]:
-    """Yield the classes of modules, in blocks, that mix tokens of a sequence other than by attention."""
-    for block in (module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)):
-        if not any(hasattr(module, "is_causal") for module in block.modules()):
-            yield type(block).__name__
-        yield from {type(m).__name__ for m in block.modules() if isinstance(m, nn.Conv1d | nn.Conv2d | nn.RNNBase)}
 
 
 def _ropes(config: Any) -> set[str]:
@@ -80,21 +56,27 @@ def _ropes(config: Any) -> set[str]:
 
 
 def _loss(model: Any) -> Iterator[str]:
-    kind = getattr(model, "loss_type", None)
+    kind = loss_kind(model)
     if kind not in (*NEXT_TOKEN_LOSSES, *_PER_TOKEN):
         known = ", ".join((*NEXT_TOKEN_LOSSES, *_PER_TOKEN))
-        yield f"its loss ({kind}) is not a mean over tokens, which all ranks could share; known: {known}"
-
-
-def _heads(config: Any, ranks: int, tensor_ranks: int) -> Iterator[str]:
-    queries = config.num_attention_heads
-    keys = getattr(config, "num_key_value_heads", None) or queries
-    each = f" on each of {tensor_ranks} tensor-parallel ranks" if tensor_ranks > 1 else ""
-    queries, keys = queries // tensor_ranks, max(1, keys // tensor_ranks)
-    share = "'ulysses' gives every rank a share of the heads"
-    if queries % ranks:
-        yield f"{share}, and {queries} query heads{each} do not divide by {ranks}; use method='all_gather'"
-    if keys % ranks and ranks % keys:
         yield (
-            f"{share}, and {keys} key heads{each} neither divide by {ranks} nor divide {ranks}; use method='all_gather'"
+            f"its loss ({kind}) is not a mean over tokens, which all ranks could share; known: {known}; use cp_size=1"
         )
+
+
+def _heads(model: Any, heads: frozenset[tuple[int, int]], ranks: int, tensor_ranks: int) -> Iterator[str]:
+    """Yield why attentions with these pairs of query and key *heads* cannot be shared by heads."""
+    share, each = "'ulysses' gives every rank a share of the heads", ""
+    if attention_of(model) == "eager":
+        yield "'ulysses' needs 'sdpa', as eager attention may have weights of every head; use method='all_gather'"
+    if tensor_ranks > 1:
+        each = f" on each of {tensor_ranks} tensor-parallel ranks"
+    for queries, keys in sorted(heads):
+        queries, keys = queries // tensor_ranks, max(1, keys // tensor_ranks)
+        if queries % ranks:
+            yield f"{share}, and {queries} query heads{each} do not divide by {ranks}; use method='all_gather'"
+        if keys % ranks and ranks % keys:
+            yield (
+                f"{share}, and {keys} key heads{each} neither divide by {ranks} nor divide {ranks}; use "
+                "method='all_gather'"
+            )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import attrs
 
 from nemo_dist import MeshPlan, RuntimePart, Stage, hookimpl
-from nemo_dist.hf_model import has_towers, inner_model
+from nemo_dist.hf_model import inner_model
 from nemo_dist_ddp.config import DDPConfig
 
 if TYPE_CHECKING:
@@ -45,7 +45,9 @@ class DDP:
         for model in map(inner_model, parts):
             options = self._torch_options()
             if self.config.find_unused_parameters is None:
-                options["find_unused_parameters"] = has_towers(model)
+                # Many models have parameters that no loss reaches (an indexer, a pooler, experts of a layer without
+                # any), and nothing in their structure says so; torch would leave gradients beside them unreduced.
+                options["find_unused_parameters"] = not self.config.static_graph
             replicate(model, mesh, options)
 
     @hookimpl

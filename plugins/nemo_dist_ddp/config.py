@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 class DDPConfig:
     """Options of torch's ``DistributedDataParallel``, under its names and with its defaults.
 
-    ``find_unused_parameters``: None turns it on for models of several towers, where a forward may leave some out.
+    ``find_unused_parameters``: None turns it on, as many models have parameters that a loss does not reach; False saves
+    a walk over the graph in every step, and is for models whose every parameter gets a gradient in every batch.
     ``static_graph`` synchronises gradients after every batch of a list.
     ``bucket_cap_mb`` is the size of a gradient bucket in MiB. ``activation_checkpointing`` is the same as on
     ``DistributedSetup.build``; ``activation_checkpointing_scope`` restricts it to parts of a model of several towers:

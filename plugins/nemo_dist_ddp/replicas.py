@@ -1,36 +1,83 @@
-"""Apply DistributedDataParallel in place, through torch's composable ``replicate``; the model keeps its class."""
+"""Apply torch's DistributedDataParallel in place, by hooks; the model keeps its class."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from torch.distributed._composable.replicate import replicate as torch_replicate
+import attrs
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from nemo_dist import Role
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from nemo_dist.mesh.mesh_context import MeshContext
+
+_KEY = "_nemo_dist_replicas"  # in the model's __dict__
+
+
+@attrs.define(kw_only=True, eq=False)
+class Replicas:
+    """Averages the gradients of *model*, and is made anew when other parameters are trained than before.
+
+    torch's module takes the trained parameters when it is made. It would wait for the gradients of one that was frozen
+    since, and leave those of one that was thawed to each rank. Forwards without gradients pass it by.
+    """
+
+    model: nn.Module
+    options: dict[str, Any]
+    synchronise: bool = True
+    ddp: DistributedDataParallel | None = None
+    parameters: Sequence[nn.Parameter] = ()
+    trained: Sequence[bool] = ()
+
+    def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not torch.is_grad_enabled():
+            return None
+        if self.ddp is None or self.trained != [parameter.requires_grad for parameter in self.parameters]:
+            self._take_over()
+        if self.ddp is None:
+            return None
+        self.ddp.require_backward_grad_sync = self.synchronise
+        return self.ddp._pre_forward(*args, **kwargs)
+
+    def _after_forward(self, model: nn.Module, args: Any, output: Any) -> Any:
+        return output if self.ddp is None or not torch.is_grad_enabled() else self.ddp._post_forward(output)
+
+    def _take_over(self) -> None:
+        """Make torch's module for what is trained now; all data-parallel ranks take part, as it compares shapes."""
+        self.parameters = list(self.model.parameters())
+        self.trained = [parameter.requires_grad for parameter in self.parameters]
+        self.ddp = None  # first, so that the hooks of the old one are gone
+        if any(self.trained):
+            self.ddp = DistributedDataParallel(nn.ParameterList(self.parameters), **self.options)
 
 
 def replicate(part: nn.Module, mesh: MeshContext, options: dict[str, Any]) -> None:
     """Average the gradients of *part* over the data-parallel ranks during every backward."""
     group = mesh.group(Role.TOKENS)
-    if group is not None:
-        torch_replicate(part, process_group=group, **options)
+    if group is None:
+        return
+    # Searching for unused parameters is a precaution: that there are none is no news.
+    warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
+    replicas = Replicas(model=part, options={"process_group": group, **options})
+    part.__dict__[_KEY] = replicas
+    part.register_forward_pre_hook(replicas._before_forward, with_kwargs=True)
+    part.register_forward_hook(replicas._after_forward)
 
 
 @contextmanager
 def unsynchronised(parts: list[nn.Module]) -> Iterator[None]:
     """Within the context, leave gradients of *parts* local: a backward communicates nothing."""
-    replicated = [part for part in parts if hasattr(part, "set_requires_gradient_sync")]
-    for part in replicated:
-        part.set_requires_gradient_sync(False)  # type: ignore[operator]
+    replicated: list[Replicas] = [part.__dict__[_KEY] for part in parts if _KEY in part.__dict__]
+    for replicas in replicated:
+        replicas.synchronise = False
     try:
         yield
     finally:
-        for part in replicated:
-            part.set_requires_gradient_sync(True)  # type: ignore[operator]
+        for replicas in replicated:
+            replicas.synchronise = True

@@ -15,8 +15,11 @@ from torch.distributed.tensor import Shard
 from nemo_dist import hf_model
 from nemo_dist.planning.mesh_plan import Role
 from nemo_dist.plugin.mixed_precision import mixed_precision
+from nemo_dist.plugin.resharding import reshard_with
 from nemo_dist.plugin.sharding_override import ShardingOverride, sharding_overrides
+from nemo_dist_fsdp2.buffers import follow_compute_dtype
 from nemo_dist_fsdp2.policies import offload
+from nemo_dist_fsdp2.resharding import Resharding
 
 if TYPE_CHECKING:
     from nemo_dist.mesh.mesh_context import MeshContext
@@ -50,7 +53,9 @@ def shard(model: nn.Module, mesh: MeshContext, config: FSDP2Config) -> None:
     if tail:
         fully_shard(tail, reshard_after_forward=bool(reshard), **options)
     fully_shard(model, reshard_after_forward=bool(reshard), **options)
+    follow_compute_dtype(model, options["mp_policy"].param_dtype)
     _prefetch([block for block in blocks if isinstance(block, FSDPModule)], config)
+    reshard_with(model, Resharding.of(model))
 
 
 def described(model: nn.Module) -> str:

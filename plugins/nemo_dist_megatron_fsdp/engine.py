@@ -13,7 +13,7 @@ from megatron_fsdp import fully_shard_optimizer
 from torch import nn
 from torch.optim import Optimizer
 
-from nemo_dist.torch_private import run_after_backward, tensors_in
+from nemo_dist.torch_private import changes_in_place, run_after_backward, tensors_in
 from nemo_dist_megatron_fsdp.row_layout import RowLayout
 
 _ENGINE = "_nemo_dist_megatron_fsdp"  # key in the model's __dict__, so that the engine is no submodule
@@ -85,7 +85,7 @@ class Engine:
 
     def _edits(self) -> int:
         """Count writes to the local shards; those of an optimizer, to the DTensors, are not among them."""
-        return sum(shard.to_local()._version for shard in self.shards.values())
+        return sum(changes_in_place(shard.to_local()) for shard in self.shards.values())
 
     def _continue_accumulating(self) -> None:
         """Prepare a backward after a synchronised one: accumulate on its gradients, unless they were set to None."""

@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 @attrs.frozen(eq=False)
 class ExpertLoad:
-    """How many tokens each expert of each local layer got since the last report: [experts], one tensor per layer."""
+    """How many tokens each expert of each local layer got in training since the last report.
+
+    ``counts``: [experts], one tensor per layer.
+    """
 
     mesh: MeshContext
     counts: dict[nn.Module, Tensor] = attrs.field(factory=dict)
@@ -55,6 +58,8 @@ class ExpertLoad:
         return {"expert_load_max_over_mean": worst.item()}
 
     def _count(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if not torch.is_grad_enabled():
+            return  # an evaluation is not what a step is measured by
         chosen = (args[1] if len(args) > 1 else kwargs["top_k_index"]).reshape(-1)
         ones = torch.ones_like(chosen, dtype=torch.float32)
         self.counts[module].scatter_add_(0, chosen, ones)

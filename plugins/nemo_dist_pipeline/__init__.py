@@ -79,7 +79,8 @@ class Pipeline:
     def shard(self, parts: list[nn.Module], mesh: MeshContext, plan: MeshPlan) -> None:
         from nemo_dist_pipeline.partition.split import split
 
-        split(parts, mesh.rank("pp"), StagePlacement.of(self.config, plan.size("pp"))[0], self.config)
+        placement = StagePlacement.of(self.config, plan.size("pp"))[0]
+        split(parts, mesh.rank("pp"), mesh.device, placement, self.config)
 
     @hookimpl
     def present(self, parts: list[nn.Module], mesh: MeshContext, plan: MeshPlan) -> AutoPipeline:

@@ -9,17 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from nemo_dist.hf_model import class_name, towers
+from nemo_dist.hf_model import accepts, class_name, towers
 from nemo_dist.plugin.forwards import wrap_forward
 from nemo_dist_recompute.policy import selective_contexts
 
 if TYPE_CHECKING:
     from nemo_dist_recompute.config import RecomputeConfig
-
-_CACHES = ("past_key_values", "layer_past")
 
 
 def recompute(model: Any, config: RecomputeConfig) -> None:
@@ -41,6 +39,7 @@ def recompute(model: Any, config: RecomputeConfig) -> None:
     context = {"context_fn": partial(selective_contexts, routed)} if config.mode == "selective" else {}
     model.activation_checkpointing_enable({"use_reentrant": False, **context})
     model.disable_input_require_grads()  # only reentrant checkpointing needs inputs that require gradients
+    model.register_forward_pre_hook(_without_cache, with_kwargs=True)
     for layer in layers:
         layer.gradient_checkpointing = False  # transformers' own, which only knows the forward of the class
         if layer in chosen:
@@ -53,20 +52,19 @@ def kinds(model: nn.Module) -> str:
     return ", ".join(f"{count} {name}" for name, count in names.items())
 
 
+def _without_cache(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Let a forward that records gradients make no cache: a layer that ran twice would write its tokens twice."""
+    if not torch.is_grad_enabled() or any(isinstance(value, Cache) for value in kwargs.values()):
+        return None
+    return args, {**kwargs, "use_cache": False} if accepts(model, "use_cache") else kwargs
+
+
 def _recomputed(layer: Any, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Run *forward* of *layer*, to be run again in the backward if gradients are recorded."""
-    if not torch.is_grad_enabled() or any(_filled(kwargs.get(name)) for name in _CACHES):
+    """Run *forward* of *layer*, to be run again in the backward if gradients are recorded and it fills no cache."""
+    caches = any(isinstance(value, Cache) for value in (*args, *kwargs.values()))
+    if not torch.is_grad_enabled() or (caches and not layer._can_checkpoint_with_cache):
         return forward(*args, **kwargs)
-    # A layer that ran twice would write its keys and values into the cache twice.
-    dropped = {name: None for name in _CACHES if name in kwargs and not layer._can_checkpoint_with_cache}
-    if kwargs.get("use_cache"):
-        dropped["use_cache"] = False  # type: ignore[assignment]
-    return layer._gradient_checkpointing_func(partial(forward, **{**kwargs, **dropped}), *args)
-
-
-def _filled(cache: Any) -> bool:
-    """Whether *cache* holds keys of earlier tokens, which attention must see."""
-    return cache is not None and cache.get_seq_length() > 0
+    return layer._gradient_checkpointing_func(partial(forward, **kwargs), *args)
 
 
 def _in_scope(model: Any, layers: Iterable[nn.Module], scope: tuple[str, ...]) -> set[nn.Module]:

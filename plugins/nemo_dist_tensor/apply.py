@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import attrs
 from torch import nn
 from torch.distributed.tensor import Placement
+from transformers.pytorch_utils import Conv1D
 
 from nemo_dist.errors import TopologyError
 from nemo_dist.hf_model import inner_model
@@ -19,9 +19,10 @@ from nemo_dist_tensor import layers, parameter_sharding
 from nemo_dist_tensor.attention_heads import AttentionHeads
 from nemo_dist_tensor.block_structure import Blocks
 from nemo_dist_tensor.collectives import Peers
-from nemo_dist_tensor.parallel_regions import Region
+from nemo_dist_tensor.install import Installer
+from nemo_dist_tensor.structure import completed
 from nemo_dist_tensor.styles import COLUMN, EMBEDDING, GATHERED, ROW
-from nemo_dist_tensor.tp_plan import Rules, generic, is_key_value, match, problems
+from nemo_dist_tensor.tp_plan import Rules, generic, match, problems
 from nemo_dist_tensor.vocab_parallel_loss import VocabularyParallelLoss, can_stay_cut
 
 if TYPE_CHECKING:
@@ -39,6 +40,10 @@ def apply_tensor_parallelism(parts: list[nn.Module], mesh: MeshContext, config: 
     models = [inner_model(part) for part in parts]
     matched = [match(part, config.tp_plan or {}, stage=stage, skip_experts=experts) for part in models]
     found = _unused(matched, mesh)
+    if not found:
+        size, experts_too = peers.size, not experts
+        both = [completed(part, rules, size, experts_too) for part, rules in zip(models, matched, strict=True)]
+        matched, found = [rules for rules, _ in both], [line for _, lines in both for line in lines]
     if not stage:  # a stage of a pipeline need not have a block
         found += [problem for part, rules in zip(models, matched, strict=True) for problem in problems(part, rules)]
     if found:
@@ -71,7 +76,8 @@ class Parallelizer:
     def run(self) -> None:
         """Change the model in place; raise TopologyError with every reason before anything is changed."""
         blocks = Blocks.of(self.model, self.rules)
-        placements = self._placements()
+        installer = Installer(self.model, self.model.config, self.rules, self.peers)
+        placements = installer.placements()
         problems = [
             *self._misfits(),
             *self._packed(placements),
@@ -84,34 +90,11 @@ class Parallelizer:
         regions = blocks.install(self.peers, self.sequence)
         parameter_sharding.shard(self.model, placements, self.peers)
         state = self._keep_logits_cut()
-        for name, style in self.rules.modules.items():
-            self._install(name, style, regions.get(name) or Region(name, self.peers, None, None), state)
+        installer.install(regions, state)
         self.model.register_forward_pre_hook(self._refuse_sharded_outputs, with_kwargs=True)
 
     def _module(self, name: str) -> Any:
         return self.model.get_submodule(name)
-
-    @cached_property
-    def _whole_keys(self) -> Mapping[str, AttentionHeads]:
-        """The key and value projections that every rank keeps whole, with the heads of their attention."""
-        found = {}
-        for name, style in self.rules.modules.items():
-            if style == "colwise" and is_key_value(name):
-                heads = AttentionHeads.of(self._module(name.rpartition(".")[0]), self.peers.size)
-                if heads is not None and heads.whole_keys:
-                    found[name] = heads
-        return found
-
-    def _placements(self) -> dict[str, Placement | None]:
-        """Return how every parameter that a rule names is sharded; None leaves it whole."""
-        placements: dict[str, Placement | None] = {}
-        for name, style in self.rules.modules.items():
-            if name not in self._whole_keys:
-                for parameter, _ in self._module(name).named_parameters(recurse=False):
-                    placements[f"{name}.{parameter}"] = parameter_sharding.of_module(style, parameter)
-        for name, style in self.rules.parameters.items():
-            placements[name] = parameter_sharding.of_parameter(style, self.model.get_parameter(name))
-        return placements
 
     def _misfits(self) -> list[str]:
         """Say which modules do not fit their rule, and which numbers of heads do not divide over the ranks."""
@@ -119,7 +102,7 @@ class Parallelizer:
         for name, style in self.rules.modules.items():
             module = self._module(name)
             kind = nn.Linear if style in COLUMN | ROW else nn.Embedding if style in EMBEDDING else nn.Module
-            if not isinstance(module, kind):
+            if not isinstance(module, (kind, Conv1D) if kind is nn.Linear else kind):
                 found.append(
                     f"{generic(name)} is a {type(module).__name__}, which the style {style!r} does not fit; "
                     f"it fits nn.{kind.__name__}"
@@ -154,30 +137,6 @@ class Parallelizer:
             for name in sorted(found)
         ]
 
-    def _install(self, name: str, style: str, region: Region, state: layers.LMHead | None) -> None:
-        module = self._module(name)
-        if state is not None and module is self.model.get_output_embeddings():
-            layers.head(module, region, state)
-        elif style in COLUMN:
-            heads = self._whole_keys.get(name)
-            layers.column(module, style, region, heads)
-            if heads is not None:
-                self._module(name.rpartition(".")[0]).num_key_value_groups = heads.local_groups(self.peers.rank)
-        elif style in ROW:
-            layers.row(module, name, style, region)
-        elif style == "embedding_rowwise":
-            layers.vocabulary(module, self.peers)
-        elif style == "embedding_colwise":
-            layers.features(module, self.peers)
-        elif style == "replicated_with_grad_allreduce":
-            layers.summed(module, self.peers)
-        elif style == "moe_tp_experts":
-            layers.experts(module, self.peers)
-        elif style == "mla_kv_a_proj":
-            layers.latent(module, self.model.config.get_text_config().qk_rope_head_dim, self.peers)
-        elif style == "local_params":
-            layers.local_only(module)
-
     def _keep_logits_cut(self) -> layers.LMHead | None:
         """Keep the logits sharded along the vocabulary whenever the model is called with labels and computes the loss.
 
@@ -189,7 +148,7 @@ class Parallelizer:
         calls_loss = "loss_function" in forward.__code__.co_names
         if self.rules.modules.get(name or "") not in GATHERED or not calls_loss:
             return None
-        if not can_stay_cut(self.model.loss_function):
+        if not self.rules.logits_stay_cut or not can_stay_cut(self.model.loss_function):
             return None
         self.model.loss_function = VocabularyParallelLoss(self.peers, self.model.loss_function)
         state, signature = layers.LMHead(), inspect.signature(self.model.forward)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,6 +10,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import Shard
+from transformers.pytorch_utils import Conv1D
 
 from nemo_dist.mesh.dtensor import from_local, local
 from nemo_dist.plugin.forwards import wrap_forward
@@ -46,9 +47,22 @@ class LMHead:
     stays_cut: bool = False
 
 
-def column(module: nn.Linear, style: str, region: Region, whole_keys: AttentionHeads | None = None) -> None:
+def _width(module: nn.Linear | Conv1D) -> int:
+    return int(module.nf) if isinstance(module, Conv1D) else module.out_features
+
+
+def _product(module: nn.Linear | Conv1D, original: Callable[..., Any], value: Tensor) -> Tensor:
+    """Return the product of *value* with the current weight; ``Conv1D`` itself knows only one width and a bias."""
+    if not isinstance(module, Conv1D):
+        output: Tensor = original(value)
+        return output
+    product = value @ module.weight
+    return product if module.bias is None else product + module.bias
+
+
+def column(module: nn.Linear | Conv1D, style: str, region: Region, whole_keys: AttentionHeads | None = None) -> None:
     """Compute this rank's output features; with *whole_keys*, those of the key or value heads that this rank needs."""
-    peers, width = region.peers, module.out_features
+    peers, width = region.peers, _width(module)
     special: dict[str, Callable[[Tensor], Tensor | None]] = {}
     if whole_keys is not None:
         heads = whole_keys
@@ -56,7 +70,7 @@ def column(module: nn.Linear, style: str, region: Region, whole_keys: AttentionH
 
     def forward(original: Callable[..., Any], value: Tensor) -> Tensor:
         with parameters_as(module, special=special):
-            output: Tensor = original(region.entered(value))
+            output = _product(module, original, region.entered(value))
         return gather(output, -1, width, peers) if style in GATHERED else output
 
     wrap_forward(module, forward)
@@ -77,7 +91,7 @@ def head(module: nn.Linear, region: Region, state: LMHead) -> None:
     wrap_forward(module, forward)
 
 
-def row(module: nn.Linear, name: str, style: str, region: Region) -> None:
+def row(module: nn.Linear | Conv1D, name: str, style: str, region: Region) -> None:
     """Multiply this rank's input features, and sum the products over the ranks; the bias is added once, to the sum."""
     peers = region.peers
 
@@ -85,7 +99,7 @@ def row(module: nn.Linear, name: str, style: str, region: Region) -> None:
         if style in WHOLE_INPUT:
             value = split(value, -1, peers)
         with parameters_as(module, special={"bias": lambda _: None}):
-            partial = original(value)
+            partial = _product(module, original, value)
         return region.leave(partial, name, None if module.bias is None else local(module.bias))
 
     wrap_forward(module, forward)
@@ -129,11 +143,15 @@ def features(module: nn.Embedding, peers: Peers) -> None:
     wrap_forward(module, forward)
 
 
-def summed(module: nn.Module, peers: Peers) -> None:
-    """Sum the gradients of the own parameters of *module*: each rank uses them on heads or tokens of its own."""
+def summed(module: nn.Module, peers: Peers, only: Collection[str] | None = None) -> None:
+    """Sum the gradients of the own parameters of *module*, or *only* of some: ranks use them on parts of their own."""
+    names = [name for name in module._parameters if only is None or name in only]
+
+    def change(parameter: Tensor) -> Tensor:
+        return enter(local(parameter), peers)
 
     def forward(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        with parameters_as(module, lambda parameter: enter(local(parameter), peers)):
+        with parameters_as(module, special=dict.fromkeys(names, change)):
             return original(*args, **kwargs)
 
     wrap_forward(module, forward)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 from torch.distributed.tensor import Placement, Shard, distribute_tensor
+from transformers.pytorch_utils import Conv1D
 
 from nemo_dist.torch_private import StridedShard
 from nemo_dist_tensor.collectives import Peers
@@ -19,12 +20,13 @@ if TYPE_CHECKING:
 HALVES = 2  # gate and up projection in one matrix
 
 
-def of_module(style: str, parameter: str) -> Placement | None:
-    """Return how the *style* of a module shards its own *parameter*; None leaves it whole."""
+def of_module(module: nn.Module, style: str, parameter: str) -> Placement | None:
+    """Return how the *style* of *module* shards its own *parameter*; None leaves it whole."""
+    transposed = isinstance(module, Conv1D) and parameter == "weight"  # (in, out), unlike that of nn.Linear
     if style in COLUMN or style == "embedding_rowwise":
-        return Shard(0)
-    if style in ROW:
-        return Shard(1) if parameter == "weight" else None  # a bias is added once, after the sum
+        return Shard(1 if transposed else 0) if parameter in ("weight", "bias") else None
+    if style in ROW:  # a bias is added once, after the sum
+        return Shard(0 if transposed else 1) if parameter == "weight" else None
     if style == "embedding_colwise":
         return Shard(1)
     return None

@@ -24,12 +24,7 @@ COLUMN = frozenset({"colwise", "colwise_gather_output", "colwise_rep"})
 ROW = frozenset({"rowwise", "rowwise_split_input", "rowwise_rep"})
 GATHERED = frozenset({"colwise_gather_output", "colwise_rep"})  # their output is whole
 WHOLE_INPUT = frozenset({"rowwise_split_input", "rowwise_rep"})
+SUMMED = frozenset({"replicated_with_grad_allreduce"})
 EMBEDDING = frozenset({"embedding_rowwise", "embedding_colwise"})
-PARAMETER = frozenset({"colwise", "rowwise", "packed_colwise", "packed_rowwise", "replicate"})  # of a bare parameter
-STYLES = (
-    COLUMN
-    | ROW
-    | EMBEDDING
-    | PARAMETER
-    | {"replicated_with_grad_allreduce", "moe_tp_experts", "mla_kv_a_proj", "local_params"}
-)
+PARAMETER = SUMMED | {"colwise", "rowwise", "packed_colwise", "packed_rowwise", "replicate"}  # of a bare parameter
+STYLES = COLUMN | ROW | EMBEDDING | PARAMETER | SUMMED | {"moe_tp_experts", "mla_kv_a_proj", "local_params"}

@@ -8,6 +8,7 @@ from typing import Any
 
 import attrs
 
+from nemo_dist.hf_model import class_name
 from nemo_dist.planning.validation import near
 from nemo_dist_tensor.styles import PARAMETER, STYLES
 
@@ -18,12 +19,17 @@ _KEY_VALUE = ("k_proj", "v_proj")
 class Rules:
     """A plan matched to one model: the style of every module and bare parameter that it names.
 
-    ``unused`` are the user's rules that match nothing here, each with the nearest name.
+    ``unused`` are the user's rules that match nothing here, each with the nearest name. ``given``: the modules and
+    parameters that a rule of the user names. ``divided``: the attributes of modules, numbers of heads or features, of
+    which a rank has its part. ``logits_stay_cut``: nothing between head and loss needs whole logits.
     """
 
     modules: Mapping[str, str]
     parameters: Mapping[str, str]
-    unused: Mapping[str, str]
+    unused: Mapping[str, str] = attrs.field(factory=dict)
+    given: frozenset[str] = frozenset()
+    divided: Mapping[str, tuple[str, ...]] = attrs.field(factory=dict)
+    logits_stay_cut: bool = True
 
 
 def generic(name: str) -> str:
@@ -49,12 +55,14 @@ def match(model: Any, override: Mapping[str, str], stage: bool = False, skip_exp
     known = names.keys() | {generic(name) for name in names}
     prefix = f"{model.base_model_prefix}."
     plan, unused = dict(model.tp_plan or {}), {}
+    of_user = set()
     for rule, style in override.items():
         found = next((name for name in (rule, prefix + rule) if name in known), None)
         if found is None and generic(rule) not in plan and prefix + generic(rule) not in plan:
             unused[rule] = near(rule, {name.removeprefix(prefix) for name in map(generic, names)} | set(plan))
         else:
             plan[found or rule] = style
+            of_user.add(found or rule)
     styles: dict[str, str] = {}
     for name in names:
         found = plan.get(name, plan.get(generic(name)))
@@ -69,16 +77,17 @@ def match(model: Any, override: Mapping[str, str], stage: bool = False, skip_exp
         modules={name: style for name, style in kept.items() if name in held},
         parameters={name: style for name, style in kept.items() if name in parameters},
         unused=unused,
+        given=frozenset(name for name in kept if name in of_user or generic(name) in of_user),
     )
 
 
 def problems(model: Any, rules: Rules) -> list[str]:
     """Say why *rules* do not work in *model*, whatever the number of ranks, one sentence each."""
-    kind = type(model).__name__
+    kind = class_name(model)
     if not any("*" in generic(name) for name in (*rules.modules, *rules.parameters)):
         return [
-            f"{kind} has no tensor-parallel plan for its blocks; pass one, say FSDP2Config(tp_plan={{"
-            "'layers.*.mlp.up_proj': 'colwise', 'layers.*.mlp.down_proj': 'rowwise'}), or use tp_size=1"
+            f"{kind} has no matrix in its blocks that is known to be cut right; use tp_size=1 and shard it with fsdp2, "
+            f"or pass a tp_plan for its modules: {_examples(model)}"
         ]
     found = []
     for name, style in {**rules.modules, **rules.parameters}.items():
@@ -93,6 +102,12 @@ def problems(model: Any, rules: Rules) -> list[str]:
             valid = ", ".join(sorted(PARAMETER))
             found.append(f"the plan of {kind} gives the parameter {generic(name)!r} the style {style!r}; use {valid}")
     return list(dict.fromkeys(found))
+
+
+def _examples(model: Any) -> str:
+    """Return the names of some linear layers of *model*, as rules name them."""
+    names = {generic(name): None for name, module in model.named_modules() if hasattr(module, "out_features")}
+    return ", ".join(map(repr, list(names)[:6])) or "it has no linear layers"
 
 
 def unknown_style(style: str) -> str:

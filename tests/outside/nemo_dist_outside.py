@@ -9,6 +9,7 @@ import attrs
 
 from nemo_dist import Role, RuntimePart, Stage, hookimpl
 from nemo_dist.hf_model import inner_model
+from nemo_dist.plugin.resharding import reshard_with
 
 
 def config(plugin: str, **fields: Any) -> type:
@@ -208,3 +209,18 @@ class Tuned(Declared):
     @property
     def features(self):
         return {"compile": "fuses=True"} if self.config.fuses else {}
+
+
+# ---- one that gathers, and says how its shards come back ----
+
+RESHARDED: list[str] = []
+
+
+@plugin("gathering")
+class Gathering(Declared):
+    """Note when shards are to come back."""
+
+    @hookimpl
+    def shard(self, parts):
+        for part in parts:
+            reshard_with(inner_model(part), partial(RESHARDED.append, "resharded"))

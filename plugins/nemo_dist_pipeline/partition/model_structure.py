@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import inspect
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
 from torch import nn
 
+from nemo_dist.hf_model import has_towers
 from nemo_dist_pipeline.partition.balance import balanced
+from nemo_dist_pipeline.partition.skeleton import NO_PIPELINE, block_list, observe
 
 
 @attrs.frozen(kw_only=True)
 class ModelStructure:
     """The modules of a model that belong to one stage each, by full name, in the order of the forward.
 
-    ``tied``: the full names of the head's weight and of the embedding's, where the two are one parameter.
+    ``hidden``: the shape of the hidden states, in which "rows" and "length" stand for those of the batch. ``places``:
+    how long the tuple is that a block returns with hidden states first; 0 where it returns them alone. ``tied``: the
+    full names of the head's weight and of the embedding's, where the two are one parameter.
     """
 
     before: tuple[str, ...]
     layers: tuple[str, ...]
     after: tuple[str, ...]
+    hidden: tuple[int | str, ...]
+    places: int
     tied: tuple[str, str] | None = None
 
     @property
@@ -30,52 +37,56 @@ class ModelStructure:
 
     @classmethod
     def of(cls, model: Any) -> ModelStructure:
-        """Read the structure from ``base_model_pp_plan``; raise ValueError for a model that cannot be cut."""
-        kind, base = type(model).__name__, model.base_model
-        plan = getattr(base.config, "base_model_pp_plan", None)
-        if not plan or base is model:
-            raise ValueError(f"{kind} has no base_model_pp_plan in its config, so it is not known how to cut it")
-        prefix = next(name for name, module in model.named_modules() if module is base)
-        missing = [name for name in plan if not isinstance(getattr(base, name, None), nn.Module)]
-        if missing:
-            raise ValueError(f"{kind}: the base_model_pp_plan names {missing}, which {prefix!r} does not have")
-        lists = [name for name in plan if isinstance(getattr(base, name), nn.ModuleList)]
-        if len(lists) != 1:
-            raise ValueError(f"{kind}: a pipeline cuts one list of layers, but the base_model_pp_plan names {lists}")
-        names = list(plan)
-        at = names.index(lists[0])
-        heads = [name for name, child in model.named_children() if child is not base]
+        """Find the structure of *model* by running its forward around its blocks; raise ValueError if it has none."""
+        kind = type(model).__name__
+        blocks = block_list(model)
+        if given := sorted(_from_towers(model)):
+            raise ValueError(
+                f"the towers of {kind} give its blocks {', '.join(given)} besides the embedding, which stays on the "
+                f"first stage; {NO_PIPELINE}"
+            )
+        seen = observe(model, blocks)
+        units = tuple(_units(model, blocks))
+        if loose := [name for name, _ in model.named_parameters() if not _inside(name, (*units, *blocks))]:
+            raise ValueError(
+                f"{kind}: {', '.join(loose[:5])} belong to no module that one stage could own; {NO_PIPELINE}"
+            )
+        when = {unit: seen.when(unit) for unit in units}
+        if between := [unit for unit, times in when.items() if "between" in times or len(times) > 1]:
+            raise ValueError(
+                f"{kind} runs {', '.join(between[:5])} on several stages, between its blocks; {NO_PIPELINE}"
+            )
+        after = sorted((unit for unit in units if "after" in when[unit]), key=seen.first_call)
+        before = sorted((unit for unit in units if unit not in after), key=seen.first_call)
         structure = cls(
-            before=tuple(f"{prefix}.{name}" for name in names[:at]),
-            layers=tuple(f"{prefix}.{lists[0]}.{index}" for index in range(len(getattr(base, lists[0])))),
-            after=(*(f"{prefix}.{name}" for name in names[at + 1 :]), *heads),
+            before=tuple(before), layers=tuple(blocks), after=tuple(after), hidden=seen.hidden, places=seen.places
         )
-        structure._require_all_owned(model)
         return attrs.evolve(structure, tied=structure._tie(model))
 
-    def _require_all_owned(self, model: nn.Module) -> None:
-        """Raise ValueError for parameters outside of the units, which no stage would own."""
-        inside = tuple(f"{unit}." for unit in self.units)
-        rest = [name for name, _ in model.named_parameters() if not name.startswith(inside)]
-        if rest:
-            raise ValueError(
-                f"{type(model).__name__}: {', '.join(rest[:5])} belong to no module of the base_model_pp_plan, so no "
-                "stage would own them; this model does not run as a pipeline"
-            )
-
     def _tie(self, model: Any) -> tuple[str, str] | None:
-        """Return the tied weight's name in the head and its own name (in the embedding); refuse any other tie."""
+        """Return the tied weight's name in the head and its own name (in the embedding); refuse any other tie.
+
+        Weights that are tied on one stage need nothing.
+        """
         ties = dict(getattr(model, "all_tied_weights_keys", None) or {})
-        if not ties:
+        across = {target: source for target, source in ties.items() if self._region(target) != self._region(source)}
+        if not across:
             return None
-        if len(ties) == 1:
-            target, source = next(iter(ties.items()))
-            if self.owner(target) in self.after and self.owner(source) in self.before:
+        if len(across) == 1:
+            target, source = next(iter(across.items()))
+            if (self._region(target), self._region(source)) == ("after", "before"):
                 return target, source
+            if (self._region(target), self._region(source)) == ("before", "after"):
+                return source, target
         raise ValueError(
-            f"{type(model).__name__} ties {ties}; a pipeline keeps only an output head tied to the embedding, and "
-            "never unties silently: set tie_word_embeddings=False in the config"
+            f"{type(model).__name__} ties {across}; a pipeline keeps only an output head tied to the embedding, and "
+            "never unties silently: set tie_word_embeddings=False in the config, or use pp_size=1"
         )
+
+    def _region(self, name: str) -> str | None:
+        """Return "before" or "after" for what is around the blocks, and the block of a name that is in one."""
+        unit = self.owner(name)
+        return "before" if unit in self.before else "after" if unit in self.after else unit
 
     def owner(self, name: str) -> str | None:
         """Return the unit that the parameter or module called *name* is in."""
@@ -128,6 +139,30 @@ class ModelStructure:
         """Whether *name* is a module without parameters outside of the units, which every stage keeps."""
         modules = dict(model.named_modules())
         return name in modules and self.owner(name) is None and not any(True for _ in modules[name].parameters())
+
+
+def _units(module: nn.Module, blocks: Mapping[str, nn.Module], prefix: str = "") -> Iterator[str]:
+    """Yield the names of the modules with parameters around *blocks*: the largest ones without a block in them."""
+    for name, child in module.named_children():
+        path = f"{prefix}{name}"
+        if any(block.startswith(f"{path}.") for block in blocks):
+            yield from _units(child, blocks, f"{path}.")
+        elif path not in blocks and next(child.parameters(), None) is not None:
+            yield path
+
+
+def _from_towers(model: Any) -> set[str]:
+    """Return what the language model of *model* takes that a batch does not have, so that towers must make it."""
+    decoder = model.get_decoder()
+    if decoder is model or not has_towers(model):
+        return set()
+    taken, given = (inspect.signature(type(module).forward).parameters for module in (decoder, model))
+    tensors = {name for name, parameter in taken.items() if "Tensor" in str(parameter.annotation)}
+    return {name for name in tensors - given.keys() if name != "cache_position"}
+
+
+def _inside(name: str, units: Iterable[str]) -> bool:
+    return name.startswith(tuple(f"{unit}." for unit in units))
 
 
 def _costs(model: Any, units: Iterable[str]) -> dict[str, float]:

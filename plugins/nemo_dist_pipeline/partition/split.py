@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
 
+from nemo_dist.hf_model import inner_model
 from nemo_dist.mesh.store_consensus import report
 from nemo_dist_pipeline.partition.model_structure import ModelStructure
-from nemo_dist_pipeline.partition.stage_model import StageInfo, keep_stage, require_plain_forward
+from nemo_dist_pipeline.partition.proof import require_exact
+from nemo_dist_pipeline.partition.stage_model import keep_stage, open_stage, stages_of
 from nemo_dist_pipeline.runtime.auto_pipeline import AutoPipeline
 from nemo_dist_pipeline.runtime.tied_embedding import TiedWeight
 
@@ -20,7 +23,9 @@ if TYPE_CHECKING:
     from nemo_dist_pipeline.schedule.stage_placement import StagePlacement
 
 
-def split(parts: list[nn.Module], rank: int, placement: StagePlacement, config: PipelineConfig) -> None:
+def split(
+    parts: list[nn.Module], rank: int, device: torch.device, placement: StagePlacement, config: PipelineConfig
+) -> None:
     """Edit the one model in *parts* into the first stage of pipeline *rank*, and append the others.
 
     Raises ValueError for a model that cannot be cut, or not as *config* asks.
@@ -32,13 +37,13 @@ def split(parts: list[nn.Module], rank: int, placement: StagePlacement, config: 
             "further stages would share; give it a stage after Stage.SPLIT"
         )
     structure = ModelStructure.of(model)
-    require_plain_forward(model, structure)
     division = _division(model, structure, placement, config)
-    indices = placement.stage_ids(rank, len(division))
-    stages = [StageInfo(index=index, division=division, tied=structure.tied) for index in indices]
-    parts += [copy.deepcopy(model) for _ in stages[1:]]
-    for part, stage in zip(parts, stages, strict=True):
-        keep_stage(part, stage, structure)
+    stages = stages_of(structure, division)
+    require_exact(model, structure, stages)
+    own = [stages[index] for index in placement.stage_ids(rank, len(division))]
+    parts += [copy.deepcopy(model) for _ in own[1:]]
+    for part, stage in zip(parts, own, strict=True):
+        keep_stage(part, stage, structure, device)
 
 
 def _division(
@@ -57,6 +62,8 @@ def present(
     report("tying the embedding", _tie_problem(parts))
     for part in parts[1:]:
         part.train(parts[0].training)
+    for part in parts:
+        open_stage(inner_model(part))
     group = mesh["pp"].get_group()
     return AutoPipeline(
         parts=parts,

@@ -1,8 +1,13 @@
-"""Turn a full transformers model into one stage: modules of other stages are replaced by identity."""
+"""Turn a full transformers model into one stage, which runs the model's own forward from block to block.
+
+The forward of a stage is that of the whole model. Before the stage's first block it computes with zeros in place of the
+weights of the first stage; there the hidden states of the previous stage take the place of what comes of that. It ends
+at the first block of the next stage, with that block's input. So everything between two blocks runs once, and what all
+blocks get besides hidden states (masks, rotary embeddings) is made by the model itself on every stage.
+"""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection
 from typing import Any
 
@@ -10,19 +15,25 @@ import attrs
 import torch
 from torch import Tensor, nn
 
+from nemo_dist.hf_model import INITIALIZED
 from nemo_dist.plugin.forwards import wrap_forward
 from nemo_dist_pipeline.partition.model_structure import ModelStructure
+from nemo_dist_pipeline.partition.stand_in import StandIn
 
 
 @attrs.frozen(kw_only=True)
 class StageInfo:
     """A stage of the pipeline: its ``index``, and the full names of the modules that every stage owns.
 
-    ``tied``: the name of the head's weight and that of the embedding's, where the two are one.
+    ``blocks``: the names of the blocks of the model. ``hidden``: the shape of the hidden states, in which "rows" and
+    "length" stand for those of the batch. ``tied``: the name of the head's weight and that of the embedding's, where
+    the two are one.
     """
 
     index: int
     division: tuple[tuple[str, ...], ...]
+    blocks: tuple[str, ...]
+    hidden: tuple[int | str, ...]
     tied: tuple[str, str] | None = None
 
     @property
@@ -44,6 +55,16 @@ class StageInfo:
     def is_last(self) -> bool:
         """Whether it has the head, and so the loss."""
         return self.index == self.count - 1
+
+    @property
+    def own_blocks(self) -> tuple[str, ...]:
+        """The names of the blocks that this stage owns; at least one."""
+        return tuple(name for name in self.modules if name in set(self.blocks))
+
+    def hidden_shape(self, rows: int, length: int) -> tuple[int, ...]:
+        """Return the shape of the hidden states between stages for inputs of (rows, length)."""
+        sizes = {"rows": rows, "length": length}
+        return tuple(sizes[size] if isinstance(size, str) else size for size in self.hidden)
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -68,97 +89,145 @@ class PipelineInfo:
         return any(stage.is_last for stage in self.stages)
 
 
-class ModuleOfOtherStage(nn.Module):
-    """Replace a module of another stage by identity: return the first argument."""
+class EndOfStage(Exception):  # not an error: it carries the hidden states out of the model's forward
+    """Ends the forward of a stage at the first block of the next one, whose input is ``hidden``."""
 
-    def __init__(self, replaced: nn.Module) -> None:
+    def __init__(self, hidden: Tensor) -> None:
         super().__init__()
-        # A model's forward reads plain attributes of its layers (``attention_type``), also of those on other stages.
-        plain = {name: value for name, value in vars(replaced).items() if isinstance(value, str | int | float)}
-        self.__dict__.update({name: value for name, value in plain.items() if not name.startswith("_")})
-
-    def forward(self, first: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return *first*."""
-        return first
+        self.hidden = hidden
 
 
-def keep_stage(model: Any, stage: StageInfo, structure: ModelStructure) -> None:
+class EarlierBlock(StandIn):
+    """A block of an earlier stage: returns its input, in a tuple of ``places`` where the model expects one."""
+
+    def __init__(self, replaced: nn.Module, places: int) -> None:
+        super().__init__(replaced)
+        self._places = places
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the hidden states that the block got."""
+        hidden = self.hidden(args, kwargs)
+        return (hidden, *[None] * (self._places - 1)) if self._places else hidden
+
+
+class LaterBlock(StandIn):
+    """A block of a later stage: ends the forward."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Raise EndOfStage with the hidden states that the block got."""
+        raise EndOfStage(self.hidden(args, kwargs))
+
+
+@attrs.define(eq=False)
+class Entry:
+    """Where hidden states enter a stage: the input of its first block is replaced by ``received``, where there is one.
+
+    ``dtype`` is that of the input that the model itself made.
+    """
+
+    received: Tensor | None = None
+    dtype: torch.dtype | None = None
+
+    def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Replace the hidden states in the arguments of *block*; a forward pre-hook."""
+        name = None if args else next(iter(kwargs))
+        self.dtype = (args[0] if name is None else kwargs[name]).dtype
+        if self.received is None:
+            return None
+        return ((self.received, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: self.received})
+
+
+def stages_of(structure: ModelStructure, division: tuple[tuple[str, ...], ...]) -> list[StageInfo]:
+    """Return all stages of a model with *structure* whose units are dealt as in *division*."""
+    fixed: dict[str, Any] = {"blocks": structure.layers, "hidden": structure.hidden, "tied": structure.tied}
+    return [StageInfo(index=index, division=division, **fixed) for index in range(len(division))]
+
+
+def keep_stage(model: Any, stage: StageInfo, structure: ModelStructure, device: torch.device) -> None:
     """Edit *model* in place into *stage*; parameters keep their names in the full model.
 
-    Stages pass hidden states on, which the next one takes as ``inputs_embeds``. A stage without the head returns the
-    output of its base model. The last stage keeps a tied embedding, because its weight is the head's.
+    The last stage keeps the weight of a tied embedding, because it is the head's.
     """
-    kept = set(stage.modules)
-    if stage.tied and stage.is_last:
-        kept.add(str(structure.owner(stage.tied[1])))
-    _replace_by_identity(model, [unit for unit in structure.units if unit not in kept])
-    if stage.tied and not stage.is_last:
-        model.all_tied_weights_keys = {}  # nothing to tie here: the head is on the last stage
-    elif stage.tied:
+    own = stage.own_blocks
+    at = stage.blocks.index(own[0])
+    for index, name in enumerate(stage.blocks):
+        if name not in own:
+            block = model.get_submodule(name)
+            model.set_submodule(name, EarlierBlock(block, structure.places) if index < at else LaterBlock(block))
+    tied = stage.tied if stage.tied and (stage.is_last or _head_comes_first(model, stage)) else ()
+    kept = set(tied) if stage.is_first or stage.is_last else set()
+    for unit in structure.units:
+        if unit not in stage.modules and unit not in stage.blocks:
+            _hollow(model, unit, kept, device)
+    here = dict(model.named_parameters(remove_duplicate=False))
+    ties = dict(getattr(model, "all_tied_weights_keys", None) or {})
+    model.all_tied_weights_keys = {name: source for name, source in ties.items() if name in here and source in here}
+    if stage.tied and kept:
         _tie(model, *stage.tied)
-    if not stage.is_first:
-        model.base_model.register_forward_pre_hook(_take_embeddings, with_kwargs=True)
     if not stage.is_last:
-        wrap_forward(model, lambda _, **inputs: _hidden_states(model, inputs))
+        wrap_forward(model, _until_its_end)
     model.pipeline_stage = stage
+
+
+def open_stage(model: Any) -> None:
+    """Let hidden states enter *model*, a stage; call it last, so that other hooks of its first block see them."""
+    stage: StageInfo = model.pipeline_stage
+    model.pipeline_entry = Entry()
+    first = model.get_submodule(stage.own_blocks[0])
+    first.register_forward_pre_hook(model.pipeline_entry, prepend=True, with_kwargs=True)
+
+
+def run_stage(model: Any, hidden: Tensor | None, inputs: dict[str, Any]) -> Any:
+    """Run *model*, an opened stage, on *hidden* (None at the first one); return hidden states or the model's output."""
+    model.pipeline_entry.received = hidden
+    try:
+        return model(**inputs)
+    finally:
+        model.pipeline_entry.received = None
+
+
+def set_hollow_dtype(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give the zeros in place of weights of other stages the *dtype* in which the first stage computes with them."""
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor) and hasattr(value, INITIALIZED) and value.is_floating_point():
+                setattr(module, name, _zeros(value.shape, dtype, value.device))
+
+
+def _until_its_end(forward: Any, *args: Any, **kwargs: Any) -> Any:
+    try:
+        forward(*args, **kwargs)
+    except EndOfStage as end:
+        return end.hidden
+    raise RuntimeError("the forward of a stage did not reach the next one")
+
+
+def _hollow(model: nn.Module, unit: str, kept: Collection[str], device: torch.device) -> None:
+    """Put zeros that take no memory in place of the parameters of *unit* other than *kept*; no parameters any more."""
+    for path, module in model.get_submodule(unit).named_modules(prefix=unit):
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if f"{path}.{name}" not in kept:
+                delattr(module, name)
+                setattr(module, name, _zeros(parameter.shape, parameter.dtype, device))
+
+
+def _zeros(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    zeros = torch.zeros((), dtype=dtype, device=device).expand(shape)
+    setattr(zeros, INITIALIZED, True)
+    return zeros
+
+
+def _head_comes_first(model: nn.Module, stage: StageInfo) -> bool:
+    """Whether the whole model calls its tied weight by its name in the head, which the first stage then must, too."""
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    return stage.tied is not None and names.index(stage.tied[0]) < names.index(stage.tied[1])
 
 
 def _tie(model: nn.Module, head: str, embedding: str) -> None:
     """Tie the head to the embedding now; transformers does so after loading, when a strategy has sharded both.
 
-    Sharded by itself the embedding, which never runs on the last stage, would break FSDP2, which cannot finish a
-    backward without synchronisation for a module that never ran.
+    Sharded by itself the embedding, whose output is not used on the last stage, would break FSDP2, which cannot finish
+    a backward without synchronisation for a module that has none.
     """
     owner, _, name = head.rpartition(".")
     setattr(model.get_submodule(owner), name, model.get_parameter(embedding))
-
-
-def _replace_by_identity(model: nn.Module, names: Collection[str]) -> None:
-    for name in names:
-        model.set_submodule(name, ModuleOfOtherStage(model.get_submodule(name)))
-
-
-def _take_embeddings(base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Drop ``input_ids`` where hidden states come in: a base model takes one or the other.
-
-    The model around it keeps them for its head: a classifier looks for padding in them.
-    """
-    if kwargs.get("inputs_embeds") is None:
-        return None
-    if args and args[0] is not None:
-        args = (None, *args[1:])
-    return args, {**kwargs, **({"input_ids": None} if "input_ids" in kwargs else {})}
-
-
-def _hidden_states(model: Any, inputs: dict[str, Any]) -> Tensor:
-    """Run what a stage without the head has of *model*, its base model, in place of the forward of the whole."""
-    hidden: Tensor = model.base_model(**inputs).last_hidden_state
-    return hidden
-
-
-@torch.no_grad()
-def require_plain_forward(model: Any, structure: ModelStructure) -> None:
-    """Raise ValueError when the base model changes its input outside of its modules.
-
-    Every stage runs the base model's whole forward, so an operation between the modules (a scaled embedding, added
-    positions) would run once per stage. A copy with every module replaced by identity must return exactly its input.
-    """
-    kind = type(model).__name__
-    skeleton = copy.deepcopy(model.base_model)
-    prefix = next(name for name, module in model.named_modules() if module is model.base_model)
-    inside = [unit.removeprefix(f"{prefix}.") for unit in structure.units if unit.startswith(f"{prefix}.")]
-    _replace_by_identity(skeleton, inside)
-    skeleton.to_empty(device="cpu").eval()
-    sent = torch.linspace(-1, 1, 4 * skeleton.config.hidden_size, device="cpu").view(1, 4, -1)
-    try:
-        returned = skeleton(inputs_embeds=sent, use_cache=False).last_hidden_state
-    except Exception as error:
-        raise ValueError(
-            f"{kind} does not run with its layers in other stages ({type(error).__name__}: {error}), so it cannot be a "
-            "pipeline"
-        ) from error
-    if returned.shape != sent.shape or not torch.equal(returned, sent):
-        raise ValueError(
-            f"{kind} changes inputs_embeds in its forward, besides its modules (a scaled embedding, say), which every "
-            "stage would do again; it cannot be a pipeline"
-        )

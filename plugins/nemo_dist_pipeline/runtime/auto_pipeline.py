@@ -13,8 +13,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nemo_dist.plugin.hookspecs import Batch
+from nemo_dist.plugin.resharding import keep_gathered, reshard
 from nemo_dist.training.router_aux_loss import COUNTED
-from nemo_dist_pipeline.partition.stage_model import PipelineInfo, StageInfo
+from nemo_dist_pipeline.partition.stage_model import PipelineInfo, StageInfo, set_hollow_dtype
 from nemo_dist_pipeline.runtime.forward_only import forward_only
 from nemo_dist_pipeline.runtime.microbatches import Microbatches, MicrobatchSplitter
 from nemo_dist_pipeline.runtime.tied_embedding import TiedWeight, gradients_set_aside
@@ -22,7 +23,6 @@ from nemo_dist_pipeline.runtime.torch_stage import (
     ModelStage,
     ScheduleBuilder,
     TorchSchedule,
-    reshard,
     run_part,
     torch_order,
 )
@@ -75,12 +75,12 @@ class AutoPipeline:
 
     @property
     def _splitter(self) -> MicrobatchSplitter:
-        base: Any = self.parts[0].base_model
-        hidden = base.config.hidden_size
+        hidden = self._stages[0].hidden_shape
         return MicrobatchSplitter(config=self.config, placement=self.placement, cp_size=self.cp_size, hidden=hidden)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield the parameters of this rank's stages under their names in the full model."""
+        reshard(self.parts)
         for part in self.parts:
             yield from part.named_parameters()
 
@@ -113,7 +113,7 @@ class AutoPipeline:
         """
         runs = [self._splitter.split(self.parts[-1], *given) for given in zip(batches, weights, strict=True)]
         total = torch.zeros((), device=self.device)
-        with gradients_set_aside(self.tied.replicas) if self.tied else nullcontext():
+        with keep_gathered(self.parts), gradients_set_aside(self.tied.replicas) if self.tied else nullcontext():
             for run in self._splitter.joined(runs):
                 total += self._train(run)
             if self.tied:
@@ -160,15 +160,18 @@ class AutoPipeline:
 
     def _boundary_dtype(self, run: Microbatches) -> torch.dtype:
         """Return the dtype of the hidden states between stages: the user's, else what the first stage makes."""
-        if self.config.dtype is not None:
-            return getattr(torch, self.config.dtype)  # type: ignore[no-any-return]
         if self._dtype is None:
-            code = torch.zeros((), dtype=torch.long, device=self.device)
+            codes = torch.zeros(2, dtype=torch.long, device=self.device)
             if self._stages[0].is_first:
-                code += _DTYPES.index(self._first_hidden(run).dtype)
-            # All ranks of this pipeline take part; the rank of the first stage knows the dtype.
-            dist.broadcast(code, group_src=self.placement.rank_of(0), group=self.group)
-            self._dtype = _DTYPES[int(code)]
+                made = self._first_hidden(run).dtype
+                entry: Any = self.parts[0].pipeline_entry
+                codes += torch.tensor([_DTYPES.index(made), _DTYPES.index(entry.dtype)], device=self.device)
+            # All ranks of this pipeline take part; the rank of the first stage knows the dtypes.
+            dist.broadcast(codes, group_src=self.placement.rank_of(0), group=self.group)
+            made, embedded = (_DTYPES[code] for code in codes.tolist())
+            for part in self.parts:
+                set_hollow_dtype(part, embedded)
+            self._dtype = getattr(torch, self.config.dtype) if self.config.dtype is not None else made
         return self._dtype
 
     @torch.no_grad()
@@ -177,7 +180,6 @@ class AutoPipeline:
             # This forward belongs to no step, so the router statistics must not count its tokens.
             inputs = {name: value for name, value in run[0].items() if name != COUNTED}
             hidden: Tensor = run_part(self.parts[0], self._stages[0], None, inputs, None)
-        reshard(self.parts[:1])
         if hidden.shape != self._splitter.hidden_shape(run):
             raise ValueError(
                 f"the first stage makes hidden states of shape {tuple(hidden.shape)} of inputs that should give "
@@ -220,9 +222,8 @@ class AutoPipeline:
     def _run_forward(self, run: Microbatches) -> list[Any]:
         hidden = torch.empty(self._splitter.hidden_shape(run), dtype=self._boundary_dtype(run), device=self.device)
         loss = self.config.loss_fn if "labels" in run.inputs else None
-        outputs = forward_only(self.parts, self._stages, run, hidden, self.placement, self.group, loss)
-        reshard(self.parts)
-        return outputs
+        with keep_gathered(self.parts):
+            return forward_only(self.parts, self._stages, run, hidden, self.placement, self.group, loss)
 
     # ---- inspection ----
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -77,12 +77,12 @@ class Microbatches:
 
 @attrs.frozen(kw_only=True)
 class MicrobatchSplitter:
-    """Split batches as the options and the schedule ask; ``hidden`` is the width of the hidden states."""
+    """Split batches as the options and the schedule ask; ``hidden`` gives the shape of hidden states."""
 
     config: PipelineConfig
     placement: StagePlacement
     cp_size: int
-    hidden: int
+    hidden: Callable[[int, int], tuple[int, ...]]
 
     @property
     def minimum(self) -> int:
@@ -90,9 +90,9 @@ class MicrobatchSplitter:
         return self.placement.microbatches or self.config.microbatches
 
     def split(self, model: nn.Module, batch: Batch, weight: Tensor) -> Microbatches:
-        """Return the microbatches of *batch*; raise ValueError where it does not fit the schedule."""
+        """Return the microbatches of *batch*; raise ValueError where it does not fit the options."""
         run = Microbatches.of(model, batch, weight, self.config.pp_microbatch_size, self.minimum)
-        length = self.hidden_shape(run)[1] * self.cp_size
+        length = self._length(run) * self.cp_size
         if self.config.pp_seq_len not in (None, length):
             raise ValueError(
                 f"the batch has sequences of {length} tokens, but pp_seq_len is {self.config.pp_seq_len}; pad it "
@@ -105,29 +105,40 @@ class MicrobatchSplitter:
                 f"the batch has {run.count} microbatches of {self.config.pp_microbatch_size} rows, but {what} is for "
                 f"{self.minimum} ({limit} rows); pass smaller batches, or a list of them"
             )
-        if problem := self.placement.microbatch_problem(run.count):
-            raise ValueError(
-                f"{problem}; the batch was split by pp_microbatch_size={self.config.pp_microbatch_size}. Pass larger "
-                "batches, or set pp_batch_size: smaller ones are then filled up with rows that do not count"
-            )
         return run
 
     def joined(self, runs: list[Microbatches]) -> list[Microbatches]:
-        """Return *runs* joined into one where they fit together, so that the pipeline fills and drains only once."""
+        """Return *runs* joined into one where they fit together, so that the pipeline fills and drains only once.
+
+        Raises ValueError for a run that does not fit the schedule.
+        """
         together = (
             len(runs) > 1
             and self.placement.joins
             and len({run.shape for run in runs}) == 1
             and not self.placement.microbatch_problem(sum(run.count for run in runs))
         )
-        return [Microbatches.joined(runs)] if together else runs
+        joined = [Microbatches.joined(runs)] if together else runs
+        for run in joined:
+            if problem := self.placement.microbatch_problem(run.count):
+                raise ValueError(
+                    f"{problem}; a batch of {run.rows} rows was split by pp_microbatch_size="
+                    f"{self.config.pp_microbatch_size}. Pass a list of batches of one shape, forward_backward([...]), "
+                    "whose microbatches run through the schedule together (packed rows, say), or larger batches, or "
+                    "set pp_batch_size: smaller ones are then filled up with rows that do not count"
+                )
+        return joined
 
-    def hidden_shape(self, run: Microbatches) -> tuple[int, int, int]:
-        """Return the shape of the hidden states of one microbatch between stages: (rows, length, width)."""
+    def hidden_shape(self, run: Microbatches) -> tuple[int, ...]:
+        """Return the shape of the hidden states of one microbatch between stages, mostly (rows, length, width)."""
+        return self.hidden(run.rows // run.count, self._length(run))
+
+    @staticmethod
+    def _length(run: Microbatches) -> int:
         source = run.inputs.get("input_ids", run.inputs.get("inputs_embeds"))
         if source is None:
             raise ValueError(f"the batch has neither input_ids nor inputs_embeds (it has {sorted(run.inputs)})")
-        return run.rows // run.count, source.shape[1], self.hidden
+        return int(source.shape[1])
 
 
 def _rows(batch: Batch) -> int:

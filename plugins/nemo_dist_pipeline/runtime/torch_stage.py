@@ -13,7 +13,6 @@ import attrs
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining._schedule_visualizer import get_schedule_ops
 from torch.distributed.pipelining.schedules import (
@@ -23,7 +22,9 @@ from torch.distributed.pipelining.schedules import (
     get_schedule_class,
 )
 
-from nemo_dist_pipeline.partition.stage_model import StageInfo
+from nemo_dist.hf_model import is_media
+from nemo_dist_pipeline.partition.skeleton import accepted
+from nemo_dist_pipeline.partition.stage_model import StageInfo, run_stage
 from nemo_dist_pipeline.schedule.actions import Action, Order, order_of
 from nemo_dist_pipeline.schedule.schedules import Schedule
 
@@ -35,14 +36,14 @@ def run_part(
     part: nn.Module, stage: StageInfo, hidden: Tensor | None, inputs: dict[str, Any], loss: Loss | None
 ) -> Any:
     """Run *part* on *hidden* (None at the first stage); return hidden states, or the last stage's output with loss."""
-    if hidden is not None:
-        inputs = {**inputs, "inputs_embeds": hidden}
-    inputs["use_cache"] = False
+    inputs = {**inputs, **accepted(part, {"use_cache": False})}
+    if not stage.is_first:
+        inputs = {name: value for name, value in inputs.items() if not is_media(name, value)}
     if not stage.is_last:
-        return part(**{name: value for name, value in inputs.items() if name not in ("labels", "shift_labels")})
-    if loss is None:
-        return part(**inputs)
-    output = part(**{name: value for name, value in inputs.items() if name != "labels"})
+        inputs = {name: value for name, value in inputs.items() if name not in ("labels", "shift_labels")}
+    if loss is None or not stage.is_last:
+        return run_stage(part, hidden, inputs)
+    output = run_stage(part, hidden, {name: value for name, value in inputs.items() if name != "labels"})
     output["loss"] = loss(output.logits, inputs["labels"])
     return output
 
@@ -128,11 +129,3 @@ def _one_forward_one_backward(pp_size: int, microbatches: int) -> Order:
             line.append(Action(rank, "B", index))
         lines.append(tuple(line))
     return tuple(lines)
-
-
-def reshard(parts: Sequence[nn.Module]) -> None:
-    """Free the parameters that FSDP gathered for *parts* and keeps when no backward follows the forward."""
-    for part in parts:
-        for module in part.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()

@@ -1,0 +1,66 @@
+"""Prove, at load, that the stages of a model in sequence compute what the whole model does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemo_dist_pipeline.partition.model_structure import ModelStructure
+from nemo_dist_pipeline.partition.skeleton import NO_PIPELINE, Run, forward, skeleton
+from nemo_dist_pipeline.partition.stage_model import StageInfo, keep_stage, open_stage
+
+
+def require_exact(model: Any, structure: ModelStructure, stages: Sequence[StageInfo]) -> None:
+    """Raise ValueError unless every block gets on its stage what it gets in the whole model, bit for bit.
+
+    The output of the last stage must be that of the whole model, too. Runs on stand-ins for blocks and weights; see
+    ``skeleton``.
+    """
+    kind = type(model).__name__
+    blocks = {name: model.get_submodule(name) for name in structure.layers}
+    whole = Run(places=structure.places)
+    whole.output = forward(skeleton(model, blocks), whole)
+    hidden: Any = None
+    for stage in stages:
+        bare = skeleton(model, blocks)
+        keep_stage(bare, stage, structure, torch.device("cpu"))
+        open_stage(bare)
+        run = Run(places=structure.places)
+        bare.pipeline_entry.received = hidden
+        try:
+            hidden = forward(bare, run)
+        except Exception as error:
+            raise ValueError(
+                f"{kind} does not run with its blocks on several stages ({type(error).__name__}: {error}); "
+                f"{NO_PIPELINE}"
+            ) from error
+        for name in stage.own_blocks:
+            for argument, value in whole.given[name].items():
+                if not _same(value, run.given.get(name, {}).get(argument)):
+                    raise ValueError(
+                        f"{kind} gives its block {name} as {argument!r} what comes of weights of other stages, besides "
+                        f"hidden states; {NO_PIPELINE}"
+                    )
+    if not _same(_plain(whole.output), _plain(hidden)):
+        raise ValueError(f"{kind} uses weights of other stages again after its blocks; {NO_PIPELINE}")
+
+
+def _plain(output: Any) -> Any:
+    return dict(output) if isinstance(output, Mapping) else output
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two values are equal, bit for bit; other objects than containers, tensors and numbers are, by type."""
+    if isinstance(one, Tensor):
+        same = isinstance(other, Tensor) and one.shape == other.shape and one.dtype == other.dtype
+        return same and bool(torch.equal(one.nan_to_num(), other.nan_to_num()))
+    if isinstance(one, Mapping):
+        return isinstance(other, Mapping) and one.keys() == other.keys() and all(_same(one[k], other[k]) for k in one)
+    if isinstance(one, tuple | list):
+        return type(one) is type(other) and len(one) == len(other) and all(map(_same, one, other))
+    if isinstance(one, bool | int | float | str | type(None)):
+        return bool(one == other)
+    return type(one) is type(other)

@@ -1,0 +1,423 @@
+"""Prove on a small scale that a module cut by a plan computes what the whole module computes, before a weight is read.
+
+``Recording`` runs the model once on the CPU, with random weights that take little memory, and keeps what every module
+is called with. ``prove`` then runs one of these modules whole, and cut over ranks that are threads of this process with
+the very forwards that the real ranks get, and compares the output and all gradients. That shows what a plan from a
+table of names cannot: whether a norm, a bias or a per-head parameter that stays whole is used alike on all ranks or by
+each on heads of its own, and whether a contiguous shard of a packed projection is really the part that a rank needs.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import Placement, Shard
+from transformers.pytorch_utils import Conv1D
+
+from nemo_dist.hf_model import plain_class
+from nemo_dist.torch_private import StridedShard, disable_current_modes, tensors_in, tree_map_only
+from nemo_dist_tensor.collectives import Peers
+
+ROWS, LENGTH = 2, 6
+_FACTOR = 4  # the rank of the random matrices
+_WORDS = 64  # rows of an embedding; token ids are smaller
+_MOST = 1 << 22  # numbers in a parameter; a larger one repeats its first slice
+_EXPERTS = 2  # of an experts' module that is compared
+_TOLERANCE = 1e-4
+_WAIT = 60.0
+_ELEMENTWISE = ("Mul", "Div", "Tanh", "ToCopy", "Clone", "Alias", "View", "UnsafeView", "Slice")
+
+
+class ThinLinear(nn.Linear):
+    """A linear layer whose matrix is a product of two narrow random ones, ``weight @ into.T``, to save memory."""
+
+    into: nn.Parameter
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Multiply as the layer that this one stands for."""
+        return nn.functional.linear(input @ self.into, self.weight, self.bias)
+
+
+@attrs.frozen(eq=False)
+class Call:
+    """How the model called a module: its arguments, with the gradient functions that they had."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+
+@attrs.frozen(eq=False)
+class Recording:
+    """The model with random weights on the CPU, the first call of every module, and the modules in order of calls.
+
+    ``complete``: the run went through to the loss. ``head_is_scaled_only``: between the head and the loss its logits
+    are at most scaled, their shape and order unchanged.
+    """
+
+    model: Any
+    calls: Mapping[str, Call]
+    complete: bool
+    head_is_scaled_only: bool
+
+    @classmethod
+    def of(cls, model: Any) -> Recording | None:
+        """Run a copy of *model* (on meta); None when that does not work, so that nothing is known of its calls."""
+        with disable_current_modes(), torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            try:
+                with torch.device("meta"):
+                    twin = plain_class(model)(copy.deepcopy(model.config))
+                twin = twin.float().eval()
+                twin.set_attn_implementation("eager")
+                torch.manual_seed(0)
+                _materialise(twin)
+                return cls._run(twin)
+            except Exception:
+                return None
+
+    @classmethod
+    def _run(cls, model: Any) -> Recording:
+        calls: dict[str, Call] = {}
+        logits: list[Any] = []
+        handles = [
+            module.register_forward_pre_hook(_recorder(name, calls), with_kwargs=True)
+            for name, module in model.named_modules()
+            if name
+        ]
+        head = model.get_output_embeddings()
+        if head is not None:
+            handles.append(head.register_forward_hook(lambda *call: logits.append(call[-1])))
+            model.loss_function = lambda logits_=None, *_, **more: _keep(logits, more.get("logits", logits_))
+        words = min(model.config.get_text_config().vocab_size, _WORDS)
+        ids = torch.randint(3, words - 2, (ROWS, LENGTH))
+        complete = True
+        with torch.enable_grad():
+            try:
+                model(input_ids=ids, labels=ids, use_cache=False)
+            except Exception:
+                complete = False  # what it called before is known all the same
+        for handle in handles:
+            handle.remove()
+        return cls(model, calls, complete, len(logits) == 2 and _scaled_only(logits[1], logits[0]))
+
+
+def _keep(seen: list[Any], logits: Any) -> Tensor:
+    seen.append(logits)
+    return logits.sum() if isinstance(logits, Tensor) else torch.zeros(())
+
+
+def _recorder(name: str, calls: dict[str, Call]) -> Callable[..., None]:
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.setdefault(name, Call(args, dict(kwargs)))
+
+    return hook
+
+
+def _scaled_only(logits: Any, output: Any) -> bool:
+    """Whether *logits* come from *output*, of the same shape, by operations on single numbers only."""
+    if not isinstance(logits, Tensor) or logits.shape != output.shape:
+        return False
+    node, end = logits.grad_fn, output.grad_fn
+    while node is not None and node is not end:
+        before = [found for found, _ in node.next_functions if found is not None]
+        if len(before) != 1 or not node.name().startswith(_ELEMENTWISE):
+            return False
+        node = before[0]
+    return node is end
+
+
+def is_projection(module: nn.Module) -> bool:
+    """Whether *module* is a plain linear layer: ``nn.Linear``, or another class that computes the same, or GPT-2's."""
+    if isinstance(module, nn.Linear) and type(module) not in (nn.Linear, ThinLinear):
+        return _multiplies(plain_class(module), module.bias is not None)
+    return type(module) in (nn.Linear, Conv1D, ThinLinear)
+
+
+@lru_cache(maxsize=256)
+def _multiplies(kind: type[nn.Linear], bias: bool) -> bool:
+    """Whether a layer of the class *kind* computes what ``nn.Linear`` does, found by trying a small one."""
+    with disable_current_modes(), torch.random.fork_rng(devices=[]), torch.no_grad(), torch.device("cpu"):
+        try:
+            small = kind.__new__(kind)
+            nn.Linear.__init__(small, 5, 3, bias=bias)
+            value = torch.randn(2, 4, 5)
+            return torch.allclose(small(value), nn.Linear.forward(small, value), rtol=1e-5, atol=1e-6)
+        except Exception:
+            return False
+
+
+def _materialise(model: nn.Module) -> None:
+    """Give *model* random weights and buffers on the CPU; tied parameters stay tied where that matters to no rule."""
+    for module in model.modules():
+        if is_projection(module):
+            _thin(module)
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None and parameter.is_meta:
+                module._parameters[name] = nn.Parameter(_random(module, parameter))
+        for name, buffer in list(module._buffers.items()):
+            if buffer is not None and buffer.is_meta:
+                module._buffers[name] = _buffer(name, buffer)
+        if isinstance(module, nn.Embedding):
+            module.padding_idx = None
+
+
+def _thin(module: Any) -> None:
+    out, into = (module.nf, module.nx) if isinstance(module, Conv1D) else (module.out_features, module.in_features)
+    bias = module.bias is not None
+    module.__class__ = ThinLinear
+    module.out_features, module.in_features = out, into
+    module._parameters.clear()
+    module.weight = nn.Parameter(torch.randn(out, _FACTOR) * 0.5)
+    module.into = nn.Parameter(torch.randn(into, _FACTOR) / into**0.5)
+    module.bias = nn.Parameter(torch.randn(out) * 0.5) if bias else None
+
+
+def _random(module: nn.Module, parameter: Tensor) -> Tensor:
+    shape = list(parameter.shape)
+    if isinstance(module, nn.Embedding):
+        shape[0] = min(shape[0], _WORDS)
+    repeats = shape[0] if len(shape) > 2 and parameter.numel() > _MOST else 1
+    if repeats > 1:
+        shape[0] = 1
+    scale = 1.0 if len(shape) == 1 else 1 / max(shape[-1], 1) ** 0.5
+    values = torch.randn(shape) * scale
+    if len(shape) == 1:
+        values = 1 + 0.3 * values
+    return values.expand(repeats, *shape[1:]) if repeats > 1 else values
+
+
+def _buffer(name: str, buffer: Tensor) -> Tensor:
+    if buffer.is_floating_point():
+        return torch.rand(buffer.shape) * 0.9 + 0.1
+    if buffer.dtype is torch.bool:
+        return torch.ones(buffer.shape, dtype=torch.bool).tril() if buffer.dim() > 1 else torch.ones_like(buffer)
+    places = torch.arange(buffer.shape[-1]) if buffer.dim() and "position" in name else torch.zeros(())
+    return places.expand(buffer.shape).to(buffer.dtype, copy=True)
+
+
+@attrs.define(eq=False)
+class _Exchange:
+    """What the simulated ranks share: a place for the tensor of each, and a barrier."""
+
+    size: int
+    barrier: threading.Barrier
+    slots: list[Any]
+
+    def all(self, rank: int, value: Tensor) -> list[Tensor]:
+        """Return the *value* of every rank."""
+        self.slots[rank] = value
+        self.barrier.wait(_WAIT)
+        found = list(self.slots)
+        self.barrier.wait(_WAIT)
+        return found
+
+
+@attrs.frozen(eq=False)
+class SimulatedPeers(Peers):
+    """Peers that are threads of this process."""
+
+    exchange: _Exchange
+
+    @classmethod
+    def make(cls, size: int) -> list[SimulatedPeers]:
+        """Return *size* peers of one another."""
+        exchange = _Exchange(size, threading.Barrier(size), [None] * size)
+        nothing: Any = None  # there is no mesh and no process group
+        return [cls(nothing, nothing, size, rank, exchange) for rank in range(size)]
+
+    def all_reduce(self, value: Tensor, operation: str = "sum") -> Tensor:
+        """Return the sum (or "max") over the peers."""
+        values = torch.stack(self.exchange.all(self.rank, value.detach().contiguous()))
+        return values.sum(0) if operation == "sum" else values.max(0).values
+
+    def all_gather(self, piece: Tensor, dim: int, total: int) -> Tensor:
+        """Return the pieces of all peers joined along *dim*."""
+        return torch.cat(self.exchange.all(self.rank, piece.detach()), dim).contiguous()
+
+    def reduce_scatter(self, value: Tensor, dim: int) -> Tensor:
+        """Return this rank's piece of the sum over the peers."""
+        return self.piece(self.all_reduce(value), dim)
+
+
+@attrs.frozen
+class Verdict:
+    """The outcome of a proof. ``summed``: whole parameters whose gradients the ranks have to sum.
+
+    ``problem`` says what differs, and is empty where nothing does.
+    """
+
+    summed: frozenset[str] = frozenset()
+    problem: str = ""
+
+
+@attrs.frozen(eq=False)
+class _Result:
+    output: list[Tensor]
+    inputs: list[Tensor | None]
+    gradients: Mapping[str, Tensor | None]
+
+
+Cut = Callable[[nn.Module, SimulatedPeers], Mapping[str, Placement | None]]
+
+
+def prove(unit: nn.Module, call: Call, ranks: int, cut: Cut) -> Verdict:
+    """Compare *unit* as it is with the parts that *cut* makes of copies of it for *ranks* simulated ranks.
+
+    ``cut`` installs the forwards of one rank in a copy and returns the placements of its parameters, by name.
+    """
+    unit, call = _fewer_experts(unit, call)
+    try:
+        whole = _run(unit, call)
+        copies, placements = [], {}
+        peers = SimulatedPeers.make(ranks)
+        for peer in peers:
+            twin = copy.deepcopy(unit)
+            placements = dict(cut(twin, peer))
+            for name, placement in _with_factors(twin, placements).items():
+                _shard(twin, name, placement, peer)
+            copies.append(twin)
+        parts = _threads(copies, call, peers[0].exchange)
+    except Exception as error:
+        return Verdict(problem=f"its forward fails when it is cut ({type(error).__name__}: {str(error)[:200]})")
+    return _compare(unit, whole, parts, _with_factors(unit, placements), peers)
+
+
+def piece(tensor: Tensor, placement: Placement | None, peers: Peers) -> Tensor:
+    """Return the part of *tensor* that a rank holds under *placement*."""
+    if isinstance(placement, StridedShard):
+        halves = tensor.chunk(placement.split_factor, placement.dim)
+        return torch.cat([peers.piece(half, placement.dim) for half in halves], placement.dim)
+    return peers.piece(tensor, placement.dim) if isinstance(placement, Shard) else tensor
+
+
+def _with_factors(unit: nn.Module, placements: Mapping[str, Placement | None]) -> dict[str, Placement | None]:
+    """Return *placements* for thin matrices: ``Shard(1)`` of a matrix is ``Shard(0)`` of its second factor."""
+    found = {}
+    for name, placement in placements.items():
+        module = unit.get_submodule(name.rpartition(".")[0])
+        if isinstance(module, ThinLinear) and name.endswith("into"):
+            continue
+        second = isinstance(module, ThinLinear) and name.endswith("weight") and placement == Shard(1)
+        found[name.removesuffix("weight") + "into" if second else name] = Shard(0) if second else placement
+    return found
+
+
+def _shard(unit: nn.Module, name: str, placement: Placement | None, peers: Peers) -> None:
+    module, own = unit.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+    if placement is not None:
+        module._parameters[own] = nn.Parameter(piece(unit.get_parameter(name).detach(), placement, peers))
+
+
+def _fewer_experts(unit: nn.Module, call: Call) -> tuple[nn.Module, Call]:
+    """Leave an experts' module few experts, or copies of it would need the memory of all."""
+    count = getattr(unit, "num_experts", None)
+    own = dict(unit.named_parameters(recurse=False))
+    if not isinstance(count, int) or count <= _EXPERTS or not any(p.ndim == 3 for p in own.values()):
+        return unit, call
+    unit = copy.copy(unit)
+    unit._parameters = {  # type: ignore[assignment]
+        name: nn.Parameter(torch.randn(_EXPERTS, *p.shape[1:]) * max(p.shape[-1], 1) ** -0.5)
+        if p.shape[0] == count
+        else p
+        for name, p in own.items()
+    }
+    unit.num_experts = _EXPERTS  # type: ignore[assignment]
+
+    def fewer(value: Any) -> Any:
+        integers = isinstance(value, Tensor) and value.dtype in (torch.int32, torch.int64)
+        return value % _EXPERTS if integers else value
+
+    return unit, Call(tuple(map(fewer, call.args)), {name: fewer(value) for name, value in call.kwargs.items()})
+
+
+def _run(unit: nn.Module, call: Call) -> _Result:
+    """Run forward and backward of *unit*, with random inputs of the recorded shapes."""
+    generator = torch.Generator().manual_seed(1)
+    inputs: list[Tensor] = []
+
+    def fresh(value: Tensor) -> Tensor:
+        if not (value.is_floating_point() and value.requires_grad):
+            return value.detach().clone()
+        inputs.append(torch.randn(value.shape, generator=generator).requires_grad_())
+        return inputs[-1]
+
+    args, kwargs = tree_map_only(Tensor, fresh, (call.args, dict(call.kwargs)))
+    with torch.enable_grad():
+        output = unit(*args, **kwargs)
+        found = [t for t in tensors_in(output) if t.is_floating_point()]
+        first = found[0]
+        direction = torch.randn(first.shape, generator=generator)
+        parameters = {name: p for name, p in unit.named_parameters() if p.requires_grad}
+        wanted = [*inputs, *parameters.values()]
+        grads = torch.autograd.grad((first * direction).sum(), wanted, allow_unused=True)
+    return _Result(
+        [first.detach()], list(grads[: len(inputs)]), dict(zip(parameters, grads[len(inputs) :], strict=True))
+    )
+
+
+def _threads(copies: list[nn.Module], call: Call, exchange: _Exchange) -> list[_Result]:
+    results: list[Any] = [None] * len(copies)
+
+    def work(rank: int) -> None:
+        try:
+            results[rank] = _run(copies[rank], call)
+        except Exception as error:
+            results[rank] = error
+            exchange.barrier.abort()
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(len(copies))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    errors = [result for result in results if isinstance(result, Exception)]
+    if errors:
+        raise next((e for e in errors if not isinstance(e, threading.BrokenBarrierError)), errors[0])
+    return results
+
+
+def _compare(
+    unit: nn.Module,
+    whole: _Result,
+    parts: list[_Result],
+    placements: Mapping[str, Placement | None],
+    peers: list[SimulatedPeers],
+) -> Verdict:
+    if not all(_same(a, b) for part in parts for a, b in zip(part.output, whole.output, strict=True)):
+        return Verdict(problem="its output differs")
+    if not all(_same(a, b) for part in parts for a, b in zip(part.inputs, whole.inputs, strict=True)):
+        return Verdict(problem="the gradient of its input differs")
+    summed = set()
+    largest = max((g.norm().item() for g in whole.gradients.values() if g is not None), default=0.0)
+    for name, expected in whole.gradients.items():
+        mine = [part.gradients.get(name) for part in parts]
+        wanted = [None if expected is None else piece(expected, placements.get(name), peer) for peer in peers]
+        floor = largest * 1e-3
+        if all(_same(a, b, floor) for a, b in zip(mine, wanted, strict=True)):
+            continue
+        total = sum((g for g in mine if g is not None), start=torch.zeros(()))
+        if placements.get(name) is not None or not _same(total, expected, floor):
+            return Verdict(problem=f"the gradient of {name} differs")
+        if (
+            not isinstance(unit.get_submodule(name.rpartition(".")[0]), ThinLinear)
+            or name.endswith("bias")
+            or not any(key.startswith(name.rpartition(".")[0] + ".") for key in placements)
+        ):
+            summed.add(name)
+    return Verdict(frozenset(summed))
+
+
+def _same(found: Tensor | None, expected: Tensor | None, floor: float = 0.0) -> bool:
+    if found is None or expected is None:
+        other = found if expected is None else expected
+        return other is None or not bool(other.any())
+    if found.shape != expected.shape:
+        return False
+    error = (found - expected).norm().item() if found.numel() else 0.0
+    return error <= _TOLERANCE * max(expected.norm().item(), floor, 1e-12)

@@ -1,0 +1,175 @@
+"""Every optimizer of torch, and transformers' Adafactor, gives what it gives on one process, or is refused."""
+
+import inspect
+
+import pytest
+import torch
+import transformers
+from cases import cases, slow
+
+from nemo_dist import DDPConfig, DistributedSetup, FSDP2Config, ParallelismSizes
+from nemo_dist.testing.equivalence import checkpoint
+from nemo_dist.testing.precision import FP32
+from nemo_dist.testing.tensors import rows_of_rank, whole
+from nemo_dist.testing.tiny_models import SPECIMENS
+
+LLAMA = SPECIMENS["llama"]
+SETUPS = {
+    "fsdp2": lambda: {"strategy": FSDP2Config(mp_policy=FP32)},
+    "tp": lambda: {"strategy": FSDP2Config(mp_policy=FP32), "parallelism_sizes": ParallelismSizes(tp_size=2)},
+    "pp": lambda: {"strategy": FSDP2Config(mp_policy=FP32), "parallelism_sizes": ParallelismSizes(pp_size=2)},
+    "ddp": lambda: {"strategy": DDPConfig()},
+}
+ELEMENTWISE = {
+    "Adadelta": {"lr": 1.0},
+    "Adagrad": {"lr": 1e-2},
+    "Adam": {"lr": 1e-2, "eps": 1e-5},
+    "AdamW": {"lr": 1e-2, "eps": 1e-5, "foreach": False},
+    "Adamax": {"lr": 1e-2, "eps": 1e-5},
+    "ASGD": {"lr": 1e-2},
+    "NAdam": {"lr": 1e-2, "eps": 1e-5},
+    "RAdam": {"lr": 1e-2, "eps": 1e-5},
+    "RMSprop": {"lr": 1e-3, "eps": 1e-4},
+    "SGD": {"lr": 1e-1, "momentum": 0.9, "nesterov": True},
+}
+REFUSED = {
+    "Adafactor": {},
+    "LBFGS": {},
+    "Muon": {},
+    "Rprop": {},
+    "SparseAdam": {},
+    "transformers.Adafactor": {"scale_parameter": True},
+}
+
+
+def optimizer_class(name):
+    package, _, last = name.rpartition(".")
+    return getattr({"": torch.optim, "transformers": transformers.optimization}[package], last)
+
+
+def batch(step):
+    return LLAMA.batch(4, 12, torch.Generator().manual_seed(step))
+
+
+def trainable(model_or_runtime, name):
+    """Return the named parameters that the optimizer *name* takes: Muon takes matrices only."""
+    named = dict(model_or_runtime.named_parameters())
+    return {n: p for n, p in named.items() if name != "Muon" or p.ndim == 2}
+
+
+def on_rank_three_steps(setup, name, options, folder):
+    """Return the parameters after three steps, or the message of the refusal."""
+    setup = DistributedSetup.build(**SETUPS[setup]())
+    runtime = setup.runtime(LLAMA.load.from_pretrained(folder, distributed_setup=setup, dtype=torch.float32))
+    try:
+        optimizer = runtime.optimizer(optimizer_class(name), list(trainable(runtime, name).values()), **options)
+    except ValueError as error:
+        return str(error)
+    for step in range(3):
+        runtime.forward_backward(rows_of_rank(batch(step), runtime))
+        optimizer.step()
+        runtime.model.zero_grad() if name == "Muon" else optimizer.zero_grad()
+    return {n: whole(p) for n, p in runtime.named_parameters()}
+
+
+def alone(name, options, folder):
+    model = LLAMA.load.from_pretrained(folder, dtype=torch.float32)
+    optimizer = optimizer_class(name)(trainable(model, name).values(), **options)
+    for step in range(3):
+        model(**batch(step)).loss.backward()
+        optimizer.step()
+        model.zero_grad()
+    return dict(model.named_parameters())
+
+
+def test_every_optimizer_of_torch_is_in_a_table():
+    kinds = {name for name, kind in vars(torch.optim).items() if inspect.isclass(kind)}
+    kinds = {name for name in kinds if issubclass(getattr(torch.optim, name), torch.optim.Optimizer)}
+
+    assert kinds - {"Optimizer"} == {name for name in ELEMENTWISE | REFUSED if "." not in name}
+
+
+@cases(
+    ("setup", "name"),
+    [
+        *(("fsdp2", name) for name in ("AdamW", "SGD")),
+        *(slow("fsdp2", name) for name in ELEMENTWISE if name not in ("AdamW", "SGD")),
+        *(slow(setup, name) for setup in ("tp", "pp", "ddp") for name in ELEMENTWISE),
+        slow("ddp", "Adafactor"),
+        slow("ddp", "Rprop"),
+    ],
+)
+def test_three_steps_are_those_of_one_process(ranks, setup, name):
+    options = {**ELEMENTWISE, **REFUSED}[name]
+    expected = alone(name, options, checkpoint("llama"))
+
+    for found in ranks(2).run(on_rank_three_steps, setup, name, options, checkpoint("llama")):
+        assert not isinstance(found, str), found
+        for parameter, value in found.items():
+            assert (value - expected[parameter]).norm() <= 1e-5 * expected[parameter].norm(), parameter
+
+
+@pytest.mark.parametrize("setup", ["fsdp2", pytest.param("tp", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", REFUSED)
+def test_an_optimizer_that_mixes_elements_is_refused(ranks, setup, name):
+    for message in ranks(2).run(on_rank_three_steps, setup, name, REFUSED[name], checkpoint("llama")):
+        assert isinstance(message, str)
+        last = name.rpartition(".")[2]
+        assert message.startswith(f"{last} does not step parameters on several ranks as on one process: ")
+        assert message.endswith("or a strategy that keeps the whole model on every rank")
+
+
+class NormalisedSGD(torch.optim.Optimizer):
+    """Divide the gradient of a tensor by its norm: of a shard's local part, which is not the tensor's."""
+
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                own = getattr(parameter, "_local_tensor", parameter)
+                grad = getattr(parameter.grad, "_local_tensor", parameter.grad)
+                own.sub_(grad / grad.norm(), alpha=group["lr"])
+
+
+class GlobalNormSGD(torch.optim.Optimizer):
+    """Divide by the norm of the gradients of all its tensors, of which a pipeline stage has a part."""
+
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self):
+        params = [parameter for group in self.param_groups for parameter in group["params"]]
+        norm = sum(parameter.grad.square().sum() for parameter in params).sqrt()
+        for parameter in params:
+            parameter.sub_(parameter.grad / norm, alpha=self.param_groups[0]["lr"])
+
+
+OWN = {"NormalisedSGD": NormalisedSGD, "GlobalNormSGD": GlobalNormSGD}
+
+
+def on_rank_own(setup, name, folder):
+    setup = DistributedSetup.build(**SETUPS[setup]())
+    runtime = setup.runtime(LLAMA.load.from_pretrained(folder, distributed_setup=setup, dtype=torch.float32))
+    try:
+        runtime.optimizer(OWN[name])
+    except ValueError as error:
+        return str(error)
+    return "accepted"
+
+
+@pytest.mark.parametrize(
+    ("setup", "name", "said"),
+    [
+        ("fsdp2", "NormalisedSGD", "its update mixes the elements of different ranks"),
+        ("pp", "GlobalNormSGD", "depends on others, which another pipeline stage may hold"),
+        ("ddp", "NormalisedSGD", "accepted"),
+        ("fsdp2", "GlobalNormSGD", "accepted"),  # a DTensor's sum is that of all shards
+    ],
+)
+def test_an_optimizer_of_a_third_party_is_judged_by_what_it_does(ranks, setup, name, said):
+    for message in ranks(2).run(on_rank_own, setup, name, checkpoint("llama")):
+        assert said in message

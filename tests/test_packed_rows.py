@@ -1,0 +1,185 @@
+"""Sequences packed into one row train as each by itself, however a collator says where they start, or are refused."""
+
+import pytest
+import torch
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nemo_dist import (
+    DistributedSetup,
+    FSDP2Config,
+    NeMoAutoModelForCausalLM,
+    NeMoAutoModelForTokenClassification,
+    ParallelismSizes,
+    PipelineConfig,
+    initialize_distributed,
+)
+from nemo_dist.testing.equivalence import checkpoint
+from nemo_dist.testing.precision import FP32
+from nemo_dist.testing.tiny_models import SPECIMENS
+from nemo_dist.training.model_inputs import ModelInputs, restarts
+from nemo_dist.training.rehearsal import mixes_packed_sequences
+
+LENGTHS = (7, 13, 12)
+
+
+def sequences(lengths=LENGTHS, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, 95, (length,), generator=generator) for length in lengths]
+
+
+def packed(rows, form="positions"):
+    """Return one row of all *rows*: the first label of each does not count, as in transformers' collator."""
+    lengths = torch.tensor([len(row) for row in rows])
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    labels = torch.cat([torch.cat((torch.tensor([-100]), row[1:])) for row in rows])
+    batch = {"input_ids": torch.cat(rows), "labels": labels, "position_ids": positions}
+    batch = {name: value[None] for name, value in batch.items()}
+    if form == "ones":
+        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    if form in ("right", "left", "between"):
+        batch = padded(batch, form, len(rows[0]))
+    if form == "boundaries":
+        del batch["position_ids"]
+        ends = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+        batch |= {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": 13, "max_length_k": 13}
+    if form == "numbers":
+        del batch["position_ids"]
+        batch["seq_idx"] = torch.arange(len(rows)).repeat_interleave(lengths)[None].int()
+    return batch
+
+
+def padded(batch, side, first):
+    """Return *batch* with three tokens of padding and a mask; ``between``: after the *first* tokens."""
+    at = {"right": batch["input_ids"].shape[1], "left": 0, "between": first}[side]
+    fills = {"input_ids": 0, "labels": -100, "position_ids": 0, "attention_mask": 0}
+    batch = {**batch, "attention_mask": torch.ones_like(batch["input_ids"])}
+    return {
+        name: torch.cat((value[:, :at], torch.full((1, 3), fills[name]), value[:, at:]), dim=1)
+        for name, value in batch.items()
+    }
+
+
+def by_themselves(model, rows):
+    """Return the mean loss over the labels of *rows*, each a batch of its own."""
+    count = sum(len(row) - 1 for row in rows)
+    return sum(model(input_ids=row[None], labels=row[None]).loss * (len(row) - 1) for row in rows) / count
+
+
+FORMS = ("positions", "ones", "right", "left", "between", "boundaries", "numbers")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_way_to_say_where_sequences_start_keeps_them_apart(form):
+    model, rows = SPECIMENS["llama"].make(), sequences()
+    inputs = ModelInputs(model)(packed(rows, form))
+    inputs.pop("counted_tokens", None)
+    torch.testing.assert_close(model(**inputs).loss, by_themselves(model, rows))
+    assert model.config.use_cache is True
+
+
+@given(st.lists(st.lists(st.integers(1, 5), min_size=1, max_size=4), min_size=1, max_size=3), st.data())
+def test_restarts_are_the_starts_of_all_sequences_but_the_first_of_a_row(rows, data):
+    width = max(map(sum, rows)) + data.draw(st.integers(0, 3))
+    mask, positions, wanted = (torch.zeros(len(rows), width, dtype=torch.long) for _ in range(3))
+    for index, lengths in enumerate(rows):
+        place = data.draw(st.integers(0, width - sum(lengths)))
+        for number, length in enumerate(lengths):
+            mask[index, place : place + length] = 1
+            positions[index, place : place + length] = torch.arange(length)
+            wanted[index, place] = number > 0
+            place += length
+    assert torch.equal(restarts(mask, positions), wanted.bool())
+
+
+def test_positions_of_padding_are_no_packing():
+    positions = torch.tensor([[1, 1, 0, 1, 2], [0, 1, 2, 1, 1]])
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0]])
+    assert not restarts(mask, positions).any()
+    batch = {"input_ids": positions, "attention_mask": mask, "position_ids": positions}
+    assert ModelInputs(SPECIMENS["llama"].make())(batch)["attention_mask"] is mask
+
+
+MIXING = {
+    "state": ("mamba", "takes no position_ids"),
+    "whole rows": ("bert-numbered", "tokens see each other in bert.encoder.layer.0"),
+}
+
+
+@pytest.mark.parametrize("kind", sorted(MIXING))
+def test_packed_sequences_that_a_model_mixes_are_refused(kind):
+    specimen, message = MIXING[kind]
+    with pytest.raises(ValueError, match=f"does not keep packed sequences apart .*{message}.*a row of its own"):
+        ModelInputs(SPECIMENS[specimen].make())(packed(sequences()))
+
+
+def test_a_convolution_between_attentions_is_found_and_named():
+    config = transformers.Lfm2Config(
+        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, layer_types=["full_attention", "conv"],
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    assert "model.layers.1" in mixes_packed_sequences(model)
+    assert mixes_packed_sequences(SPECIMENS["llama"].make()) is None
+
+
+# ---- on ranks ----
+
+SETUPS = {
+    "fsdp2": {},
+    "recompute": {"activation_checkpointing": True},
+    "tp": {"parallelism_sizes": ParallelismSizes(tp_size=2)},
+    "cp": {"parallelism_sizes": ParallelismSizes(cp_size=2)},
+    "pp": {"parallelism_sizes": ParallelismSizes(pp_size=2), "pipeline_config": PipelineConfig(pp_microbatch_size=1)},
+}
+
+
+def on_rank_train_on_packed_rows(folder, options, batches):
+    """Return the loss and the norm of one step, each data-parallel rank with a batch of its own form."""
+    initialize_distributed("gloo")
+    setup = DistributedSetup.build(strategy=FSDP2Config(mp_policy=FP32), **options)
+    model = NeMoAutoModelForCausalLM.from_pretrained(folder, distributed_setup=setup, dtype=torch.float32)
+    runtime = setup.runtime(model)
+    own = batches[runtime.dp_rank :: runtime.dp_size]
+    if runtime.dp_size == 1 and options["parallelism_sizes"].pp_size:
+        own = [{name: torch.cat([batch[name] for batch in own]) for name in own[0]}]
+    return runtime.forward_backward(own).item(), runtime.clip_grad_norm_(1e9).item()
+
+
+def expected(folder, rows):
+    model = NeMoAutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    loss = by_themselves(model, rows)
+    loss.backward()
+    return loss.item(), torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9).item()
+
+
+@pytest.mark.parametrize("setup", sorted(SETUPS))
+def test_packed_rows_match_the_sequences_by_themselves(on_ranks, setup):
+    first, second = sequences(), sequences((9, 20, 3), seed=1)
+    forms = ("ones", "ones") if setup == "pp" else ("ones", "right")
+    batches = [packed(first, forms[0]), packed(second, forms[1])]
+    wanted = expected(checkpoint("llama"), first + second)
+    for found in on_ranks(2, on_rank_train_on_packed_rows, checkpoint("llama"), SETUPS[setup], batches):
+        assert found == pytest.approx(wanted, rel=1e-5)
+
+
+def on_rank_evaluate_and_generate(folder):
+    initialize_distributed("gloo")
+    setup = DistributedSetup.build(strategy=FSDP2Config(mp_policy=FP32))
+    model = NeMoAutoModelForCausalLM.from_pretrained(folder, distributed_setup=setup, dtype=torch.float32)
+    runtime = setup.runtime(model)
+    tokens = torch.tensor([[5, 7, 11, 13]])
+    runtime.forward_backward({"input_ids": tokens, "labels": tokens})
+    made = runtime.batch({"input_ids": tokens, "labels": tokens})["use_cache"]
+    with torch.no_grad():
+        return made, model(input_ids=tokens).past_key_values is not None, model.config.use_cache
+
+
+def test_training_makes_no_cache_and_leaves_others_theirs(on_ranks):
+    assert on_ranks(1, on_rank_evaluate_and_generate, checkpoint("llama")) == [(False, True, True)]
+
+
+def test_a_classifier_of_tokens_that_attend_backwards_may_be_packed():
+    model = NeMoAutoModelForTokenClassification.from_config(SPECIMENS["llama-tokens"].config(), dtype=torch.float32)
+    assert mixes_packed_sequences(model) is None

@@ -1,0 +1,155 @@
+"""What acts between cut projections is found by structure, and copies that drift apart are reported."""
+
+import pytest
+import torch
+import transformers
+from cases import cases, slow
+
+from nemo_dist import DistributedSetup, FSDP2Config, ParallelismSizes
+from nemo_dist.errors import RankError
+from nemo_dist.testing.equivalence import Task, assert_equivalent, checkpoint
+from nemo_dist.testing.precision import FP32
+from nemo_dist.testing.tiny_models import SPECIMENS
+from nemo_dist_tensor.structure import completed
+from nemo_dist_tensor.tp_plan import match
+
+SUMMED = "replicated_with_grad_allreduce"
+
+
+def options(sequence=False, **sizes):
+    strategy = FSDP2Config(mp_policy=FP32, sequence_parallel=sequence)
+    return {"strategy": strategy, "parallelism_sizes": ParallelismSizes(tp_size=2, **sizes)}
+
+
+@cases(
+    ("specimen", "world", "sequence"),
+    [
+        ("glm4-moe-norms", 2, False),
+        ("glm4-moe-norms", 2, True),
+        slow("glm4-moe-norms", 4, False),
+        slow("glm4-moe-norms", 4, True),
+        ("apertus", 2, False),
+        slow("apertus", 2, True),
+        ("gpt-oss", 2, False),
+        slow("gpt-oss", 2, True),
+        slow("gpt-oss", 4, False),
+        ("gptj", 2, False),
+        slow("gptj", 2, True),
+        ("opt", 2, False),
+        slow("bloom", 2, False),
+        slow("bloom", 4, False),
+        slow("bert-tokens", 2, False),
+    ],
+    lambda specimen, world, sequence: f"{specimen}, {world} ranks{', sequence' if sequence else ''}",
+)
+def test_parameters_inside_of_regions_match_one_process(ranks, specimen, world, sequence):
+    assert_equivalent(ranks(world), Task(specimen=specimen, length=13), **options(sequence))
+
+
+def rules_of(specimen, ranks=2, plan=None, **changes):
+    config = SPECIMENS[specimen].config()
+    for name, value in changes.items():
+        setattr(config, name, value)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    rules, problems = completed(model, match(model, plan or {}), ranks)
+    return rules, problems
+
+
+def test_norms_that_a_plan_forgets_sum_their_gradients():
+    rules, problems = rules_of("glm4-moe-norms")
+
+    assert problems == []
+    summed = {name for name, style in rules.parameters.items() if style == SUMMED}
+    assert summed == {f"model.layers.{i}.self_attn.{name}_norm.weight" for i in range(3) for name in "qk"}
+
+
+def test_parameters_of_an_activation_sum_their_gradients():
+    rules, _ = rules_of("apertus")
+
+    assert rules.parameters["model.layers.0.mlp.act_fn.alpha_p"] == SUMMED
+    assert rules.modules["model.layers.0.mlp.up_proj"] == "colwise"
+
+
+def test_packed_experts_that_a_plan_calls_column_wise_are_cut_by_halves():
+    rules, _ = rules_of("inkling2")
+
+    packed = {name: style for name, style in rules.parameters.items() if name.endswith("experts.gate_up_proj")}
+    assert packed and set(packed.values()) == {"packed_colwise"}
+
+
+def test_sinks_are_cut_by_heads():
+    rules, _ = rules_of("gpt-oss")
+
+    assert rules.parameters["model.layers.0.self_attn.sinks"] == "colwise"
+    assert rules.modules["model.layers.0.self_attn.o_proj"] == "rowwise"
+
+
+def test_attention_that_counts_its_heads_computes_its_own():
+    rules, _ = rules_of("gptj")
+
+    assert "num_attention_heads" in rules.divided["transformer.h.0.attn"]
+    assert rules.modules["transformer.h.0.attn.q_proj"] == "colwise"
+    assert rules.modules["transformer.h.0.mlp.fc_out"] == "rowwise"
+
+
+def test_a_right_plan_is_left_as_it_is():
+    for specimen in ("llama", "qwen3", "mixtral", "phi3", "gemma2", "olmo2"):
+        config = SPECIMENS[specimen].config()
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config)
+        before = match(model, {})
+        rules, problems = completed(model, before, 2)
+        assert (rules.modules, rules.parameters, problems) == (before.modules, before.parameters, []), specimen
+
+
+def test_a_wrong_plan_of_the_user_is_refused_with_its_module():
+    plan = {"layers.*.mlp.gate_up_proj": "colwise", "layers.*.mlp.down_proj": "rowwise"}
+    _, (problem,) = rules_of("phi3", plan=plan)
+
+    assert "model.layers.*.mlp (" in problem and "do not compute what the whole module computes" in problem
+
+
+def on_rank_spoil(folder, which, step, check):
+    """Train two steps; before step number *step*, rank 1 changes its copy of the parameter *which* a little."""
+    setup = DistributedSetup.build(**options())
+    model = SPECIMENS["llama"].load.from_pretrained(folder, distributed_setup=setup, dtype=torch.float32)
+    runtime = setup.runtime(model, check_replicas=check)
+    (batch,) = Task().batches(0)
+    try:
+        for now in range(4):
+            if now == step and torch.distributed.get_rank() == 1:
+                parameter = dict(runtime.named_parameters())[which]
+                parameter.detach().to_local().flatten()[0].add_(1e-6)
+            runtime.forward_backward(batch)
+    except RankError as error:
+        return now, str(error)
+    return None
+
+
+@pytest.mark.parametrize(
+    ("step", "check", "seen"), [(0, None, 0), (1, None, 1), (2, None, None), (2, 4, 3), (0, 0, None)]
+)
+def test_replicas_that_drift_apart_are_reported_on_every_rank(ranks, step, check, seen):
+    answers = ranks(2).run(on_rank_spoil, checkpoint("llama"), "model.norm.weight", step, check)
+
+    if seen is None:
+        assert answers == [None, None]
+        return
+    for now, message in answers:
+        assert now == seen
+        assert "model.norm.weight: ranks [1] differ from rank 0 along 'tp'" in message
+
+
+def on_rank_equal(folder, choice):
+    setup = DistributedSetup.build(**choice)
+    model = SPECIMENS["llama"].load.from_pretrained(folder, distributed_setup=setup, dtype=torch.float32)
+    runtime = setup.runtime(model)
+    (batch,) = Task().batches(0)
+    runtime.forward_backward(batch)
+    runtime.check_replicas()
+    return True
+
+
+def test_replicas_along_several_axes_are_equal(ranks):
+    assert all(ranks(4).run(on_rank_equal, checkpoint("llama"), options(dp_replicate_size=2)))
