@@ -77,13 +77,13 @@ def region_gradient_not_summed():
 def shared_norm_gradient_not_summed():
     from nemo_dist_tensor import layers
 
-    return patch.object(layers, "summed", lambda module, peers: None)
+    return patch.object(layers, "summed", lambda *given: None)
 
 
 def sequence_norm_gradient_not_summed():
     from nemo_dist_tensor import block_structure
 
-    return patch.object(block_structure, "summed", lambda module, peers: None)
+    return patch.object(block_structure, "summed", lambda *given: None)
 
 
 def sequence_scattered_to_the_wrong_rank():
@@ -170,7 +170,7 @@ def mask_of_the_wrong_queries():
     from nemo_dist_context.attention import SharedAttention
 
     def make(allowed):
-        return lambda self, ids, function: allowed(self, ids, function).roll(1, dims=2)
+        return lambda *given: allowed(*given).roll(1, dims=2)
 
     return instead(SharedAttention, "_allowed", make)
 

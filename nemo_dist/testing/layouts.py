@@ -41,19 +41,19 @@ class Tokens:
 
         ``peers`` ranks hold the same ``own``, and this one is number ``place`` of them.
         """
-        own = self.own
+        own, length = self.own, self.length
         most = -(-own.shape[1] // peers)
         mine = own[:, place * most : (place + 1) * most]
         for tokens in (own, mine) if peers > 1 else (own,):
-            if tuple(whole.shape[:2]) == (self.rows, self.length) and local.shape[:2] == tokens.shape:
+            if tuple(whole.shape[:2]) == (self.rows, length) and local.shape[:2] == tokens.shape:
                 yield whole.flatten(0, 1)[tokens], local
-            elif whole.shape[0] == self.rows * self.length and local.shape[0] == tokens.numel():
+            elif whole.shape[0] == self.rows * length and local.shape[0] == tokens.numel():
                 yield whole[tokens.flatten()], local
-            elif whole.shape[0] == 1 and whole.shape[1:2] == (self.length,) and local.shape[1:2] == tokens.shape[1:]:
-                yield whole[0][tokens[:1] % self.length].expand(local.shape[0], *[-1] * (whole.dim() - 1)), local
-        if whole.shape[:2] != (self.rows, self.length) and whole.shape[0] == self.rows:
-            yield whole[own[:, 0] // self.length], local  # one vector for each row
-        if whole.shape[0] not in (self.rows, self.rows * self.length):
+        if tuple(whole.shape[:2]) == (1, length) and local.shape[1:2] == own.shape[1:]:
+            yield whole[0][own[:1] % length].expand(local.shape[0], *[-1] * (whole.dim() - 1)), local  # positions
+        elif whole.shape[0] == self.rows and tuple(whole.shape[:2]) != (self.rows, length):
+            yield whole[own[:, 0] // length], local  # one vector for each row
+        elif whole.shape[0] not in (self.rows, self.rows * length):
             yield whole, local
 
 

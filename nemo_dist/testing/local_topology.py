@@ -20,10 +20,14 @@ _HERE = {"device_type": "cpu", "ranks": None, "timeout_minutes": None}
 
 @attrs.frozen(kw_only=True, eq=False)
 class LocalTopology:
-    """The ``keywords`` of ``DistributedSetup.build`` for ranks of this machine, its ``setup``, and what was changed."""
+    """The ``keywords`` of ``DistributedSetup.build`` for ranks of this machine, its ``setup``, and what was changed.
+
+    ``asked`` are the user's own sizes.
+    """
 
     keywords: Mapping[str, Any]
     setup: DistributedSetup
+    asked: ParallelismSizes
     changes: tuple[str, ...] = ()
 
 
@@ -89,7 +93,7 @@ def _topology(
         for field in attrs.fields(ParallelismSizes)
         if getattr(asked, field.name) not in (None, getattr(sizes, field.name)) and field.name != "roles"
     ]
-    return LocalTopology(keywords=given, setup=setup, changes=tuple(changes))
+    return LocalTopology(keywords=given, setup=setup, asked=asked, changes=tuple(changes))
 
 
 def _at_most(sizes: ParallelismSizes, largest: Mapping[str, int]) -> ParallelismSizes:

@@ -99,7 +99,7 @@ def verify(
         topology = fit(keywords, ranks, {} if full else LARGEST)
     except TopologyError as refusal:
         return Report(topology="no topology", refused=refusal.problems, seconds=time.monotonic() - start)
-    work, changes = make_work(config, topology.setup.plan, full=full)
+    work, changes = make_work(config, topology.setup.plan, topology.asked, full=full)
     report = _Proof(topology=topology, work=work, pool=pool or _Started, around=around).report()
     return attrs.evolve(report, changes=(*topology.changes, *changes), seconds=time.monotonic() - start)
 

@@ -123,7 +123,8 @@ class _RankRun:
     @classmethod
     def start(cls, work: Work, keywords: Mapping[str, Any]) -> _RankRun:
         setup = DistributedSetup.build(**keywords)
-        runtime = setup.runtime(work.load.from_pretrained(work.folder, distributed_setup=setup, dtype=torch.float32))
+        model = work.load.from_pretrained(work.folder, distributed_setup=setup, dtype=torch.float32)
+        runtime = setup.runtime(model, check_replicas=0)  # replicas that differ are for the comparison to report
         optimizer = runtime.optimizer(torch.optim.AdamW, **OPTIMIZER)
         return cls(work=work, keywords=keywords, runtime=runtime, optimizer=optimizer)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 import nemo_dist
 from nemo_dist.hf_model import IGNORED
 from nemo_dist.planning.mesh_plan import MeshPlan, Role
+from nemo_dist.planning.sizes import ParallelismSizes
 from nemo_dist.testing.proof_run import STEPS, Batch, Work
 from nemo_dist.testing.shrink import shrink
 from nemo_dist.testing.temp_folders import scratch
@@ -24,10 +25,10 @@ _LOADERS = {
 LENGTH = 16  # tokens of a row
 
 
-def make_work(config: Any, plan: MeshPlan, *, full: bool) -> tuple[Work, list[str]]:
+def make_work(config: Any, plan: MeshPlan, asked: ParallelismSizes, *, full: bool) -> tuple[Work, list[str]]:
     """Return what to run for a model of *config* on the ranks of *plan*, and in words what that leaves unproven.
 
-    The model is made tiny, with layers enough for every stage, unless *full*.
+    The model is made tiny, with layers enough for every stage, unless *full*. ``asked`` are the sizes of the user.
     """
     loader, changes = loader_of(config), []
     given = config
@@ -37,7 +38,7 @@ def make_work(config: Any, plan: MeshPlan, *, full: bool) -> tuple[Work, list[st
         stages = plan.splitting(Role.LAYERS)
         shrunk = shrink(config, layers=2 * stages if stages > 1 else 2)
         config, changes = shrunk.config, list(shrunk.changes)
-        changes += _shares(given, config, plan)
+        changes += _shares(given, config, plan, asked)
     config.use_cache = False  # which training has no use for
     folder = scratch("verify")
     _model(loader, config).save_pretrained(folder)
@@ -50,18 +51,19 @@ def make_work(config: Any, plan: MeshPlan, *, full: bool) -> tuple[Work, list[st
     return Work(loader=loader, folder=folder, batches=batches), changes
 
 
-def _shares(given: Any, tiny: Any, plan: MeshPlan) -> list[str]:
-    """Say what a rank has of the *tiny* model, where it has less than of the *given* one on as many ranks."""
+def _shares(given: Any, tiny: Any, plan: MeshPlan, asked: ParallelismSizes) -> list[str]:
+    """Say what a rank has of the *tiny* model, where it is not what it has of the *given* one on the ranks *asked*."""
     before, after = given.get_text_config(), tiny.get_text_config()
-    words = {
-        "attention heads on a rank": ("num_attention_heads", plan.splitting(Role.PARAMETERS)),
-        "layers in a stage": ("num_hidden_layers", plan.splitting(Role.LAYERS)),
-        "experts on a rank": ("num_experts", plan.size("ep") if any(axis.name == "ep" for axis in plan.wide) else 1),
+    experts = plan.size("ep") if asked.ep_size > 1 else 1
+    shared = {
+        "attention heads on a rank": ("num_attention_heads", plan.size("tp"), asked.tp_size),
+        "layers in a stage": ("num_hidden_layers", plan.size("pp"), asked.pp_size),
+        "experts on a rank": ("num_experts", experts, asked.ep_size),
     }
     return [
-        f"{what}: {getattr(after, name) / ranks:g} (of the whole model {getattr(before, name) / ranks:g})"
-        for what, (name, ranks) in words.items()
-        if ranks > 1 and getattr(before, name, None) != getattr(after, name, None)
+        f"{what}: {getattr(after, name) / here:g} (of the whole model {getattr(before, name) / there:g})"
+        for what, (name, here, there) in shared.items()
+        if here > 1 and hasattr(before, name) and getattr(before, name) / there != getattr(after, name) / here
     ]
 
 
