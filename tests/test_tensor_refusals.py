@@ -107,15 +107,6 @@ REFUSED_AT_LOAD = {
         {"tp_plan": {MLP + "up_prj": "colwise"}},
         [f"tp_plan has a rule for '{MLP}up_prj', which names no module", f"did you mean '{MLP}up_proj'?"],
     ),
-    "nothing to cut": (
-        transformers.MambaConfig(vocab_size=96, hidden_size=32, state_size=4, num_hidden_layers=2, time_step_rank=4),
-        2,
-        {"tp_plan": {"backbone.embeddings": "replicate", "lm_head": "replicate"}},
-        [
-            "MambaForCausalLM has no matrix in its blocks that is known to be cut right",
-            "'backbone.layers.*.mixer.in_proj'",
-        ],
-    ),
     "a plan that is wrong": (
         config_of("phi3"),
         2,

@@ -18,7 +18,7 @@ SUMMED = "replicated_with_grad_allreduce"
 
 def options(sequence=False, **sizes):
     strategy = FSDP2Config(mp_policy=FP32, sequence_parallel=sequence)
-    return {"strategy": strategy, "parallelism_sizes": ParallelismSizes(tp_size=2, **sizes)}
+    return {"strategy": strategy, "parallelism_sizes": ParallelismSizes(**{"tp_size": 2, **sizes})}
 
 
 @cases(
@@ -36,6 +36,7 @@ def options(sequence=False, **sizes):
         ("gptj", 2, False),
         slow("gptj", 2, True),
         ("opt", 2, False),
+        ("mamba", 2, False),
         slow("bloom", 2, False),
         slow("bloom", 4, False),
         slow("bert-tokens", 2, False),
@@ -151,5 +152,8 @@ def on_rank_equal(folder, choice):
     return True
 
 
-def test_replicas_along_several_axes_are_equal(ranks):
-    assert all(ranks(4).run(on_rank_equal, checkpoint("llama"), options(dp_replicate_size=2)))
+@cases(
+    ("world", "sizes"), [(4, {"dp_replicate_size": 2, "tp_size": 1}), slow(8, {"dp_replicate_size": 2, "tp_size": 2})]
+)
+def test_replicas_along_every_axis_are_equal(ranks, world, sizes):
+    assert all(ranks(world).run(on_rank_equal, checkpoint("llama"), options(**sizes)))
