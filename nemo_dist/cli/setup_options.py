@@ -83,7 +83,8 @@ def takes_setup(command: Callable[Concatenate[SetupOptions, P], None]) -> Callab
     @functools.wraps(command)
     def with_options(**values: Any) -> None:
         asked = SetupOptions(**{name: values.pop(name) for name in names})
-        command(**{first.name: asked, **values})  # type: ignore[arg-type]
+        run: Any = command
+        run(**{first.name: asked, **values})
 
     signature = inspect.Signature([*required, *options, *optional])
     with_options.__signature__ = signature  # type: ignore[attr-defined]

@@ -159,7 +159,7 @@ class Comparison:
 
     def _tensors(self, step: int, what: str) -> Iterator[Departure]:
         expected: Mapping[str, Tensor] = self._of(self.single, what, step)
-        for name, whole in reversed(expected.items()) if what == "gradients" else expected.items():
+        for name, whole in reversed(list(expected.items())) if what == "gradients" else expected.items():
             held, errors, allowed = [], [], 0.0
             for rank, result in enumerate(self.results):
                 value = self._of(result, what, step).get(name)

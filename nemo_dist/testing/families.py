@@ -12,7 +12,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
 from importlib.metadata import version
 from io import StringIO
@@ -72,7 +72,7 @@ def digest_of_code() -> str:
 
 def missing(entry: dict[str, Any], cells: Sequence[str], again: str, digest: str) -> list[str]:
     """Return those of *cells* that *entry* has no result for, or whose result *again* asks to replace."""
-    stale = {
+    stale: Callable[[dict[str, Any]], bool] = {
         "never": lambda cell: False,
         "failed": lambda cell: cell["status"] in FAILED,
         "stale": lambda cell: cell["digest"] != digest,
@@ -144,7 +144,7 @@ def _short(entry: dict[str, Any]) -> str:
 
 def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m nemo_dist.testing.families", description=__doc__)
-    words = {"type": lambda text: text.split(",")}
+    words: dict[str, Any] = {"type": lambda text: text.split(",")}
     parser.add_argument("--loaders", default=list(LOADERS), help=f"of {','.join(LOADERS)}; all by default", **words)
     parser.add_argument("--families", default=[], help="model types, with commas; all by default", **words)
     parser.add_argument("--cells", default=list(CELLS), help=f"of {','.join(CELLS)}; all by default", **words)

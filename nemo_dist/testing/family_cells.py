@@ -39,7 +39,7 @@ _HALF = 2.0**-8  # the relative rounding of one bfloat16
 
 
 def _fsdp2(**more: Any) -> dict[str, Any]:
-    return {"strategy": nemo_dist.FSDP2Config(mp_policy=FP32, **more)}
+    return {"strategy": nemo_dist.FSDP2Config(mp_policy=dict(FP32), **more)}
 
 
 def _size(**sizes: int) -> dict[str, Any]:
@@ -299,7 +299,7 @@ def _error(found: Mapping[str, Tensor], exact: Mapping[str, Tensor], names: list
     off = sum((found[name].double() - exact[name].double()).square().sum().item() for name in names) ** 0.5
     size = sum(exact[name].double().square().sum().item() for name in names) ** 0.5
     floor = max(gradient.double().norm().item() for gradient in exact.values()) * 1e-2
-    return off / max(size, floor, 1e-30)
+    return float(off / max(size, floor, 1e-30))
 
 
 def _different(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:

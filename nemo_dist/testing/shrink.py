@@ -355,13 +355,13 @@ def _head_dim(value: int, name: str, values: Mapping[str, Any]) -> int:
 
 def _plain_head_dim(value: int, name: str, values: Mapping[str, Any]) -> int:
     """Keep the ratio of the values of a head without a rotation to those with one."""
-    return max(1, HEAD // 2 * value // values.get("qk_rope_head_dim", value))
+    return max(1, HEAD // 2 * value // int(values.get("qk_rope_head_dim", value)))
 
 
 def _width(value: int, name: str, values: Mapping[str, Any]) -> int:
     hidden = next((values[one] for one in ("hidden_size", "d_model", "n_embd") if _whole(values.get(one))), None)
     if name in ("attention_hidden_size", "lru_width") and hidden and value % hidden == 0:
-        return HIDDEN * (value // hidden)
+        return HIDDEN * (value // int(hidden))
     narrower = name in ("embedding_size", "word_embed_proj_dim", "input_embedding_size") and hidden and value < hidden
     return HIDDEN // 2 if narrower else HIDDEN
 

@@ -186,16 +186,17 @@ def _inkling2() -> Any:
     return transformers.CONFIG_MAPPING["inkling2_text"](**_text(num_hidden_layers=2, **experts))
 
 
-def _gpt_oss() -> Any:
-    """Return a config without a plan, with a sink for every head and biases for every expert."""
-    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "sliding_window": 8}
-    return transformers.GptOssConfig(**_text(num_hidden_layers=2, **experts))
-
-
 def _gptj() -> Any:
     """Return a config without a plan whose attention counts its heads itself."""
-    quiet = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    sizes = {"vocab_size": _VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "rotary_dim": 8}
+    quiet: dict[str, Any] = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    sizes: dict[str, Any] = {
+        "vocab_size": _VOCABULARY,
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 128,
+        "rotary_dim": 8,
+    }
     return transformers.GPTJConfig(**sizes, **quiet, bos_token_id=1, eos_token_id=2)
 
 
@@ -207,7 +208,7 @@ def _opt() -> Any:
 
 def _bloom() -> Any:
     """Return a config without a plan, with packed projections and a slope for every head."""
-    quiet = {"hidden_dropout": 0.0, "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2}
+    quiet: dict[str, Any] = {"hidden_dropout": 0.0, "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2}
     return transformers.BloomConfig(vocab_size=_VOCABULARY, hidden_size=32, n_layer=2, n_head=4, **quiet)
 
 
@@ -221,7 +222,7 @@ def _bert() -> Any:
 
 
 def _gpt_oss() -> Any:
-    """Return a config with attention sinks, sliding windows and experts."""
+    """Return a config without a plan, with a sink for every head, sliding windows, and biases for every expert."""
     layers = ["sliding_attention", "full_attention"]
     experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
     return transformers.GptOssConfig(
@@ -236,13 +237,6 @@ def _llama4(**more: Any) -> Any:
     return transformers.Llama4TextConfig(
         **_text(head_dim=8, num_hidden_layers=2, attention_chunk_size=5, layer_types=layers, **experts, **more)
     )
-
-
-def _opt() -> Any:
-    return transformers.OPTConfig(
-        vocab_size=_VOCABULARY, hidden_size=32, ffn_dim=56, num_hidden_layers=2, num_attention_heads=4, init_std=0.1,
-        max_position_embeddings=64, word_embed_proj_dim=32, dropout=0.0, attention_dropout=0.0, pad_token_id=0,
-    )  # fmt: skip
 
 
 def _roberta_decoder() -> Any:
@@ -424,9 +418,7 @@ SPECIMENS: dict[str, Specimen] = {
         Specimen(name="glm4-moe-norms", loader=_CAUSAL, config=_glm4_moe, batch=_causal),
         Specimen(name="apertus", loader=_CAUSAL, config=_apertus, batch=_causal),
         Specimen(name="inkling2", loader=_CAUSAL, config=_inkling2, batch=_causal),
-        Specimen(name="gpt-oss", loader=_CAUSAL, config=_gpt_oss, batch=_causal),
         Specimen(name="gptj", loader=_CAUSAL, config=_gptj, batch=_causal),
-        Specimen(name="opt", loader=_CAUSAL, config=_opt, batch=_causal),
         Specimen(name="bloom", loader=_CAUSAL, config=_bloom, batch=_causal),
         Specimen(name="llava", loader="NeMoAutoModelForImageTextToText", config=_llava, batch=_images),
     )

@@ -30,7 +30,7 @@ class Resharding:
     @classmethod
     def of(cls, model: nn.Module) -> Resharding:
         """Return that of *model*, which FSDP2 has sharded."""
-        modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        modules: list[FSDPModule] = [module for module in model.modules() if isinstance(module, FSDPModule)]
         found = cls(model, modules, [(module._parameters, slot) for _, module, slot, _ in parameter_slots(model)])
         model.register_forward_pre_hook(found._leave_inference_mode, prepend=True)
         model.register_forward_hook(found._start, always_call=True)

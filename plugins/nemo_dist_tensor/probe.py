@@ -135,7 +135,8 @@ def _scaled_only(logits: Any, output: Any) -> bool:
 def is_projection(module: nn.Module) -> bool:
     """Whether *module* is a plain linear layer: ``nn.Linear``, or another class that computes the same, or GPT-2's."""
     if isinstance(module, nn.Linear) and type(module) not in (nn.Linear, ThinLinear):
-        return _multiplies(plain_class(module), module.bias is not None)
+        kind: Any = plain_class(module)
+        return _multiplies(kind, module.bias is not None)
     return type(module) in (nn.Linear, Conv1D, ThinLinear)
 
 
@@ -291,7 +292,7 @@ def prove(unit: nn.Module, call: Call, ranks: int, cut: Cut) -> Verdict:
 def piece(tensor: Tensor, placement: Placement | None, peers: Peers) -> Tensor:
     """Return the part of *tensor* that a rank holds under *placement*."""
     if isinstance(placement, StridedShard):
-        halves = tensor.chunk(placement.split_factor, placement.dim)
+        halves = tensor.chunk(int(placement.split_factor), placement.dim)
         return torch.cat([peers.piece(half, placement.dim) for half in halves], placement.dim)
     return peers.piece(tensor, placement.dim) if isinstance(placement, Shard) else tensor
 
@@ -321,7 +322,7 @@ def _fewer_experts(unit: nn.Module, call: Call) -> tuple[nn.Module, Call]:
     if not isinstance(count, int) or count <= _EXPERTS or not any(p.ndim == 3 for p in own.values()):
         return unit, call
     unit = copy.copy(unit)
-    unit._parameters = {  # type: ignore[assignment]
+    unit._parameters = {
         name: nn.Parameter(torch.randn(_EXPERTS, *p.shape[1:]) * max(p.shape[-1], 1) ** -0.5)
         if p.shape[0] == count
         else p
@@ -420,4 +421,4 @@ def _same(found: Tensor | None, expected: Tensor | None, floor: float = 0.0) -> 
     if found.shape != expected.shape:
         return False
     error = (found - expected).norm().item() if found.numel() else 0.0
-    return error <= _TOLERANCE * max(expected.norm().item(), floor, 1e-12)
+    return bool(error <= _TOLERANCE * max(expected.norm().item(), floor, 1e-12))

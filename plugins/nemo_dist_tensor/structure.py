@@ -187,7 +187,8 @@ class Completion:
 
     def _calls(self) -> dict[Any, tuple[nn.Module, Call, list[str]]]:
         """Return a recorded call for every kind of unit, with the unit and the order of calls."""
-        recording, found = self.recording, {}
+        recording = self.recording
+        found: dict[Any, tuple[nn.Module, Call, list[str]]] = {}
         if recording is None:
             return {}
         order = list(recording.calls)
@@ -218,13 +219,14 @@ def _join(unit: str, rule: str) -> str:
 def reads_weight(model: Any, name: str) -> bool:
     """Whether code of *model* reads the weight of the module *name* by itself, other than by calling the module."""
     leaf = re.escape(name.rpartition(".")[2])
-    kinds = dict.fromkeys(plain_class(module) for module in model.modules())
+    kinds: dict[Any, None] = dict.fromkeys(plain_class(module) for module in model.modules())
     read = re.compile(rf"^[^\"'#]*\.{leaf}\.(weight|bias)\b", re.MULTILINE)  # not in a string, as names of ties are
     return any(read.search(_source(kind)) for kind in kinds)
 
 
 def _mentions(parent: nn.Module, leaf: str) -> bool:
-    return re.search(rf"self\.{re.escape(leaf)}\.(weight|bias)\b", _source(plain_class(parent))) is not None
+    kind: Any = plain_class(parent)
+    return re.search(rf"self\.{re.escape(leaf)}\.(weight|bias)\b", _source(kind)) is not None
 
 
 @lru_cache(maxsize=4096)

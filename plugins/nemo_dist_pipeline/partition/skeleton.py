@@ -137,13 +137,13 @@ def observe(model: Any, blocks: Mapping[str, nn.Module]) -> Run:
             problems.append((isinstance(error, SharedStateError), len(run.given), error))
             continue
         return run
-    error = max(problems, key=lambda problem: problem[:2])[2]  # that of the form which went furthest
+    cause = max(problems, key=lambda problem: problem[:2])[2]  # that of the form which went furthest
     found = (
-        str(error)
-        if isinstance(error, UnfitBlockError)
-        else f"its forward needs them ({type(error).__name__}: {error})"
+        str(cause)
+        if isinstance(cause, UnfitBlockError)
+        else f"its forward needs them ({type(cause).__name__}: {cause})"
     )
-    raise ValueError(f"{type(model).__name__} cannot be cut between its blocks: {found}; {NO_PIPELINE}") from error
+    raise ValueError(f"{type(model).__name__} cannot be cut between its blocks: {found}; {NO_PIPELINE}") from cause
 
 
 def skeleton(model: Any, blocks: Mapping[str, nn.Module]) -> Any:
