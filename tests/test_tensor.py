@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 import torch
 import transformers
-from cases import case_id, cases
+from cases import case_id, cases, slow
 from torch.distributed.tensor import DTensor, Shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -35,9 +35,9 @@ def options(sequence=False, mode=False, plan=None, **sizes):
     [
         ("llama", 2, {"tp_size": 2}),
         ("llama", 4, {"tp_size": 4}),  # 2 key heads on 4 ranks
-        ("llama", 8, {"tp_size": 2, "dp_replicate_size": 2}),
+        slow("llama", 8, {"tp_size": 2, "dp_replicate_size": 2}),
         ("llama-tied", 4, {"tp_size": 2}),
-        ("qwen3", 4, {"tp_size": 4}),
+        slow("qwen3", 4, {"tp_size": 4}),
         ("phi3", 2, {"tp_size": 2}),
         ("llama-odd", 4, {"tp_size": 2}),
         ("llama-odd", 3, {"tp_size": 3}),
@@ -66,7 +66,7 @@ def test_recomputation_matches_one_process(ranks, mode, sequence):
 
 
 @pytest.mark.parametrize("sequence", [False, True], ids=["plain", "sequence"])
-@cases(("world", "sizes"), [(4, {"cp_size": 2}), (8, {"cp_size": 2}), (4, {"pp_size": 2})])
+@cases(("world", "sizes"), [(4, {"cp_size": 2}), slow(8, {"cp_size": 2}), (4, {"pp_size": 2})])
 def test_tensor_parallelism_beside_cp_and_pp_matches_one_process(ranks, world, sizes, sequence):
     choice = options(sequence, tp_size=2, **sizes)
     if "pp_size" in sizes:
