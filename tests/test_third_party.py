@@ -16,6 +16,17 @@ from nemo_dist.testing import PluginConformance
 class TestAveraging(PluginConformance):
     plugin = "averaging"
 """
+ORDERS = """
+from hypothesis import given, settings
+from nemo_dist.testing import strategies
+from nemo_dist.testing.call_orders import assert_order_changes_nothing
+
+
+@settings(max_examples=5, deadline=None)
+@given(order=strategies.call_orders())
+def test_the_order_of_calls_changes_nothing(ranks, order):
+    assert_order_changes_nothing(ranks(2), order, strategy="averaging")
+"""
 TRAIN = """
 import torch
 from nemo_dist import DistributedSetup, NeMoAutoModelForCausalLM, initialize_distributed
@@ -77,6 +88,12 @@ def test_it_passes_the_conformance_kit(installed, tmp_path):
     result = run(installed, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path), cwd=tmp_path)
     assert result.returncode == 0, result.stdout[-3000:]
     assert "passed" in result.stdout and "failed" not in result.stdout
+
+
+def test_any_order_of_calls_trains_alike(installed, tmp_path):
+    (tmp_path / "test_orders.py").write_text(ORDERS)
+    result = run(installed, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path), cwd=tmp_path)
+    assert result.returncode == 0, result.stdout[-3000:]
 
 
 def test_it_trains_under_torchrun(installed, tmp_path):
