@@ -149,11 +149,13 @@ class DeferredInit(TorchDispatchMode):
         """Record the initial tensor of every parameter and buffer by name, and put all parameters on meta."""
         tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
         self._origin = {name: tensor.detach() for name, tensor in tensors}
+        hollowed: dict[nn.Parameter, nn.Parameter] = {}  # one for all modules that share a parameter
         for _, module, name, parameter in parameter_slots(model):
             if not parameter.is_meta:
-                setattr(
-                    module, name, nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
-                )
+                if parameter not in hollowed:
+                    meta = parameter.detach().to("meta")
+                    hollowed[parameter] = nn.Parameter(meta, requires_grad=parameter.requires_grad)
+                setattr(module, name, hollowed[parameter])
 
     @torch.no_grad()
     def fill(self, part: nn.Module, device: torch.device) -> None:
