@@ -200,5 +200,6 @@ def test_a_planted_fault_is_found_and_its_module_and_axis_are_named(mutant, rank
 
 def test_every_kind_on_the_page_is_planted():
     page = (Path(__file__).parents[1] / "docs" / "verify.md").read_text()
-    listed = re.findall(r"^\| `(\w+)` \|", page, re.M)
+    table = page[page.index("| `row_output_not_summed` |") :]  # a table before it lists what is compared
+    listed = re.findall(r"^\| `(\w+)` \|", table, re.M)
     assert sorted(listed) == sorted({one.around.__name__ for one in MUTANTS})
