@@ -20,6 +20,7 @@ __all__ = [
     "FUNCTIONAL_COLLECTIVES",
     "StridedShard",
     "TorchDispatchMode",
+    "changes_in_place",
     "collective_operators",
     "current_dispatch_mode",
     "disable_current_modes",

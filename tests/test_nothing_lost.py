@@ -75,7 +75,7 @@ def test_a_save_after_the_end_of_the_process_group_is_refused(tmp_path):
     after = "dist.destroy_process_group()\n    run.save(runtime, optimizer, step=3)\n"
     ended = launched(tmp_path, TRAIN + f"\n    handle.wait()\n    {after}", tmp_path / "run")
     assert ended.returncode
-    assert "the process group is destroyed, so ranks (0, 1) cannot meet" in ended.stderr
+    assert "the process group is destroyed, so ranks [0, 1] cannot meet" in ended.stderr
     assert RunFolder(tmp_path / "run").steps() == [2]
 
 

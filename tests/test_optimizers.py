@@ -1,17 +1,20 @@
 """Every optimizer of torch, and transformers' Adafactor, gives what it gives on one process, or is refused."""
 
 import inspect
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
 from cases import cases, slow
+from torch.distributed.tensor import Replicate, Shard
 
 from nemo_dist import DDPConfig, DistributedSetup, FSDP2Config, ParallelismSizes
 from nemo_dist.testing.equivalence import checkpoint
 from nemo_dist.testing.precision import FP32
 from nemo_dist.testing.tensors import rows_of_rank, whole
 from nemo_dist.testing.tiny_models import SPECIMENS
+from nemo_dist.training import optimizer_probe
 
 LLAMA = SPECIMENS["llama"]
 SETUPS = {
@@ -173,3 +176,12 @@ def on_rank_own(setup, name, folder):
 def test_an_optimizer_of_a_third_party_is_judged_by_what_it_does(ranks, setup, name, said):
     for message in ranks(2).run(on_rank_own, setup, name, checkpoint("llama")):
         assert said in message
+
+
+def test_what_is_tried_out_grows_only_along_the_sharded_dims():
+    """Two elements for each of 16,384 ranks along the dim that they share, and two along the others."""
+    mesh = SimpleNamespace(size=lambda axis: (16384, 8)[axis])
+    one, two = optimizer_probe._tensors(3, mesh, (Shard(1), Replicate()), torch.device("cpu"))
+    assert one.shape == two.shape == (2, 32768, 2)
+    (both, _) = optimizer_probe._tensors(2, mesh, (Shard(0), Shard(0)), torch.device("cpu"))
+    assert both.shape == (2 * 16384 * 8, 2)

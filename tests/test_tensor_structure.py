@@ -10,6 +10,7 @@ from nemo_dist.errors import RankError
 from nemo_dist.testing.equivalence import Task, assert_equivalent, checkpoint
 from nemo_dist.testing.precision import FP32
 from nemo_dist.testing.tiny_models import SPECIMENS
+from nemo_dist.training.replica_check import ReplicaCheck
 from nemo_dist_tensor.structure import completed
 from nemo_dist_tensor.tp_plan import match
 
@@ -157,3 +158,9 @@ def on_rank_equal(folder, choice):
 )
 def test_replicas_along_every_axis_are_equal(ranks, world, sizes):
     assert all(ranks(world).run(on_rank_equal, checkpoint("llama"), options(**sizes)))
+
+
+@pytest.mark.parametrize(("every", "error"), [("10", TypeError), (-1, ValueError), (True, TypeError)])
+def test_how_often_to_compare_replicas_is_a_number_of_steps(every, error):
+    with pytest.raises(error, match="check_replicas must be an int from 0 up"):
+        ReplicaCheck(every=every)

@@ -41,12 +41,16 @@ def consensus(
     ``here``, the rank of this process: nothing then depends on the process group, which may be gone. Raises RankError
     on every rank that takes part when a rank does not arrive in time; the message names the missing ones.
     """
-    background = store is not None
-    if not background and not dist.is_initialized() and len(ranks or ()) > 1:
-        raise RankError(f"the process group is destroyed, so ranks {ranks} cannot meet at {occasion!r}; do that before")
-    if not background and (not dist.is_initialized() or dist.get_world_size() == 1):
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    members = list(range(world) if ranks is None else ranks)
+    if len(members) == 1:
         return decide([mine])
-    members = list(range(dist.get_world_size()) if ranks is None else ranks)
+    background = store is not None
+    if not background and not dist.is_initialized():
+        raise RankError(
+            f"the process group is destroyed, so ranks {members} cannot meet for {occasion!r}; do that before "
+            "destroy_process_group()"
+        )
     store = store or default_store()
     name = occasion if ranks is None else f"{occasion} of {len(members)} ranks, {zlib.crc32(repr(members).encode())}"
     _held[name] += 1

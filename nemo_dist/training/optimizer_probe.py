@@ -54,7 +54,7 @@ def _problems(
         for ndim, device_mesh, placements in _layouts(group["params"]):
             if device_mesh is None and not split:
                 continue
-            tensors = _tensors(ndim, device_mesh, group["params"][0].device)
+            tensors = _tensors(ndim, device_mesh, placements, group["params"][0].device)
             whole = _stepped(kind, more, options, tensors)
             if isinstance(whole, str):
                 yield f"a step of it could not be tried out ({whole})"
@@ -91,11 +91,14 @@ def _layouts(params: Sequence[Any]) -> Iterator[tuple[int, DeviceMesh | None, tu
     yield from layouts
 
 
-def _tensors(ndim: int, mesh: DeviceMesh | None, device: torch.device) -> list[Tensor]:
-    """Return two tensors with different values, two rows for each rank of *mesh*."""
-    rows = 2 * (1 if mesh is None else mesh.size())
+def _tensors(ndim: int, mesh: DeviceMesh | None, placements: Sequence[Any], device: torch.device) -> list[Tensor]:
+    """Return two tensors with different values, of two elements along each dim for every rank that shares it."""
+    shape = [2] * ndim
+    for axis, placement in enumerate(placements):
+        if isinstance(placement, Shard) and mesh is not None:
+            shape[placement.dim] *= mesh.size(axis)
     generator = torch.Generator().manual_seed(ndim)
-    return [torch.randn((rows,) * ndim, generator=generator).to(device) for _ in range(2)]
+    return [torch.randn(shape, generator=generator).to(device) for _ in range(2)]
 
 
 def _sharded(whole: Tensor, mesh: DeviceMesh, placements: Sequence[Any]) -> Tensor:

@@ -8,7 +8,7 @@ tells whether the sums are equal along it. No tensor is sent, and only a differe
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import torch
@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from nemo_dist.errors import RankError
 from nemo_dist.mesh.dtensor import local
 from nemo_dist.planning.mesh_plan import Role
+from nemo_dist.planning.validation import integer
 
 if TYPE_CHECKING:
     from nemo_dist.mesh.mesh_context import MeshContext
@@ -28,11 +29,15 @@ _NAMED = 5  # differing tensors that an error names
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+def _from_zero(_: object, __: object, value: Any) -> None:
+    integer("check_replicas", value, 0)
+
+
 @attrs.define(eq=False)
 class ReplicaCheck:
     """Compares replicas in the first steps and, with ``every`` above 0, in every that many steps; 0 is never at all."""
 
-    every: int | None = None
+    every: int | None = attrs.field(default=None, validator=attrs.validators.optional(_from_zero))
     step: int = 0
 
     @property

@@ -8,7 +8,6 @@ of its input round.
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 from collections.abc import Mapping
 from functools import partial
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
+from nemo_dist.hf_model import accepts
 from nemo_dist.training.router_aux_loss import SWITCH
 from nemo_dist_pipeline.partition.stand_in import StandIn
 
@@ -177,9 +177,7 @@ def inputs(model: Any) -> dict[str, Any]:
 
 def accepted(model: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     """Leave out of *given* the options that the forward of *model* does not take."""
-    taken = inspect.signature(model.forward).parameters
-    anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
-    return {name: value for name, value in given.items() if name in taken or anything}
+    return {name: value for name, value in given.items() if accepts(model, name)}
 
 
 def _watch(bare: nn.Module, run: Run) -> None:
