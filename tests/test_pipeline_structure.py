@@ -10,6 +10,7 @@ from cases import cases, slow
 from nemo_dist import DistributedSetup, FSDP2Config, NeMoAutoModelForCausalLM, ParallelismSizes, PipelineConfig
 from nemo_dist.testing.equivalence import Task, assert_equivalent
 from nemo_dist.testing.precision import FP32
+from nemo_dist.testing.shrink import tiny
 from nemo_dist.testing.tiny_models import SPECIMENS
 from nemo_dist_pipeline.partition.model_structure import ModelStructure
 from nemo_dist_pipeline.partition.proof import require_exact
@@ -83,6 +84,10 @@ def test_blocks_that_pass_each_other_more_than_hidden_states_are_refused():
     index = {"index_n_heads": 2, "index_head_dim": 16, "index_topk": 4, "topk_group": 1, "num_experts_per_tok": 2}
     config = transformers.GlmMoeDsaConfig(**sizes, **latent, **index)
     assert "its blocks pass each other more than hidden states" in refused(on_meta(config))
+
+
+def test_a_model_that_initialises_its_blocks_from_outside_is_refused():
+    assert "initialises its blocks from outside of them" in refused(on_meta(tiny("falcon_h1").config))
 
 
 def test_weights_that_blocks_share_are_refused():

@@ -21,6 +21,9 @@ def require_exact(model: Any, structure: ModelStructure, stages: Sequence[StageI
     """
     kind = type(model).__name__
     blocks = {name: model.get_submodule(name) for name in structure.layers}
+    first = skeleton(model, blocks)
+    keep_stage(first, stages[0], structure, torch.device("cpu"))
+    _require_own_initialisation(first)
     whole = Run(places=structure.places)
     whole.output = forward(skeleton(model, blocks), whole)
     hidden: Any = None
@@ -46,6 +49,18 @@ def require_exact(model: Any, structure: ModelStructure, stages: Sequence[StageI
                     )
     if not _same(_plain(whole.output), _plain(hidden)):
         raise ValueError(f"{kind} uses weights of other stages again after its blocks; {NO_PIPELINE}")
+
+
+def _require_own_initialisation(stage: Any) -> None:
+    """Raise ValueError where a module outside of the blocks initialises what is in them; *stage* lacks some of them."""
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            stage.initialize_weights()
+    except Exception as error:
+        raise ValueError(
+            f"{type(stage).__name__} initialises its blocks from outside of them ({type(error).__name__}: {error}), so "
+            f"a stage without some of them cannot be loaded; {NO_PIPELINE}"
+        ) from error
 
 
 def _plain(output: Any) -> Any:
