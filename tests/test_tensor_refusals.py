@@ -153,6 +153,12 @@ REFUSED_AT_LOAD = {
         {"sequence_parallel": True},
         ["model.layers.*.self_attn.o_proj (Linear) is neither in the plan nor a norm", "sequence_parallel=False"],
     ),
+    "a residual inside of a region": (
+        config_of("roberta-decoder"),
+        2,
+        {"sequence_parallel": True},
+        ["roberta.encoder.layer.*.output is given hidden states twice", "use sequence_parallel=False"],
+    ),
 }
 
 

@@ -83,6 +83,12 @@ class Blocks:
             for name, inner in self.between()
             if any(parameter.ndim != 1 for parameter in inner.parameters(recurse=False)) or name in self.blocks
         }
+        found |= {
+            f"sequence_parallel: {generic(name)} is given hidden states twice ({self.rules.joining[name]} too), of "
+            "which one would be cut and the other whole; use sequence_parallel=False"
+            for name, _ in self._regions()
+            if name in self.rules.joining
+        }
         return sorted(found)
 
     def install(self, peers: Peers, sequence: bool) -> dict[str, Region]:
@@ -118,4 +124,5 @@ class Blocks:
         plain = not any(isinstance(inner, nn.Dropout) for inner in module.modules())
         direct = len(rows) == 1 and rows[0].rpartition(".")[0] == name and plain
         experts = any(self.rules.modules.get(rule) == "moe_tp_experts" for rule in self.ruled(name))
-        return rows[0] if direct and not experts else None
+        changed = self.rules.returned is not None and self.rules.returned.get(name) not in rows
+        return rows[0] if direct and not experts and not changed else None

@@ -52,17 +52,30 @@ class Call:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
 
+    @property
+    def second(self) -> str:
+        """The name of an argument that is of every token, as the first one is; empty where there is none."""
+        given = {**{f"argument {place}": value for place, value in enumerate(self.args, 1)}, **self.kwargs}
+        found = [
+            name
+            for name, value in given.items()
+            if isinstance(value, Tensor) and value.is_floating_point() and value.shape[:-1] == (ROWS, LENGTH)
+        ]
+        return found[1] if len(found) > 1 else ""
+
 
 @attrs.frozen(eq=False)
 class Recording:
     """The model with random weights on the CPU, the first call of every module, and the modules in order of calls.
 
     ``complete``: the run went through to the loss. ``head_is_scaled_only``: between the head and the loss its logits
-    are at most scaled, their shape and order unchanged.
+    are at most scaled, their shape and order unchanged. ``returned``: the modules that return what a linear layer in
+    them returned, with that layer.
     """
 
     model: Any
     calls: Mapping[str, Call]
+    returned: Mapping[str, str]
     complete: bool
     head_is_scaled_only: bool
 
@@ -84,12 +97,14 @@ class Recording:
     @classmethod
     def _run(cls, model: Any) -> Recording:
         calls: dict[str, Call] = {}
+        returned: dict[str, str] = {}
+        outputs: dict[str, Any] = {}
         logits: list[Any] = []
-        handles = [
-            module.register_forward_pre_hook(_recorder(name, calls), with_kwargs=True)
-            for name, module in model.named_modules()
-            if name
-        ]
+        handles: list[Any] = []
+        for name, module in model.named_modules():
+            if name:
+                handles.append(module.register_forward_pre_hook(_recorder(name, calls), with_kwargs=True))
+                handles.append(module.register_forward_hook(_follower(name, outputs, returned)))
         head = model.get_output_embeddings()
         if head is not None:
             handles.append(head.register_forward_hook(lambda *call: logits.append(call[-1])))
@@ -104,7 +119,7 @@ class Recording:
                 complete = False  # what it called before is known all the same
         for handle in handles:
             handle.remove()
-        return cls(model, calls, complete, len(logits) == 2 and _scaled_only(logits[1], logits[0]))
+        return cls(model, calls, returned, complete, len(logits) == 2 and _scaled_only(logits[1], logits[0]))
 
 
 def _keep(seen: list[Any], logits: Any) -> Tensor:
@@ -115,6 +130,18 @@ def _keep(seen: list[Any], logits: Any) -> Tensor:
 def _recorder(name: str, calls: dict[str, Call]) -> Callable[..., None]:
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         calls.setdefault(name, Call(args, dict(kwargs)))
+
+    return hook
+
+
+def _follower(name: str, outputs: dict[str, Any], returned: dict[str, str]) -> Callable[..., None]:
+    def hook(module: nn.Module, _: Any, output: Any) -> None:
+        first = output[0] if isinstance(output, tuple) and output else output
+        for child, _inner in module.named_children():
+            if outputs.pop(f"{name}.{child}", outputs) is first:
+                returned[name] = f"{name}.{child}"
+        if is_projection(module):
+            outputs[name] = first
 
     return hook
 

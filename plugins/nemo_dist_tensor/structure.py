@@ -153,9 +153,15 @@ class Completion:
             parameters |= {_join(name, rule): style for rule, style in found.parameters.items()}
             if found.divided:
                 divided[name] = found.divided
-        stays_cut = self.recording is not None and self.recording.head_is_scaled_only
+        recording = self.recording
         rules = attrs.evolve(
-            self.rules, modules=modules, parameters=parameters, divided=divided, logits_stay_cut=stays_cut
+            self.rules,
+            modules=modules,
+            parameters=parameters,
+            divided=divided,
+            logits_stay_cut=recording is not None and recording.head_is_scaled_only,
+            returned={} if recording is None else recording.returned,
+            joining={n: call.second for n, call in recording.calls.items() if call.second} if recording else {},
         )
         return rules, list(dict.fromkeys(problems))
 

@@ -21,7 +21,9 @@ class Rules:
 
     ``unused`` are the user's rules that match nothing here, each with the nearest name. ``given``: the modules and
     parameters that a rule of the user names. ``divided``: the attributes of modules, numbers of heads or features, of
-    which a rank has its part. ``logits_stay_cut``: nothing between head and loss needs whole logits.
+    which a rank has its part. ``logits_stay_cut``: nothing between head and loss needs whole logits. ``returned``: the
+    modules that return unchanged what a linear layer in them returns, with that layer; None where that is not known.
+    ``joining``: the modules that are given hidden states twice, with the name of the second.
     """
 
     modules: Mapping[str, str]
@@ -30,6 +32,8 @@ class Rules:
     given: frozenset[str] = frozenset()
     divided: Mapping[str, tuple[str, ...]] = attrs.field(factory=dict)
     logits_stay_cut: bool = True
+    returned: Mapping[str, str] | None = None
+    joining: Mapping[str, str] = attrs.field(factory=dict)
 
 
 def generic(name: str) -> str:
