@@ -20,12 +20,14 @@ __all__ = [
     "FUNCTIONAL_COLLECTIVES",
     "StridedShard",
     "TorchDispatchMode",
+    "all_gather_single",
     "changes_in_place",
     "collective_operators",
     "current_dispatch_mode",
     "disable_current_modes",
     "functional_collectives",
     "in_backward",
+    "reduce_scatter_single",
     "run_after_backward",
     "storage_id",
     "tensors_in",
@@ -42,6 +44,13 @@ disable_current_modes = _disable_current_modes
 # activation checkpointing can save their outputs.
 functional_collectives: Any = _functional_collectives
 collective_operators: Any = torch.ops._c10d_functional
+# torch 2.12 renamed these two, and warns of the old names.
+all_gather_single: Any = getattr(_functional_collectives, "all_gather_single", None) or (
+    _functional_collectives.all_gather_tensor
+)
+reduce_scatter_single: Any = getattr(_functional_collectives, "reduce_scatter_single", None) or (
+    _functional_collectives.reduce_scatter_tensor
+)
 FUNCTIONAL_COLLECTIVES = "_c10d_functional"  # the namespace of those operators
 
 

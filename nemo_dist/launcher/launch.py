@@ -89,7 +89,7 @@ def _config(folder: Path, nproc: int) -> LaunchConfig:
         local_addr="127.0.0.1",
         max_restarts=0,
         monitor_interval=0.1,
-        shutdown_timeout=_SHUTDOWN,
+        **({"shutdown_timeout": _SHUTDOWN} if hasattr(LaunchConfig, "shutdown_timeout") else {}),  # since torch 2.12
         logs_specs=DefaultLogsSpecs(log_dir=str(folder), redirects=redirects),
     )
 

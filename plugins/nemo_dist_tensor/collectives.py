@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn.functional import pad
 
+from nemo_dist.torch_private import all_gather_single, reduce_scatter_single
 from nemo_dist.torch_private import functional_collectives as functional
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ class Peers:
         """Return the pieces of all peers joined along *dim*, which is *total* long."""
         most = -(-total // self.size)
         padded = _padded(piece, dim, most).movedim(dim, 0).contiguous()
-        joined: Tensor = functional.wait_tensor(functional.all_gather_single(padded, 0, self.group))
+        joined: Tensor = functional.wait_tensor(all_gather_single(padded, 0, self.group))
         # Always a copy: FSDP2 cannot hook a view that a block returns.
         return joined.narrow(0, 0, total).movedim(0, dim).clone(memory_format=torch.contiguous_format)
 
@@ -70,7 +71,7 @@ class Peers:
         total = value.shape[dim]
         most = -(-total // self.size)
         whole = _padded(value, dim, most * self.size).movedim(dim, 0).contiguous()
-        mine: Tensor = functional.wait_tensor(functional.reduce_scatter_single(whole, "sum", 0, self.group))
+        mine: Tensor = functional.wait_tensor(reduce_scatter_single(whole, "sum", 0, self.group))
         return mine.narrow(0, 0, self.bounds(total)[1]).movedim(0, dim).contiguous()
 
 
