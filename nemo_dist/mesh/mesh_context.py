@@ -56,7 +56,7 @@ class MeshContext:
                 f"the setup is planned for {plan.world_size} ranks, but the process group has {dist.get_world_size()}; "
                 "build it with that world_size"
             )
-        members = torch.tensor(range(plan.world_size) if ranks is None else ranks, dtype=torch.int)
+        members = torch.tensor(range(plan.world_size) if ranks is None else ranks, dtype=torch.int, device="cpu")
         kind = device_type or default_device_type()
         context = cls(
             device_mesh=_live(plan.dense, members, kind),
@@ -250,7 +250,9 @@ def _sliced(mesh: DeviceMesh, names: list[str]) -> DeviceMesh:
 def _live(view: View, ranks: torch.Tensor, device_type: str) -> DeviceMesh:
     shape = tuple(axis.size for axis in view.axes)
     names = tuple(axis.name for axis in view.axes)
-    if ranks.numel() == dist.get_world_size() and torch.equal(ranks, torch.arange(ranks.numel(), dtype=ranks.dtype)):
+    if ranks.numel() == dist.get_world_size() and torch.equal(
+        ranks, torch.arange(ranks.numel(), dtype=ranks.dtype, device="cpu")
+    ):
         mesh = init_device_mesh(device_type, shape, mesh_dim_names=names)
     else:
         mesh = DeviceMesh(device_type, ranks.reshape(shape), mesh_dim_names=names)

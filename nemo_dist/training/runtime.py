@@ -31,7 +31,7 @@ from nemo_dist.plugin.resharding import reshard
 from nemo_dist.training.batch_loop import BatchLoop
 from nemo_dist.training.grad_norm import by_mesh, global_norm, one_mesh_per_group
 from nemo_dist.training.loss_weighting import judge_loss
-from nemo_dist.training.optimizer_probe import refuse_what_mixes_elements
+from nemo_dist.training.optimizer_probe import refuse_what_mixes_elements, warn_of_lost_updates
 from nemo_dist.training.peft_adapters import adapters, refuse_prompts
 from nemo_dist.training.replica_check import ReplicaCheck, check_replicas
 from nemo_dist.training.router_aux_loss import RouterLoss
@@ -150,6 +150,7 @@ class Runtime:
         if params is None:
             params = [parameter for _, parameter in self.named_parameters() if parameter.requires_grad]
         groups = one_mesh_per_group(self._shards_of(params))
+        warn_of_lost_updates(groups)
         refuse_what_mixes_elements(optimizer_type, groups, options, self.mesh)
         optimizer = optimizer_type(groups, **options)
         optimizer.register_step_pre_hook(lambda *_: reshard(self.parts))
