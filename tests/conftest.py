@@ -1,9 +1,33 @@
-"""How Hypothesis runs here: no deadline, since a slow machine is no failure, and the same examples on every CI run."""
+"""How Hypothesis runs here, and which cases of a test on ranks the default run takes.
+
+No deadline, since a slow machine is no failure, and the same examples on every CI run.
+"""
 
 import os
 
+import pytest
 from hypothesis import settings
 
 settings.register_profile("here", deadline=None)
 settings.register_profile("ci", parent=settings.get_profile("here"), derandomize=True, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "here")
+
+_ON_RANKS = {"ranks", "rank_pools", "on_ranks"}
+_ONE = 3  # of up to this many cases one is taken, else two
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    """Of each test on ranks take the first case, of one with many the last one too; `make matrix` takes the others.
+
+    A case that is named on the command line runs. Those that are marked `slow` do not count.
+    """
+    asked = [argument for argument in config.args if "[" in argument]
+    cases = {}
+    for item in items:
+        if _ON_RANKS & set(item.fixturenames) and not item.get_closest_marker("slow"):
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for found in cases.values():
+        for item in found[1:] if len(found) <= _ONE else found[1:-1]:
+            if not any(argument.endswith(item.nodeid.rpartition("/")[2]) for argument in asked):
+                item.add_marker("slow")
