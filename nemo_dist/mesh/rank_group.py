@@ -111,6 +111,20 @@ class RankGroup:
             json.loads(bytes(one[: int(length)].cpu().numpy())) for one, length in zip(gathered, lengths, strict=True)
         ]
 
+    def total(self, values: Sequence[int]) -> list[int]:
+        """All-reduce a few integers: return the sum over all ranks of each of *values*.
+
+        They are summed on the CPU where the process group has a backend for it, so that no device waits.
+        """
+        if self.size == 1:
+            return [int(value) for value in values]
+        group = _group(self.ranks)
+        on_cpu = "cpu:" in str(dist.get_backend_config(group))
+        sums = torch.tensor(list(values), dtype=torch.int64, device="cpu" if on_cpu else self.device)
+        dist.all_reduce(sums, group=group)
+        found: list[int] = sums.tolist()
+        return found
+
     def exchange(self, outgoing: Sequence[Sequence[Tensor]], sizes: Sequence[int]) -> Tensor:
         """Run one all-to-all of bytes; return what all ranks sent to this one, concatenated in rank order, on the CPU.
 

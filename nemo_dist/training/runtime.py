@@ -35,6 +35,7 @@ from nemo_dist.training.optimizer_probe import refuse_what_mixes_elements
 from nemo_dist.training.peft_adapters import adapters, refuse_prompts
 from nemo_dist.training.replica_check import ReplicaCheck, check_replicas
 from nemo_dist.training.router_aux_loss import RouterLoss
+from nemo_dist.training.uneven_batches import in_step
 
 RuntimeParts = Callable[[list[nn.Module], object], dict[str, RuntimePart]]
 
@@ -175,6 +176,20 @@ class Runtime:
     def batch(self, batch: Batch) -> dict[str, Any]:
         """Return what this rank computes on for the *batch* of its data-parallel coordinate, on its device."""
         return self._loop.batch(batch)
+
+    def batches(self, loader: Iterable[Batch | Sequence[Batch]], *, pad: bool = False) -> Iterator[Any]:
+        """Iterate over *loader*, this rank's, in step with the other ranks; all must take every batch.
+
+        The loaders of ranks may have different numbers of batches. When the first of them ends, the loop ends on all
+        ranks, with a warning that names that rank where others had more. With ``pad`` it goes on until the last one
+        ends, and ranks that have none left get copies of their last batch in which no label counts: nothing is left
+        out, and every loss and gradient is that of the real batches alone. An error of one loader is raised on all
+        ranks. ``loader`` gives what ``forward_backward`` takes; it is never read ahead, so that its state can be saved.
+
+        Costs one all-reduce of four integers per batch. Raises RankError when ranks that share a batch have different
+        numbers of them; with ``pad``, ValueError for a rank that had no batch at all and for float labels.
+        """
+        return in_step(loader, self.sharded.ranks, self.dp_rank, pad)
 
     def forward_backward(self, batches: Batch | Sequence[Batch]) -> Tensor:
         """Run forward and backward and return the loss: a 0-dim float32 tensor, equal on every rank.
