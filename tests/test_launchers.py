@@ -92,7 +92,9 @@ def test_a_rank_whose_peers_do_not_come_says_how_to_run_alone(monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     monkeypatch.setenv("MASTER_PORT", "1")
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
-    with pytest.raises(RankError, match="did not find the others at localhost:1 within .* set RANK=0 and WORLD_SIZE=1"):
+    with pytest.raises(
+        RankError, match=r"did not find the others at localhost:1 within .* set RANK=0 and WORLD_SIZE=1"
+    ):
         join(Launch.read(SLURM), timedelta(seconds=1))
 
 
@@ -114,7 +116,7 @@ def place(local_rank, world_size=8):
     ],
 )
 def test_a_rank_takes_the_device_of_its_local_rank_or_the_only_one(launch, count, index):
-    with mock.patch.object(torch.cuda, "device_count", lambda: count):
+    with mock.patch.object(torch.cuda, "device_count", return_value=count):
         assert choose_device(launch) == torch.device("cuda", index)
 
 
@@ -127,7 +129,7 @@ def test_a_rank_takes_the_device_of_its_local_rank_or_the_only_one(launch, count
     ],
 )
 def test_a_rank_without_a_device_of_its_own_is_refused(launch, count, words):
-    with mock.patch.object(torch.cuda, "device_count", lambda: count), pytest.raises(RankError, match=words):
+    with mock.patch.object(torch.cuda, "device_count", return_value=count), pytest.raises(RankError, match=words):
         choose_device(launch)
 
 

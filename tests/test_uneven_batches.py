@@ -26,9 +26,7 @@ def on_rank_train(name, folders, specimen, pad, accumulate=1, counts=COUNTS):
     runs.FOLDERS.update(folders)
     runtime, optimizer = runs.start(name, specimen)
     task = Task(specimen=specimen, rows=4, accumulate=accumulate)
-    loader = [
-        [rows_of_rank(batch, runtime) for batch in task.batches(step)] for step in range(counts[runtime.dp_rank])
-    ]
+    loader = [[rows_of_rank(batch, runtime) for batch in task.batches(step)] for step in range(counts[runtime.dp_rank])]
     losses, norms = [], []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -37,7 +35,7 @@ def on_rank_train(name, folders, specimen, pad, accumulate=1, counts=COUNTS):
             norms.append(runtime.clip_grad_norm_(MAX_NORM).item())
             optimizer.step()
             optimizer.zero_grad()
-    said = [str(warning.message) for warning in caught if "batches end here" in str(warning.message)]
+    said = [str(warning.message) for warning in caught if "the batches end here" in str(warning.message)]
     return losses, norms, runs.everything(runtime), said
 
 
@@ -96,7 +94,9 @@ def test_the_first_rank_without_a_batch_ends_the_loop_for_all(ranks, name):
     assert_equal_to(alone(specimen, min(COUNTS)), answers)
     ended = {"fsdp2": "1", "ddp": "1", "megatron": "1", "pp": "1, 3"}[name]
     for *_, said in answers:
-        assert len(said) == 1 and said[0].startswith(f"rank {ended} had no more than 2 batches, and the others had more")
+        assert len(said) == 1 and said[0].startswith(
+            f"rank {ended} had no more than 2 batches, and the others had more"
+        )
 
 
 def test_equal_numbers_of_batches_end_without_a_word(ranks):

@@ -69,7 +69,9 @@ class Launch:
         if rank is None or own is None:
             raise RankError(f"{found.rank} is {rank}, but {found.world_size} is not set; set both")
         if size is not None and size != own:
-            raise RankError(f"WORLD_SIZE is {size}, but the launcher started {own} ranks ({told}); unset it, or set RANK")
+            raise RankError(
+                f"WORLD_SIZE is {size}, but the launcher started {own} ranks ({told}); unset it, or set RANK"
+            )
         if rank >= own:
             raise RankError(f"there is no rank {rank} of {own} ({told}); ranks are numbered from 0")
         return cls(rank=rank, world_size=own, local_rank=_local_rank(environment, rank), told=told)

@@ -11,7 +11,9 @@ import torch.distributed as dist
 
 from nemo_dist.errors import RankError
 from nemo_dist.mesh.launch_env import Launch
+from nemo_dist.mesh.rank_status import tell_uncaught
 from nemo_dist.mesh.rendezvous import join
+from nemo_dist.mesh.store_consensus import set_patience
 
 
 @attrs.frozen
@@ -30,18 +32,23 @@ class DistEnv:
         return self.rank == 0
 
 
-def initialize_distributed(backend: str | None = None, timeout_minutes: float = 10) -> DistEnv:
+def initialize_distributed(
+    backend: str | None = None, timeout_minutes: float = 10, patience_minutes: float = 30
+) -> DistEnv:
     """Join the process group of the ranks that were launched together, and return this process's place in it.
 
     The ranks may be started by torchrun, Slurm's srun, or mpirun (Open MPI, MPICH, Intel MPI); a process that none of
     them started is a group of one. ``backend``: "nccl", "gloo", or None for gloo on CPU tensors and, where CUDA is
     available, NCCL on CUDA tensors. ``timeout_minutes``: the timeout of every collective, and of waiting for the other
-    ranks here. An existing process group is used unchanged. Sets the current CUDA device, unless CUDA is not available
-    or the backend is "gloo": the one that this process sees, or the one with the number of its local rank.
+    ranks here. ``patience_minutes``: how long ranks wait for the slowest one where they meet to build, load, save and
+    export, mostly for its disk. An existing process group is used unchanged. Sets the current CUDA device, unless CUDA
+    is not available or the backend is "gloo": the one that this process sees, or the one with the number of its local
+    rank.
 
     Raises RuntimeError for "nccl" without CUDA. Raises RankError for ranks without MASTER_ADDR and MASTER_PORT, for
     ranks that do not come, and for a local rank that has no device.
     """
+    set_patience(patience_minutes)
     cuda = torch.cuda.is_available()
     if backend is not None and "nccl" in backend and not cuda:
         raise RuntimeError(f"backend {backend!r} needs CUDA, and this machine has none; use 'gloo'")
@@ -54,6 +61,7 @@ def initialize_distributed(backend: str | None = None, timeout_minutes: float = 
         timeout = timedelta(minutes=timeout_minutes)
         store = join(launch, timeout)
         dist.init_process_group(chosen, store=store, rank=launch.rank, world_size=launch.world_size, timeout=timeout)
+        tell_uncaught()
     return DistEnv(
         backend=dist.get_backend(),
         rank=dist.get_rank(),

@@ -23,6 +23,7 @@ from nemo_dist.checkpoint.sharded_model import ShardedModel
 from nemo_dist.errors import PluginError, RankError
 from nemo_dist.hf_model import inner_model, name_root
 from nemo_dist.mesh.mesh_context import MeshContext
+from nemo_dist.mesh.rank_status import begin_step, explained
 from nemo_dist.mesh.store_consensus import compare
 from nemo_dist.planning.mesh_plan import Role
 from nemo_dist.plugin.hookspecs import Batch, RuntimePart
@@ -205,9 +206,11 @@ class Runtime:
         that share a batch got different ones and, where forwards of different ranks run in lockstep (the strategy
         shards the model, for one), when ranks got different numbers of batches or only some of them images.
         """
-        loss = self._loop.run(batches)
-        if self.replicas.due:
-            self._check_replicas_unasked() if self.replicas.every is None else self.check_replicas()
+        begin_step()
+        with explained():
+            loss = self._loop.run(batches)
+            if self.replicas.due:
+                self._check_replicas_unasked() if self.replicas.every is None else self.check_replicas()
         return loss
 
     def _check_replicas_unasked(self) -> None:
@@ -240,6 +243,10 @@ class Runtime:
 
         Every parameter of the whole model counts once, across all meshes, pipeline stages and experts.
         """
+        with explained():
+            return self._clip(max_norm, norm_type)
+
+    def _clip(self, max_norm: float, norm_type: float) -> Tensor:
         for part in self._parts:
             if part.before_clip is not None:
                 part.before_clip()

@@ -112,8 +112,8 @@ def _warn(found: Sequence[Sequence[Any]]) -> None:
     """Say which ranks had no more batches, where others did."""
     ended = [rank for rank, (_, more) in enumerate(found) if not more]
     warnings.warn(
-        f"rank {', '.join(map(str, ended))} had no more than {found[ended[0]][0]} batches, and the others had more: the "
-        "batches end here for all ranks; batches(loader, pad=True) goes on with batches in which no label counts",
+        f"rank {', '.join(map(str, ended))} had no more than {found[ended[0]][0]} batches, and the others had more: "
+        "the batches end here for all ranks; batches(loader, pad=True) goes on with batches in which no label counts",
         stacklevel=4,
     )
 
