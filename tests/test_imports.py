@@ -43,7 +43,7 @@ PRIVATE = {
         "_keep_in_fp32_modules_strict",
     ),
     "nemo_dist.mesh.mesh_context": ("_flatten", "_flatten_mapping", "_get_root_mesh", "_set_pg_timeout"),
-    "nemo_dist.mesh.store_consensus": ("_get_default_store",),
+    "nemo_dist.mesh.rank_status": ("_get_default_store",),
     "nemo_dist.loading.hf_weight_loader": (
         *("_load_pretrained_model", "_finalize_model_loading", "_initialize_missing_keys", "_dtensor_from_local_like"),
     ),

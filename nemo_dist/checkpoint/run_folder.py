@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +18,7 @@ from nemo_dist.checkpoint import async_save
 from nemo_dist.checkpoint.atomic_dir import Staging, sync
 from nemo_dist.checkpoint.load import intact, load_from
 from nemo_dist.checkpoint.manifest import Manifest
+from nemo_dist.checkpoint.preemption import CODE, stop_request
 from nemo_dist.checkpoint.save import save
 from nemo_dist.checkpoint.sharded_model import Holder
 from nemo_dist.errors import CheckpointError, RankError
@@ -80,6 +83,33 @@ class RunFolder:
             check_finite=self.check_finite,
             committed=lambda: self._committed(where),
         )
+
+    def save_if_preempted(
+        self,
+        runtime: Holder,
+        optimizer: Any = None,
+        *,
+        step: int,
+        extra: Any = None,
+        schedulers: Sequence[Any] = (),
+        data: Any = None,
+        signals: Sequence[int] = (signal.SIGTERM,),
+        grace_seconds: float = 300,
+    ) -> None:
+        """Save and end all ranks with exit code 75 if one of them was sent one of *signals*; call it after every step.
+
+        From the first call on the signal no longer ends the process. At the next call after it all ranks save the same
+        *step*, then raise SystemExit with 75 (``EX_TEMPFAIL``: run the job again). A process that has not ended
+        *grace_seconds* after the signal ends with that code by itself, as in a step that waits for a dead rank.
+        Collective: one all-reduce of an integer. Arguments and errors as for ``save``.
+        """
+        stop_request.listen(tuple(map(int, signals)), grace_seconds)
+        if not runtime.sharded.ranks.total([stop_request.name is not None])[0]:
+            return
+        self.save(runtime, optimizer, step=step, extra=extra, schedulers=schedulers, data=data)
+        if runtime.sharded.ranks.first:
+            sys.stderr.write(f"nemo_dist: saved step {step} in {self.path}, as a signal asked the job to end\n")
+        raise SystemExit(CODE)
 
     def resume(
         self, runtime: Holder, optimizer: Any = None, *, schedulers: Sequence[Any] = (), data: Any = None

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from nemo_dist.launcher.failures import describe_exit, lost_a_peer
+from nemo_dist.launcher.failures import describe_exit
 from nemo_dist.launcher.worker import FOLDER, LAUNCHER
+from nemo_dist.mesh.lost_peer import lost_a_peer
 
 if TYPE_CHECKING:
     from torch.distributed.launcher.api import LaunchConfig

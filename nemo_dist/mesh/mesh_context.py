@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from nemo_dist.errors import RankError
+from nemo_dist.mesh.live_groups import live
 from nemo_dist.mesh.process_group import default_device_type, require_process_group
 from nemo_dist.planning.mesh_plan import DENSE_AXES, FLATTENED, MeshPlan, Role, View
 
@@ -44,11 +45,13 @@ class MeshContext:
         device_type: str | None = None,
         timeout_minutes: float | None = None,
     ) -> MeshContext:
-        """Create the device meshes of *plan* over *ranks* (None: all); collective over the process group.
+        """Return the device meshes of *plan* over *ranks* (None: all); collective over the process group.
 
-        ``device_type``: "cpu" or "cuda"; None is what the process group can use. ``timeout_minutes``: the timeout of
-        every collective on the mesh; None leaves the backend's. Raises RankError without a process group, or when
-        *ranks* is None and the group has another size than the plan.
+        The same arguments give the same meshes for as long as the process group lives, as process groups have
+        threads, connections and buffers that only its end gives back. ``device_type``: "cpu" or "cuda"; None is
+        what the process group can use. ``timeout_minutes``: the timeout of every collective on the mesh; None
+        leaves the backend's. Raises RankError without a process group, or when *ranks* is None and the group
+        has another size than the plan.
         """
         require_process_group()
         if ranks is None and plan.world_size != dist.get_world_size():
@@ -56,8 +59,15 @@ class MeshContext:
                 f"the setup is planned for {plan.world_size} ranks, but the process group has {dist.get_world_size()}; "
                 "build it with that world_size"
             )
-        members = torch.tensor(range(plan.world_size) if ranks is None else ranks, dtype=torch.int, device="cpu")
+        chosen = tuple(range(plan.world_size) if ranks is None else ranks)
         kind = device_type or default_device_type()
+        return live.kept(
+            (plan, chosen, kind, timeout_minutes), lambda: cls._create(plan, chosen, kind, timeout_minutes)
+        )
+
+    @classmethod
+    def _create(cls, plan: MeshPlan, ranks: tuple[int, ...], kind: str, timeout_minutes: float | None) -> MeshContext:
+        members = torch.tensor(ranks, dtype=torch.int, device="cpu")
         context = cls(
             device_mesh=_live(plan.dense, members, kind),
             views={view.name: _live(view, members, kind) for view in plan.views},
@@ -262,8 +272,9 @@ def _live(view: View, ranks: torch.Tensor, device_type: str) -> DeviceMesh:
 
 
 def _limit(context: MeshContext, timeout: timedelta) -> None:
-    """Set the timeout of every process group of the mesh; torch has no public API for this yet."""
-    for mesh in (context.device_mesh, *context.views.values()):
-        if mesh is not None and mesh.get_coordinate() is not None:
-            for group in mesh.get_all_groups():
-                dist.distributed_c10d._set_pg_timeout(timeout, group)
+    """Set the timeout of every process group of the mesh, flattened ones too; torch has no public API for this yet."""
+    for mesh in context._meshes():
+        if mesh.get_coordinate() is not None:
+            for part in (mesh, *mesh._get_root_mesh()._flatten_mapping.values()):
+                for group in part.get_all_groups():
+                    dist.distributed_c10d._set_pg_timeout(timeout, group)

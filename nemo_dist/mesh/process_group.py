@@ -10,6 +10,10 @@ import torch
 import torch.distributed as dist
 
 from nemo_dist.errors import RankError
+from nemo_dist.mesh.launch_env import Launch
+from nemo_dist.mesh.rank_status import tell_uncaught
+from nemo_dist.mesh.rendezvous import join
+from nemo_dist.mesh.store_consensus import set_patience
 
 
 @attrs.frozen
@@ -28,36 +32,66 @@ class DistEnv:
         return self.rank == 0
 
 
-def initialize_distributed(backend: str | None = None, timeout_minutes: float = 10) -> DistEnv:
-    """Initialise the process group, under torchrun or with a single process, and return this process's place in it.
+def initialize_distributed(
+    backend: str | None = None, timeout_minutes: float = 10, patience_minutes: float = 30
+) -> DistEnv:
+    """Join the process group of the ranks that were launched together, and return this process's place in it.
 
-    ``backend``: "nccl", "gloo", or None for gloo on CPU tensors and, where CUDA is available, NCCL on CUDA tensors.
-    ``timeout_minutes``: the timeout of every collective. An existing process group is used unchanged. Sets the current
-    CUDA device to ``LOCAL_RANK``, unless CUDA is not available or the backend is "gloo".
+    The ranks may be started by torchrun, Slurm's srun, or mpirun (Open MPI, MPICH, Intel MPI); a process that none of
+    them started is a group of one. ``backend``: "nccl", "gloo", or None for gloo on CPU tensors and, where CUDA is
+    available, NCCL on CUDA tensors. ``timeout_minutes``: the timeout of every collective, and of waiting for the other
+    ranks here. ``patience_minutes``: how long ranks wait for the slowest one where they meet to build, load, save and
+    export, mostly for its disk. An existing process group is used unchanged. Sets the current CUDA device, unless CUDA
+    is not available or the backend is "gloo": the one that this process sees, or the one with the number of its local
+    rank.
 
-    Raises RuntimeError for "nccl" without CUDA.
+    Raises RuntimeError for "nccl" without CUDA. Raises RankError for ranks without MASTER_ADDR and MASTER_PORT, for
+    ranks that do not come, and for a local rank that has no device.
     """
+    set_patience(patience_minutes)
     cuda = torch.cuda.is_available()
     if backend is not None and "nccl" in backend and not cuda:
         raise RuntimeError(f"backend {backend!r} needs CUDA, and this machine has none; use 'gloo'")
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    device = torch.device("cuda", local_rank) if cuda and backend != "gloo" else torch.device("cpu")
+    launch = Launch.read() or Launch(rank=0, world_size=1, local_rank=None, told="no launcher")
+    device = choose_device(launch) if cuda and backend != "gloo" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         chosen = backend or ("cpu:gloo,cuda:nccl" if cuda else "gloo")
         timeout = timedelta(minutes=timeout_minutes)
-        if "RANK" in os.environ:
-            dist.init_process_group(chosen, timeout=timeout)
-        else:
-            dist.init_process_group(chosen, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        store = join(launch, timeout)
+        dist.init_process_group(chosen, store=store, rank=launch.rank, world_size=launch.world_size, timeout=timeout)
+        tell_uncaught()
     return DistEnv(
         backend=dist.get_backend(),
         rank=dist.get_rank(),
-        local_rank=local_rank,
+        local_rank=launch.local_rank or 0,
         world_size=dist.get_world_size(),
         device=device,
     )
+
+
+def choose_device(launch: Launch) -> torch.device:
+    """Return the CUDA device of this process: the only one that it sees, or the one of its local rank.
+
+    Raises RankError where there is no such device, or the local rank is not known and there are several ranks.
+    """
+    count = torch.cuda.device_count()
+    local_rank = launch.local_rank if launch.world_size > 1 else launch.local_rank or 0
+    if count == 1:  # a launcher that gives each task a device of its own shows it no other
+        return torch.device("cuda", 0)
+    sees = f"this process sees {count} CUDA devices (CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES')})"
+    if local_rank is None:
+        raise RankError(
+            f"rank {launch.rank} of {launch.world_size} does not know which rank of its node it is, and {sees}; set "
+            "LOCAL_RANK, from 0 up on every node"
+        )
+    if local_rank >= count:
+        raise RankError(
+            f"rank {launch.rank} of {launch.world_size} has the local rank {local_rank}, but {sees}; start at most "
+            "one rank per device on a node, or let the launcher show each rank one device"
+        )
+    return torch.device("cuda", local_rank)
 
 
 def require_process_group() -> None:

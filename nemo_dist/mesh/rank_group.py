@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -15,12 +13,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nemo_dist.errors import CheckpointError
-from nemo_dist.mesh.store_consensus import default_store, share
+from nemo_dist.mesh.live_groups import live
+from nemo_dist.mesh.rank_status import default_store, explained
+from nemo_dist.mesh.store_consensus import share
 
 if TYPE_CHECKING:
     from nemo_dist.mesh.mesh_context import MeshContext
-
-_PATIENCE = timedelta(minutes=30)  # the slowest disk may be much slower than the fastest
 
 
 @attrs.frozen
@@ -80,7 +78,7 @@ class RankGroup:
             yield
         except Exception as error:
             failure = _in_words(occasion, error)
-        share(occasion, None, failure, self.ranks, _PATIENCE, self.store, self.here)
+        share(occasion, None, failure, self.ranks, self.store, self.here)
 
     def collect(self, occasion: str, value_of: Callable[[], Any]) -> list[Any]:
         """Call *value_of* on every rank and return all results in rank order, gathered through the store.
@@ -93,7 +91,7 @@ class RankGroup:
             value = value_of()
         except Exception as error:
             failure = _in_words(occasion, error)
-        return share(occasion, value, failure, self.ranks, _PATIENCE, self.store, self.here)
+        return share(occasion, value, failure, self.ranks, self.store, self.here)
 
     def gather(self, value: Any) -> list[Any]:
         """All-gather *value*, a JSON value of any size; return the values of all ranks in rank order."""
@@ -102,14 +100,30 @@ class RankGroup:
             return [json.loads(text)]
         mine = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).to(self.device)
         lengths = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.size)]
-        dist.all_gather(lengths, torch.tensor([len(mine)], device=self.device), group=_group(self.ranks))
-        padded = torch.zeros(max(map(int, lengths)), dtype=torch.uint8, device=self.device)
-        padded[: len(mine)] = mine
-        gathered = [torch.empty_like(padded) for _ in lengths]
-        dist.all_gather(gathered, padded, group=_group(self.ranks))
+        with explained():
+            dist.all_gather(lengths, torch.tensor([len(mine)], device=self.device), group=_group(self.ranks))
+            padded = torch.zeros(max(map(int, lengths)), dtype=torch.uint8, device=self.device)
+            padded[: len(mine)] = mine
+            gathered = [torch.empty_like(padded) for _ in lengths]
+            dist.all_gather(gathered, padded, group=_group(self.ranks))
         return [
             json.loads(bytes(one[: int(length)].cpu().numpy())) for one, length in zip(gathered, lengths, strict=True)
         ]
+
+    def total(self, values: Sequence[int]) -> list[int]:
+        """All-reduce a few integers: return the sum over all ranks of each of *values*.
+
+        They are summed on the CPU where the process group has a backend for it, so that no device waits.
+        """
+        if self.size == 1:
+            return [int(value) for value in values]
+        group = _group(self.ranks)
+        on_cpu = "cpu:" in str(dist.get_backend_config(group))
+        sums = torch.tensor(list(values), dtype=torch.int64, device="cpu" if on_cpu else self.device)
+        with explained():
+            dist.all_reduce(sums, group=group)
+        found: list[int] = sums.tolist()
+        return found
 
     def exchange(self, outgoing: Sequence[Sequence[Tensor]], sizes: Sequence[int]) -> Tensor:
         """Run one all-to-all of bytes; return what all ranks sent to this one, concatenated in rank order, on the CPU.
@@ -123,7 +137,8 @@ class RankGroup:
             return sent.cpu()
         received = torch.empty(sum(sizes), dtype=torch.uint8, device=self.device)
         lengths = [sum(len(part) for part in parts) for parts in outgoing]
-        dist.all_to_all_single(received, sent.to(self.device), list(sizes), lengths, group=_group(self.ranks))
+        with explained():
+            dist.all_to_all_single(received, sent.to(self.device), list(sizes), lengths, group=_group(self.ranks))
         return received.cpu()
 
 
@@ -144,9 +159,8 @@ def _world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-@lru_cache(maxsize=16)
 def _group(ranks: tuple[int, ...] | None) -> dist.ProcessGroup | None:
     """Return the process group of *ranks*, created on first use by its members only; None for the default group."""
-    return (
-        None if ranks is None or len(ranks) == _world() else dist.new_group(list(ranks), use_local_synchronization=True)
-    )
+    if ranks is None or len(ranks) == _world():
+        return None
+    return live.kept(ranks, lambda: dist.new_group(list(ranks), use_local_synchronization=True))

@@ -15,13 +15,29 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
+import attrs
 import torch.distributed as dist
 
 from nemo_dist.errors import RankError
+from nemo_dist.mesh.rank_status import all_there, arrive, default_store, watch
 
-_PATIENCE = timedelta(minutes=5)
 # How often each occasion was used: part of its keys in the store, equal on all ranks, as they call in the same order.
 _held: defaultdict[str, int] = defaultdict(int)
+
+
+@attrs.define(eq=False)
+class _Meetings:
+    patience: timedelta = timedelta(minutes=30)  # the slowest disk may be much slower than the fastest
+
+
+_meetings = _Meetings()
+
+
+def set_patience(minutes: float) -> None:
+    """Set how long a rank waits for the slowest one at every meeting: to build, load, save and export."""
+    if isinstance(minutes, bool) or not isinstance(minutes, int | float) or not minutes > 0:
+        raise ValueError(f"patience_minutes must be a positive number of minutes (got {minutes!r})")
+    _meetings.patience = timedelta(minutes=minutes)
 
 
 def consensus(
@@ -29,17 +45,16 @@ def consensus(
     mine: Any,
     decide: Callable[[list[Any]], Any],
     ranks: Sequence[int] | None = None,
-    patience: timedelta = _PATIENCE,
     store: dist.Store | None = None,
     here: int | None = None,
 ) -> Any:
     """Gather *mine* of all *ranks* (None: all) through the store and return ``decide(values)`` on every rank.
 
     Values and result are JSON; *decide* gets the values in the order of *ranks* and runs on the first of them only.
-    ``occasion`` names the exchange in errors. ``patience`` is how long to wait for the slowest rank. A background
-    thread must pass ``ranks``, its own ``store`` (a clone, because a connection that waits blocks other threads) and
-    ``here``, the rank of this process: nothing then depends on the process group, which may be gone. Raises RankError
-    on every rank that takes part when a rank does not arrive in time; the message names the missing ones.
+    ``occasion`` names the exchange in errors. A background thread must pass ``ranks``, its own ``store`` (a clone, as
+    threads do not share a connection) and ``here``, the rank of this process: nothing then depends on the process
+    group, which may be gone. Raises RankError on every rank that takes part when a rank does not arrive in time
+    (``set_patience``) or has failed before; the message names these.
     """
     world = dist.get_world_size() if dist.is_initialized() else 1
     members = list(range(world) if ranks is None else ranks)
@@ -56,48 +71,75 @@ def consensus(
     _held[name] += 1
     prefix = f"nemo_dist/{name}/{_held[name]}"
     rank = dist.get_rank() if here is None else here
-    store.set(f"{prefix}/{rank}", json.dumps(mine))
-    if rank == members[0]:
-        _publish(store, prefix, members, decide, patience)
     try:
-        store.wait([f"{prefix}/result"], patience * 2)
-    except dist.DistStoreError as error:
+        if not background:
+            arrive(store, rank, occasion, f"{prefix}/result")
+        result = _meet(store, prefix, members, rank, mine, decide, watch(store, members, occasion))
+        if background:
+            _keep_until_read(store, prefix, members, rank)
+    except dist.DistNetworkError as error:
         raise RankError(
-            f"rank {rank} waited {patience * 2} for rank {members[0]} at {occasion!r}, and it did not come"
+            f"rank {rank} lost the store of the process group at {occasion!r} ({str(error).splitlines()[0]}): rank 0, "
+            "or the launcher that held it, has ended; look at its log"
         ) from error
-    result = json.loads(store.get(f"{prefix}/result"))
-    if background:
-        _keep_until_read(store, prefix, members, rank, patience)
+    if result is None:
+        raise RankError(
+            f"rank {rank} waited {2 * _meetings.patience} for rank {members[0]} at {occasion!r}, and it did not come"
+        )
+    if "failed" in result:
+        raise RankError(result["failed"])
     if "missing" in result:
         raise RankError(
-            f"ranks {result['missing']} did not come to {occasion!r} within {patience}; look at their logs first"
+            f"ranks {result['missing']} did not come to {occasion!r} within {_meetings.patience}; look at their logs "
+            "first"
         )
     return result["result"]
 
 
-def default_store() -> dist.Store:
-    """Return the store of the default process group; torch has no public API for this."""
-    return dist.distributed_c10d._get_default_store()
+def _meet(
+    store: dist.Store,
+    prefix: str,
+    members: list[int],
+    rank: int,
+    mine: Any,
+    decide: Callable[[list[Any]], Any],
+    look: Callable[[], None],
+) -> Any:
+    """Write what is *mine*, and return what the first rank makes of it; None when that does not come in time."""
+    store.set(f"{prefix}/{rank}", json.dumps(mine))
+    if rank == members[0]:
+        _publish(store, prefix, members, decide, look)
+    # The first rank waits for the others, and then has to say who is missing.
+    there = all_there(store, [f"{prefix}/result"], 2 * _meetings.patience, look)
+    return json.loads(store.get(f"{prefix}/result")) if there else None
 
 
 def _publish(
-    store: dist.Store, prefix: str, members: list[int], decide: Callable[[list[Any]], Any], patience: timedelta
+    store: dist.Store,
+    prefix: str,
+    members: list[int],
+    decide: Callable[[list[Any]], Any],
+    look: Callable[[], None],
 ) -> None:
     keys = {rank: f"{prefix}/{rank}" for rank in members}
+    result: dict[str, Any]
     try:
-        store.wait(list(keys.values()), patience)
-        result = {"result": decide([json.loads(value) for value in store.multi_get(list(keys.values()))])}
-    except dist.DistStoreError:
-        result = {"missing": [rank for rank, key in keys.items() if not store.check([key])]}
+        if all_there(store, list(keys.values()), _meetings.patience, look):
+            result = {"result": decide([json.loads(value) for value in store.multi_get(list(keys.values()))])}
+        else:
+            result = {"missing": [rank for rank, key in keys.items() if not store.check([key])]}
+    except RankError as error:
+        result = {"failed": str(error)}
     store.set(f"{prefix}/result", json.dumps(result))
 
 
-def _keep_until_read(store: dist.Store, prefix: str, members: list[int], rank: int, patience: timedelta) -> None:
+def _keep_until_read(store: dist.Store, prefix: str, members: list[int], rank: int) -> None:
     """Have the first rank wait until the others have read the result: its process may hold the store, and end next."""
     store.set(f"{prefix}/{rank}/read", "")
     if rank == members[0]:
-        with suppress(dist.DistStoreError):  # a rank that has failed reads nothing
-            store.wait([f"{prefix}/{member}/read" for member in members], patience)
+        keys = [f"{prefix}/{member}/read" for member in members]
+        with suppress(RankError):  # a rank that has failed reads nothing
+            all_there(store, keys, _meetings.patience, watch(store, members, "reading the result"))
 
 
 def compare(occasion: str, fields: Mapping[str, str], ranks: Sequence[int] | None = None) -> None:
@@ -153,7 +195,6 @@ def share(
     value: Any,
     failure: BaseException | None,
     ranks: Sequence[int] | None = None,
-    patience: timedelta = _PATIENCE,
     store: dist.Store | None = None,
     here: int | None = None,
 ) -> list[Any]:
@@ -164,7 +205,7 @@ def share(
     """
     rank = here if here is not None else dist.get_rank() if dist.is_initialized() else 0
     error = "" if failure is None else f"{type(failure).__name__}: {failure}"
-    failed, values = consensus(occasion, [rank, error, value], _failed_or_values, ranks, patience, store, here)
+    failed, values = consensus(occasion, [rank, error, value], _failed_or_values, ranks, store, here)
     if failure is not None:
         raise failure
     if failed:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from typing import Any
 
+from nemo_dist.mesh.launch_env import launched_world_size
 from nemo_dist.plugin.protocol import Plugin
 from nemo_dist.setup.selection import RECOMPUTE, Selection
 
@@ -15,13 +15,13 @@ _MODES: dict[Any, str] = {True: "full", "full": "full", "selective": "selective"
 
 
 def launched_ranks() -> int:
-    """Return the size of the process group if there is one, else ``WORLD_SIZE`` of the environment, else 1."""
+    """Return the size of the process group if there is one, else the number of ranks that were launched together."""
     if "torch.distributed" in sys.modules:
         import torch.distributed as dist
 
         if dist.is_available() and dist.is_initialized():
             return dist.get_world_size()
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return launched_world_size()
 
 
 def mesh_ranks(ranks: Sequence[int] | None, world_size: int, problems: list[str]) -> tuple[tuple[int, ...] | None, int]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from nemo_dist.errors import RankError
-from nemo_dist.launcher.failures import lost_a_peer
+from nemo_dist.mesh.lost_peer import lost_a_peer
 from nemo_dist.testing.remote_call import Reply
 
 _LONGEST = 4000  # characters of a rank's output

@@ -133,6 +133,9 @@ def _give_groups_back() -> None:
     import torch.distributed as dist
     from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
+    from nemo_dist.mesh.live_groups import live
+
+    live.forget()
     names = dist.distributed_c10d._world.pg_names
     for group, name in list(names.items()):
         # The default group stays, and so do groups with a hashed name: the name would be used again, while the store

@@ -23,6 +23,7 @@ from nemo_dist.checkpoint.sharded_model import ShardedModel
 from nemo_dist.errors import PluginError, RankError
 from nemo_dist.hf_model import inner_model, name_root
 from nemo_dist.mesh.mesh_context import MeshContext
+from nemo_dist.mesh.rank_status import begin_step, explained
 from nemo_dist.mesh.store_consensus import compare
 from nemo_dist.planning.mesh_plan import Role
 from nemo_dist.plugin.hookspecs import Batch, RuntimePart
@@ -35,6 +36,7 @@ from nemo_dist.training.optimizer_probe import refuse_what_mixes_elements, warn_
 from nemo_dist.training.peft_adapters import adapters, refuse_prompts
 from nemo_dist.training.replica_check import ReplicaCheck, check_replicas
 from nemo_dist.training.router_aux_loss import RouterLoss
+from nemo_dist.training.uneven_batches import in_step
 
 RuntimeParts = Callable[[list[nn.Module], object], dict[str, RuntimePart]]
 
@@ -177,6 +179,20 @@ class Runtime:
         """Return what this rank computes on for the *batch* of its data-parallel coordinate, on its device."""
         return self._loop.batch(batch)
 
+    def batches(self, loader: Iterable[Batch | Sequence[Batch]], *, pad: bool = False) -> Iterator[Any]:
+        """Iterate over *loader*, this rank's, in step with the other ranks; all must take every batch.
+
+        The loaders of ranks may have different numbers of batches. When the first of them ends, the loop ends on all
+        ranks, with a warning that names that rank where others had more. With ``pad`` it goes on until the last one
+        ends, and ranks that have none left get copies of their last batch in which no label counts: nothing is left
+        out, and every loss and gradient is that of the real batches alone. An error of one loader is raised on all
+        ranks. ``loader`` gives what ``forward_backward`` takes; it is never read ahead, so that its state can be saved.
+
+        Costs one all-reduce of four integers per batch. Raises RankError when ranks that share a batch have different
+        numbers of them; with ``pad``, ValueError for a rank that had no batch at all and for float labels.
+        """
+        return in_step(loader, self.sharded.ranks, self.dp_rank, pad)
+
     def forward_backward(self, batches: Batch | Sequence[Batch]) -> Tensor:
         """Run forward and backward and return the loss: a 0-dim float32 tensor, equal on every rank.
 
@@ -191,9 +207,11 @@ class Runtime:
         that share a batch got different ones and, where forwards of different ranks run in lockstep (the strategy
         shards the model, for one), when ranks got different numbers of batches or only some of them images.
         """
-        loss = self._loop.run(batches)
-        if self.replicas.due:
-            self._check_replicas_unasked() if self.replicas.every is None else self.check_replicas()
+        begin_step()
+        with explained():
+            loss = self._loop.run(batches)
+            if self.replicas.due:
+                self._check_replicas_unasked() if self.replicas.every is None else self.check_replicas()
         return loss
 
     def _check_replicas_unasked(self) -> None:
@@ -226,6 +244,10 @@ class Runtime:
 
         Every parameter of the whole model counts once, across all meshes, pipeline stages and experts.
         """
+        with explained():
+            return self._clip(max_norm, norm_type)
+
+    def _clip(self, max_norm: float, norm_type: float) -> Tensor:
         for part in self._parts:
             if part.before_clip is not None:
                 part.before_clip()

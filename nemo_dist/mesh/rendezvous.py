@@ -1,0 +1,87 @@
+"""Find the other ranks of this run, and a store that only they use.
+
+torchrun gives all attempts of a run one store (``--max-restarts``), in which the addresses that ranks of an earlier
+attempt wrote still stand. A rank that reads one waits for a process that is gone. So the ranks of an attempt first
+agree on a name for it, under which all that they write stands apart.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import uuid
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from nemo_dist.errors import RankError
+from nemo_dist.mesh.launch_env import ALONE, Launch
+from nemo_dist.mesh.rank_status import all_there
+
+_NAME = "nemo_dist/attempt"  # the name that rank 0 gave to the newest attempt
+_LOOK_AGAIN = timedelta(seconds=1)
+
+
+def join(launch: Launch, timeout: timedelta) -> dist.Store:
+    """Return the store of the ranks that were launched together, after all have come; a store of one for one rank.
+
+    Raises RankError when MASTER_ADDR and MASTER_PORT do not say where rank 0 is, or ranks do not come within *timeout*.
+    """
+    if launch.world_size == 1:
+        return dist.HashStore()
+    address, port = _master(launch)
+    of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    try:
+        store = dist.TCPStore(
+            address,
+            port,
+            launch.world_size,
+            is_master=launch.rank == 0 and not of_agent,
+            timeout=timeout,
+            multi_tenant=True,
+        )
+        return dist.PrefixStore(attempt(store, launch.rank, launch.world_size, timeout), store) if of_agent else store
+    except (dist.DistStoreError, dist.DistNetworkError, TimeoutError) as error:
+        raise RankError(
+            f"rank {launch.rank} of {launch.world_size} ({launch.told}) did not find the others at {address}:{port} "
+            f"within {timeout}: {str(error).splitlines()[0]}; look at their logs, or, {ALONE}"
+        ) from error
+
+
+def _master(launch: Launch) -> tuple[str, int]:
+    address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "")
+    if not address or not port.isdigit():
+        raise RankError(
+            f"this process is rank {launch.rank} of {launch.world_size} ({launch.told}), but MASTER_ADDR is "
+            f"{address!r} and MASTER_PORT {port or None!r}, which say where rank 0 is; set both, the same for all "
+            'ranks. In a job script of Slurm: export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | '
+            f"head -n 1) MASTER_PORT=29500. Or, {ALONE}"
+        )
+    return address, int(port)
+
+
+def attempt(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> str:
+    """Return the name on which the ranks that run now agree, in a *store* that may hold what earlier ones wrote.
+
+    Rank 0 makes up a name and waits until every rank has put a mark of its own under it; then it lists the marks. A
+    rank that does not find its mark in the list has read the name of an earlier attempt, and reads again. Raises
+    DistStoreError when ranks do not come within *timeout*.
+    """
+    mark, deadline = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
+    if rank == 0:
+        store.set(_NAME, mark)
+        keys = [f"{mark}/{other}" for other in range(1, world_size)]
+        if not all_there(store, keys, timeout):
+            absent = [other for other, key in enumerate(keys, 1) if not store.check([key])]
+            raise dist.DistStoreError(f"ranks {absent} did not come")
+        store.set(f"{mark}/marks", json.dumps([found.decode() for found in store.multi_get(keys)]))
+        return mark
+    while time.monotonic() < deadline:
+        if all_there(store, [_NAME], _LOOK_AGAIN):
+            name = store.get(_NAME).decode()
+            store.set(f"{name}/{rank}", mark)
+            if all_there(store, [f"{name}/marks"], _LOOK_AGAIN) and mark in json.loads(store.get(f"{name}/marks")):
+                return name
+            time.sleep(0.05)  # the marks of an earlier attempt; rank 0 of this one is yet to come
+    raise dist.DistStoreError(f"rank 0 did not come within {timeout}")

@@ -1,0 +1,117 @@
+"""A rank that fails, or stops taking part, is named by the ranks that wait for it, and soon."""
+
+import os
+import subprocess
+import sys
+import textwrap
+import time
+
+import checkpoint_runs as runs
+import pytest
+import torch
+import torch.distributed as dist
+from test_launchers import clean
+
+from nemo_dist import RankError
+from nemo_dist.mesh.rank_status import explained
+from nemo_dist.testing.pool import RankPool
+
+
+def on_rank_wait_at_a_meeting(folders, path):
+    """The second rank fails in its step, which the other does not take, and does not come to the save."""
+    runs.FOLDERS.update(folders)
+    runtime, optimizer = runs.start("fsdp2")
+    start = time.monotonic()
+    if dist.get_rank() == 1:
+        with pytest.raises(ValueError, match="has no labels"):
+            runtime.forward_backward({"input_ids": torch.ones(1, 4, dtype=torch.long)})
+        time.sleep(15)
+        return "", 0.0
+    with pytest.raises(RankError) as caught:
+        runtime.save(path, optimizer)
+    return str(caught.value), time.monotonic() - start
+
+
+def test_a_rank_that_waits_at_a_save_names_the_one_that_failed(tmp_path):
+    with RankPool(2) as pool:  # of its own, as its ranks have not come to the same meetings in the end
+        (message, seconds), _ = pool.run(on_rank_wait_at_a_meeting, runs.folders("llama"), tmp_path / "c")
+    assert "ranks failed while this one waited for them at 'collecting the state of the run'" in message
+    assert "rank 1 failed in step 1: ValueError: the batch has no labels" in message
+    assert seconds < 20
+
+
+def on_rank_go_on(folders, path):
+    """Fail on both ranks, go on, and meet late: what was caught is forgotten."""
+    runs.FOLDERS.update(folders)
+    runtime, optimizer = runs.start("fsdp2")
+    with pytest.raises(ValueError):
+        runtime.forward_backward({"input_ids": torch.ones(1, 4, dtype=torch.long)})
+    runs.steps(runtime, optimizer, runs.Task(), range(1))
+    if dist.get_rank() == 1:
+        time.sleep(8)
+    runtime.save(path, optimizer)
+    return True
+
+
+def test_an_error_that_was_caught_is_no_reason_to_give_up_on_a_rank(ranks, tmp_path):
+    assert ranks(2).run(on_rank_go_on, runs.folders("llama"), tmp_path / "c") == [True, True]
+
+
+LOSE = """
+    import sys, torch, torch.distributed as dist, transformers
+    from nemo_dist import DistributedSetup, NeMoAutoModelForCausalLM, initialize_distributed
+
+    what, folder = sys.argv[1:]
+    env = initialize_distributed("gloo", timeout_minutes=0.15)
+    config = transformers.LlamaConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4
+    )
+    setup = DistributedSetup.build()
+    runtime = setup.runtime(NeMoAutoModelForCausalLM.from_config(config, distributed_setup=setup))
+    optimizer = runtime.optimizer(torch.optim.AdamW, lr=1e-3)
+    for step in range(3 - env.rank):
+        tokens = torch.randint(3, 95, (2, 8))
+        if what == "user code" and env.rank == 1 and step == 1:
+            {}["the users key"]
+        runtime.forward_backward({"input_ids": tokens, "labels": tokens})
+        optimizer.step()
+        optimizer.zero_grad()
+    runtime.save(folder, optimizer)
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("user code", ["rank 1 failed in step 1: KeyError: 'the users key'"]),
+        (
+            "uneven",
+            [
+                "RankError: step 3 lost another rank",
+                "rank 1 waits at 'collecting the state of the run' after 2 steps; give all ranks equally many batches",
+            ],
+        ),
+    ],
+    ids=["user code", "uneven"],
+)
+def test_ranks_that_lose_another_say_which_and_why(tmp_path, what, words):
+    (tmp_path / "lose.py").write_text(textwrap.dedent(LOSE))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    start = time.monotonic()
+    ended = subprocess.run(
+        [*command, tmp_path / "lose.py", what, tmp_path / "c"],
+        env=clean() | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert ended.returncode
+    for text in words:
+        assert text in ended.stderr, ended.stderr[-5000:]
+    assert time.monotonic() - start < 120
+    assert not os.path.exists(tmp_path / "c")
+
+
+def test_errors_of_one_process_stay_what_they_are():
+    with pytest.raises(RuntimeError, match=r"^Connection closed by peer$"), explained():
+        raise RuntimeError("Connection closed by peer")
