@@ -56,6 +56,31 @@ def consensus(
     _held[name] += 1
     prefix = f"nemo_dist/{name}/{_held[name]}"
     rank = dist.get_rank() if here is None else here
+    result = exchange(occasion, members, mine, decide, store=store, prefix=prefix, rank=rank, patience=patience)
+    if background:
+        _keep_until_read(store, prefix, members, rank, patience)
+    if "missing" in result:
+        raise RankError(
+            f"ranks {result['missing']} did not come to {occasion!r} within {patience}; look at their logs first"
+        )
+    return result["result"]
+
+
+def exchange(
+    occasion: str,
+    members: list[int],
+    mine: Any,
+    decide: Callable[[list[Any]], Any],
+    *,
+    store: dist.Store,
+    prefix: str,
+    rank: int,
+    patience: timedelta,
+) -> dict[str, Any]:
+    """Write *mine* under *prefix*, and return ``{"result": decide(values)}`` once all *members* came, else "missing".
+
+    Every process of a meeting waits here for the slowest one.
+    """
     store.set(f"{prefix}/{rank}", json.dumps(mine))
     if rank == members[0]:
         _publish(store, prefix, members, decide, patience)
@@ -65,14 +90,8 @@ def consensus(
         raise RankError(
             f"rank {rank} waited {patience * 2} for rank {members[0]} at {occasion!r}, and it did not come"
         ) from error
-    result = json.loads(store.get(f"{prefix}/result"))
-    if background:
-        _keep_until_read(store, prefix, members, rank, patience)
-    if "missing" in result:
-        raise RankError(
-            f"ranks {result['missing']} did not come to {occasion!r} within {patience}; look at their logs first"
-        )
-    return result["result"]
+    result: dict[str, Any] = json.loads(store.get(f"{prefix}/result"))
+    return result
 
 
 def default_store() -> dist.Store:
