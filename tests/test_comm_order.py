@@ -1,12 +1,19 @@
 """No composition makes ranks wait for each other for ever by the rules of NCCL, which gloo does not have."""
 
-from cases import case_id, cases, slow
+from itertools import cycle
 
-from nemo_dist import DDPConfig, FSDP2Config, ParallelismSizes, PipelineConfig
+from cases import case_id, cases, slow
+from test_dense_matrix import MODES, factorisations
+from test_moe_matrix import TOPOLOGIES, WHOLE
+from test_pipeline_matrix import MESHES
+
+from nemo_dist import DDPConfig, FSDP2Config, MegatronFSDPConfig, ParallelismSizes, PipelineConfig
 from nemo_dist.testing.comm_playback import Meeting, Message, Post, Wait, problems, problems_either_way
 from nemo_dist.testing.comm_recorder import assert_no_deadlock
 from nemo_dist.testing.equivalence import Task
+from nemo_dist.testing.fake_cuda import WithCudaCalls
 from nemo_dist.testing.precision import FP32
+from nemo_dist_pipeline import SCHEDULES
 
 # ---- the rules ----
 
@@ -99,41 +106,75 @@ def test_messages_of_different_sizes_and_messages_that_nobody_takes_are_found():
 # ---- every composition ----
 
 SHARDED = FSDP2Config(mp_policy=FP32)
-SEQUENCE = FSDP2Config(mp_policy=FP32, sequence_parallel=True)
+DEFAULT = (
+    "llama-tied, 2 ranks, fsdp2",
+    "llama-deep-tied, 2 ranks, pp 2, Interleaved1F1B",
+    "llama-deep-tied, 4 ranks, pp 4, 1F1B",
+    "qwen3-moe, 4 ranks, ep 2, tp 2",
+)
 
 
-def pipeline(schedule, **options):
-    return {"pipeline_config": PipelineConfig(pp_schedule=schedule, **options)}
+def dense():
+    """Strategies, and what the matrix of dense axes has on up to 4 ranks, in every mode of recomputation."""
+    modes = cycle(MODES)
+    for strategy in (SHARDED, DDPConfig(), *(MegatronFSDPConfig(zero_dp_strategy=level) for level in (1, 2, 3))):
+        yield 2, "llama-tied", {}, {"strategy": strategy}
+    yield 4, "llama-tied", {"tp_size": 2}, {"strategy": MegatronFSDPConfig()}
+    for world in (2, 4):
+        for replicate, _, cp, tp in factorisations(world):
+            for sequence in (False, True)[: 1 + (tp > 1)]:
+                sizes = {"dp_replicate_size": replicate, "cp_size": cp, "tp_size": tp}
+                strategy = FSDP2Config(mp_policy=FP32, sequence_parallel=sequence)
+                yield world, "llama-tied", sizes, {"strategy": strategy, "activation_checkpointing": next(modes)}
 
 
-COMPOSITIONS = [
-    (2, "llama-tied", {}, {}),
-    slow(2, "llama", {}, {"strategy": DDPConfig()}),
-    (2, "llama-deep-tied", {"pp_size": 2}, pipeline("interleaved_1f1b")),
-    slow(2, "llama-tied", {"tp_size": 2}, {}),
-    (4, "llama-deep-tied", {"pp_size": 4}, pipeline("1f1b")),
-    (4, "qwen3-moe", {"ep_size": 2, "tp_size": 2}, {}),
-    slow(4, "llama-tied", {"dp_replicate_size": 2}, {}),
-    slow(4, "llama-tied", {"cp_size": 2}, {}),
-    slow(4, "llama-tied", {"tp_size": 2}, {"strategy": SEQUENCE, "activation_checkpointing": "full"}),
-    slow(4, "llama", {"cp_size": 2, "tp_size": 2}, {"activation_checkpointing": "selective"}),
-    slow(4, "llama-deep-tied", {"pp_size": 2}, pipeline("zbv")),
-    slow(4, "llama-deep-tied", {"pp_size": 2, "tp_size": 2}, pipeline("zero_bubble")),
-    slow(4, "llama-deep-tied", {"pp_size": 2, "cp_size": 2}, pipeline("gpipe")),
-    slow(4, "qwen3-moe", {"ep_size": 2}, {}),
-    slow(4, "qwen3-moe", {"ep_size": 4}, {"strategy": FSDP2Config(mp_policy=FP32), "activation_checkpointing": "full"}),
-    slow(4, "qwen3-moe", {"ep_size": 2, "dp_replicate_size": 2}, {}),
-    slow(4, "qwen3-moe", {"ep_size": 2, "cp_size": 2}, {}),
-    slow(4, "qwen3-moe-deep", {"ep_size": 2, "pp_size": 2}, pipeline("interleaved_1f1b")),
-]
+def experts():
+    """What the matrix of experts has on up to 4 ranks."""
+    for world, sizes, recompute in TOPOLOGIES.values():
+        specimen = "qwen3-moe-deep" if "pp_size" in sizes else "qwen3-moe"
+        yield world, specimen, sizes, {"activation_checkpointing": recompute}
+    for world, sizes, options in WHOLE.values():
+        yield world, "qwen3-moe-deep" if "pp_size" in sizes else "qwen3-moe", sizes, options
+
+
+def pipelines():
+    """Every schedule on 2, 3 and 4 pipeline ranks, and one beside every other axis that the matrix of pipelines has."""
+    for schedule in SCHEDULES:
+        for pp in (2, 3, 4):
+            yield pp, "llama-deep-tied", {"pp_size": pp}, {"pipeline_config": PipelineConfig(pp_schedule=schedule)}
+    schedules = cycle(SCHEDULES)
+    for world, sizes in MESHES.values():
+        options = {"pipeline_config": PipelineConfig(pp_schedule=next(schedules))}
+        yield world, "llama-deep-tied", {"pp_size": 2, **sizes}, options
 
 
 def name_of(world, specimen, sizes, options):
-    schedule = options["pipeline_config"].pp_schedule if "pipeline_config" in options else None
-    return case_id(specimen, world, sizes, schedule, options.get("activation_checkpointing"))
+    strategy, pipeline = options.get("strategy"), options.get("pipeline_config")
+    zero = getattr(strategy, "zero_dp_strategy", None)
+    return case_id(
+        specimen,
+        world,
+        sizes,
+        pipeline and pipeline.pp_schedule,
+        not sizes and getattr(strategy, "plugin", strategy),
+        zero and f"zero {zero}",
+        getattr(strategy, "sequence_parallel", False) and "sequence",
+        options.get("activation_checkpointing"),
+    )
+
+
+FOUND = {name_of(*row): row for row in (*dense(), *experts(), *pipelines()) if row[0] <= 4}
+COMPOSITIONS = [row if name in DEFAULT else slow(*row) for name, row in FOUND.items()]
+
+
+def test_the_default_run_has_compositions_that_exist():
+    assert set(DEFAULT) <= FOUND.keys()
 
 
 @cases(("world", "specimen", "sizes", "options"), COMPOSITIONS, name_of)
 def test_no_rank_of_a_composition_waits_for_ever(ranks, world, specimen, sizes, options):
     options = {"strategy": SHARDED, "parallelism_sizes": ParallelismSizes(**sizes), **options}
-    assert_no_deadlock(ranks(world), Task(specimen=specimen), **options)
+    megatron = isinstance(options["strategy"], MegatronFSDPConfig)
+    pool = WithCudaCalls(ranks(world)) if megatron else ranks(world)
+    rows = 24 if sizes.get("pp_size") == 3 else 16  # microbatches that every schedule takes
+    assert_no_deadlock(pool, Task(specimen=specimen, rows=rows), **options)
