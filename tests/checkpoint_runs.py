@@ -18,8 +18,8 @@ FSDP2 = FSDP2Config(mp_policy=FP32)
 INTERLEAVED = {"pp_schedule": "Interleaved1F1B"}
 
 
-def _sizes(**sizes):
-    pipeline = {"pipeline_config": INTERLEAVED} if "pp_size" in sizes else {}
+def _sizes(schedule=INTERLEAVED, **sizes):
+    pipeline = {"pipeline_config": schedule} if "pp_size" in sizes else {}
     return {"strategy": FSDP2, "parallelism_sizes": ParallelismSizes(**sizes), **pipeline}
 
 
@@ -30,6 +30,7 @@ SETUPS = {
     "tp": _sizes(tp_size=2),
     "cp": _sizes(cp_size=2),
     "pp": _sizes(pp_size=2),
+    "pp-v": _sizes({"pp_schedule": "ZBVZeroBubble"}, pp_size=2),  # one rank has a tied weight twice
     "pp-tp": _sizes(pp_size=2, tp_size=2),
     "pp-cp": _sizes(pp_size=2, cp_size=2),
     "hsdp-tp": _sizes(dp_replicate_size=2, tp_size=2),

@@ -1,8 +1,11 @@
 """AutoPipeline: what a rank has and reads, evaluation, loops of one's own, export, and a rank that dies."""
 
+import gc
 import os
 import signal
 import time
+import weakref
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -280,6 +283,41 @@ def test_hidden_states_are_sent_in_the_compute_or_the_chosen_dtype(ranks, asked,
     for loss, dtype, grads in ranks(2).run(on_rank_train_in_bfloat16, checkpoint("llama-deep"), batch, asked):
         assert dtype == travels and grads == {"torch.float32"}
         assert loss == pytest.approx(model(**batch).loss.item(), rel=2e-2)
+
+
+def on_rank_train_on_two_lengths(folder, schedule, options):
+    """Return how many schedules are kept after each of three batches, and whether buffers of the first are."""
+    setup, pipeline = load("llama-deep", schedule, folder=folder, **options)
+    runtime = setup.runtime(pipeline)
+    gc.disable()  # what a circle of references holds stays
+    kept = []
+    with patch.object(torch.random, "fork_rng", wraps=torch.random.fork_rng) as fork:
+        for length in (10, 12, 10):
+            runtime.forward_backward(batch_of("llama-deep", length=length))
+            kept.append(len(pipeline._built))
+            if length == 10 and len(kept) == 1:
+                (built,) = pipeline._built.values()
+                stages = getattr(built, "_stages", None) or [built._stage]
+                received = [
+                    info.buffer for stage in stages for info in stage.args_recv_info[0] if info.buffer is not None
+                ]
+                first = [weakref.ref(buffer) for buffer in received]
+                del built, stages, received
+            elif length == 12:
+                alive = [buffer() is not None for buffer in first]
+    gc.enable()
+    # Without a list of devices, the state of every GPU of the machine is copied.
+    assert all(call.args or call.kwargs.get("devices") is not None for call in fork.call_args_list)
+    return kept, alive
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved_1f1b"])
+@pytest.mark.parametrize(("options", "kept"), [({}, 1), ({"pp_cached_schedules": 2}, 2)])
+def test_receive_buffers_are_kept_for_as_many_shapes_as_asked(ranks, schedule, options, kept):
+    answers = ranks(2).run(on_rank_train_on_two_lengths, checkpoint("llama-deep"), schedule, options)
+    assert any(alive for _, alive in answers)
+    for counts, alive in answers:
+        assert counts == [1, kept, kept] and set(alive) <= {kept == 2}
 
 
 def on_rank_freeze_and_train(folder, batch):

@@ -18,11 +18,11 @@ from nemo_dist.checkpoint.atomic_dir import Staging
 from nemo_dist.checkpoint.chunks import Chunk, chunks
 from nemo_dist.checkpoint.json_state import from_json
 from nemo_dist.checkpoint.manifest import Manifest, key
-from nemo_dist.checkpoint.optimizer_state import count_of, named, options_of_groups, place
+from nemo_dist.checkpoint.optimizer_state import copy_state, count_of, named, options_of_groups, place
 from nemo_dist.checkpoint.save import MODEL, OPTIMIZER, PLUGIN
 from nemo_dist.checkpoint.scheduler_state import fitted, restore_scheduler
 from nemo_dist.checkpoint.sharded_model import ShardedModel
-from nemo_dist.checkpoint.state_dict import exported, imported, own_state
+from nemo_dist.checkpoint.state_dict import copies, exported, imported, own_state
 from nemo_dist.errors import CheckpointError
 from nemo_dist.mesh.rank_group import RankGroup
 from nemo_dist.plugin.hookspecs import SavedState
@@ -77,7 +77,8 @@ def load_from(
     with ranks.agreed(f"comparing {path} with the model"):
         own = own_state(sharded)
         names = _check_model(sharded, manifest, own)
-        parameters = _check_optimizer(manifest, optimizer, own)
+        twice = copies(sharded, own)
+        parameters = _check_optimizer(manifest, optimizer, own, twice)
         with manifest.readable():
             options = options_of_groups(optimizer, parameters, manifest.about["options"]) if parameters else []
             counts = count_of(manifest.about["counts"] if parameters else [])
@@ -93,8 +94,11 @@ def load_from(
     with ranks.agreed(f"loading {path}"), Reader(manifest) as reader, torch.no_grad():
         with imported(sharded, own) as canonical:
             reader.fill(MODEL, canonical)
+        for tensor, copy in twice:
+            copy.copy_(tensor)
         if optimizer is not None:
             _load_optimizer(sharded, reader, optimizer, parameters, counts)
+            copy_state(optimizer, twice)
             for group, values in zip(optimizer.param_groups, options, strict=True):
                 group.update(values)
         for name, saved in plugin_states.items():
@@ -182,14 +186,16 @@ def _raise(manifest: Manifest, problems: Sequence[str], most: int = 10) -> None:
         raise CheckpointError(f"{manifest.folder} does not fit the model:\n{lines}{more}")
 
 
-def _check_optimizer(manifest: Manifest, optimizer: Any, own: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
+def _check_optimizer(
+    manifest: Manifest, optimizer: Any, own: Mapping[str, Tensor], copies: Sequence[tuple[Tensor, Tensor]]
+) -> dict[str, nn.Parameter]:
     if optimizer is None:
         return {}
     saved, kind = manifest.about["optimizer"], type(optimizer).__name__
     if saved != kind:
         what = "without an optimizer" if saved is None else f"with the optimizer {saved}"
         raise CheckpointError(f"{manifest.folder} was saved {what}, and the optimizer to load is {kind}")
-    return named(optimizer, {name: p for name, p in own.items() if isinstance(p, nn.Parameter)})
+    return named(optimizer, own, copies)
 
 
 def _check_layers(manifest: Manifest) -> None:

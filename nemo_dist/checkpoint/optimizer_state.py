@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,18 +16,25 @@ from nemo_dist.errors import CheckpointError
 _OWN = ("foreach", "fused", "capturable", "differentiable")
 
 
-def named(optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-    """Return the parameters that *optimizer* steps, by name; raise CheckpointError for one that *parameters* lacks."""
-    names = {id(parameter): name for name, parameter in parameters.items()}
-    found = {}
+def named(
+    optimizer: Any, state: Mapping[str, Tensor], copies: Iterable[tuple[Tensor, Tensor]]
+) -> dict[str, nn.Parameter]:
+    """Return the parameters in *state* that *optimizer* steps, by name; its steps of their *copies* are not listed.
+
+    Raises CheckpointError for a parameter that is neither.
+    """
+    names = {id(parameter): name for name, parameter in state.items() if isinstance(parameter, nn.Parameter)}
+    known = {id(copy) for _, copy in copies}
+    found: dict[str, nn.Parameter] = {}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            if id(parameter) not in names:
+            if id(parameter) in names:
+                found[names[id(parameter)]] = parameter
+            elif id(parameter) not in known:
                 raise CheckpointError(
                     f"the optimizer steps a parameter of shape {tuple(parameter.shape)} that the model does not have; "
                     "make it with runtime.optimizer(...)"
                 )
-            found[names[id(parameter)]] = parameter
     return found
 
 
@@ -68,7 +75,7 @@ def group_options(optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> lis
     return [
         [
             {key: to_json(value, f"option {key!r}") for key, value in group.items() if key not in ("params", *_OWN)},
-            [names[id(parameter)] for parameter in group["params"]],
+            [names[id(parameter)] for parameter in group["params"] if id(parameter) in names],
         ]
         for group in optimizer.param_groups
     ]
@@ -94,7 +101,7 @@ def options_of_groups(optimizer: Any, parameters: Mapping[str, nn.Parameter], sa
     names = {id(parameter): name for name, parameter in parameters.items()}
     chosen = []
     for index, group in enumerate(optimizer.param_groups):
-        known = {value_of.get(names[id(parameter)]) for parameter in group["params"]}
+        known = {value_of.get(names.get(id(parameter), "")) for parameter in group["params"]}
         found = sorted(value for value in known if value is not None)
         if len(found) > 1:
             raise CheckpointError(
@@ -118,6 +125,16 @@ def count_of(saved: Sequence[Any]) -> Callable[[str, bool], Any]:
     value_of = {name: value for value, names in saved for name in names}
     common = saved[0][0] if len(saved) == 1 else {}
     return lambda name, has_moments: from_json(value_of.get(name, common if has_moments else {}))
+
+
+def copy_state(optimizer: Any, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Give the second parameter of each of *pairs* a copy of the state that *optimizer* has of the first."""
+    for parameter, copy in pairs:
+        if parameter in optimizer.state:
+            optimizer.state[copy] = {
+                kind: value.clone() if isinstance(value, Tensor) else value
+                for kind, value in optimizer.state[parameter].items()
+            }
 
 
 def place(value: Any, parameter: nn.Parameter, group: Mapping[str, Any]) -> Any:

@@ -30,7 +30,7 @@ from nemo_dist.checkpoint.optimizer_state import by_value, counts, group_options
 from nemo_dist.checkpoint.safetensors_writer import SafetensorsFile
 from nemo_dist.checkpoint.scheduler_state import scheduler_state
 from nemo_dist.checkpoint.sharded_model import ShardedModel
-from nemo_dist.checkpoint.state_dict import exported, own_state
+from nemo_dist.checkpoint.state_dict import copies, exported, own_state
 from nemo_dist.errors import CheckpointError
 from nemo_dist.mesh.rank_group import RankGroup
 from nemo_dist.mesh.store_consensus import refuse_differences
@@ -123,14 +123,14 @@ class _Collected:
         }
         self.of_all = _about(sharded, optimizer, extra, schedulers) | {"step": _step(extra) if step is None else step}
         if optimizer is not None:
-            self._take_optimizer(optimizer)
+            self._take_optimizer(sharded, optimizer)
         shared = self._take_plugins(sharded)
         same = {name: _brief(self.of_all[name]) for name in ("step", "optimizer", "schedulers", "extra")}
         same |= {"path": str(Path(path).expanduser().absolute()), "data": "given" if data is not None else "None"}
         return {"prefixes": list(self.layers), "shared": shared, "same": same}
 
-    def _take_optimizer(self, optimizer: Any) -> None:
-        parameters = named(optimizer, {name: p for name, p in self.own.items() if isinstance(p, torch.nn.Parameter)})
+    def _take_optimizer(self, sharded: ShardedModel, optimizer: Any) -> None:
+        parameters = named(optimizer, self.own, copies(sharded, self.own))
         self.of_rank |= {
             "counts": counts(optimizer, parameters),
             "options": group_options(optimizer, parameters),

@@ -17,14 +17,28 @@ from nemo_dist.plugin.resharding import reshard
 
 def own_state(model: ShardedModel) -> dict[str, Tensor]:
     """Return this rank's parameters and persistent buffers, each once, under their names in the whole model."""
-    reshard(model.parts)
     state: dict[str, Tensor] = {}
+    for name, tensor in _named(model):
+        state.setdefault(name, tensor)
+    return state
+
+
+def copies(model: ShardedModel, state: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Return pairs of a tensor of *state*, which is that of ``own_state``, and another tensor of the same name here.
+
+    A rank with the first and the last stage of a pipeline has a tied weight twice; both are trained to be equal.
+    """
+    pairs = {id(tensor): (state[name], tensor) for name, tensor in _named(model) if tensor is not state[name]}
+    return list(pairs.values())
+
+
+def _named(model: ShardedModel) -> Iterator[tuple[str, Tensor]]:
+    reshard(model.parts)
     for part in map(name_root, model.parts):
         own = {name: value for name, value in part.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
         names = canonical_names(part, own)
         for name, tensor in own.items():
-            state.setdefault(names[name], tensor)
-    return state
+            yield names[name], tensor
 
 
 def model_state(model: ShardedModel) -> dict[str, Tensor]:

@@ -74,7 +74,7 @@ def consensus(
     try:
         if not background:
             arrive(store, rank, occasion, f"{prefix}/result")
-        result = _meet(store, prefix, members, rank, mine, decide, watch(store, members, occasion))
+        result = meet(store, prefix, members, rank, mine, decide, watch(store, members, occasion))
         if background:
             _keep_until_read(store, prefix, members, rank)
     except dist.DistNetworkError as error:
@@ -96,7 +96,7 @@ def consensus(
     return result["result"]
 
 
-def _meet(
+def meet(
     store: dist.Store,
     prefix: str,
     members: list[int],

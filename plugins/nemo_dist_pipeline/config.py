@@ -57,8 +57,10 @@ class PipelineConfig:
     ``module_fqns_per_model_part``: the modules of every stage by full name, in place of that. ``loss_fn``: a function
     of logits and labels that returns the mean over the labels that are not -100, as the model's own loss does; None is
     the model's own. ``dtype``: of the hidden states between stages; None is that of the first stage's output.
-    ``pp_seq_len``: the length of every sequence, others are refused; None takes any. ``scale_grads_in_schedule``: sum
-    gradients over microbatches and divide once at the end, not in the loss; the gradients come out the same.
+    ``pp_seq_len``: the length of every sequence, others are refused; None takes any. ``pp_cached_schedules``: for how
+    many shapes of the inputs a schedule is kept, with its receive buffers: hidden states and gradients of all
+    microbatches; another shape drops the one that was used longest ago. ``scale_grads_in_schedule``: sum gradients over
+    microbatches and divide once at the end, not in the loss; the gradients come out the same.
     """
 
     pp_schedule: str | None = attrs.field(default=None, validator=_schedule)
@@ -74,6 +76,7 @@ class PipelineConfig:
     loss_fn: Callable[[Any, Any], Any] | None = attrs.field(default=None, validator=_callable, repr=_function_name)
     dtype: Any = attrs.field(default=None, converter=dtype_name, validator=attrs.validators.optional(one_of(_DTYPES)))
     pp_seq_len: int | None = attrs.field(default=None, validator=attrs.validators.optional(integer(at_least=1)))
+    pp_cached_schedules: int = attrs.field(default=1, validator=integer(at_least=1))
 
     def __attrs_post_init__(self) -> None:
         if self.pp_schedule is not None:

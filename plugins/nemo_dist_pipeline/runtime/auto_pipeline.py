@@ -33,7 +33,6 @@ from nemo_dist_pipeline.schedule.visualize import picture, summary
 if TYPE_CHECKING:
     from nemo_dist_pipeline.config import PipelineConfig
 
-_MAX_SCHEDULES = 4  # kept with their buffers, one per shape of the inputs
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -139,6 +138,8 @@ class AutoPipeline:
     def schedule(self, run: Microbatches) -> TorchSchedule:
         """Return torch's schedule for the shapes of *run*; call its ``step(target=run.weights, **run.inputs)``."""
         if run.shape not in self._built:
+            while len(self._built) >= self.config.pp_cached_schedules:  # before new buffers are made
+                self._built.popitem(last=False)
             hidden = torch.empty(self._splitter.hidden_shape(run), dtype=self._boundary_dtype(run), device=self.device)
             stages = [
                 ModelStage(part, stage, hidden, self.group, self.config.loss_fn)
@@ -146,8 +147,6 @@ class AutoPipeline:
             ]
             self._built[run.shape] = self._builder(stages, run.count)
         self._built.move_to_end(run.shape)
-        while len(self._built) > _MAX_SCHEDULES:
-            self._built.popitem(last=False)
         return self._built[run.shape]
 
     @property
@@ -176,7 +175,8 @@ class AutoPipeline:
 
     @torch.no_grad()
     def _first_hidden(self, run: Microbatches) -> Tensor:
-        with torch.random.fork_rng(), _mode(self.parts, False):
+        devices = [self.device] if self.device.type == "cuda" else []  # None would mean all of the machine
+        with torch.random.fork_rng(devices), _mode(self.parts, False):
             # This forward belongs to no step, so the router statistics must not count its tokens.
             inputs = {name: value for name, value in run[0].items() if name != COUNTED}
             hidden: Tensor = run_part(self.parts[0], self._stages[0], None, inputs, None)

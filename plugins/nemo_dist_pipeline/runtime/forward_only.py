@@ -1,4 +1,4 @@
-"""Run only the forward of a pipeline, without gradients or schedule: every stage runs the microbatches in order."""
+"""Run only the forward of a pipeline, without gradients or schedule."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from nemo_dist_pipeline.partition.stage_model import StageInfo
 from nemo_dist_pipeline.runtime.microbatches import Microbatches
 from nemo_dist_pipeline.runtime.torch_stage import Loss, run_part
+from nemo_dist_pipeline.schedule.forward_order import forward_order
 
 if TYPE_CHECKING:
     from nemo_dist_pipeline.schedule.stage_placement import StagePlacement
@@ -28,38 +29,41 @@ def forward_only(
 ) -> list[Any]:
     """Return the outputs of the microbatches on the rank with the last stage, an empty list on the others.
 
-    ``hidden`` has the shape and dtype of the hidden states between stages. All pipeline ranks take part. Each goes
-    through its stages in ascending order, so it posts sends and receives in the order that its neighbours expect.
+    ``hidden`` has the shape and dtype of the hidden states between stages. All pipeline ranks take part, and go through
+    the same list of forwards, so that sends and receives cannot deadlock (:func:`forward_order`).
     """
-    local: dict[int, list[Tensor]] = {}  # outputs for a next stage on this same rank
+    here = {stage.index: (part, stage) for part, stage in zip(parts, stages, strict=True)}
+    count = stages[0].count
+    owners = tuple(placement.rank_of(index, count) for index in range(count))
+    entering: dict[tuple[int, int], tuple[dist.Work | None, Tensor]] = {}  # by stage and microbatch
     sent: list[tuple[dist.Work | None, Tensor]] = []
     outputs: list[Any] = []
-    for part, stage in sorted(zip(parts, stages, strict=True), key=lambda pair: pair[1].index):
-        before, after = (_peer(stage.index + step, stage, placement, group) for step in (-1, 1))
-        from_here = local.pop(stage.index, None)
-        for index in range(run.count):
-            received = from_here[index] if from_here else None
-            if received is None and before is not None:
-                received = torch.empty_like(hidden)
-                dist.recv(received, group_src=before, group=group)
-            out = run_part(part, stage, received, run[index], loss)
-            if stage.is_last:
+    for action in forward_order(owners, run.count):
+        index, after = action.microbatch, action.stage + 1
+        if action.stage in here:
+            out = run_part(*here[action.stage], _arrived(entering.pop((action.stage, index), None)), run[index], loss)
+            if after == count:
                 outputs.append(out)
                 continue
             out = out.to(hidden.dtype).contiguous()
-            if after is None:
-                local.setdefault(stage.index + 1, []).append(out)
+            if after in here:
+                entering[after, index] = (None, out)
             else:
-                sent.append((dist.isend(out, group_dst=after, group=group), out))
+                sent.append((dist.isend(out, group_dst=owners[after], group=group), out))
+        elif after in here:
+            received = torch.empty_like(hidden)
+            entering[after, index] = (dist.irecv(received, group_src=owners[action.stage], group=group), received)
     for work, _ in sent:
         if work is not None:
             work.wait()
     return outputs
 
 
-def _peer(neighbour: int, stage: StageInfo, placement: StagePlacement, group: dist.ProcessGroup) -> int | None:
-    """Return the pipeline rank of the stage *neighbour*; None when there is none, or it is here."""
-    if not 0 <= neighbour < stage.count:
+def _arrived(message: tuple[dist.Work | None, Tensor] | None) -> Tensor | None:
+    """Wait for *message* and return its tensor; None at the first stage, which gets none."""
+    if message is None:
         return None
-    rank = placement.rank_of(neighbour, stage.count)
-    return None if rank == dist.get_rank(group) else rank
+    work, tensor = message
+    if work is not None:
+        work.wait()
+    return tensor

@@ -36,7 +36,7 @@ class TiedWeight:
         """Freeze both replicas where one is frozen, since they are one weight; the ranks of both stages take part."""
         frozen = torch.tensor(float(not self._trained), device=local(self.replicas[0]).device)
         if self.peer is not None:
-            frozen += self._exchanged(frozen)
+            frozen += self._exchanged(frozen, self.peer)
         if frozen > 0:
             for replica in self.replicas:
                 replica.requires_grad_(False)
@@ -53,22 +53,24 @@ class TiedWeight:
             parts = [total] * len(grads)
         else:
             mine = grads[0] if grads[0] is not None else torch.zeros_like(local(self.replicas[0]))
-            parts = [mine + self._exchanged(mine)]
+            parts = [mine + self._exchanged(mine, self.peer)]
         for replica, part in zip(self.replicas, parts, strict=True):
             if self._trained:
                 _set_gradient(replica, part)
             else:
                 replica.grad = None  # with zeros an optimizer would still apply weight decay
 
-    def _exchanged(self, mine: Tensor) -> Tensor:
-        """Swap *mine* for the other replica's tensor: point to point between the ranks of the first and last stage."""
-        other = torch.empty_like(mine, memory_format=torch.contiguous_format)
-        swap = [
-            dist.P2POp(dist.isend, mine.contiguous(), self.peer, self.group),
-            dist.P2POp(dist.irecv, other, self.peer, self.group),
-        ]
-        for work in dist.batch_isend_irecv(swap):
-            work.wait()
+    def _exchanged(self, mine: Tensor, peer: int) -> Tensor:
+        """Swap *mine* for the other replica's tensor; the ranks of the first and the last stage take part.
+
+        The lower rank sends first and then receives, the other way round on the higher one. A batch of both would be
+        quicker, but if it is the first operation of the group, NCCL needs all its ranks in it, and those between have
+        nothing to send; single messages go over a communicator of these two.
+        """
+        mine, other = mine.contiguous(), torch.empty_like(mine, memory_format=torch.contiguous_format)
+        swap = ((dist.send, mine), (dist.recv, other))
+        for transfer, tensor in swap if dist.get_rank() < peer else reversed(swap):
+            transfer(tensor, peer, self.group)
         return other
 
 
