@@ -6,6 +6,8 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import attrs
 import torch
@@ -56,11 +58,11 @@ class MeshContext:
                 f"the setup is planned for {plan.world_size} ranks, but the process group has {dist.get_world_size()}; "
                 "build it with that world_size"
             )
-        members = torch.tensor(range(plan.world_size) if ranks is None else ranks, dtype=torch.int)
+        members = tuple(range(plan.world_size) if ranks is None else ranks)
         kind = device_type or default_device_type()
         context = cls(
-            device_mesh=_live(plan.dense, members, kind),
-            views={view.name: _live(view, members, kind) for view in plan.views},
+            device_mesh=_live(plan.dense, members, kind, timeout_minutes),
+            views={view.name: _live(view, members, kind, timeout_minutes) for view in plan.views},
             flattened={name: axes for view in (plan.dense, *plan.views) for name, axes in view.flattened.items()},
             roles={axis.name: axis.role for axis in plan.dense.axes},
         )
@@ -247,7 +249,23 @@ def _sliced(mesh: DeviceMesh, names: list[str]) -> DeviceMesh:
         return mesh[tuple(names)]
 
 
-def _live(view: View, ranks: torch.Tensor, device_type: str) -> DeviceMesh:
+# What ``_live`` has made, by default process group: that of a group which was destroyed goes with it.
+_made: WeakKeyDictionary[dist.ProcessGroup, dict[Any, DeviceMesh]] = WeakKeyDictionary()
+
+
+def _live(view: View, members: tuple[int, ...], device_type: str, timeout_minutes: float | None) -> DeviceMesh:
+    """Return the device mesh of *view*: the one made before, where all is as it was, since groups are never freed.
+
+    The timeout belongs to the process groups, so that meshes with another one have their own.
+    """
+    made = _made.setdefault(dist.group.WORLD, {})
+    key = (view, members, device_type, timeout_minutes)
+    if key not in made:
+        made[key] = _new(view, torch.tensor(members, dtype=torch.int), device_type)
+    return made[key]
+
+
+def _new(view: View, ranks: torch.Tensor, device_type: str) -> DeviceMesh:
     shape = tuple(axis.size for axis in view.axes)
     names = tuple(axis.name for axis in view.axes)
     if ranks.numel() == dist.get_world_size() and torch.equal(ranks, torch.arange(ranks.numel(), dtype=ranks.dtype)):
