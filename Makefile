@@ -3,6 +3,7 @@
 # make test                         lint, type check and test, as CI does
 # make matrix                       the full matrices of compositions, which take long
 # make models                       every family of transformers under every kind of parallelism; goes on where it stopped
+# make gpu                          every check that needs a CUDA device, within 8 minutes; ARGS=--check runs them without one
 # make lint | bench | clean
 #
 # Needs Python 3.11 or newer with venv, and make; everything else is installed into .venv, at the tested versions.
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 ARGS ?=
 
-.PHONY: help demo test matrix models lint bench clean
+.PHONY: help demo test matrix models lint bench gpu clean
 help:
 	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
 
@@ -36,6 +37,9 @@ lint: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/run.py $(ARGS)
+
+gpu: $(INSTALLED)
+	PYTHON=$(BIN)/python bash benchmarks/gpu.sh $(ARGS)
 
 # Installed again when what is to be installed changes; an editable install follows the sources by itself.
 $(INSTALLED): pyproject.toml constraints.txt

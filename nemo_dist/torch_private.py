@@ -6,12 +6,15 @@ stays in that module.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed._functional_collectives as _functional_collectives
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode
 from torch.utils._pytree import tree_flatten, tree_map_only
@@ -21,10 +24,12 @@ __all__ = [
     "StridedShard",
     "TorchDispatchMode",
     "all_gather_single",
+    "assert_on_device",
     "changes_in_place",
     "collective_operators",
     "current_dispatch_mode",
     "disable_current_modes",
+    "dtensor_of",
     "functional_collectives",
     "in_backward",
     "reduce_scatter_single",
@@ -59,6 +64,14 @@ def tensors_in(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)]
 
 
+def dtensor_of(part: Tensor, mesh: DeviceMesh, placements: Sequence[Any], like: Tensor) -> DTensor:
+    """Return the DTensor of the shape of *like* with the local tensor *part* on any device; not differentiable."""
+    make: Any = DTensor
+    spec = DTensorSpec(mesh, tuple(placements), tensor_meta=TensorMeta(like.shape, like.stride(), part.dtype))
+    found: DTensor = make(part, spec, requires_grad=part.requires_grad)
+    return found
+
+
 def storage_id(tensor: Tensor) -> int:
     """Return an id of the storage of *tensor*; works on the meta device too, where storages have no address."""
     return int(tensor.untyped_storage()._cdata)
@@ -73,6 +86,11 @@ def run_after_backward(function: Callable[[], None]) -> None:
 def in_backward() -> bool:
     """Whether this thread runs a backward pass now; a forward is then repeated by activation checkpointing."""
     return int(torch._C._current_graph_task_id()) != -1
+
+
+def assert_on_device(condition: Tensor, message: str) -> None:
+    """Have the device of *condition*, a 0-dim bool, stop with *message* where it is False; the host does not wait."""
+    torch._assert_async(condition, message)
 
 
 def changes_in_place(tensor: Tensor) -> int:

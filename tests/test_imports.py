@@ -36,7 +36,7 @@ PRIVATE = {
     "nemo_dist.torch_private": (
         *("_StridedShard", "_python_dispatch", "_disable_current_modes", "_get_current_dispatch_mode", "_pytree"),
         *("_cdata", "_execution_engine", "_functional_collectives", "_c10d_functional", "_current_graph_task_id", "_C"),
-        "_version",
+        *("_version", "_dtensor_spec", "_assert_async"),
     ),
     "nemo_dist.hf_model": (
         *("_no_split_modules", "_hf_peft_config_loaded", "_is_hf_initialized", "_attn_implementation"),
@@ -45,7 +45,7 @@ PRIVATE = {
     "nemo_dist.mesh.mesh_context": ("_flatten", "_flatten_mapping", "_get_root_mesh", "_set_pg_timeout"),
     "nemo_dist.mesh.store_consensus": ("_get_default_store",),
     "nemo_dist.loading.hf_weight_loader": (
-        *("_load_pretrained_model", "_finalize_model_loading", "_initialize_missing_keys"),
+        *("_load_pretrained_model", "_finalize_model_loading", "_initialize_missing_keys", "_dtensor_from_local_like"),
     ),
     "nemo_dist.loading.formula_weights": ("_can_set_experts_implementation",),
     "nemo_dist.loading.deferred_init": ("_no_grad_trunc_normal_", "_schema"),
@@ -65,7 +65,6 @@ PRIVATE = {
     "nemo_dist_pipeline.runtime.torch_stage": (
         *("_PipelineScheduleRuntime", "_load_csv", "_post_metadata_inference_cleanup", "_schedule_visualizer"),
     ),
-    "nemo_dist_tensor.vocab_parallel_loss": ("_assert_async",),
     "nemo_dist_megatron_fsdp.engine": (
         *("_replace_param_with_raw_if_needed", "_replace_param_with_distributed_if_needed"),
         "_root_pre_backward_hook_issued",

@@ -97,12 +97,12 @@ def the_loop(place: Place, record: Record) -> None:
             gap = max(abs(a - b) / b for a, b in zip(mixed.losses, full.losses, strict=True))
             record.judge("fsdp2 in bfloat16, losses of 20 steps off float32's by at most 2 %", gap < 0.02, f"{gap:.2%}")
         with record.attempt("save and load"):
-            _saves(place, record)
+            _saves(place, record, _FSDP2)
 
 
-def _saves(place: Place, record: Record) -> None:
+def _saves(place: Place, record: Record, strategy: Any) -> None:
     task = Task(steps=1)
-    runtime, after, again = (loaded(place, task, _FSDP2) for _ in range(3))
+    runtime, after, again = (loaded(place, task, strategy) for _ in range(3))
     optimizer, its_own = (one.optimizer(torch.optim.AdamW, **task.optimizer) for one in (runtime, after))
     for step in range(2):
         _step(runtime, optimizer, task.batches(step)[0])
@@ -153,15 +153,18 @@ def calls_of(place: Place) -> Any:
 
 def offload(place: Place, record: Record) -> None:
     """Shards in the memory of the host."""
+    strategy = FSDP2Config(mp_policy=EXACT, offload_policy="cpu")
     with place.one_rank():
         for specimen in ("llama", "gemma3"):
             task = Task(specimen=specimen)
             with record.attempt(f"{specimen}, offload"):
-                runtime = loaded(place, task, FSDP2Config(mp_policy=EXACT, offload_policy="cpu"))
+                runtime = loaded(place, task, strategy)
                 found = train_with(task, runtime)
                 compare(record, f"{specimen}, offload", found, plain(task, place))
                 devices = sorted({str(_local(p).device) for _, p in runtime.named_parameters()})
                 record.judge("shards are on the CPU", devices == ["cpu"], devices)
+        with record.attempt("save and load"):
+            _saves(place, record, strategy)
 
 
 def _local(parameter: Any) -> Tensor:
@@ -191,7 +194,7 @@ def new_models(place: Place, record: Record) -> None:
     torch.manual_seed(0)
     expected = on_cpu(transformers.AutoModelForCausalLM.from_config(config).named_parameters())
     with place.one_rank():
-        for default in ("cpu", place.device.type):
+        for default in ("cpu", "cuda" if place.cuda else "meta"):
             name = f"default device {default}"
             with record.attempt(name):
                 torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Several gloo ranks on one card: the axes with real CUDA kernels. NCCL refuses two ranks on a card."""
+"""Several ranks on one card, which NCCL refuses: the axes with real CUDA kernels, and collectives through the host."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import staged
 import torch
 import torch.distributed as dist
 from exactness import EXACT, calls_of, compare, plain
@@ -57,12 +58,12 @@ def _cases() -> list[tuple[str, int, str, dict[str, Any]]]:
 
 
 def ranks_on_one_card(place: Place, record: Record) -> None:
-    """Every axis on 2 or 4 gloo ranks against one process on the same device."""
+    """Every axis on 2 or 4 ranks against one process on the same device."""
     _run(place, record, _cases())
 
 
 def pipeline_on_one_card(place: Place, record: Record) -> None:
-    """Pipelines on gloo ranks, should gloo send tensors of the device."""
+    """Pipelines on 2 ranks."""
     sizes = {"strategy": _FSDP2, "parallelism_sizes": ParallelismSizes(pp_size=2)}
     _run(place, record, [("pp", 2, "llama-deep", {**sizes, "pipeline_config": {"pp_microbatch_size": 2}})])
 
@@ -108,9 +109,13 @@ def _rank(place: Place, rank: int, world: int, folder: Path, task: Task, options
         if place.cuda:
             torch.cuda.set_device(0)
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": "0"}
-        backend = "cpu:gloo,cuda:gloo" if place.cuda else "gloo"
+        staged.register()
         dist.init_process_group(
-            backend, init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=timedelta(seconds=40)
+            staged.NAME,
+            init_method=f"file://{folder}/store",
+            rank=rank,
+            world_size=world,
+            timeout=timedelta(seconds=40),
         )
         with calls_of(place):
             outcome = train_on_rank(

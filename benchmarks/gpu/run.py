@@ -80,6 +80,7 @@ CHECKS = (
     Check(waits.attention, 60, alone=True),
     Check(speed.checkpoints, 90, alone=True),
     Check(speed.step_ours, 60, alone=True),
+    Check(speed.step_ours_with_a_fused_optimizer, 60, alone=True),
     Check(speed.step_by_hand, 60, alone=True),
     Check(speed.step_of_trainer, 60, alone=True),
 )

@@ -39,13 +39,14 @@ def _shape(place: Place) -> tuple[int, int, int]:
     return (4, 2048, 8) if place.cuda else (2, 16, 2)
 
 
-def _folder(place: Place) -> Path:
-    """Return a folder with the model in bfloat16, made once."""
-    folder = place.shared / "large"
+def _folder(place: Place, layers: int | None = None) -> Path:
+    """Return a folder with the model in bfloat16, or one of its first *layers*, made once."""
+    folder, config = place.shared / f"large-{layers}", _config(place)
+    config.num_hidden_layers = layers or config.num_hidden_layers
     if not folder.exists():
         torch.manual_seed(0)
         with place.device:
-            model = LlamaForCausalLM(_config(place)).to(torch.bfloat16)
+            model = LlamaForCausalLM(config).to(torch.bfloat16)
         model.save_pretrained(folder)
     return folder
 
@@ -80,12 +81,21 @@ def _timed(place: Place, record: Record, step: Callable[[dict[str, Any]], float]
 
 def step_ours(place: Place, record: Record) -> None:
     """Our loop, float32 weights, computed in bfloat16."""
+    _ours(place, record, fused=False)
+
+
+def step_ours_with_a_fused_optimizer(place: Place, record: Record) -> None:
+    """The same with ``AdamW(fused=True)``, which the Trainer takes by default."""
+    _ours(place, record, fused=True)
+
+
+def _ours(place: Place, record: Record, fused: bool) -> None:
     folder = _folder(place)
     with place.one_rank():
         setup = DistributedSetup.build(device_type=place.device_type)
         model = NeMoAutoModelForCausalLM.from_pretrained(folder, distributed_setup=setup, dtype=torch.float32)
         runtime = setup.runtime(model)
-        optimizer = runtime.optimizer(torch.optim.AdamW, lr=1e-4)
+        optimizer = runtime.optimizer(torch.optim.AdamW, lr=1e-4, fused=fused)
 
         def step(batch: dict[str, Any]) -> float:
             loss = runtime.forward_backward(batch)
@@ -148,11 +158,14 @@ def step_of_trainer(place: Place, record: Record) -> None:
 
 
 def checkpoints(place: Place, record: Record) -> None:
-    """Loading, saving and resuming that model, in seconds, against transformers and torch's own checkpoints."""
+    """Loading, saving and resuming 4 layers of that model, against transformers and torch's own checkpoints."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict
 
-    folder = _folder(place)
+    folder = _folder(place, layers=4)
+    record.note(
+        "bytes in the files", f"{sum(file.stat().st_size for file in folder.iterdir()) / 2**30:.2f} GiB, bfloat16"
+    )
 
     def seconds(what: str, run: Callable[[], Any]) -> Any:
         place.settle()

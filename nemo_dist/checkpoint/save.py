@@ -23,6 +23,7 @@ from nemo_dist.checkpoint.atomic_dir import write_folder
 from nemo_dist.checkpoint.chunks import Chunk, Entry, chunks, describe, merged
 from nemo_dist.checkpoint.hf_side_files import write_companions
 from nemo_dist.checkpoint.hf_weight_conversion import refuse_unplain
+from nemo_dist.checkpoint.host_copy import settle, to_host
 from nemo_dist.checkpoint.json_state import to_json
 from nemo_dist.checkpoint.manifest import Stored, StoredChunk, key
 from nemo_dist.checkpoint.optimizer_state import by_value, counts, group_options, moments, named
@@ -80,6 +81,7 @@ def save(
         work = _Work.plan(ranks, sharded.model, path, state, entries, _joined(answers) | found.of_all, checked)
         if asynchronous:
             work = work.copied()
+        settle(work.mine)  # the thread has a stream of its own
     under_way = async_save.begin(lambda: work.run(prepare, committed))
     if not asynchronous:
         under_way.wait()
@@ -282,8 +284,7 @@ class _Work:
 
     def copied(self) -> _Work:
         """Return this work with copies of its tensors in host memory, which training does not change."""
-        copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.mine.items()}
-        return attrs.evolve(self, mine=copies, ranks=self.ranks.in_background())
+        return attrs.evolve(self, mine=to_host(self.mine), ranks=self.ranks.in_background())
 
     def run(self, prepare: Callable[[], None], committed: Callable[[], None]) -> None:
         """Write this rank's file; the first rank then writes the manifest and renames the folder into place."""

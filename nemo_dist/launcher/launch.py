@@ -79,6 +79,7 @@ def _config(folder: Path, nproc: int) -> LaunchConfig:
 
     # Only rank 0 writes to the terminal; the stderr of the others is shown only when one of them fails.
     redirects: Any = {rank: Std.NONE if rank == 0 else Std.ERR for rank in range(nproc)}
+    optional: Any = {"shutdown_timeout": _SHUTDOWN} if hasattr(LaunchConfig, "shutdown_timeout") else {}  # torch 2.12
     return LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -89,7 +90,7 @@ def _config(folder: Path, nproc: int) -> LaunchConfig:
         local_addr="127.0.0.1",
         max_restarts=0,
         monitor_interval=0.1,
-        **({"shutdown_timeout": _SHUTDOWN} if hasattr(LaunchConfig, "shutdown_timeout") else {}),  # since torch 2.12
+        **optional,
         logs_specs=DefaultLogsSpecs(log_dir=str(folder), redirects=redirects),
     )
 

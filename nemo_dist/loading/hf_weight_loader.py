@@ -3,7 +3,8 @@
 transformers builds the model on the meta device, passes it to ``PreTrainedModel._load_pretrained_model`` and later, for
 weights that the checkpoint lacks, to ``_initialize_missing_keys``. Both names are private to transformers;
 ``tests/test_loading.py`` tests what is relied on. For a DTensor parameter, transformers reads only the local slice, on
-the CPU as a view of the memory-mapped file; ``weight_conversion`` says what it converts whole.
+the CPU as a view of the memory-mapped file; ``weight_conversion`` says what it converts whole. The function that makes
+a DTensor of the slice would move it to the device of the mesh, and is replaced too, for shards that are kept elsewhere.
 
 The ranks meet twice: when all have read their weights, and when the model is finished. In between no rank waits for
 another, so an error on one of them is soon an error on all.
@@ -18,6 +19,7 @@ from typing import Any, NoReturn, Protocol
 
 import attrs
 import torch
+import transformers.core_model_loading
 import transformers.modeling_utils
 from safetensors import SafetensorError
 from torch import nn
@@ -27,7 +29,7 @@ from transformers.modeling_utils import PreTrainedModel
 from nemo_dist.errors import CheckpointError, RankError, TopologyError
 from nemo_dist.hf_model import class_name, inner_model, plain_class
 from nemo_dist.loading.weight_conversion import convert_and_load
-from nemo_dist.mesh.dtensor import local_slice
+from nemo_dist.mesh.dtensor import from_local, local_slice
 from nemo_dist.mesh.store_consensus import share
 
 _READING, _FINISHING = "reading the checkpoint", "finishing the model"
@@ -253,15 +255,21 @@ def read_through(target: Target, source: Any, missing: Missing) -> Iterator[Read
     def load(model: Any, state: Any, files: Any, config: Any, *rest: Any, **more: Any) -> Any:
         return reading.load(lambda *args: original(*args, **more), model, state, files, config, *rest)
 
-    private: Any = PreTrainedModel  # typed as Any, because the attribute is private to transformers
+    # typed as Any, because what is replaced is private to transformers
+    private: Any = PreTrainedModel
     reader: Any = transformers.modeling_utils
-    converting = reader.convert_and_load_state_dict_in_model
+    converter: Any = transformers.core_model_loading
+    converting, sharding = reader.convert_and_load_state_dict_in_model, reader._dtensor_from_local_like
 
     def convert(model: Any, state_dict: Any, load_config: Any, *others: Any, **more: Any) -> Any:
         return convert_and_load(lambda *args: converting(*args, **more), model, state_dict, load_config, *others)
 
+    def shard(part: Any, like: Any) -> DTensor:
+        return from_local(part.contiguous().to(target.device), like.device_mesh, like.placements, like=like)
+
     private._load_pretrained_model = staticmethod(load)
     reader.convert_and_load_state_dict_in_model = convert
+    reader._dtensor_from_local_like = converter._dtensor_from_local_like = shard
     try:
         yield reading
     except Exception as error:
@@ -270,4 +278,5 @@ def read_through(target: Target, source: Any, missing: Missing) -> Iterator[Read
         reading.finish()
     finally:
         reader.convert_and_load_state_dict_in_model = converting
+        reader._dtensor_from_local_like = converter._dtensor_from_local_like = sharding
         private._load_pretrained_model = staticmethod(original)

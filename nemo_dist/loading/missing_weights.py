@@ -95,17 +95,18 @@ class Draws:
     def draw(self, part: nn.Module, initialise: Callable[[], None]) -> None:
         """Fill the weights that *part* lacks; *initialise* draws them and creates the buffers that no file contains.
 
-        It may compute with weights that are loaded, before it skips them. So all sharded ones are replaced by whole
-        ones meanwhile: on the meta device, and those that are lacking recorded.
+        What is lacking is recorded and drawn on the CPU, wherever it is, so that every rank and device gets the same.
+        *initialise* may compute with weights that are loaded, before it skips them: sharded ones are replaced by whole
+        ones on the meta device meanwhile.
         """
         if self._whole:
             for path, module, name, parameter in parameter_slots(part):
                 if path in self._whole and not _marked(parameter):
                     setattr(module, name, _mark(filled(parameter, self._whole[path](), local(parameter).device)))
         missing: dict[int, tuple[nn.Parameter, Tensor]] = {}
-        slots = [slot for slot in parameter_slots(part) if isinstance(slot[3], DTensor)]
+        slots = list(parameter_slots(part))
         lacking = [slot for slot in slots if not _marked(slot[3])]
-        loaded = [slot for slot in slots if _marked(slot[3])]
+        loaded = [slot for slot in slots if _marked(slot[3]) and isinstance(slot[3], DTensor)]
         for _, module, name, parameter in loaded:
             setattr(module, name, _mark(_standing_in_for(parameter)))
         with self.shared(), DeferredInit() as init:

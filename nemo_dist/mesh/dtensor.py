@@ -11,6 +11,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from transformers.distributed.sharding_utils import DtensorShardOperation
 
+from nemo_dist.torch_private import dtensor_of
+
 
 def local(tensor: Tensor) -> Tensor:
     """Return this rank's local tensor of a DTensor, or a plain tensor itself; gradients flow back through it."""
@@ -20,8 +22,11 @@ def local(tensor: Tensor) -> Tensor:
 def from_local(part: Tensor, mesh: DeviceMesh, placements: Sequence[Any], like: Tensor) -> DTensor:
     """Return the DTensor whose local tensor on this rank is *part*; its global shape and stride are those of *like*.
 
-    No communication: that the local tensors of all ranks fit together is not checked.
+    *part* stays on its device, also where that is not the mesh's (shards that are offloaded to the CPU). No
+    communication: that the local tensors of all ranks fit together is not checked.
     """
+    if part.device.type not in (mesh.device_type, "meta"):  # torch's public function would move it there
+        return dtensor_of(part, mesh, placements, like)
     return DTensor.from_local(part, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
 
 

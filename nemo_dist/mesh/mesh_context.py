@@ -261,14 +261,16 @@ def _live(view: View, members: tuple[int, ...], device_type: str, timeout_minute
     made = _made.setdefault(dist.group.WORLD, {})
     key = (view, members, device_type, timeout_minutes)
     if key not in made:
-        made[key] = _new(view, torch.tensor(members, dtype=torch.int), device_type)
+        made[key] = _new(view, torch.tensor(members, dtype=torch.int, device="cpu"), device_type)
     return made[key]
 
 
 def _new(view: View, ranks: torch.Tensor, device_type: str) -> DeviceMesh:
     shape = tuple(axis.size for axis in view.axes)
     names = tuple(axis.name for axis in view.axes)
-    if ranks.numel() == dist.get_world_size() and torch.equal(ranks, torch.arange(ranks.numel(), dtype=ranks.dtype)):
+    if ranks.numel() == dist.get_world_size() and torch.equal(
+        ranks, torch.arange(ranks.numel(), dtype=ranks.dtype, device="cpu")
+    ):
         mesh = init_device_mesh(device_type, shape, mesh_dim_names=names)
     else:
         mesh = DeviceMesh(device_type, ranks.reshape(shape), mesh_dim_names=names)

@@ -18,6 +18,7 @@ from typing import Any
 import torch.distributed as dist
 
 from nemo_dist.errors import RankError
+from nemo_dist.mesh import whereabouts
 
 _PATIENCE = timedelta(minutes=5)
 # How often each occasion was used: part of its keys in the store, equal on all ranks, as they call in the same order.
@@ -60,14 +61,18 @@ def consensus(
     if rank == members[0]:
         _publish(store, prefix, members, decide, patience)
     try:
-        store.wait([f"{prefix}/result"], patience * 2)
+        found = _wait(store, [f"{prefix}/result"], patience * 2, prefix, members, lambda: members[:1])
     except dist.DistStoreError as error:
         raise RankError(
             f"rank {rank} waited {patience * 2} for rank {members[0]} at {occasion!r}, and it did not come"
         ) from error
+    if found:
+        raise RankError(found)
     result = json.loads(store.get(f"{prefix}/result"))
     if background:
         _keep_until_read(store, prefix, members, rank, patience)
+    if "elsewhere" in result:
+        raise RankError(result["elsewhere"])
     if "missing" in result:
         raise RankError(
             f"ranks {result['missing']} did not come to {occasion!r} within {patience}; look at their logs first"
@@ -80,16 +85,46 @@ def default_store() -> dist.Store:
     return dist.distributed_c10d._get_default_store()
 
 
+def counted_steps(ranks: Sequence[int] | None = None) -> whereabouts.Place:
+    """Return what counts the steps of a new runtime on *ranks* (None: all), so that a rank in one is not waited for."""
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    members = list(range(world) if ranks is None else ranks)
+    if len(members) > 1:
+        whereabouts.tell_of_long_steps(default_store())
+    return whereabouts.Place.of(members).new_runtime()
+
+
 def _publish(
     store: dist.Store, prefix: str, members: list[int], decide: Callable[[list[Any]], Any], patience: timedelta
 ) -> None:
     keys = {rank: f"{prefix}/{rank}" for rank in members}
+
+    def missing() -> list[int]:
+        return [rank for rank, key in keys.items() if not store.check([key])]
+
     try:
-        store.wait(list(keys.values()), patience)
-        result = {"result": decide([json.loads(value) for value in store.multi_get(list(keys.values()))])}
+        found = _wait(store, list(keys.values()), patience, prefix, members, missing)
+        result: dict[str, Any] = {"elsewhere": found}
+        if not found:
+            result = {"result": decide([json.loads(value) for value in store.multi_get(list(keys.values()))])}
     except dist.DistStoreError:
-        result = {"missing": [rank for rank, key in keys.items() if not store.check([key])]}
+        result = {"missing": missing()}
     store.set(f"{prefix}/result", json.dumps(result))
+
+
+def _wait(
+    store: dist.Store,
+    keys: list[str],
+    patience: timedelta,
+    prefix: str,
+    members: list[int],
+    missing: Callable[[], list[int]],
+) -> str:
+    """Wait for *keys*; return where a rank is that will not come. A background thread meets whatever training does."""
+    if dist.is_initialized() and store is default_store():
+        return whereabouts.wait(store, keys, patience, prefix, members, missing)
+    store.wait(keys, patience)
+    return ""
 
 
 def _keep_until_read(store: dist.Store, prefix: str, members: list[int], rank: int, patience: timedelta) -> None:

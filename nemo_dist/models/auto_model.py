@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 import transformers
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -23,6 +24,7 @@ from nemo_dist.loading.missing_weights import Draws, shared_draws
 from nemo_dist.mesh.mesh_context import MeshContext
 from nemo_dist.mesh.store_consensus import reported
 from nemo_dist.planning.mesh_plan import Role
+from nemo_dist.plugin.protocol import declared
 from nemo_dist.setup.setup import DistributedSetup
 from nemo_dist.training.peft_adapters import mark_loaded
 
@@ -78,10 +80,15 @@ def _setup(
 def _target(setup: DistributedSetup) -> Target:
     return Target(
         shard=setup.shard,
-        device=setup.mesh_context.device,
+        device=_parameter_device(setup),
         ranks=setup.ranks,
         splits_layers=setup.plan.splitting(Role.LAYERS) > 1,
     )
+
+
+def _parameter_device(setup: DistributedSetup) -> torch.device:
+    """Return the device that keeps the parameters between forwards: that of the mesh, or what the strategy says."""
+    return torch.device(declared(setup.strategy, "parameter_device") or setup.mesh_context.device)
 
 
 def _refuse_placement(kwargs: dict[str, Any]) -> None:
@@ -94,6 +101,9 @@ def _refuse_placement(kwargs: dict[str, Any]) -> None:
 
 
 def _finish(setup: DistributedSetup, parts: list[nn.Module]) -> object:
+    for module in (module for part in parts for module in part.modules()):
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(setup.mesh_context.device)
     given = setup.wrap(parts)
     mark_loaded(parts)
     model: Any = inner_model(given) if isinstance(given, nn.Module) else None
@@ -175,7 +185,10 @@ class _Loader:
         _refuse_placement(kwargs)
         if kwargs.get("output_loading_info"):
             raise TypeError("output_loading_info is not supported with distributed_setup or device_mesh; leave it out")
-        with read_through(_target(setup), pretrained_model_name_or_path, Draws(setup.ranks)) as reading:
+        with (
+            torch.device("cpu"),
+            read_through(_target(setup), pretrained_model_name_or_path, Draws(setup.ranks)) as reading,
+        ):
             model = cls.auto.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         return _finish(setup, reading.parts(model))
 
@@ -198,6 +211,11 @@ class _Loader:
         if setup is None:
             return cls.auto.from_config(config, **kwargs)
         _refuse_placement(kwargs)
+        with torch.device("cpu"):  # a user's default device neither draws the weights nor receives whole ones
+            return cls._new(config, setup, kwargs)
+
+    @classmethod
+    def _new(cls, config: PretrainedConfig, setup: DistributedSetup, kwargs: dict[str, Any]) -> Any:
         own = copy.deepcopy(config)  # plugins change it, for example the attention implementation
         with shared_draws(setup.ranks), reported("building the model", setup.ranks), DeferredInit() as init:
             model = cls.auto.from_config(own, **kwargs)
@@ -206,7 +224,7 @@ class _Loader:
             parts = setup.shard(model)
         with reported("filling the model", setup.ranks):
             for part in parts:
-                init.fill(inner_model(part), setup.mesh_context.device)
+                init.fill(inner_model(part), _parameter_device(setup))
         return _finish(setup, parts)
 
 

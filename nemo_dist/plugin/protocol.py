@@ -43,6 +43,9 @@ class Plugin(Protocol):
 
     ``compute_dtype``: for a strategy, the name of the dtype of parameters in a forward; None is the dtype that they are
     stored in.
+
+    ``parameter_device``: for a strategy, the type of the device that keeps the shards of parameters between forwards;
+    None is that of the mesh.
     """
 
     name: ClassVar[str]
@@ -61,6 +64,7 @@ _OPTIONAL: Mapping[str, Any] = {
     "delegates": FrozenMapping[tuple[str, ...]](),
     "features": FrozenMapping[str](),
     "compute_dtype": None,
+    "parameter_device": None,
 }
 
 

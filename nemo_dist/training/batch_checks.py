@@ -61,7 +61,7 @@ def tally(count: Tensor, batches: Sequence[Batch]) -> Tensor:
     They are the count, 1, and a 16-bit hash of the form and its square, from whose sums the variance follows.
     """
     code = int.from_bytes(hashlib.blake2b(form(batches).encode(), digest_size=2).digest(), "big")
-    numbers = torch.tensor([0, 1, code, code * code], device=count.device)
+    numbers = torch.tensor([0, 1, code, code * code]).to(count.device, non_blocking=True)
     numbers[0] = count
     return numbers
 

@@ -72,7 +72,7 @@ class BatchLoop:
         device = self.mesh.device
         counting = self.router_loss is not None and not self.router_loss.unknown
         return {
-            name: value.to(device) if isinstance(value, Tensor) else value
+            name: value.to(device, non_blocking=device.type != "cpu") if isinstance(value, Tensor) else value
             for name, value in batch.items()
             if counting or name != COUNTED  # no hook would take it out before the model's forward
         }

@@ -7,6 +7,7 @@ nothing about optimizers of third parties, so each is tried out.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -42,6 +43,20 @@ def refuse_what_mixes_elements(
             f"{kind.__name__} does not step parameters on several ranks as on one process: {said}; use an optimizer "
             "that updates each element by itself (AdamW, SGD, Adagrad), or a strategy that keeps the whole model on "
             "every rank"
+        )
+
+
+def warn_of_lost_updates(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Warn of parameters that are stored in fewer than 4 bytes: most updates of a small learning rate round away."""
+    few = {
+        str(one.dtype) for group in groups for one in group["params"] if one.dtype in (torch.bfloat16, torch.float16)
+    }
+    if few:
+        name = min(few).removeprefix("torch.")
+        warnings.warn(
+            f"the optimizer updates parameters that are stored in {name}, where updates below some 1/500 of a weight "
+            "round away; load with dtype=torch.float32 (mp_policy says in which dtype the model computes)",
+            stacklevel=4,
         )
 
 

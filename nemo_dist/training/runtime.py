@@ -23,7 +23,8 @@ from nemo_dist.checkpoint.sharded_model import ShardedModel
 from nemo_dist.errors import PluginError, RankError
 from nemo_dist.hf_model import inner_model, name_root
 from nemo_dist.mesh.mesh_context import MeshContext
-from nemo_dist.mesh.store_consensus import compare
+from nemo_dist.mesh.store_consensus import compare, counted_steps
+from nemo_dist.mesh.whereabouts import Place
 from nemo_dist.planning.mesh_plan import Role
 from nemo_dist.plugin.hookspecs import Batch, RuntimePart
 from nemo_dist.plugin.protocol import Plugin
@@ -31,7 +32,7 @@ from nemo_dist.plugin.resharding import reshard
 from nemo_dist.training.batch_loop import BatchLoop
 from nemo_dist.training.grad_norm import by_mesh, global_norm, one_mesh_per_group
 from nemo_dist.training.loss_weighting import judge_loss
-from nemo_dist.training.optimizer_probe import refuse_what_mixes_elements
+from nemo_dist.training.optimizer_probe import refuse_what_mixes_elements, warn_of_lost_updates
 from nemo_dist.training.peft_adapters import adapters, refuse_prompts
 from nemo_dist.training.replica_check import ReplicaCheck, check_replicas
 from nemo_dist.training.router_aux_loss import RouterLoss
@@ -106,6 +107,10 @@ class Runtime:
     def _loop(self) -> BatchLoop:
         return BatchLoop(sharded=self.sharded, model=self.model, parts=self._parts, router_loss=self.router_loss)
 
+    @cached_property
+    def _steps(self) -> Place:
+        return counted_steps(self.sharded.ranks.ranks)
+
     @property
     def mesh(self) -> MeshContext:
         """The live mesh."""
@@ -150,6 +155,7 @@ class Runtime:
         if params is None:
             params = [parameter for _, parameter in self.named_parameters() if parameter.requires_grad]
         groups = one_mesh_per_group(self._shards_of(params))
+        warn_of_lost_updates(groups)
         refuse_what_mixes_elements(optimizer_type, groups, options, self.mesh)
         optimizer = optimizer_type(groups, **options)
         optimizer.register_step_pre_hook(lambda *_: reshard(self.parts))
@@ -190,9 +196,10 @@ class Runtime:
         that share a batch got different ones and, where forwards of different ranks run in lockstep (the strategy
         shards the model, for one), when ranks got different numbers of batches or only some of them images.
         """
-        loss = self._loop.run(batches)
-        if self.replicas.due:
-            self._check_replicas_unasked() if self.replicas.every is None else self.check_replicas()
+        with self._steps.step():
+            loss = self._loop.run(batches)
+            if self.replicas.due:
+                self._check_replicas_unasked() if self.replicas.every is None else self.check_replicas()
         return loss
 
     def _check_replicas_unasked(self) -> None:

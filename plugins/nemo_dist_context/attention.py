@@ -32,6 +32,7 @@ from nemo_dist.hf_model import plain_class
 from nemo_dist.torch_private import current_dispatch_mode
 from nemo_dist_context.batch import APPENDED
 from nemo_dist_context.collectives import gather_sequence, to_heads, to_sequence
+from nemo_dist_context.sequence_layout import index_of
 
 if TYPE_CHECKING:
     from nemo_dist_context.sequence_layout import SequenceLayout
@@ -96,7 +97,7 @@ class SharedAttention:
         keys = torch.arange(length, device=ids.device)
         queries = keys
         if self.method != "ulysses":
-            queries = torch.tensor(self.layout.indices(length), device=ids.device)
+            queries = index_of(self.layout, "indices", length, ids.device)
         if use_vmap:
             whole: Any = sdpa_mask(
                 rows, length, length, mask_function=mask_function, allow_is_causal_skip=False, use_vmap=True,
@@ -129,7 +130,7 @@ class SharedAttention:
         """Gather all keys and values from the cp ranks; attend with this rank's queries, one causal chunk at a time."""
         length = key.shape[2] * self.layout.size
         pair = gather_sequence(torch.cat((key, value), dim=-1), self.group)
-        order = torch.tensor(self.layout.restoring(length), device=key.device)
+        order = index_of(self.layout, "restoring", length, key.device)
         key, value = pair.index_select(2, order).split((key.shape[-1], value.shape[-1]), dim=-1)
         if self.base == "eager":
             return self._local(module, query, key, value, mask.allowed, **options)
@@ -139,7 +140,7 @@ class SharedAttention:
         for start, stop in self.layout.spans(length):
             own = query[:, :, first : first + stop - start]
             bias = _lower_right(stop - start, stop, key.device)
-            parts.append(_masked(_like(module), own, key[:, :, :stop], value[:, :, :stop], bias, **options))
+            parts.append(_masked(own, key[:, :, :stop], value[:, :, :stop], bias, **options))
             first += stop - start
         return torch.cat(parts, dim=1)
 
@@ -155,12 +156,12 @@ class SharedAttention:
         """Exchange sequence parts for head parts between the cp ranks, attend to whole sequences, and exchange back."""
         length = query.shape[2] * self.layout.size
         key, value = _shared_heads(key, self.layout.size), _shared_heads(value, self.layout.size)
-        order = torch.tensor(self.layout.restoring(length), device=query.device)
+        order = index_of(self.layout, "restoring", length, query.device)
         query, key, value = (to_heads(x, self.group).index_select(2, order) for x in (query, key, value))
         groups = query.shape[1] // key.shape[1]
         causal = mask.causal and mask.allowed is None
         found = _sdpa(_like(module, groups), query, key, value, mask.allowed, is_causal=causal, **options)
-        back = torch.tensor(self.layout.gathered(length), device=query.device)
+        back = index_of(self.layout, "gathered", length, query.device)
         return to_sequence(found.transpose(1, 2).index_select(2, back), self.group).transpose(1, 2)
 
 
@@ -198,10 +199,8 @@ def _sdpa(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **o
     return found
 
 
-def _masked(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Tensor:
-    """Return ``_sdpa`` with a *mask*; on the CPU without repeating keys and values that several heads share."""
-    if query.device.type != "cpu":
-        return _sdpa(module, query, key, value, mask, **options)
+def _masked(query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Tensor:
+    """Return ``_sdpa`` with a *mask*, without repeating keys and values that several heads share."""
     dropout, scale, shared = options.get("dropout", 0.0), options.get("scaling"), query.shape[1] != key.shape[1]
     found = scaled_dot_product_attention(query, key, value, mask, dropout, scale=scale, enable_gqa=shared)
     return found.transpose(1, 2).contiguous()

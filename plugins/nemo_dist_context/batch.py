@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 
 from nemo_dist.hf_model import IGNORED
 from nemo_dist.training.router_aux_loss import COUNTED
-from nemo_dist_context.sequence_layout import SequenceLayout
+from nemo_dist_context.sequence_layout import SequenceLayout, index_of
 
 SEQUENCES = "sequence_ids"  # only a split batch has it; the model's forward pre-hook takes it out again
 APPENDED = -1  # the sequence id of padding that makes the length divide
@@ -66,7 +66,7 @@ class SequenceSplitter:
             tensors.setdefault("shift_labels", pad(tensors["labels"], (0, 1), value=IGNORED)[:, 1:])
             tensors["labels"] = tensors["shift_labels"]  # the loss function reads only the shifted ones
         whole = self.layout.padded(length)
-        index = torch.tensor(self.layout.indices(whole), device=device)
+        index = index_of(self.layout, "indices", whole, device)
         parts = {name: _padded(value, whole, _FILL[name]).index_select(1, index) for name, value in tensors.items()}
         others = {name: value for name, value in batch.items() if not isinstance(value, Tensor)}
         ids = _padded(ids, whole, APPENDED)

@@ -1,4 +1,4 @@
-"""Tell which tokens of a sequence a rank holds; integers only, no torch.
+"""Tell which tokens of a sequence a rank holds: integers, and the index tensors made of them.
 
 A causal query attends to earlier tokens only, so equal contiguous slices are unequal work: the last of 8 ranks would
 compute 15 times what the first does. The balanced layout cuts the sequence into twice as many chunks as there are
@@ -7,7 +7,10 @@ ranks and gives rank r the r-th from the start and the r-th from the end, as Lla
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import attrs
+import torch
 
 
 @attrs.frozen(kw_only=True)
@@ -48,3 +51,13 @@ class SequenceLayout:
         for place, position in enumerate(self.gathered(length)):
             places[position] = place
         return places
+
+
+@lru_cache(maxsize=32)
+def index_of(layout: SequenceLayout, which: str, length: int, device: torch.device) -> torch.Tensor:
+    """Return what ``layout`` calls *which* ("indices", "gathered" or "restoring") as an int64 tensor on *device*.
+
+    It is kept: at 131072 tokens making it takes tens of milliseconds, and a device waits for the copy.
+    """
+    with torch.inference_mode(False):  # a later backward may need it
+        return torch.tensor(getattr(layout, which)(length), device=device)

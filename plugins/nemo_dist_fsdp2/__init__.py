@@ -64,8 +64,10 @@ class FSDP2:
 
     @hookimpl
     def shard(self, parts: list[nn.Module], mesh: MeshContext) -> None:
-        from nemo_dist_fsdp2.sharding import shard
+        from nemo_dist_fsdp2.sharding import refuse_offload_without_cpu_backend, shard
 
+        if self.config.offload_policy is not None:
+            refuse_offload_without_cpu_backend()
         for part in parts:
             shard(inner_model(part), mesh, self.config)
 
@@ -95,6 +97,11 @@ class FSDP2:
     def compute_dtype(self) -> str | None:
         """The name of the dtype of parameters in a forward; None is the dtype that they are stored in."""
         return self._dtypes[0]
+
+    @property
+    def parameter_device(self) -> str | None:
+        """The type of the device that keeps the shards; None is that of the mesh."""
+        return None if self.config.offload_policy is None else "cpu"
 
     @property
     def _dtypes(self) -> tuple[str | None, str | None]:

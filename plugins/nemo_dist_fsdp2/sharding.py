@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -56,6 +57,16 @@ def shard(model: nn.Module, mesh: MeshContext, config: FSDP2Config) -> None:
     follow_compute_dtype(model, options["mp_policy"].param_dtype)
     _prefetch([block for block in blocks if isinstance(block, FSDPModule)], config)
     reshard_with(model, Resharding.of(model))
+
+
+def refuse_offload_without_cpu_backend() -> None:
+    """Raise ValueError where the process group cannot reduce tensors on the CPU, as the norm of offloaded gradients."""
+    backends = str(dist.get_backend_config())
+    if "cpu:" not in backends:
+        raise ValueError(
+            f"offload_policy keeps gradients on the CPU, and the process group has no backend there (only {backends}); "
+            "initialise it with initialize_distributed(), which takes gloo for the CPU and NCCL for CUDA"
+        )
 
 
 def described(model: nn.Module) -> str:

@@ -148,7 +148,7 @@ class Engine:
         """
         names = list(self.shards)
         trained = [self.shards[name].requires_grad and name in self.used for name in names]
-        used = torch.tensor(trained, dtype=torch.uint8, device=self.wrapper.device)
+        used = torch.tensor(trained, dtype=torch.uint8).to(self.wrapper.device, non_blocking=True)
         if self.layout.group is not None:
             dist.all_reduce(used, op=dist.ReduceOp.MAX, group=self.layout.group)
         for name, took_part in zip(names, used.tolist(), strict=True):

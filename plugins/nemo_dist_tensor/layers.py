@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from nemo_dist.mesh.dtensor import from_local, local
 from nemo_dist.plugin.forwards import wrap_forward
+from nemo_dist.torch_private import assert_on_device
 from nemo_dist_tensor.attention_heads import AttentionHeads, pick
 from nemo_dist_tensor.collectives import Peers, enter, gather, reduce, split
 from nemo_dist_tensor.parallel_regions import Region
@@ -105,6 +106,15 @@ def row(module: nn.Linear | Conv1D, name: str, style: str, region: Region) -> No
     wrap_forward(module, forward)
 
 
+def _refuse_ids_outside(ids: Tensor, vocabulary_size: int) -> None:
+    """Raise for an id that no rank has a row for; on CUDA by an assertion there, as reading the answer would wait."""
+    outside = ((ids < 0) | (ids >= vocabulary_size)).any()
+    if ids.device.type != "cpu":
+        assert_on_device(~outside, f"a token id lies outside of the vocabulary of {vocabulary_size}")
+    elif outside:
+        raise IndexError(f"a token id lies outside of the vocabulary of {vocabulary_size}")
+
+
 def vocabulary(module: nn.Embedding, peers: Peers) -> None:
     """Look up the tokens whose rows this rank holds, and sum over the ranks."""
     vocabulary_size, padding = module.num_embeddings, module.padding_idx
@@ -112,8 +122,7 @@ def vocabulary(module: nn.Embedding, peers: Peers) -> None:
     own_padding = padding - start if padding is not None and start <= padding < start + length else None
 
     def forward(original: Callable[..., Any], ids: Tensor) -> Tensor:
-        if ids.device.type == "cpu" and bool(((ids < 0) | (ids >= vocabulary_size)).any()):
-            raise IndexError(f"a token id lies outside of the vocabulary of {vocabulary_size}")
+        _refuse_ids_outside(ids, vocabulary_size)
         elsewhere = (ids < start) | (ids >= start + length)
         module.padding_idx = own_padding  # its row gets no gradient
         try:

@@ -18,6 +18,7 @@ from torch.nn.functional import pad
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from nemo_dist.hf_model import IGNORED
+from nemo_dist.torch_private import assert_on_device
 from nemo_dist_tensor.collectives import Peers
 
 LossFunction = Callable[..., Tensor]
@@ -68,7 +69,9 @@ def _refuse_foreign(targets: Tensor, vocabulary: int, ignored: int) -> None:
     """Raise, as on one process, for a label outside of the vocabulary, which is in no rank's piece."""
     wrong = (targets != ignored) & ((targets < 0) | (targets >= vocabulary))
     if targets.device.type != "cpu":
-        torch._assert_async(~wrong.any())  # reading the answer here would make the device wait
+        assert_on_device(
+            ~wrong.any(), f"a label is no token of a vocabulary of {vocabulary}"
+        )  # reading the answer here would make the device wait
     elif bool(wrong.any()):
         raise IndexError(f"label {int(targets[wrong][0])} is no token of a vocabulary of {vocabulary}")
 

@@ -1,0 +1,66 @@
+"""Copy tensors to host memory before training changes them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_ALIGNED = 64  # bytes
+
+# Memory that CUDA copies into at full speed; made once, as locking its pages takes as long as copying into new ones.
+_locked: Tensor | None = None
+
+
+def to_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return copies of *tensors* on the CPU; when this returns, the originals may be changed.
+
+    Copies of CUDA tensors share one page-locked buffer that the next call uses again: they must not be needed by then.
+    """
+    copies = {name: tensor.detach().clone() for name, tensor in tensors.items() if tensor.device.type == "cpu"}
+    there = {name: tensor.detach() for name, tensor in tensors.items() if name not in copies}
+    if not there:
+        return copies
+    starts, total = _laid_out(there)
+    buffer = _page_locked(total)
+    for name, tensor in there.items():
+        part = buffer[starts[name] : starts[name] + tensor.nbytes]
+        copies[name] = part.view(tensor.dtype).view(tensor.shape)
+        copies[name].copy_(tensor, non_blocking=True)
+    settle(there)
+    return copies
+
+
+def settle(tensors: Mapping[str, Tensor]) -> None:
+    """Wait until what the current streams compute or copy is there, for a thread or a host that reads it next."""
+    for device in {tensor.device for tensor in tensors.values() if tensor.device.type == "cuda"}:
+        torch.cuda.current_stream(device).synchronize()
+
+
+def _laid_out(tensors: Mapping[str, Tensor]) -> tuple[dict[str, int], int]:
+    """Return where each tensor starts in a buffer of bytes, and how long that is."""
+    starts, total = {}, 0
+    for name, tensor in tensors.items():
+        starts[name] = total
+        total += math.ceil(tensor.nbytes / _ALIGNED) * _ALIGNED
+    return starts, total
+
+
+def _page_locked(size: int) -> Tensor:
+    """Return a buffer of at least *size* bytes, locked if CUDA can lock it: torch's own pinned memory rounds up."""
+    global _locked
+    if _locked is None or len(_locked) < size:
+        if _locked is not None:
+            _unlock(_locked)
+        _locked = torch.empty(size, dtype=torch.uint8)
+        cuda: Any = torch.cuda.cudart()
+        cuda.cudaHostRegister(_locked.data_ptr(), size, 0)
+    return _locked
+
+
+def _unlock(buffer: Tensor) -> None:
+    cuda: Any = torch.cuda.cudart()
+    cuda.cudaHostUnregister(buffer.data_ptr())

@@ -1,0 +1,183 @@
+"""What a CUDA device needs, tested without one: fake tensors and meshes, and the meta device in the place of a card."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from nemo_dist import DistributedSetup, FSDP2Config, NeMoAutoModelForCausalLM, NeMoAutoModelForSequenceClassification
+from nemo_dist.checkpoint.host_copy import to_host
+from nemo_dist.hf_model import INITIALIZED
+from nemo_dist.loading.missing_weights import Draws
+from nemo_dist.mesh.dtensor import filled, from_local
+from nemo_dist.mesh.mesh_context import MeshContext
+from nemo_dist.testing.equivalence import checkpoint
+from nemo_dist.testing.tensors import whole
+from nemo_dist.testing.tiny_models import SPECIMENS
+from nemo_dist_context.sequence_layout import SequenceLayout, index_of
+from nemo_dist_tensor.layers import vocabulary
+
+ROOT = Path(__file__).parents[1]
+
+
+def on_rank_hold_a_shard_elsewhere():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    mesh = DeviceMesh("cuda", torch.arange(2))
+    shard = from_local(torch.ones(2, 3), mesh, [Shard(0)], like=torch.empty(4, 3, device="meta"))
+    value = torch.arange(12.0).view(4, 3)
+    refilled = filled(torch.nn.Parameter(shard), value, torch.device("cpu"))
+    dist.destroy_process_group()
+    return str(shard.device), tuple(shard.shape), str(refilled.device), refilled.to_local().detach()
+
+
+def test_a_shard_on_the_cpu_stays_there_on_a_mesh_of_cards():
+    code = (
+        "import sys; sys.path[:0] = ['tests']; import test_devices as t; d = t.on_rank_hold_a_shard_elsewhere(); "
+        "assert d[:3] == ('cpu', (4, 3), 'cpu'), d; assert d[3].tolist() == [[0, 1, 2], [3, 4, 5]], d"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def on_rank_offload(make, folder):
+    setup = DistributedSetup.build(strategy=FSDP2Config(offload_policy="cpu"))
+    shard = DistributedSetup.shard
+
+    def on_cpu(self, model):
+        with mock.patch.object(MeshContext, "device", torch.device("cpu")):  # FSDP2 has no handle for meta
+            return shard(self, model)
+
+    on_card = mock.patch.object(MeshContext, "device", torch.device("meta"))  # in the place of a card
+    with on_card, mock.patch.object(DistributedSetup, "shard", on_cpu):
+        if make == "from_pretrained":
+            model = NeMoAutoModelForCausalLM.from_pretrained(folder, distributed_setup=setup)
+        else:
+            model = NeMoAutoModelForCausalLM.from_config(SPECIMENS["llama"].config(), distributed_setup=setup)
+    parameters = {parameter.to_local().device.type for parameter in model.parameters()}
+    return parameters, {buffer.device.type for buffer in model.buffers()}
+
+
+@pytest.mark.parametrize("make", ["from_pretrained", "from_config"])
+def test_offloaded_parameters_load_to_the_cpu_and_buffers_to_the_device(ranks, make):
+    assert ranks(2).run(on_rank_offload, make, checkpoint("llama")) == [({"cpu"}, {"meta"})] * 2
+
+
+def on_rank_offload_without_gloo(folder):
+    setup = DistributedSetup.build(strategy=FSDP2Config(offload_policy="cpu"))
+    with (
+        mock.patch.object(dist, "get_backend_config", return_value="cuda:nccl"),
+        pytest.raises(ValueError, match=r"no backend there \(only cuda:nccl\); initialise it with"),
+    ):
+        NeMoAutoModelForCausalLM.from_pretrained(folder, distributed_setup=setup)
+
+
+def test_offload_without_a_backend_for_the_cpu_is_refused_at_load(ranks):
+    ranks(1).run(on_rank_offload_without_gloo, checkpoint("llama"))
+
+
+def test_a_weight_that_a_checkpoint_lacks_is_recorded_and_not_drawn_where_it_is():
+    part = torch.nn.ModuleDict({"loaded": torch.nn.Linear(2, 2), "head": torch.nn.Linear(2, 2)})
+    for parameter in part["loaded"].parameters():
+        setattr(parameter, INITIALIZED, True)
+    seen = {}
+
+    def initialise():
+        seen.update({name: parameter.device.type for name, parameter in part.named_parameters()})
+        torch.nn.init.normal_(part["head"].weight)
+        torch.nn.init.zeros_(part["head"].bias)
+
+    torch.manual_seed(3)
+    expected = torch.empty(2, 2).normal_()
+    torch.manual_seed(3)
+    Draws(None).draw(part, initialise)
+
+    assert seen == {"loaded.weight": "cpu", "loaded.bias": "cpu", "head.weight": "meta", "head.bias": "meta"}
+    assert torch.equal(part["head"].weight, expected)
+    assert not part["head"].bias.any()
+
+
+def on_rank_default_device(new_head, folder):
+    setup = DistributedSetup.build(strategy="ddp")
+    torch.manual_seed(5)
+    with torch.device("meta"):  # in the place of torch.set_default_device("cuda")
+        if new_head:
+            loader = NeMoAutoModelForSequenceClassification
+            model = loader.from_pretrained(folder, distributed_setup=setup)
+        else:
+            model = NeMoAutoModelForCausalLM.from_config(SPECIMENS["llama"].config(), distributed_setup=setup)
+    return {name: whole(parameter) for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("new_head", [False, True])
+def test_a_default_device_of_the_user_does_not_draw_the_weights(ranks, new_head):
+    torch.manual_seed(5)
+    expected = (
+        NeMoAutoModelForSequenceClassification.from_pretrained(checkpoint("llama"))
+        if new_head
+        else NeMoAutoModelForCausalLM.from_config(SPECIMENS["llama"].config())
+    )
+    (found,) = ranks(1).run(on_rank_default_device, new_head, checkpoint("llama"))
+    assert [n for n, p in expected.named_parameters() if not torch.equal(found[n].float(), p.float())] == []
+
+
+def test_a_token_outside_of_the_vocabulary_is_asserted_on_the_device():
+    asserted = []
+    embedding = torch.nn.Embedding(8, 4, device="meta")
+    peers = SimpleNamespace(bounds=lambda total: (0, total), all_reduce=lambda value: value, rank=0, size=1)
+    vocabulary(embedding, peers)
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True),
+        mock.patch.object(torch, "_assert_async", lambda *a: asserted.append(a)),
+    ):
+        embedding(torch.empty(3, dtype=torch.long, device="meta"))
+    ((condition, message),) = asserted
+    assert condition.shape == () and "outside of the vocabulary of 8" in message
+
+
+def test_an_index_of_a_layout_is_made_once_and_serves_a_backward_after_inference():
+    layout = SequenceLayout(size=2, rank=1, balanced=True)
+    with torch.inference_mode():
+        index = index_of(layout, "restoring", 24, torch.device("cpu"))
+    assert index_of(layout, "restoring", 24, torch.device("cpu")) is index
+    assert index.tolist() == layout.restoring(24)
+    value = torch.ones(24, requires_grad=True)
+    value.index_select(0, index).sum().backward()
+
+
+def test_copies_for_an_asynchronous_save_do_not_share_memory():
+    tensors = {"a": torch.arange(3.0), "b": torch.arange(4)}
+    copies = to_host(tensors)
+    tensors["a"].zero_()
+    assert copies["a"].tolist() == [0.0, 1.0, 2.0] and copies["b"].tolist() == [0, 1, 2, 3]
+
+
+def on_rank_store_in_bfloat16(folder):
+    setup = DistributedSetup.build()
+    model = NeMoAutoModelForCausalLM.from_pretrained(folder, distributed_setup=setup, dtype=torch.bfloat16)
+    with pytest.warns(UserWarning, match=r"stored in bfloat16.*load with dtype=torch.float32"):
+        setup.runtime(model).optimizer(torch.optim.AdamW, lr=1e-5)
+
+
+def test_an_optimizer_of_bfloat16_parameters_warns_of_lost_updates(ranks):
+    ranks(1).run(on_rank_store_in_bfloat16, checkpoint("llama"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_the_script_for_a_device_starts_every_check_without_one():
+    command = ["bash", "benchmarks/gpu.sh", "--check", "--seconds", "1000"]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"PYTHON": sys.executable}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
