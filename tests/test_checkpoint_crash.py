@@ -209,8 +209,9 @@ def on_rank_save_to_a_read_only_disk(folders, path, mount):
     folder = RunFolder(path)
     set_state(runtime, optimizer, 1)
     folder.save(runtime, optimizer, step=1, extra={"step": 1})
-    if runtime.dp_rank == 0:
-        subprocess.run(["mount", "-o", "remount,ro", str(mount)], check=True)
+    if runtime.dp_rank == 0:  # once more over itself, as the first mount has open files
+        subprocess.run(["mount", "--bind", str(mount), str(mount)], check=True)
+        subprocess.run(["mount", "-o", "remount,bind,ro", str(mount)], check=True)
     set_state(runtime, optimizer, 2)
     with pytest.raises(Exception, match="Read-only file system"):
         folder.save(runtime, optimizer, step=2, extra={"step": 2})
@@ -222,6 +223,7 @@ def on_rank_save_to_a_read_only_disk(folders, path, mount):
 def test_a_read_only_disk_is_an_error_and_keeps_the_older_checkpoint(ranks, tmp_path):
     with small_disk(tmp_path / "disk", "size=10m") as disk:
         assert ranks(2).run(on_rank_save_to_a_read_only_disk, runs.folders("llama"), disk / "run", disk) == [1, 1]
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 def on_rank_fail_in_the_background(folders, path):

@@ -1,12 +1,17 @@
 """Ranks that were given different things are told at once: what differs, and on which rank."""
 
+import os
 import time
 
 import checkpoint_runs as runs
 import pytest
 import torch
+from cases import cases, slow
 
 from nemo_dist import RankError, RunFolder
+from nemo_dist.testing.failure_report import RankFailure
+from nemo_dist.testing.pool import RankPool
+from nemo_dist.testing.tensors import rows_of_rank
 
 
 def on_rank_disagree(folders, path, what):
@@ -48,10 +53,100 @@ EXPECTED = {
 }
 
 
+WORLDS = [pytest.param(2, id="2 ranks"), pytest.param(4, id="4 ranks", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("what", EXPECTED)
-def test_ranks_that_differ_are_told_at_once(ranks, tmp_path, what):
-    answers = ranks(2).run(on_rank_disagree, runs.folders("llama"), tmp_path / "c", what)
+def test_ranks_that_differ_are_told_at_once(ranks, tmp_path, what, world):
+    answers = ranks(world).run(on_rank_disagree, runs.folders("llama"), tmp_path / "c", what)
     for message, seconds in answers:
         assert EXPECTED[what] in message
         assert seconds < 20
     assert not list(tmp_path.iterdir())
+
+
+def on_rank_go_separate_ways(folders, path, what, alone):
+    """Have rank *alone* do something that the others do not; return what it, or they, are told, and how soon."""
+    runs.FOLDERS.update(folders)
+    rank = torch.distributed.get_rank()
+    runtime, optimizer = runs.start("fsdp2")
+    runs.steps(runtime, optimizer, runs.Task(), range(2))
+
+    def train():
+        batch = rows_of_rank(runs.Task().batches(2)[0], runtime)
+        runtime.forward_backward(batch)  # waits for the other until the pool ends this process
+
+    calls = {
+        "save, train": (lambda: runtime.save(path, optimizer), train),
+        "save, export": (lambda: runtime.save(path, optimizer), lambda: runtime.export(f"{path}-export")),
+        "save, load": (lambda: runtime.save(path, optimizer), lambda: runtime.load(path, optimizer)),
+        "export, train": (lambda: runtime.export(path), train),
+        "an optimizer, train": (lambda: runtime.optimizer(torch.optim.AdamW), train),
+    }
+    start = time.monotonic()
+    try:
+        calls[what][rank != alone]()
+    except RankError as error:
+        told = str(error)
+    except RuntimeError as error:  # the connection to a rank that was told and has ended
+        told = f"raw: {error}"
+    (path.parent / f"told-{rank}").write_text(f"{time.monotonic() - start:.1f}\n{told}")
+    os._exit(1)  # as a script ends that nobody catches the error of
+
+
+SEPARATE = {
+    "save, train": ["trains on, in step 3", "at 'collecting the state of the run' after step 2"],
+    "save, export": ["waits at", "'collecting what to export'", "'collecting the state of the run'"],
+    "save, load": ["waits at", "'collecting the state of the run'"],
+    "export, train": ["trains on, in step 3", "at 'collecting what to export' after step 2"],
+    "an optimizer, train": ["trains on, in step 3", "after step 2"],
+}
+
+
+@cases(
+    ("what", "world", "alone"),
+    [
+        ("save, train", 2, 0),
+        slow("save, train", 2, 1),
+        slow("save, train", 4, 0),
+        slow("save, train", 4, 3),
+        ("save, export", 2, 1),
+        *(slow(what, world, 0) for what in list(SEPARATE)[1:] for world in (2, 4)),
+    ],
+    lambda what, world, alone: f"{what}, {world} ranks, rank {alone} alone",
+)
+def test_a_rank_that_goes_its_own_way_is_named_at_once(tmp_path, what, world, alone):
+    with RankPool(world) as pool, pytest.raises(RankFailure):
+        pool.run(on_rank_go_separate_ways, runs.folders("llama"), tmp_path / "c", what, alone)
+    told = [path.read_text().partition("\n") for path in sorted(tmp_path.glob("told-*"))]
+    assert all(float(seconds) < 20 for seconds, _, _ in told)
+    messages = [message for _, _, message in told if not message.startswith("raw: ")]
+    assert messages
+    for words in SEPARATE[what]:
+        assert any(words in message for message in messages), messages
+    assert any(f"rank {alone} " in message for message in messages), messages
+
+
+def on_rank_take_long_and_come(folders, path):
+    """Rank 1 takes long over its step and comes to the save then; rank 0 must wait for it."""
+    runs.FOLDERS.update(folders)
+    runtime, optimizer = runs.start("ddp")
+    if runtime.dp_rank == 1:
+        forward = runtime.model.forward
+
+        def slowly(*args, **options):
+            time.sleep(8)
+            return forward(*args, **options)
+
+        runtime.model.forward = slowly
+    runs.steps(runtime, optimizer, runs.Task(), range(1))
+    if runtime.dp_rank == 1:
+        time.sleep(8)
+    runtime.save(path, optimizer, extra=1)
+    return runtime.load(path, optimizer)
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_only_slow_is_waited_for(ranks, tmp_path):
+    assert ranks(2).run(on_rank_take_long_and_come, runs.folders("llama"), tmp_path / "c") == [1, 1]

@@ -49,7 +49,7 @@ def on_rank_resume(folders, path):
 def test_the_newest_and_every_kth_checkpoint_are_kept(ranks, tmp_path, keep, left):
     assert ranks(2).run(on_rank_save_steps, runs.folders("llama"), tmp_path / "run", range(1, 7), keep) == [left, left]
     names = sorted(entry.name for entry in (tmp_path / "run").iterdir())
-    assert names == ["latest", *(f"step-{step:08d}" for step in left)]
+    assert names == [".lock", "latest", *(f"step-{step:08d}" for step in left)]
     assert (tmp_path / "run" / "latest").read_text() == "step-00000006\n"
     assert RunFolder(tmp_path / "run").latest() == tmp_path / "run" / "step-00000006"
     assert Manifest.read(tmp_path / "run" / "step-00000006").about["step"] == 6

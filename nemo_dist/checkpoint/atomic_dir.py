@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import attrs
 
+from nemo_dist.checkpoint.folder_lock import locked
 from nemo_dist.errors import CheckpointError
 from nemo_dist.mesh.rank_group import RankGroup
 
@@ -27,9 +31,11 @@ class Staging:
         final = Path(path).expanduser().resolve()
         return cls(final.with_name(f".{final.name}.partial"), final)
 
-    def begin(self) -> None:
+    @contextmanager
+    def begun(self) -> Iterator[None]:
         """Create an empty temporary folder, removing leftovers of an interrupted write; called on one rank.
 
+        An error within the context removes it again, so that what failed for lack of room leaves the room to others.
         Raises CheckpointError when the target is a file.
         """
         if self.final.exists() and not self.final.is_dir():
@@ -38,6 +44,12 @@ class Staging:
         for left in (self.partial, self._old):
             shutil.rmtree(left, ignore_errors=True)
         self.partial.mkdir(parents=True)
+        try:
+            yield
+        except Exception:
+            if self.final.exists() or not self._old.exists():  # else ``recover`` needs it
+                shutil.rmtree(self.partial, ignore_errors=True)
+            raise
 
     def recover(self) -> None:
         """Finish a commit that was interrupted between renaming the old folder away and the new one into place."""
@@ -54,6 +66,10 @@ class Staging:
         if self.final.exists():
             shutil.rmtree(self._old, ignore_errors=True)
             _keep(self.final, self.partial, stale)
+            if _exchange(self.partial, self.final):
+                sync(self.final.parent)
+                shutil.rmtree(self.partial, ignore_errors=True)
+                return
             self.final.rename(self._old)
         self._place()
         shutil.rmtree(self._old, ignore_errors=True)
@@ -65,6 +81,31 @@ class Staging:
     @property
     def _old(self) -> Path:
         return self.final.with_name(f".{self.final.name}.old")
+
+    @property
+    def lock(self) -> Path:
+        """The file that the process which writes the folder holds locked."""
+        return self.final.with_name(f".{self.final.name}.lock")
+
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of linux/fcntl.h and linux/fs.h
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two folders in one step, so that both paths have a folder at any moment; return False where it cannot.
+
+    Linux can, on most local disks; NFS cannot.
+    """
+    try:
+        call = ctypes.CDLL(None, use_errno=True).renameat2
+    except AttributeError:
+        return False
+    if call(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM):
+        return False
+    raise OSError(number, os.strerror(number), str(one), None, str(other))
 
 
 def _keep(old: Path, new: Path, stale: Callable[[str], bool]) -> None:
@@ -102,33 +143,40 @@ def write_folder(
     write: Callable[[Path], Any],
     stale: Callable[[str], bool],
     refuse: Callable[[Path], None] = lambda folder: None,
+    prepare: Callable[[], None] = lambda: None,
     finish: Callable[[Path, list[Any]], None] = lambda folder, answers: None,
     committed: Callable[[], None] = lambda: None,
 ) -> None:
     """Have every rank *write* into a temporary folder, then move it to *path*; collective over *ranks*.
 
-    *what* names the folder in errors. *write* returns a small JSON value. The first rank then calls *finish* with the
-    temporary folder and the values of all ranks in rank order, moves the folder to *path*, and calls *committed*.
-    *stale* says by name which entries of an existing folder are dropped; the others stay. *refuse* gets an existing
-    folder before anything is written, and raises CheckpointError when it must not be replaced. Raises CheckpointError
-    where the disk fails, and RankError on the other ranks; an error before the move leaves the folder at *path*
-    unchanged.
+    *what* names the folder in errors. *write* returns a small JSON value. The first rank calls *prepare* before and,
+    afterwards, *finish* with the temporary folder and the values of all ranks in rank order, moves the folder to
+    *path*, and calls *committed*. *stale* says by name which entries of an existing folder are dropped; the others
+    stay. *refuse* gets an existing folder before anything is written, and raises CheckpointError when it must not be
+    replaced; so does the system when another process is writing there. Raises CheckpointError where the disk fails,
+    and RankError on the other ranks; an error before the move leaves the folder at *path* unchanged, and nothing else.
     """
     staging = Staging.beside(path)
-    with ranks.agreed(f"preparing {what} at {staging.final}"):
-        if ranks.first:
-            if staging.final.is_dir():
-                refuse(staging.final)
-            staging.begin()
+
+    def begin() -> None:
+        prepare()
+        held.enter_context(locked(staging.lock, staging.final))
+        if staging.final.is_dir():
+            refuse(staging.final)
+        held.enter_context(staging.begun())
 
     def written() -> Any:
         if not staging.partial.is_dir():
             raise CheckpointError(f"this rank does not see {staging.partial}; all ranks must share the file system")
         return write(staging.partial)
 
-    answers = ranks.collect(f"writing {what} to {staging.final}", written)
-    with ranks.agreed(f"putting {what} in place at {staging.final}"):
-        if ranks.first:
-            finish(staging.partial, answers)
-            staging.commit(stale)
-            committed()
+    with ExitStack() as held:
+        with ranks.agreed(f"preparing {what} at {staging.final}"):
+            if ranks.first:
+                begin()
+        answers = ranks.collect(f"writing {what} to {staging.final}", written)
+        with ranks.agreed(f"putting {what} in place at {staging.final}"):
+            if ranks.first:
+                finish(staging.partial, answers)
+                staging.commit(stale)
+                committed()

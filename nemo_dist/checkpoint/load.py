@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import attrs
@@ -88,9 +88,11 @@ def load_from(
             generators = _generators(sharded, manifest)
             data_state = _data_state(manifest, data, sharded.batch, sharded.batches)
             extra = from_json(manifest.about["extra"])
-        fits = [fitted(scheduler, state) for scheduler, state in zip(schedulers, states, strict=True)]
+            fits = [fitted(scheduler, state) for scheduler, state in zip(schedulers, states, strict=True)]
         plugin_states = _plugin_states(sharded, manifest)
     _check_complete(ranks, manifest, names)
+    if data is not None:
+        _hand_to_data(ranks, manifest, data, data_state)
     with ranks.agreed(f"loading {path}"), Reader(manifest) as reader, torch.no_grad():
         with imported(sharded, own) as canonical:
             reader.fill(MODEL, canonical)
@@ -105,8 +107,6 @@ def load_from(
             _load_plugin(sharded, reader, name, saved, {n: p for n, p in own.items() if isinstance(p, nn.Parameter)})
         for scheduler, state in zip(schedulers, fits, strict=True):
             restore_scheduler(scheduler, state)
-        if data is not None:
-            data.load_state_dict(data_state)
         if generators is not None:
             rng_state.restore(generators)
         return extra
@@ -298,6 +298,24 @@ def _data_state(manifest: Manifest, data: Any, dp_rank: int, dp_size: int) -> An
         f"{manifest.folder} has a different state of data for each of {batches} data-parallel ranks, and here are "
         f"{dp_size}; leave data out and set its position from what you saved as extra"
     )
+
+
+def _hand_to_data(ranks: RankGroup, manifest: Manifest, data: Any, state: Any) -> None:
+    """Load *state* into *data*, a user's object, which may not take it: then all ranks give it back what it had."""
+    before = data.state_dict()
+    try:
+        with ranks.agreed(f"loading the state of data from {manifest.folder}"):
+            try:
+                data.load_state_dict(state)
+            except Exception as error:
+                raise CheckpointError(
+                    f"{type(data).__name__} did not take the state that {manifest.folder} has of data: "
+                    f"{type(error).__name__}: {error}; leave data out, or load it into what it was saved from"
+                ) from error
+    except Exception:
+        with suppress(Exception):
+            data.load_state_dict(before)
+        raise
 
 
 def _load_optimizer(

@@ -101,10 +101,10 @@ class Manifest:
                 f"{where} has checkpoint format {content.get('format')!r}, and this version reads up to {FORMAT}; "
                 "update nemo_dist"
             )
-        checksum = content.pop("checksum", None)
-        if checksum != _checksum(content):
-            raise CheckpointError(f"{where / NAME} is damaged: its checksum is {checksum!r}, not {_checksum(content)}")
         with _readable(where / NAME):
+            checksum, found = content.pop("checksum", None), _checksum(content)
+            if checksum != found:
+                raise CheckpointError(f"{where / NAME} is damaged: its checksum is {checksum!r}, not {found}")
             tensors = {name: _stored(value) for name, value in content["tensors"].items()}
             companions = content.get("companions", [])  # version 0.1 listed none
             manifest = cls(folder=where, files=content["files"], companions=companions, tensors=tensors, about=content)
@@ -133,20 +133,26 @@ class Manifest:
                 raise ValueError(f"the pieces of {name} do not make the whole tensor")
 
     def _check_about(self) -> None:
-        """Raise ValueError or KeyError where ``about`` lacks a value, or has one of the wrong type."""
+        """Raise ValueError or KeyError where ``about`` or the entry of a file lacks a value, or has a wrong type."""
         about = self.about
+        _require(about.get("step"), int | None, "step")
+        plugins = _require(about.get("plugin_states", {}), dict, "plugin_states")
         _require(about["model"], str, "model")
         _require(about["optimizer"], str | None, "optimizer")
         _require(about["extra"], object, "extra")
         _require(about["schedulers"], list, "schedulers")
         for name, value in about["topology"].items():
             _require(value, int | str, name)
-        for file in self.files:
+        for file in (*self.files, *self.companions):
             _require(file["crc32"], int, "a checksum")
+            for name in _require(file.get("not_finite", []), list, "not_finite"):
+                _require(name, str, "not_finite")
         for rank in _require(about["ranks"], list, "ranks"):
             _require(rank["dp_rank"], int, "dp_rank")
             _require(rank["generators"], dict, "generators")
             _require(rank["data"], object, "data")
+            if _require(rank.get("plugin_states", {}), dict, "plugin_states").keys() != plugins.keys():
+                raise ValueError("its ranks have states of other plugins than it lists")
         if not about["ranks"]:
             raise ValueError("it lists no ranks")
         if about["optimizer"] is not None:

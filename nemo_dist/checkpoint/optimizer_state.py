@@ -95,7 +95,7 @@ def options_of_groups(optimizer: Any, parameters: Mapping[str, nn.Parameter], sa
     """Return, for every group of *optimizer*, the options that its parameters were saved with; changes nothing.
 
     A group without saved parameters gets none. Raises CheckpointError when the parameters of a group were saved with
-    different options.
+    different options, ValueError for a saved option that cannot stand where the group's own does.
     """
     value_of = {name: json.dumps(value, sort_keys=True) for value, names in saved for name in names}
     names = {id(parameter): name for name, parameter in parameters.items()}
@@ -108,8 +108,24 @@ def options_of_groups(optimizer: Any, parameters: Mapping[str, nn.Parameter], sa
                 f"group {index} of the optimizer has parameters that were saved with different options: "
                 f"{' and '.join(found)}; group them as they were"
             )
-        chosen.append(from_json(json.loads(found[0])) if found else {})
+        options = from_json(json.loads(found[0])) if found else {}
+        for key, value in options.items():
+            if key in ("params", *_OWN) or not _fits(value, group.get(key)):
+                raise ValueError(f"option {key!r} of the optimizer is {value!r}, where it has {group.get(key)!r}")
+        chosen.append(options)
     return chosen
+
+
+def _fits(value: Any, own: Any) -> bool:
+    """Whether *value* is of the kind of *own*: a number for a number, as many for a tuple, anything for None."""
+    if own is None:
+        return True
+    if isinstance(own, tuple | list):
+        fits = isinstance(value, tuple | list) and len(value) == len(own)
+        return fits and all(map(_fits, value, own))
+    if isinstance(own, bool | int | float | Tensor):
+        return isinstance(value, bool | int | float) or (isinstance(value, Tensor) and value.numel() == 1)
+    return value is None or isinstance(value, type(own))
 
 
 def count_of(saved: Sequence[Any]) -> Callable[[str, bool], Any]:

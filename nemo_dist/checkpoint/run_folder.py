@@ -16,6 +16,7 @@ import attrs
 
 from nemo_dist.checkpoint import async_save
 from nemo_dist.checkpoint.atomic_dir import Staging, sync
+from nemo_dist.checkpoint.folder_lock import claim
 from nemo_dist.checkpoint.load import intact, load_from
 from nemo_dist.checkpoint.manifest import Manifest
 from nemo_dist.checkpoint.preemption import CODE, stop_request
@@ -25,8 +26,9 @@ from nemo_dist.errors import CheckpointError, RankError
 from nemo_dist.planning.validation import integer
 
 _NAME = re.compile(r"step-([0-9]+)")
-_LEFT = re.compile(r"\.step-[0-9]{8,}\.(removed|partial|old)")  # what an interrupted save or removal leaves
+_LEFT = re.compile(r"\.step-[0-9]{8,}\.(removed|partial|old|lock)")  # what an interrupted save or removal leaves
 _LATEST = "latest"
+_LOCK = ".lock"
 
 
 def _folder(path: str | os.PathLike[str]) -> Path:
@@ -67,7 +69,8 @@ class RunFolder:
     ) -> async_save.Save:
         """Save the run as checkpoint *step*, then update ``latest`` and remove checkpoints not to keep; collective.
 
-        Arguments and errors as for ``Runtime.save``.
+        The process of the first rank then has the folder for itself as long as it lives: another run that saves there
+        gets a CheckpointError. Arguments and errors as for ``Runtime.save``.
         """
         integer("step", step, 0)
         where = self._folder(step)
@@ -82,6 +85,7 @@ class RunFolder:
             asynchronous=asynchronous,
             check_finite=self.check_finite,
             committed=lambda: self._committed(where),
+            prepare=self._prepare,
         )
 
     def save_if_preempted(
@@ -176,11 +180,17 @@ class RunFolder:
         sync(beside)
         beside.rename(self.path / _LATEST)
         sync(self.path)
+        self._prune(int(where.name.removeprefix("step-")))
+
+    def _prepare(self) -> None:
+        """Keep other runs out, and tidy up what interrupted saves have left, which may be all the room there is."""
+        claim(self.path / _LOCK, self.path)
         for step in self.steps():
             Staging.beside(self._folder(step)).recover()
-        self._prune(int(where.name.removeprefix("step-")))
         for left in [entry for entry in self.path.iterdir() if _LEFT.fullmatch(entry.name)]:
-            if left.suffix != ".old" or (self.path / left.stem[1:]).exists():
+            if left.suffix == ".lock":
+                left.unlink()
+            elif left.suffix != ".old" or (self.path / left.stem[1:]).exists():
                 shutil.rmtree(left, ignore_errors=True)
 
     def _prune(self, newest: int) -> None:

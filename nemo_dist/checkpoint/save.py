@@ -55,9 +55,11 @@ def save(
     check_finite: bool = True,
     step: int | None = None,
     committed: Callable[[], None] = lambda: None,
+    prepare: Callable[[], None] = lambda: None,
 ) -> async_save.Save:
-    """Save the run; see :meth:`nemo_dist.Runtime.save`. *committed* runs on the first rank after the rename.
+    """Save the run; see :meth:`nemo_dist.Runtime.save`.
 
+    On the first rank, *prepare* runs before anything is written, and *committed* after the rename.
     Each rank collects its state, all ranks exchange the metadata of it once, and then each writes its share.
     """
     async_save.finish()
@@ -80,7 +82,7 @@ def save(
         if asynchronous:
             work = work.copied()
         settle(work.mine)  # the thread has a stream of its own
-    under_way = async_save.begin(lambda: work.run(committed))
+    under_way = async_save.begin(lambda: work.run(prepare, committed))
     if not asynchronous:
         under_way.wait()
     return under_way
@@ -284,7 +286,7 @@ class _Work:
         """Return this work with copies of its tensors in host memory, which training does not change."""
         return attrs.evolve(self, mine=to_host(self.mine), ranks=self.ranks.in_background())
 
-    def run(self, committed: Callable[[], None]) -> None:
+    def run(self, prepare: Callable[[], None], committed: Callable[[], None]) -> None:
         """Write this rank's file; the first rank then writes the manifest and renames the folder into place."""
         write_folder(
             self.ranks,
@@ -294,6 +296,7 @@ class _Work:
             finish=self._write_manifest,
             stale=manifest.is_entry,
             refuse=manifest.refuse_others,
+            prepare=prepare,
             committed=committed,
         )
 

@@ -1,12 +1,11 @@
 """What ranks say of themselves in the store, for the errors of other ranks that wait for them.
 
-A rank that fails writes why, and a rank that waits at a meeting writes where. A rank that waits for another, or loses
-it in a collective, reads that and names it, in place of an error that says only that somebody is gone.
+A rank that fails writes why, and one that waits at a meeting writes where. A rank that waits for another, or loses it
+in a collective, reads that and names it, in place of an error that says only that somebody is gone.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,11 +18,13 @@ import attrs
 import torch.distributed as dist
 
 from nemo_dist.errors import RankError
+from nemo_dist.mesh import whereabouts
 from nemo_dist.mesh.lost_peer import lost_a_peer
 
 _GRACE = 5.0  # seconds after which a rank that said it failed, and did not come all the same, is believed
 _LOOK = 2.0  # seconds to wait for the word of a rank that is gone; it may take longer to say it than to be missed
-_FAILED, _AT = "nemo_dist/failed", "nemo_dist/at"
+_FAR = 3.0  # seconds between two looks at what a rank that does not come does instead
+_FAILED = "nemo_dist/failed"
 
 
 @attrs.define(eq=False)
@@ -57,11 +58,11 @@ def all_there(
     return True
 
 
-def arrive(store: dist.Store, rank: int, occasion: str, result: str) -> None:
-    """Say that *rank* waits at a meeting for the key *result*; whatever failed before, it goes on."""
+def arrive(store: dist.Store, rank: int, members: Sequence[int], occasion: str, result: str) -> None:
+    """Say that *rank* waits at a meeting of *members* for the key *result*; whatever failed before, it goes on."""
     if _status.said:
         _take_back(store, rank)
-    store.set(f"{_AT}/{rank}", json.dumps([occasion, result, _status.steps]))
+    whereabouts.arrive(store, rank, members, occasion, result)
 
 
 def _take_back(store: dist.Store, rank: int) -> None:
@@ -69,17 +70,27 @@ def _take_back(store: dist.Store, rank: int) -> None:
     _status.said = False
 
 
-def watch(store: dist.Store, ranks: Sequence[int], occasion: str) -> Callable[[], None]:
-    """Return a function to call while waiting for *ranks*: it raises RankError when one of them has failed."""
+def watch(
+    store: dist.Store, ranks: Sequence[int], occasion: str, prefix: str = "", awaited: Sequence[int] = ()
+) -> Callable[[], None]:
+    """Return a function to call while waiting for *ranks*: it raises RankError when one of them has failed.
+
+    So it does when one of those *awaited*, whose values under *prefix* are missing, does something else meanwhile.
+    """
     seen: dict[int, float] = {}
-    last = time.monotonic()
+    last = far = time.monotonic()
 
     def look() -> None:
-        nonlocal last
+        nonlocal last, far
         now = time.monotonic()
         if now - last < 0.5:
             return
         last = now
+        if now - far > _FAR:
+            far = now
+            for rank in [rank for rank in awaited if not store.check([f"{prefix}/{rank}"])]:
+                if found := whereabouts.elsewhere(store, rank, ranks, occasion, f"{prefix}/result"):
+                    raise RankError(found)
         found = _failures(store, ranks)
         for rank in set(seen) - set(found):
             del seen[rank]  # it goes on
@@ -92,9 +103,12 @@ def watch(store: dist.Store, ranks: Sequence[int], occasion: str) -> Callable[[]
     return look
 
 
-def begin_step() -> None:
-    """Count a step of this rank."""
+@contextmanager
+def step(progress: whereabouts.Progress) -> Iterator[None]:
+    """Run a step of this rank, and count it; failures are told as by ``explained``."""
     _status.steps += 1
+    with progress.step(), explained():
+        yield
 
 
 @contextmanager
@@ -171,11 +185,10 @@ def _failures(store: dist.Store, ranks: Sequence[int]) -> dict[int, str]:
 
 def _waiting(store: dist.Store, ranks: Sequence[int]) -> list[str]:
     lines = []
-    for rank in [rank for rank in ranks if store.check([f"{_AT}/{rank}"])]:
-        occasion, result, steps = json.loads(store.get(f"{_AT}/{rank}"))
-        if not store.check([result]):
+    for rank in ranks:
+        for meeting in whereabouts.meetings(store, rank):
             lines.append(
-                f"rank {rank} waits at {occasion!r} after {steps} steps; give all ranks equally many batches, or take "
-                "them from runtime.batches(loader)"
+                f"rank {rank} waits at {meeting}; give all ranks equally many batches, or take them from "
+                "runtime.batches(loader), and make calls in which ranks meet on all of them"
             )
     return lines

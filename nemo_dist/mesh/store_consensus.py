@@ -73,8 +73,11 @@ def consensus(
     rank = dist.get_rank() if here is None else here
     try:
         if not background:
-            arrive(store, rank, occasion, f"{prefix}/result")
-        result = meet(store, prefix, members, rank, mine, decide, watch(store, members, occasion))
+            arrive(store, rank, members, occasion, f"{prefix}/result")
+        # A background thread meets the others whatever they train. One rank looks for all, the others for that one.
+        awaited = [] if background else members if rank == members[0] else members[:1]
+        look = watch(store, members, occasion, prefix, awaited)
+        result = meet(store, prefix, members, rank, mine, decide, look)
         if background:
             _keep_until_read(store, prefix, members, rank)
     except dist.DistNetworkError as error:

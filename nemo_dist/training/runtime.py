@@ -23,8 +23,9 @@ from nemo_dist.checkpoint.sharded_model import ShardedModel
 from nemo_dist.errors import PluginError, RankError
 from nemo_dist.hf_model import inner_model, name_root
 from nemo_dist.mesh.mesh_context import MeshContext
-from nemo_dist.mesh.rank_status import begin_step, explained
+from nemo_dist.mesh.rank_status import default_store, explained, step
 from nemo_dist.mesh.store_consensus import compare
+from nemo_dist.mesh.whereabouts import Progress
 from nemo_dist.planning.mesh_plan import Role
 from nemo_dist.plugin.hookspecs import Batch, RuntimePart
 from nemo_dist.plugin.protocol import Plugin
@@ -107,6 +108,11 @@ class Runtime:
     @cached_property
     def _loop(self) -> BatchLoop:
         return BatchLoop(sharded=self.sharded, model=self.model, parts=self._parts, router_loss=self.router_loss)
+
+    @cached_property
+    def _progress(self) -> Progress:
+        store = default_store() if torch.distributed.is_initialized() else None
+        return Progress.of_new_runtime(self.sharded.ranks.ranks, store)
 
     @property
     def mesh(self) -> MeshContext:
@@ -207,8 +213,7 @@ class Runtime:
         that share a batch got different ones and, where forwards of different ranks run in lockstep (the strategy
         shards the model, for one), when ranks got different numbers of batches or only some of them images.
         """
-        begin_step()
-        with explained():
+        with step(self._progress):
             loss = self._loop.run(batches)
             if self.replicas.due:
                 self._check_replicas_unasked() if self.replicas.every is None else self.check_replicas()

@@ -1,0 +1,267 @@
+"""Forge manifests with right checksums and nonsense of every kind, and load, resume, prune and export from them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+
+from campaign.forks import call
+from campaign.tally import Tally
+from campaign.tiny_run import TinyRun, checksum
+from nemo_dist import CheckpointError, RankError, RunFolder, export_checkpoint
+from nemo_dist.checkpoint import manifest
+
+_KINDS = ("tensor", "ndarray", "scalar", "bytes", "tuple", "set", "deque", "dict", "Counter", "OrderedDict", "x", None)
+_CONTENTS = (None, "", "AAAA", "AAAAAAAAAAA=", "no base64", [], [[]], [[1, 2]], [[[], 1]], [[{"a": 1}, 1]], 3, {}, [1])
+_DTYPES = ("float32", "int64", "<f8", "|O", "V9999999999", "S0", "load", "", None, 4, ["<f8"])
+_SHAPES = ([], [1], [-1], [0, 10**12], [10**30], [2, 2], "x", None, {}, [1.5], [True])
+_JUNK = (None, True, False, -1, 0, 1, 1.5, "", "x", "\0", "../x", "/etc/passwd", "é" * 300, [], [[]], {}, {"x": 1})
+_HUGE = (2**31, 2**63, 2**64, 10**30, 10**400, -(10**30), 1e308, float("inf"), float("nan"))
+_NAMES = ("../rank-00000.safetensors", "/etc/passwd", "rank-00000.safetensors/", "rank-00000.safetensors\n", "\0", "..")
+
+
+def run(count: int, chance: Random, folder: Path) -> Iterator[Tally]:
+    """Yield the counts for a load, and in smaller numbers for what else reads a manifest, on one rank and on two."""
+    for name, use, world, share in (
+        ("forged manifest, load", load, 1, count),
+        ("forged manifest, load, 2 ranks", load, 2, count // 10),
+        ("forged manifest, resume from a run folder", resume, 1, count // 5),
+        ("forged manifest, the next save prunes", save, 1, count // 5),
+        ("forged manifest, nemo-dist export", export, 1, count // 5),
+    ):
+        place = folder / name.replace(" ", "-")
+        tallies = call(world, on_rank_forge, name, use, max(1, share), chance, place)
+        yield max(tallies, key=lambda tally: len(tally.lost))
+
+
+class _OlderTaken(Exception):
+    """The checkpoint was left out, and the one before it taken."""
+
+
+def load(run: TinyRun, folder: Path) -> None:
+    """Load the checkpoint."""
+    run.runtime.load(folder / "step-00000002", run.optimizer, **run.also)
+
+
+def resume(run: TinyRun, folder: Path) -> None:
+    """Resume from the newest checkpoint that is right: when it is the one before, that is a refusal."""
+    found = RunFolder(folder).resume(run.runtime, run.optimizer, **run.also)
+    if found is not None and found[0] == 1:
+        raise _OlderTaken
+
+
+def save(run: TinyRun, folder: Path) -> None:
+    """Save the next step, which looks at the one before to prune, then remove it."""
+    RunFolder(folder, keep_last=2).save(run.runtime, run.optimizer, step=3, **run.also)
+    RunFolder(folder).latest()
+    shutil.rmtree(folder / "step-00000003")
+
+
+def export(run: TinyRun, folder: Path) -> None:
+    """Export the checkpoint without the ranks that wrote it."""
+    try:
+        export_checkpoint(folder / "step-00000002", folder.parent / "exported")
+    finally:
+        shutil.rmtree(folder.parent / "exported", ignore_errors=True)
+
+
+def on_rank_forge(
+    tell: Callable[..., None],
+    name: str,
+    use: Callable[[TinyRun, Path], None],
+    count: int,
+    chance: Random,
+    folder: Path,
+) -> Tally:
+    """Forge a manifest, *use* it, and compare the run with what it was."""
+    warnings.simplefilter("ignore")
+    tally, run, place = Tally(name), TinyRun(), folder / "run" / "step-00000002" / manifest.NAME
+    run.train()
+    run.save(RunFolder(folder / "run"))
+    older = _layers(run)
+    run.train()
+    run.save(RunFolder(folder / "run"))
+    text, newer = place.read_text(), _layers(run)
+    content = {name: value for name, value in json.loads(text).items() if name != "checksum"}
+    for _ in range(count):
+        kind, forged = forge(content, chance)
+        _write(place, forged)
+        before = checksum(run.tensors())
+        try:
+            use(run, folder / "run")
+            done = "loaded"
+        except _OlderTaken:
+            done = "left out"
+        except (CheckpointError, RankError):
+            done = "refused"
+        except BaseException as error:
+            done = f"{type(error).__name__}: {error}\n{''.join(traceback.format_tb(error.__traceback__)[-2:])}"
+        torch.distributed.barrier()
+        right = {"loaded": _layers(run) == newer, "left out": _layers(run) == older}
+        if right.get(done, checksum(run.tensors()) == before and done == "refused"):
+            tally.survive() if done == "loaded" else tally.refuse()
+        else:
+            tally.lose(f"{kind}: {done}" + ("" if ":" in done else ", but the run has changed"))
+        if checksum(run.tensors()) != before:
+            _write(place, text)
+            load(run, folder / "run")
+    return tally
+
+
+def _write(place: Path, text: str) -> None:
+    """Have one rank write, when all have read what was there."""
+    torch.distributed.barrier()
+    if torch.distributed.get_rank() == 0:
+        place.write_text(text)
+    torch.distributed.barrier()
+
+
+def _layers(run: TinyRun) -> int:
+    """Return a checksum of weights and moments: of all that a forged manifest that fits must not change."""
+    return checksum({name: value for name, value in run.tensors().items() if not name.startswith(("step/", "gen"))})
+
+
+def forge(content: Any, chance: Random) -> tuple[str, str]:
+    """Return what was done to a copy of *content*, and the text of the manifest with its checksum."""
+    forged = json.loads(json.dumps(content))
+    said = []
+    for _ in range(chance.choice((1, 1, 1, 2, 5))):
+        change = chance.choice(CHANGES)
+        try:
+            change(forged, chance)
+            said.append(change.__name__)
+        except (LookupError, TypeError, ValueError, AttributeError):
+            continue  # an earlier change has left nothing to do this to
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(20_000)  # for what is nested deeply
+    try:
+        return " and ".join(said), json.dumps({**forged, "checksum": manifest._checksum(forged)})
+    finally:
+        sys.setrecursionlimit(limit)
+
+
+def _somewhere(content: Any, chance: Random) -> tuple[Any, Any]:
+    """Return a container in *content*, and a key or index of it; what is rare is as likely as what is common."""
+    container, key = content, chance.choice(list(content))
+    while isinstance(container[key], dict | list) and container[key] and chance.random() < 0.85:
+        container = container[key]
+        key = chance.choice(list(container) if isinstance(container, dict) else range(len(container)))
+    return container, key
+
+
+def junk(content: Any, chance: Random) -> None:
+    """Put junk in the place of a value."""
+    container, key = _somewhere(content, chance)
+    container[key] = chance.choice(_JUNK)
+
+
+def huge(content: Any, chance: Random) -> None:
+    """Put a huge number in the place of a value."""
+    container, key = _somewhere(content, chance)
+    container[key] = chance.choice(_HUGE)
+
+
+def missing(content: Any, chance: Random) -> None:
+    """Leave something out."""
+    container, key = _somewhere(content, chance)
+    del container[key]
+
+
+def twice(content: Any, chance: Random) -> None:
+    """List something twice, or under another name too."""
+    container, key = _somewhere(content, chance)
+    if isinstance(container, list):
+        container.append(container[key])
+    else:
+        container[f"{key}x"] = container[key]
+
+
+def swapped(content: Any, chance: Random) -> None:
+    """Swap two values."""
+    (one, key), (other, name) = _somewhere(content, chance), _somewhere(content, chance)
+    one[key], other[name] = json.loads(json.dumps([other[name], one[key]]))
+
+
+def encoded(content: Any, chance: Random) -> None:
+    """Put an encoded value of no sense in the place of a value."""
+    container, key = _somewhere(content, chance)
+    container[key] = {
+        "nemo_dist": chance.choice(_KINDS),
+        "value": chance.choice(_CONTENTS),
+        "dtype": chance.choice(_DTYPES),
+        "shape": chance.choice(_SHAPES),
+    }
+
+
+def deep(content: Any, chance: Random) -> None:
+    """Nest a value deeply."""
+    container, key = _somewhere(content, chance)
+    levels, shell = chance.choice((50, 200, 400, 900, 3000)), chance.choice(("list", "dict", "tuple"))
+    for _ in range(levels):
+        inner = container[key]
+        shells: dict[str, Any] = {
+            "list": [inner],
+            "dict": {"x": inner},
+            "tuple": {"nemo_dist": "tuple", "value": [inner]},
+        }
+        container[key] = shells[shell]
+
+
+def chunks(content: Any, chance: Random) -> None:
+    """Move, stretch, repeat or drop chunks of a tensor."""
+    shape, _, pieces = content["tensors"][chance.choice(list(content["tensors"]))]
+    piece = chance.choice(pieces)
+    which = chance.randrange(6)
+    if which == 0:
+        pieces.append(json.loads(json.dumps(piece)))
+    elif which == 1:
+        pieces.remove(piece)
+    elif which == 2:
+        piece[0] = chance.choice((1, -1, 10**9, True))
+    elif which == 3:
+        piece[chance.choice((1, 2))][chance.randrange(len(shape))] += chance.choice((-1, 1, 2**63, -(2**40)))
+    elif which == 4:
+        half = piece[2][0] // 2
+        pieces.append([piece[0], [piece[1][0] + half - 1, *piece[1][1:]], [half, *piece[2][1:]]])
+        piece[2][0] = half
+    else:
+        shape.reverse()
+
+
+def files(content: Any, chance: Random) -> None:
+    """Name other files, or other sizes and checksums."""
+    file = chance.choice(content["files"] + content["companions"])
+    which = chance.choice(list(file))
+    file[which] = chance.choice(_NAMES) if which == "name" else chance.choice((0, -1, 2**70, str(file[which]), None))
+
+
+def renamed(content: Any, chance: Random) -> None:
+    """Give a tensor, a parameter or a key another name."""
+    container = chance.choice((content["tensors"], content, content["topology"]))
+    key = chance.choice(list(container))
+    container[chance.choice(("", "model/", "optimizer.", "plugin.x.y/z", "x" * 500, key.upper()))] = container.pop(key)
+
+
+def options(content: Any, chance: Random) -> None:
+    """Change an option of the optimizer, a step count, or a value of a scheduler."""
+    group, count = chance.choice(content["options"])[0], chance.choice(content["counts"])[0]
+    values = chance.choice((group, count, chance.choice(content["schedulers"]), content["ranks"][0]))
+    values[chance.choice((*values, "params"))] = chance.choice((*_JUNK, *_HUGE, {"nemo_dist": "tuple", "value": [1]}))
+
+
+def dtype(content: Any, chance: Random) -> None:
+    """Give a tensor another dtype or shape."""
+    stored = content["tensors"][chance.choice(list(content["tensors"]))]
+    stored[chance.randrange(2)] = chance.choice((*_DTYPES, *_SHAPES, "float64", "bfloat16"))
+
+
+CHANGES = (junk, huge, missing, twice, swapped, encoded, deep, chunks, files, renamed, options, dtype)
