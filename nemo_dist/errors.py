@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+_LISTED = 30  # problems in the text of an error; all are in ``problems``
+
 
 class NemoDistError(Exception):
     """Base of the errors raised by nemo_dist."""
@@ -18,7 +20,9 @@ class TopologyError(NemoDistError, ValueError):
 
     def __init__(self, problems: Iterable[str]) -> None:
         self.problems: tuple[str, ...] = tuple(dict.fromkeys(problems))
-        super().__init__("\n".join(f"- {problem}" for problem in self.problems))
+        more = len(self.problems) - _LISTED
+        lines = [*self.problems[:_LISTED], *([f"and {more} more"] if more > 0 else [])]
+        super().__init__("\n".join(f"- {line}" for line in lines))
 
 
 class RankError(NemoDistError, RuntimeError):

@@ -34,6 +34,7 @@ SETUPS = {
     "pp-tp": _sizes(pp_size=2, tp_size=2),
     "pp-cp": _sizes(pp_size=2, cp_size=2),
     "hsdp-tp": _sizes(dp_replicate_size=2, tp_size=2),
+    "hsdp-cp": _sizes(dp_replicate_size=2, cp_size=2),
     "ep": _sizes(ep_size=2),
     "ep-tp": _sizes(ep_size=2, tp_size=2),
     "five": _sizes(pp_size=2, ep_size=2, tp_size=2, cp_size=2),

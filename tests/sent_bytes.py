@@ -53,7 +53,7 @@ def on_rank_measure_bytes(specimen, options):
     batch = SPECIMENS[specimen].batch(ROWS, LENGTH, torch.Generator().manual_seed(0))
     with Sent() as counter:
         runtime.forward_backward(batch)
-    full = setup.activation_checkpointing == "full"
+    full = setup.recompute_mode == "full"
     facts = ModelFacts.of(whole, ROWS, LENGTH, setup.strategy.compute_dtype, full)
     said = dict.fromkeys(counter.sent, 0)
     for found in setup.calls.traffic(plan=setup.plan, facts=facts, model=whole):

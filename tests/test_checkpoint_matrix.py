@@ -22,6 +22,7 @@ TOPOLOGIES = {
         *(("fsdp2", 1), ("ddp", 1)),
         *(("fsdp2", 2), ("ddp", 2), ("tp", 2), ("cp", 2), ("pp", 2), ("pp-v", 2)),
         *(("fsdp2", 4), ("hsdp", 4), ("tp", 4), ("cp", 4), ("pp", 4), ("pp-tp", 4), ("pp-cp", 4)),
+        *(("hsdp-tp", 4), ("hsdp-cp", 4)),  # replicas of one shard each, beside another axis
         *(("fsdp2", 8), ("ddp", 8), ("hsdp-tp", 8)),
     ],
     "qwen3-moe-deep": [
@@ -33,7 +34,16 @@ TOPOLOGIES = {
     "llama-tied": [("ddp", 2), ("tp", 2), ("megatron", 2), ("megatron-zero1", 2), ("fsdp2", 4), ("megatron-tp", 4)],
 }
 CYCLES = {
-    "phi3-deep-tied": [("ddp", 2), ("tp", 2), ("cp", 2), ("pp", 2), ("pp-v", 2), ("pp-tp", 4), ("hsdp", 4)],
+    "phi3-deep-tied": [
+        ("ddp", 2),
+        ("tp", 2),
+        ("cp", 2),
+        ("pp", 2),
+        ("pp-v", 2),
+        ("pp-tp", 4),
+        ("hsdp-tp", 4),
+        ("hsdp", 4),
+    ],
     "qwen3-moe-deep": [("tp", 2), ("fsdp2", 2), ("ep", 4)],
 }
 KINDS = ["exp_avg", "exp_avg_sq", "model", "step"]

@@ -21,10 +21,10 @@ MODES = (False, "full", "selective")
 
 
 def factorisations(world):
-    """Yield (dp_replicate, dp_shard, cp, tp) that multiply to *world*; replicas without shards are ddp's business."""
+    """Yield (dp_replicate, dp_shard, cp, tp) that multiply to *world*; replicas and nothing else are ddp's business."""
     sizes = [size for size in (1, 2, 4, 8) if size <= world]
     for replicate, shard, cp, tp in product(sizes, repeat=4):
-        if replicate * shard * cp * tp == world and not (replicate > 1 and shard == 1):
+        if replicate * shard * cp * tp == world and replicate != world:
             yield replicate, shard, cp, tp
 
 

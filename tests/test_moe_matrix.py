@@ -25,6 +25,8 @@ TOPOLOGIES = {
     "ep-cp": (4, {"ep_size": 2, "cp_size": 2}, False),
     "ep-over-cp": (4, {"ep_size": 4, "cp_size": 2}, False),
     "ep-pp": (4, {"ep_size": 2, "pp_size": 2}, False),
+    "ep-tp-replicas": (4, {"ep_size": 2, "tp_size": 2, "dp_replicate_size": 2}, False),
+    "ep-cp-replicas": (4, {"ep_size": 2, "cp_size": 2, "dp_replicate_size": 2}, False),
     "ep-full": (4, {"ep_size": 2}, "full"),
     "ep-selective": (4, {"ep_size": 2}, "selective"),
     "ep-hsdp-tp-full": (8, {"ep_size": 4, "dp_replicate_size": 2, "tp_size": 2}, "full"),

@@ -168,7 +168,7 @@ def test_the_mode_may_be_given_on_the_setup_the_strategy_or_a_plugin():
         {"activation_checkpointing": True},
     ):
         setup = DistributedSetup.build(world_size=2, **options)
-        assert setup.activation_checkpointing == "full"
+        assert setup.recompute_mode == "full"
         assert [plugin.name for plugin in setup.plugins] == ["recompute", "fsdp2"]
 
 

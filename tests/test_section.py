@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from nemo_dist import ContextConfig, DDPConfig, DistributedSetup, FSDP2Config, ParallelismSizes, UnknownNameError
 from nemo_dist.cli.main import app
+from nemo_dist.planning.validation import shown
 from nemo_dist.testing.strategies import topologies
 
 DTYPES = st.sampled_from(["float32", "bfloat16", "float16"])
@@ -175,6 +176,99 @@ def test_a_file_with_double_keys_or_no_section_is_refused(tmp_path, text, messag
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
         DistributedSetup.from_yaml(path, world_size=4)
+
+
+def read(tmp_path, text, world_size=4):
+    path = tmp_path / "config.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return DistributedSetup.from_yaml(path, world_size=world_size)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "base: &base {cp_size: 2}\ndistributed:\n  <<: *base\n",
+        "distributed:\n  <<: [{cp_size: 2}, {cp_size: 4, tp_size: 1}]\n",
+        "distributed:\n  cp_size: 2\n  <<: {cp_size: 4}\n",
+        "all: &all {distributed: {cp_size: 2}, other: 1}\n<<: *all\n",
+        "model: !Model {name: x}\nwhen: 2024-99-99\n1: one\n? [a, b]\n: c\ndistributed: {cp_size: 2}\n",
+        "x: {a: 1, a: 2}\ndistributed: {cp_size: 2}\n",
+        "size: &two 2\ndistributed: {cp_size: *two}\n",
+        "loop: &loop [*loop]\ndistributed: {cp_size: 2}\n",
+        "distributed: {cp_size: 2}\n".encode("utf-16"),
+    ],
+)
+def test_merge_keys_work_and_other_sections_may_hold_anything(tmp_path, text):
+    assert read(tmp_path, text).parallelism_sizes == ParallelismSizes(cp_size=2)
+
+
+def bomb(levels):
+    lists = [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, levels)]
+    return "\n".join(["a0: &a0 [lol]", *lists, f"distributed: {{strategy: *a{levels - 1}}}"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (bomb(40), "has more than 10000 values under 'distributed:', aliases counted"),
+        ("distributed: &d {extra: *d}", "has a part that contains itself at line 1"),
+        ("distributed: &d {<<: *d}", "has a part that contains itself at line 1"),
+        ("distributed: {<<: 3}", "merges what is no mapping at line 1"),
+        ("x: " + "[" * 5000, "it nests more than 64 levels at line 1"),
+        ("x: " + "[" * 5000 + "]" * 5000, "it nests more than 64 levels"),
+        ("distributed: {1: 2}", r"has a key under 'distributed:' that is no text \(1\) at line 1"),
+        ("distributed: {~: {}}", "that is no text"),
+        ("distributed: {[a]: 2}", "that is no text"),
+        ("distributed: {tp_size: !!python/object:os.system x}", "has the tag !!python/object:os.system under"),
+        ("distributed: {extra: !Mine {a: 2}}", "has the tag !Mine under 'distributed:', where only plain values"),
+        ("distributed: {tp_size: !!bool 7}", "has 7, which is no bool at line 1"),
+        ("distributed: {tp_size: !!int two}", "has two, which is no int"),
+        ("distributed: {tp_size: " + "1" * 5000 + "}", "which is no int"),
+        ("distributed: {tp_size: 2024-01-01}", "tp_size must be an int from 1 up"),
+        ("distributed: *nothing", "found undefined alias"),
+        ("distributed: {}\n---\ndistributed: {}", "is not YAML that can be read"),
+        (b"\xff\xfe\x00", "is not YAML that can be read"),
+        ("a: 'caf\xe9'".encode("latin-1"), "is not YAML that can be read"),
+        (b"#" * (2**20 + 1), "is larger than 1048576 bytes"),
+        ("", r"has no 'distributed:' section with keys of its own \(it has no keys\)"),
+        ("3", "has no 'distributed:' section"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_file_that_is_no_configuration_is_refused_in_one_sentence(tmp_path, text, message):
+    with pytest.raises((ValueError, TypeError), match=message) as error:
+        read(tmp_path, text)
+    assert len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize("path", [3, None, "a\x00b"])
+def test_a_path_that_is_none_is_refused(path):
+    with pytest.raises((TypeError, ValueError), match=r"is no path|must be a path"):
+        DistributedSetup.from_yaml(path)
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"plugins": [None]}, "the name of a plugin must be text"),
+        ({"plugins": {None: {}}}, "the name of a plugin must be text"),
+        ({"plugins": "context"}, "plugins must be a mapping from names to options, or a list of names"),
+        ({"plugins": {"context": 3}}, "plugins.context must be a mapping from options to values"),
+        ({"plugins": {"context": {1: 2}}}, "plugins.context has an unknown key 1"),
+        ({1: 2}, "unknown key 1 for strategy"),
+        ({None: {}}, "unknown key None for strategy"),
+        ({f"key{number}": 1 for number in range(10_000)}, "9980 more; valid keys"),
+        ({"extra": {f"axis{number}": 2 for number in range(1000)}}, "and [0-9]+ more"),
+        ({"tp_size": 2**20_000}, "tp_size must be at most 1048576 ranks"),
+        ({"strategy": ["x" * 10**6] * 10}, "strategy must be the name of a strategy"),
+        ({"strategy": "x" * 10**6}, "unknown strategy"),
+    ],
+    ids=lambda value: shown(value)[:40],
+)
+def test_a_section_of_the_wrong_kind_is_refused_in_a_short_message(section, message):
+    with pytest.raises((ValueError, TypeError), match=message) as error:
+        DistributedSetup.from_dict(section, world_size=4)
+    assert len(str(error.value)) < 10_000
 
 
 @attrs.frozen(eq=False)

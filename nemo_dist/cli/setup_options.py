@@ -56,7 +56,8 @@ class SetupOptions:
         if self != SetupOptions():
             raise ValueError("--config gives the strategy and every size; leave the other options out, or --config")
         from nemo_dist.plugin.registry import Registry
-        from nemo_dist.setup.config_section import build_keywords, read_yaml
+        from nemo_dist.setup.config_section import build_keywords
+        from nemo_dist.setup.yaml_section import read_yaml
 
         return build_keywords(read_yaml(config), Registry())
 

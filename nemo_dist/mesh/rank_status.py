@@ -89,8 +89,8 @@ def watch(
         if now - far > _FAR:
             far = now
             for rank in [rank for rank in awaited if not store.check([f"{prefix}/{rank}"])]:
-                if found := whereabouts.elsewhere(store, rank, ranks, occasion, f"{prefix}/result"):
-                    raise RankError(found)
+                if text := whereabouts.elsewhere(store, rank, ranks, occasion, f"{prefix}/result"):
+                    raise RankError(text)
         found = _failures(store, ranks)
         for rank in set(seen) - set(found):
             del seen[rank]  # it goes on

@@ -8,7 +8,7 @@ from typing import Any
 
 import attrs
 
-from nemo_dist.planning.validation import FrozenMapping, integer
+from nemo_dist.planning.validation import FrozenMapping, integer, number_of_ranks, shown
 from nemo_dist.planning.views import Role
 
 # An axis that has its own field, or that the planner derives, cannot be declared again in ``extra``.
@@ -16,18 +16,18 @@ _FIELD_OF = {axis: f"{axis}_size" for axis in ("tp", "pp", "cp", "ep", "dp", "dp
 
 
 def _check_size(_: object, field: attrs.Attribute[Any], value: object) -> None:
-    integer(field.name, value)
+    number_of_ranks(field.name, value)
 
 
 def _check_optional_size(_: object, field: attrs.Attribute[Any], value: object) -> None:
     if value is not None:
-        integer(field.name, value)
+        number_of_ranks(field.name, value)
 
 
 def _frozen_extra(extra: object) -> FrozenMapping[int]:
     if not isinstance(extra, Mapping):
         raise TypeError(
-            f"extra must be a mapping from axis names to sizes (got {extra!r} of type {type(extra).__name__}); "
+            f"extra must be a mapping from axis names to sizes (got {shown(extra)} of type {type(extra).__name__}); "
             "pass extra={'axis': 2}"
         )
     return FrozenMapping(extra)
@@ -35,19 +35,21 @@ def _frozen_extra(extra: object) -> FrozenMapping[int]:
 
 def _frozen_roles(roles: object) -> FrozenMapping[Role]:
     if not isinstance(roles, Mapping) or not all(isinstance(role, Role) for role in roles.values()):
-        raise TypeError(f"roles must be a mapping from axis names to Role (got {roles!r}); plugins declare it")
+        raise TypeError(f"roles must be a mapping from axis names to Role (got {shown(roles)}); plugins declare it")
     return FrozenMapping(roles)
 
 
 def _check_extra(_: object, __: object, extra: Mapping[str, int]) -> None:
     for axis, size in extra.items():
         if not isinstance(axis, str):
-            raise TypeError(f"extra must be keyed by axis names (got {axis!r} of type {type(axis).__name__})")
+            raise TypeError(f"extra must be keyed by axis names (got {shown(axis)} of type {type(axis).__name__})")
         if not axis.isidentifier():
-            raise ValueError(f"extra must be keyed by axis names that are Python identifiers (got {axis!r})")
+            raise ValueError(f"extra must be keyed by axis names that are Python identifiers (got {shown(axis)})")
         if field := _FIELD_OF.get(axis.removesuffix("_size")):
-            raise ValueError(f"extra[{axis!r}] repeats a size that has its own field; pass {field}={size} instead")
-        integer(f"extra[{axis!r}]", size)
+            raise ValueError(
+                f"extra[{axis!r}] repeats a size that has its own field; pass {field}={shown(size)} instead"
+            )
+        number_of_ranks(f"extra[{shown(axis)}]", size)
 
 
 def _product(sizes: Mapping[str, int]) -> str:
@@ -60,8 +62,10 @@ def _nearest_divisors(size: int, whole: int) -> str:
 
     Returns an empty string when there are none.
     """
-    below = next((n for n in range(min(size, whole) - 1, 1, -1) if whole % n == 0), None)
-    above = next((n for n in range(size + 1, whole) if whole % n == 0), None)
+    small = [n for n in range(2, math.isqrt(whole) + 1) if whole % n == 0]
+    divisors = [*small, *(whole // n for n in reversed(small))]
+    below = max((n for n in divisors if n < size), default=None)
+    above = min((n for n in divisors if n > size), default=None)
     found = " or ".join(str(n) for n in (below, above) if n)
     return f"use {found}, or " if found else ""
 
@@ -157,7 +161,7 @@ class ParallelismSizes:
                 f"dp_replicate_size {replicate} does not divide the data-parallel size {dp}{origin}; "
                 f"{_nearest_divisors(replicate, dp)}leave it out"
             ]
-        if replicate == dp > 1:
+        if replicate == dp > 1 and self.model_size == 1:
             return [
                 f"dp_replicate_size {replicate} equals the data-parallel size{origin}: that leaves dp_shard 1, "
                 "which is pure replicas; lower it, leave it out, or use a strategy that only replicates"

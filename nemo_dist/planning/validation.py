@@ -1,14 +1,40 @@
-"""Checks and types that the value classes share: integers, frozen mappings and near matches for error messages."""
+"""Checks and types that the value classes share: integers, frozen mappings, and words for error messages."""
 
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import attrs
 
 V = TypeVar("V")
+
+_MOST_RANKS = 2**20  # more than any machine has; what is planned rank by rank stays short
+_LONGEST = 200  # characters of a value in a message
+_LONGEST_NAME = 100  # characters of a word for which a near match is looked for
+
+
+class _Short(reprlib.Repr):
+    """Writes a value with at most a few items on few levels, whatever it contains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxother = 3, 80, 160
+        self.maxlist = self.maxtuple = self.maxset = self.maxfrozenset = self.maxdeque = self.maxdict = 8
+
+
+def shown(value: object) -> str:
+    """Return ``repr(value)``, shortened to some 200 characters, for a message about what a user gave.
+
+    Takes bounded time also for a value that contains itself, or one part a billion times.
+    """
+    try:
+        text = _Short().repr(value)
+    except Exception:  # the value's own repr, or an int too long to write
+        text = f"<{type(value).__name__}>"
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 def integer(name: str, value: object, low: int = 1, high: int | None = None) -> int:
@@ -18,21 +44,31 @@ def integer(name: str, value: object, low: int = 1, high: int | None = None) -> 
     """
     bounds = f"from {low} up" if high is None else f"from {low} to {high}"
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int {bounds} (got {value!r} of type {type(value).__name__})")
+        raise TypeError(f"{name} must be an int {bounds} (got {shown(value)} of type {type(value).__name__})")
     if value < low or (high is not None and value > high):
-        raise ValueError(f"{name} must be an int {bounds} (got {value})")
+        raise ValueError(f"{name} must be an int {bounds} (got {shown(value)})")
     return value
+
+
+def number_of_ranks(name: str, value: object) -> int:
+    """Return *value*, the number of ranks called *name*; raise as ``integer`` does, and beyond a million."""
+    ranks = integer(name, value)
+    if ranks > _MOST_RANKS:
+        raise ValueError(f"{name} must be at most {_MOST_RANKS} ranks (got {shown(value)})")
+    return ranks
 
 
 def near(word: str, words: Iterable[str]) -> str:
     """Return ``; did you mean 'x'?`` for the closest of *words* to *word*, or an empty string."""
+    if len(word) > _LONGEST_NAME:
+        return ""
     close = difflib.get_close_matches(word, list(words), 1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def _copy(items: Mapping[str, V]) -> dict[str, V]:
     if not isinstance(items, Mapping):
-        raise TypeError(f"expected a mapping from names (got {items!r} of type {type(items).__name__})")
+        raise TypeError(f"expected a mapping from names (got {shown(items)} of type {type(items).__name__})")
     return dict(items)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import attrs
 
-from nemo_dist.planning.validation import FrozenMapping, integer, near
+from nemo_dist.planning.validation import FrozenMapping, integer, near, shown
 
 DENSE = "dense"  # the name of the view that every plan has
 
@@ -33,7 +33,7 @@ class Role(Flag):
 
 def _check_name(_: object, field: attrs.Attribute[Any], name: object) -> None:
     if not isinstance(name, str) or not name.isidentifier():
-        raise ValueError(f"the {field.name} of an axis or view must be a Python identifier (got {name!r})")
+        raise ValueError(f"the {field.name} of an axis or view must be a Python identifier (got {shown(name)})")
 
 
 @attrs.frozen

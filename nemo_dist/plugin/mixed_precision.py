@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from nemo_dist.errors import UnknownNameError
-from nemo_dist.planning.validation import FrozenMapping, near
+from nemo_dist.planning.validation import FrozenMapping, near, shown
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -32,20 +32,21 @@ def mixed_precision_fields(value: Any) -> Any:
     if value is None or is_torch_policy(value, "MixedPrecisionPolicy"):
         return value
     if not isinstance(value, Mapping):
-        raise TypeError(f"mp_policy must be a MixedPrecisionPolicy or a dict of its fields (got {value!r})")
+        raise TypeError(f"mp_policy must be a MixedPrecisionPolicy or a dict of its fields (got {shown(value)})")
     value = without_target(value, "MixedPrecisionPolicy")
     for field, content in value.items():
         if field not in _FIELDS:
             raise UnknownNameError(
-                f"mp_policy has no field {field!r}{near(str(field), _FIELDS)}; valid: {', '.join(_FIELDS)}"
+                f"mp_policy has no field {shown(field)}{near(str(field), _FIELDS)}; valid: {', '.join(_FIELDS)}"
             )
         if field in _DTYPES and content is not None and dtype_name(content) not in _NAMES:
-            name = str(content)
+            name = content if isinstance(content, str) else shown(content)
+            hint = near(name, _NAMES)
             raise UnknownNameError(
-                f"mp_policy.{field} must be a dtype name (got {name!r}){near(name, _NAMES)}; valid: {', '.join(_NAMES)}"
+                f"mp_policy.{field} must be a dtype name (got {shown(name)}){hint}; valid: {', '.join(_NAMES)}"
             )
         if field == "cast_forward_inputs" and not isinstance(content, bool):
-            raise TypeError(f"mp_policy.cast_forward_inputs must be True or False (got {content!r})")
+            raise TypeError(f"mp_policy.cast_forward_inputs must be True or False (got {shown(content)})")
     return FrozenMapping(
         {field: dtype_name(content) if field in _DTYPES else content for field, content in value.items()}
     )

@@ -14,7 +14,7 @@ from typing import Any, cast
 import attrs
 
 from nemo_dist.errors import PluginError, UnknownNameError
-from nemo_dist.planning.validation import near
+from nemo_dist.planning.validation import near, shown
 from nemo_dist.plugin.protocol import Plugin, Stage
 
 GROUP = "nemo_dist"
@@ -66,14 +66,16 @@ class Registry:
             if entry.name == wanted:
                 return entry
         raise UnknownNameError(
-            f"no plugin {name!r} is installed{near(wanted, self)} (installed: {', '.join(self) or 'none'})"
+            f"no plugin {shown(name)} is installed{near(wanted, self)} (installed: {', '.join(self) or 'none'})"
         )
 
     def spelled(self, name: str) -> str:
         """Return *name* as the catalogue spells it: lower case, underscores, an alias resolved.
 
-        A plugin's own name comes before aliases, so none can take its place.
+        A plugin's own name comes before aliases, so none can take its place. Raises TypeError for what is no text.
         """
+        if not isinstance(name, str):
+            raise TypeError(f"the name of a plugin must be text (got {shown(name)})")
         plain = name.strip().lower().replace("-", "_")
         if any(entry.name == plain for entry in self.entries):
             return plain

@@ -1,5 +1,5 @@
 """Build a setup: select plugins for what was asked, validate them together, explain the result; all without torch.
 
 Here: ``setup`` (``DistributedSetup``), ``composition`` (the values of a setup), ``selection``, ``build_arguments``,
-``config_section`` (YAML), ``explain``. Not here: what a plugin does.
+``config_section`` and ``yaml_section`` (configuration files), ``explain``. Not here: what a plugin does.
 """

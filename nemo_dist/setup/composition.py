@@ -23,8 +23,8 @@ def in_order(plugins: Iterable[Plugin]) -> tuple[Plugin, ...]:
 class Composition:
     """The values of a setup; ``plugins`` are in the order in which they act on the model.
 
-    ``ranks``: those of the mesh; None is all. ``timeout_minutes``: the timeout of every collective; None is the
-    backend's.
+    ``activation_checkpointing``: as it was asked for; ``recompute_mode`` says what it means. ``ranks``: those of the
+    mesh; None is all. ``timeout_minutes``: the timeout of every collective; None is the backend's.
     """
 
     plan: MeshPlan
@@ -60,6 +60,12 @@ class Composition:
         """The config of the plugin that claims ``ep``; None when the size of ``ep`` is 1."""
         return self._config_of("ep", self.parallelism_sizes.ep_size)
 
+    @property
+    def recompute_mode(self) -> str | None:
+        """The mode of activation checkpointing: "full" (asked for as True or by name), "selective" or None."""
+        asked = self.activation_checkpointing
+        return "full" if asked is True else str(asked) if asked else None
+
     def _config_of(self, axis: str, size: int) -> Any:
         found = claimant(self.plugins, axis) if size > 1 else None
         return found.config if found else None
@@ -70,7 +76,7 @@ class Composition:
             "parallelism_sizes": repr(self.parallelism_sizes),
             "plan": repr(self.plan),
             "plugins": ", ".join(plugin.name for plugin in self.plugins),
-            "activation_checkpointing": repr(self.activation_checkpointing),
+            "activation_checkpointing": repr(self.recompute_mode),
             "device_type": repr(self.device_type),
             "timeout_minutes": repr(self.timeout_minutes),
             "ranks": repr(self.ranks),

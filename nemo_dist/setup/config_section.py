@@ -8,17 +8,15 @@ and ``ranks`` are those of ``DistributedSetup.build``.
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import attrs
 
 from nemo_dist.errors import UnknownNameError
 from nemo_dist.planning.sizes import ParallelismSizes
-from nemo_dist.planning.validation import near
-from nemo_dist.plugin.options import from_mapping, option_names
+from nemo_dist.planning.validation import near, shown
+from nemo_dist.plugin.options import accepted_names, from_mapping
 from nemo_dist.plugin.protocol import Plugin, Stage, declared
 from nemo_dist.plugin.registry import Registry
 from nemo_dist.setup.build_arguments import SCOPE
@@ -28,36 +26,9 @@ from nemo_dist.setup.selection import DEFAULT, RECOMPUTE, Selection
 # The keys of the section that are keywords of ``build``, by the axis that the plugin must claim.
 _CONFIGS = {"pipeline": ("pipeline_config", "pp"), "moe": ("moe_parallel_config", "ep")}
 _SIZES = tuple(field.name for field in attrs.fields(ParallelismSizes) if field.name != "roles")
+_CODE = ("_target_", "_recursive_", "_convert_")  # of Hydra, for making objects
+_FEW = 20  # unknown keys that a message names
 _OTHER = ("device_type", "timeout_minutes", "ranks")
-
-
-def read_yaml(path: str | os.PathLike[str]) -> Mapping[str, Any]:
-    """Return the ``distributed:`` section of the YAML file at *path*; other sections are ignored.
-
-    Raises ValueError for a file that is not YAML, repeats a key, or has no such section.
-    """
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        """Raises ValueError for a key that appears twice in a mapping, of which YAML would silently use the last."""
-
-        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-            twice = sorted({str(key) for key in keys if keys.count(key) > 1})
-            if twice:
-                line = node.start_mark.line + 1
-                raise ValueError(f"{path}: {', '.join(twice)} stands twice in the mapping at line {line}; keep one")
-            return super().construct_mapping(node, deep)
-
-    try:
-        content = yaml.load(Path(path).read_text(), Loader)  # derived from SafeLoader
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, Mapping) or not isinstance(content.get("distributed"), Mapping):
-        found = f"the keys {', '.join(map(str, content))}" if isinstance(content, Mapping) else f"{content!r}"
-        raise ValueError(f"{path} has no 'distributed:' section with keys of its own (it has {found})")
-    section: Mapping[str, Any] = content["distributed"]
-    return section
 
 
 def build_keywords(section: Mapping[str, Any], registry: Registry) -> dict[str, Any]:
@@ -67,22 +38,22 @@ def build_keywords(section: Mapping[str, Any], registry: Registry) -> dict[str, 
     a section that is no mapping.
     """
     if not isinstance(section, Mapping):
-        raise TypeError(f"the distributed section must be a mapping (got {section!r})")
+        raise TypeError(f"the distributed section must be a mapping (got {shown(section)})")
     values = {
         key: None if isinstance(value, str) and value.lower() == "none" else value for key, value in section.items()
     }
     named = values.pop("strategy", None) or DEFAULT
     if not isinstance(named, str):
-        raise TypeError(f"strategy must be the name of a strategy (got {named!r})")
+        raise TypeError(f"strategy must be the name of a strategy (got {shown(named)})")
     strategy = Selection(registry).strategy_type(named)
     config_type = strategy.config_type
-    options = [name for name in option_names(config_type) if name != RECOMPUTE]
+    options = [name for name in accepted_names(config_type) if name != RECOMPUTE]
     _refuse_unknown(values, strategy.name, options, registry)
     keywords: dict[str, Any] = {
         "strategy": config_type(**{name: values[name] for name in options if name in values}),
         "parallelism_sizes": ParallelismSizes(**_given(values, _SIZES)),
         RECOMPUTE: values.get(RECOMPUTE) or False,
-        "plugins": tuple(_extras(values.get("plugins") or {}, registry)),
+        "plugins": tuple(_extras(_given(values, ("plugins",)).get("plugins", ()), registry)),
         **_given(values, _OTHER),
     }
     for key, (keyword, _) in _CONFIGS.items():
@@ -97,29 +68,38 @@ def _given(values: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
 
 def _refuse_unknown(values: Mapping[str, Any], strategy: str, options: list[str], registry: Registry) -> None:
     valid = ["strategy", *_SIZES, RECOMPUTE, *_CONFIGS, "plugins", *_OTHER, *options]
-    problems = []
-    for key in values:
-        if key in valid:
-            continue
-        others = [
-            name
-            for name in registry
-            if registry.stage(name) == Stage.DATA and key in option_names(registry.load(name).config_type)
-        ]
-        hint = f"; it is an option of {' and '.join(map(repr, others))}" if others else near(str(key), valid)
-        problems.append(f"unknown key {key!r} for strategy {strategy!r}{hint}")
+    unknown = [key for key in values if key not in valid]
+    problems = [
+        f"unknown key {shown(key)} for strategy {strategy!r}{_hint(key, valid, registry)}" for key in unknown[:_FEW]
+    ]
+    if len(unknown) > _FEW:
+        problems.append(f"{len(unknown) - _FEW} more")
     if problems:
         raise UnknownNameError(
             "the distributed section has " + "; ".join(problems) + f"; valid keys: {', '.join(valid)}"
         )
 
 
+def _hint(key: Any, valid: list[str], registry: Registry) -> str:
+    """Return what may be meant by an unknown *key*: another strategy's option, or a near match."""
+    if key in _CODE:
+        return "; no key names code here: write strategy: NAME"
+    others = [
+        name
+        for name in registry
+        if registry.stage(name) == Stage.DATA and key in accepted_names(registry.load(name).config_type)
+    ]
+    return f"; it is an option of {' and '.join(map(repr, others))}" if others else near(str(key), valid)
+
+
 def _extras(plugins: Any, registry: Registry) -> Iterator[Any]:
     """Yield the config of each plugin under ``plugins:``, a mapping from names to options or a list of names."""
-    named = plugins if isinstance(plugins, Mapping) else dict.fromkeys(plugins)
-    for name, options in named.items():
+    if not isinstance(plugins, Mapping | list | tuple):
+        raise TypeError(f"plugins must be a mapping from names to options, or a list of names (got {shown(plugins)})")
+    named = plugins.items() if isinstance(plugins, Mapping) else [(name, None) for name in plugins]
+    for name, options in named:
         config_type = registry.load(name).config_type
-        yield from_mapping(config_type, options or {}, f"plugins.{name}")
+        yield from_mapping(config_type, {} if options is None else options, f"plugins.{name}")
 
 
 def section_of(setup: Composition, registry: Registry) -> dict[str, Any]:
@@ -151,9 +131,9 @@ def _describe(
     """
     if registry.role(RECOMPUTE) == plugin.name:
         scope = getattr(setup.strategy_config, SCOPE, None)
-        settings = {"mode": setup.activation_checkpointing} | ({} if scope is None else {"scope": scope})
+        settings = {"mode": setup.recompute_mode} | ({} if scope is None else {"scope": scope})
         if plugin.config == type(plugin.config)(**settings):
-            section[RECOMPUTE] = setup.activation_checkpointing
+            section[RECOMPUTE] = setup.recompute_mode
             return
     options = _options(plugin.config, plugin.name)
     for key, (_, role) in _CONFIGS.items():
@@ -186,7 +166,7 @@ def _installed(plugin: Plugin, registry: Registry) -> Plugin:
 def _options(config: Any, what: str, without: tuple[str, ...] = ()) -> dict[str, Any]:
     """Return the fields of *config* that are not their defaults, as plain values."""
     if not attrs.has(type(config)):
-        raise ValueError(f"the config of {what} is no attrs class, so its options cannot be read (got {config!r})")
+        raise ValueError(f"the config of {what} is no attrs class, so its options cannot be read (got {shown(config)})")
     default = {field.name: getattr(type(config)(), field.name) for field in attrs.fields(type(config))}
     return {
         name: _plain(getattr(config, name), f"{what}.{name}")

@@ -73,5 +73,5 @@ def _facts(setup: Composition, model: Any, rows: int, length: int | None) -> Mod
         rows,
         length or model.config.get_text_config().max_position_embeddings,
         declared(setup.strategy, "compute_dtype"),
-        setup.activation_checkpointing == "full",
+        setup.recompute_mode == "full",
     )

@@ -10,7 +10,7 @@ import attrs
 from nemo_dist.errors import TopologyError, UnknownNameError
 from nemo_dist.planning.mesh_plan import DENSE_AXES, MeshPlan, Role
 from nemo_dist.planning.sizes import ParallelismSizes
-from nemo_dist.planning.validation import near
+from nemo_dist.planning.validation import near, shown
 from nemo_dist.plugin.options import from_mapping
 from nemo_dist.plugin.protocol import Plugin, Stage, claimant, declared, strategy_of
 from nemo_dist.plugin.registry import STRATEGY, Registry
@@ -54,10 +54,9 @@ class Selection:
 
     def extras(self, choices: Iterable[Choice]) -> None:
         """Select the plugins that the user passed as ``plugins=``."""
-        if isinstance(choices, str):
-            raise TypeError(
-                f"plugins must be a tuple of names, configs or plugins (got {choices!r}); write ({choices!r},)"
-            )
+        if isinstance(choices, str | Mapping) or not isinstance(choices, Iterable):
+            way = f"; write ({shown(choices)},)" if isinstance(choices, str) else ""
+            raise TypeError(f"plugins must be a tuple of names, configs or plugins (got {shown(choices)}){way}")
         for choice in choices:
             self._add(self._plugin(choice, "plugins"))
 
@@ -180,10 +179,12 @@ class Selection:
         name = getattr(choice, "plugin", None)
         if not isinstance(name, str):
             kinds = "a plugin name, a config object or a plugin instance" if by_name else "its config object or a dict"
-            raise TypeError(f"{what} must be {kinds} (got {choice!r}); installed plugins: {', '.join(self.registry)}")
+            raise TypeError(
+                f"{what} must be {kinds} (got {shown(choice)}); installed plugins: {', '.join(self.registry)}"
+            )
         plugin_type = self._load(name, what)
         if not isinstance(choice, plugin_type.config_type):
-            raise TypeError(f"{what}: plugin {name!r} takes a {plugin_type.config_type.__name__} (got {choice!r})")
+            raise TypeError(f"{what}: plugin {name!r} takes a {plugin_type.config_type.__name__} (got {shown(choice)})")
         return plugin_type(choice)  # type: ignore[call-arg]
 
     def _load(self, name: str, what: str) -> type[Plugin]:
@@ -193,9 +194,8 @@ class Selection:
             if what != "strategy":
                 raise
             valid = self._strategies()
-            raise UnknownNameError(
-                f"unknown strategy {name!r}{near(self.registry.spelled(name), valid)}; valid names: {', '.join(valid)}"
-            ) from error
+            hint = near(self.registry.spelled(name), valid)
+            raise UnknownNameError(f"unknown strategy {shown(name)}{hint}; valid names: {', '.join(valid)}") from error
 
     def _strategies(self) -> list[str]:
         return [name for name in self.registry if self.registry.stage(name) == Stage.DATA]

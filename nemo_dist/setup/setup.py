@@ -13,6 +13,7 @@ from nemo_dist.errors import TopologyError
 from nemo_dist.hf_model import inner_model
 from nemo_dist.planning.mesh_plan import MeshPlan, Role, View
 from nemo_dist.planning.sizes import ParallelismSizes
+from nemo_dist.planning.validation import shown
 from nemo_dist.plugin.hook_caller import PluginCalls
 from nemo_dist.plugin.hookspecs import RuntimePart
 from nemo_dist.plugin.parts import judge_parts
@@ -73,7 +74,7 @@ class DistributedSetup(Composition):
         sizes = ParallelismSizes() if parallelism_sizes is None else parallelism_sizes
         if not isinstance(sizes, ParallelismSizes):
             raise TypeError(
-                f"parallelism_sizes must be a ParallelismSizes (got {sizes!r}); write ParallelismSizes(tp_size=2)"
+                f"parallelism_sizes must be a ParallelismSizes (got {shown(sizes)}); write ParallelismSizes(tp_size=2)"
             )
         total = launched_ranks() if world_size is None else world_size
         selection = Selection(registry or Registry())
@@ -92,14 +93,14 @@ class DistributedSetup(Composition):
                 selection.option(role, keyword, value)
         sizes = selection.own_axes(sizes)
         selection.axes(sizes, total)
-        mode = select_recompute(activation_checkpointing, chosen, selection)
+        recompute = select_recompute(activation_checkpointing, chosen, selection)
         selection.judge_composition(chosen, sizes, total)
         judge_runtime_options(device_type, timeout_minutes, selection.problems)
         return cls(
             plan=_plan(sizes, total, selection, device_type),
             plugins=selection.plugins,
             parallelism_sizes=sizes,
-            activation_checkpointing=mode or False,
+            activation_checkpointing=recompute,
             device_type=device_type,
             timeout_minutes=timeout_minutes,
             ranks=members,
@@ -151,7 +152,7 @@ class DistributedSetup(Composition):
 
         Raises ValueError for a key that appears twice, and OSError for a file that cannot be read.
         """
-        from nemo_dist.setup.config_section import read_yaml
+        from nemo_dist.setup.yaml_section import read_yaml
 
         return cls.from_dict(read_yaml(path), world_size)
 

@@ -83,9 +83,8 @@ def topologies(draw: DrawFn, max_world: int = 512, axes: Collection[str] = AXES)
         raise ValueError(f"axes must name some of {', '.join(AXES)} (got {axes!r})")
     world = draw(worlds(max_world))
     sizes = dict.fromkeys(AXES, 1) | dict(zip(wide, draw(factorisations(world, len(wide))), strict=True))
-    if sizes["dp_shard"] == 1:  # replicas without shards are refused
-        sizes["dp_shard"] = sizes["dp_replicate"] if "dp_shard" in axes else 1
-        sizes["dp_replicate"] = 1
+    if sizes["dp_replicate"] == world:  # replicas and nothing else are refused
+        sizes["dp_shard"], sizes["dp_replicate"] = world if "dp_shard" in axes else 1, 1
     dp = sizes["dp_replicate"] * sizes["dp_shard"]
     replicate = sizes["dp_replicate"]
     return (

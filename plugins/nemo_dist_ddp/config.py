@@ -7,25 +7,30 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from nemo_dist.plugin.options import boolean, integer, options
+from nemo_dist.plugin.options import Fixed, boolean, integer, options
 
 if TYPE_CHECKING:
     pass
 
 
-@options(plugin="ddp")
+_FIXED = {"autocast_dtype": Fixed(same=(None,), instead="ddp computes in the dtype that the model is loaded in")}
+
+
+@options(plugin="ddp", fixed=_FIXED)
 class DDPConfig:
     """Options of torch's ``DistributedDataParallel``, under its names and with its defaults.
 
     ``find_unused_parameters``: None turns it on, as many models have parameters that a loss does not reach; False saves
     a walk over the graph in every step, and is for models whose every parameter gets a gradient in every batch.
     ``static_graph`` synchronises gradients after every batch of a list.
-    ``bucket_cap_mb`` is the size of a gradient bucket in MiB. ``activation_checkpointing`` is the same as on
-    ``DistributedSetup.build``; ``activation_checkpointing_scope`` restricts it to parts of a model of several towers:
-    one or more of "language", "vision", "audio" and "multimodal"; None is all.
+    ``bucket_cap_mb`` is the size of a gradient bucket in MiB, for None torch's 25. ``activation_checkpointing`` is the
+    same as on ``DistributedSetup.build``; ``activation_checkpointing_scope`` restricts it to parts of a model of
+    several towers: one or more of "language", "vision", "audio" and "multimodal"; None is all.
     """
 
-    bucket_cap_mb: int = attrs.field(default=25, validator=integer(at_least=1))
+    bucket_cap_mb: int = attrs.field(
+        default=25, converter=attrs.converters.default_if_none(25), validator=integer(at_least=1)
+    )
     find_unused_parameters: bool | None = attrs.field(default=None, validator=attrs.validators.optional(boolean))
     gradient_as_bucket_view: bool = attrs.field(default=False, validator=boolean)
     static_graph: bool = attrs.field(default=False, validator=boolean)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from nemo_dist.plugin.mixed_precision import mixed_precision_fields
-from nemo_dist.plugin.options import boolean, frozen_mapping, integer, options
+from nemo_dist.plugin.options import Fixed, boolean, frozen_mapping, integer, options
 from nemo_dist_fsdp2.policies import offload_fields
 
 if TYPE_CHECKING:
@@ -20,7 +20,22 @@ def _reshard(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None
         integer(at_least=2)(instance, attribute, value)
 
 
-@options(plugin="fsdp2")
+_FIXED = {
+    "patch_is_packed_sequence": Fixed(same=(False,), instead="transformers is not patched, leave it out"),
+    "autocast_dtype": Fixed(same=(None,), instead="say what a forward computes in with mp_policy"),
+    "enable_fsdp2_prefetch": Fixed(same=(False, True), instead="blocks are gathered ahead by the prefetch depths"),
+    "multimodal": Fixed(
+        same=(None, {}, {"frozen_sharding": "root"}, {"frozen_sharding": "per_layer"}),
+        instead="frozen towers are sharded like the rest, and every rank computes all of its images",
+    ),
+}
+_RENAMED = {
+    "fsdp2_forward_prefetch_depth": "forward_prefetch_depth",
+    "fsdp2_backward_prefetch_depth": "backward_prefetch_depth",
+}
+
+
+@options(plugin="fsdp2", fixed=_FIXED, renamed=_RENAMED)
 class FSDP2Config:
     """Options of FSDP2.
 

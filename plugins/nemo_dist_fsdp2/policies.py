@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from nemo_dist.errors import UnknownNameError
-from nemo_dist.planning.validation import FrozenMapping, near
+from nemo_dist.planning.validation import FrozenMapping, near, shown
 from nemo_dist.plugin.mixed_precision import is_torch_policy, without_target
 
 if TYPE_CHECKING:
@@ -22,14 +22,14 @@ def offload_fields(value: Any) -> Any:
     fields = {} if value in ("cpu", "CPUOffloadPolicy") else value
     if not isinstance(fields, Mapping):
         raise TypeError(
-            f"offload_policy must be 'cpu', a dict with pin_memory, or torch's CPUOffloadPolicy() (got {value!r})"
+            f"offload_policy must be 'cpu', a dict with pin_memory, or torch's CPUOffloadPolicy() (got {shown(value)})"
         )
     fields = without_target(fields, "CPUOffloadPolicy")
     for field, content in fields.items():
         if field != "pin_memory":
-            raise UnknownNameError(f"offload_policy has no field {field!r}{near(str(field), ['pin_memory'])}")
+            raise UnknownNameError(f"offload_policy has no field {shown(field)}{near(str(field), ['pin_memory'])}")
         if not isinstance(content, bool):
-            raise TypeError(f"offload_policy.pin_memory must be True or False (got {content!r})")
+            raise TypeError(f"offload_policy.pin_memory must be True or False (got {shown(content)})")
     return FrozenMapping(fields)
 
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from nemo_dist.plugin.options import boolean, frozen_mapping, one_of, options
+from nemo_dist.planning.validation import shown
+from nemo_dist.plugin.options import Fixed, boolean, frozen_mapping, one_of, options
 
 if TYPE_CHECKING:
     pass
@@ -18,17 +19,26 @@ def _class_names(value: Any) -> tuple[str, ...] | None:
     if value is None:
         return None
     if isinstance(value, str) or not isinstance(value, Iterable):
-        raise TypeError(f"megatron_fsdp_unit_modules must be a list of class names (got {value!r})")
+        raise TypeError(f"megatron_fsdp_unit_modules must be a list of class names (got {shown(value)})")
     names = tuple(value)
     for name in names:
         if not isinstance(name, str) or not name:
-            raise TypeError(f"megatron_fsdp_unit_modules must be a list of class names (got {name!r} in it)")
+            raise TypeError(f"megatron_fsdp_unit_modules must be a list of class names (got {shown(name)} in it)")
     if not names:
         raise ValueError("megatron_fsdp_unit_modules is empty; name a class, or pass None for the model's own blocks")
     return names
 
 
-@options(plugin="megatron_fsdp")
+_FIXED = {
+    "init_fsdp_with_meta_device": Fixed(same=(False,), instead="the loader makes the model, leave it out"),
+    "check_for_nan_in_grad": Fixed(same=(True, False), instead="it does nothing, use report_nan_in_param_grad"),
+    "calculate_per_token_loss": Fixed(same=(False,), instead="losses are weighted by tokens already, leave it out"),
+    "keep_fp8_transpose_cache": Fixed(same=(False,), instead="nothing is computed in FP8, leave it out"),
+    "nccl_ub": Fixed(same=(False,), instead="NCCL's user buffers are not proven, leave it out"),
+}
+
+
+@options(plugin="megatron_fsdp", fixed=_FIXED)
 class MegatronFSDPConfig:
     """Options of Megatron-FSDP, under NeMo's names.
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from nemo_dist.plugin.mixed_precision import mixed_precision_fields
-from nemo_dist.plugin.options import boolean, one_of, options
+from nemo_dist.plugin.options import Fixed, boolean, one_of, options
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -18,7 +18,13 @@ _DISPATCHERS = ("auto", "all_to_all", "all_reduce")
 _PRECISIONS = ("float32", "bfloat16", "float16")
 
 
-@options(plugin="moe")
+_FIXED = {
+    "ignore_router_for_ac": Fixed(same=(True, False), instead="recomputing a router gives the same, leave it out"),
+    "wrap_outer_model": Fixed(same=(True, False), instead="the strategy shards the whole model, leave it out"),
+}
+
+
+@options(plugin="moe", fixed=_FIXED)
 class MoEParallelizerConfig:
     """Options of expert parallelism.
 

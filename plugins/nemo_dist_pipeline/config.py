@@ -7,8 +7,9 @@ from typing import Any
 
 import attrs
 
+from nemo_dist.planning.validation import shown
 from nemo_dist.plugin.mixed_precision import dtype_name
-from nemo_dist.plugin.options import boolean, integer, one_of, options
+from nemo_dist.plugin.options import Fixed, boolean, integer, one_of, options
 from nemo_dist_pipeline.schedule.schedules import named
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -16,19 +17,25 @@ _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 def _schedule(instance: Any, attribute: Any, value: Any) -> None:
     if value is not None and not isinstance(value, str):
-        raise TypeError(f"PipelineConfig.{attribute.name} must be a string (got {value!r})")
+        raise TypeError(f"PipelineConfig.{attribute.name} must be a string (got {shown(value)})")
 
 
 def _path(value: Any) -> Any:
     return value if value is None or isinstance(value, str) else str(value)
 
 
+def _names(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(name, str) for name in value)
+
+
 def _parts(value: Any) -> Any:
     if value is None:
         return None
-    if isinstance(value, str) or any(isinstance(part, str) for part in value):
+    parts = value if isinstance(value, list | tuple) else [value]
+    if parts is not value or not all(_names(part) for part in parts):
         raise TypeError(
-            f"module_fqns_per_model_part must be a list with a list of module names for every stage (got {value!r})"
+            "module_fqns_per_model_part must be a list with a list of module names for every stage "
+            f"(got {shown(value)})"
         )
     return tuple(tuple(part) for part in value)
 
@@ -40,10 +47,14 @@ def _function_name(value: Any) -> str:
 
 def _callable(instance: Any, attribute: Any, value: Any) -> None:
     if value is not None and not callable(value):
-        raise TypeError(f"PipelineConfig.loss_fn must be a function of logits and labels (got {value!r})")
+        raise TypeError(f"PipelineConfig.loss_fn must be a function of logits and labels (got {shown(value)})")
 
 
-@options(plugin="pipeline")
+_PATCHES = ("patch_inner_model", "patch_causal_lm_model", "patch_stage_backward_maybe_with_nosync")
+_FIXED = {name: Fixed(same=(True, False), instead="stages run the model's own forward") for name in _PATCHES}
+
+
+@options(plugin="pipeline", fixed=_FIXED)
 class PipelineConfig:
     """Options of pipeline parallelism, under NeMo's names.
 

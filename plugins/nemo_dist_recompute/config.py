@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from nemo_dist import UnknownNameError
-from nemo_dist.planning.validation import near
+from nemo_dist.planning.validation import near, shown
 from nemo_dist.plugin.options import one_of, options
 
 if TYPE_CHECKING:
@@ -22,17 +22,17 @@ def _scopes(value: Any) -> tuple[str, ...]:
     """Return the scopes that *value* names: one name, several joined by ``,`` or ``+``, or an iterable of names."""
     given = [value] if isinstance(value, str) else list(value) if isinstance(value, Iterable) else [value]
     if not all(isinstance(name, str) for name in given):
-        raise TypeError(f"activation_checkpointing_scope must be a name or a list of names (got {value!r})")
+        raise TypeError(f"activation_checkpointing_scope must be a name or a list of names (got {shown(value)})")
     names = [part.strip().lower() for text in given for part in text.replace("+", ",").split(",")]
     for name in names:
         if name not in SCOPES:
             valid = ", ".join(SCOPES)
             raise UnknownNameError(
-                f"activation_checkpointing_scope must name some of {valid} (got {name!r}){near(name, SCOPES)}"
+                f"activation_checkpointing_scope must name some of {valid} (got {shown(name)}){near(name, SCOPES)}"
             )
     scopes = tuple(dict.fromkeys(names))
     if not scopes or ("all" in scopes and len(scopes) > 1):
-        raise ValueError(f"activation_checkpointing_scope must be 'all' or some of {SCOPES[1:]} (got {value!r})")
+        raise ValueError(f"activation_checkpointing_scope must be 'all' or some of {SCOPES[1:]} (got {shown(value)})")
     return scopes
 
 

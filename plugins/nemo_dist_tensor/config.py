@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from nemo_dist.planning.validation import FrozenMapping
+from nemo_dist.planning.validation import FrozenMapping, shown
 from nemo_dist.plugin.options import boolean, options
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ def _rules(value: Any) -> FrozenMapping[str]:
     if value is None:
         return FrozenMapping()
     if not isinstance(value, Mapping) or not all(isinstance(text, str) for item in value.items() for text in item):
-        raise TypeError(f"tp_plan must be a dict from module names to styles (got {value!r})")
+        raise TypeError(f"tp_plan must be a dict from module names to styles (got {shown(value)})")
     return FrozenMapping(dict(value))
 
 

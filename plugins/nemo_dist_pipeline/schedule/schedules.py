@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import attrs
 
 from nemo_dist.errors import UnknownNameError
-from nemo_dist.planning.validation import near
+from nemo_dist.planning.validation import near, shown
 
 
 @attrs.frozen(kw_only=True)
@@ -38,10 +38,10 @@ class Schedule:
             return f"schedule 'DualPipeV' needs at least as many microbatches as its {2 * pp_size} stages (got {count})"
         rounds = max(1, count // pp_size)
         if self.name.startswith("Interleaved") and count % rounds:
-            fits = [n for n in range(count - 1, 0, -1) if n % max(1, n // pp_size) == 0][:1]
+            fits = next(n for n in range(count - 1, 0, -1) if n % max(1, n // pp_size) == 0)
             return (
                 f"schedule {self.name!r} runs {count} microbatches in {rounds} rounds of {pp_size} ranks, which does "
-                f"not divide; use {fits[0]} or {count + -count % pp_size}"
+                f"not divide; use {fits} or {count + -count % pp_size}"
             )
         return None
 
@@ -85,7 +85,7 @@ def named(name: str) -> Schedule:
         likely = near(plain, _PLAIN)
         for short, long in _PLAIN.items():
             likely = likely.replace(f"{short!r}", f"{long!r}")
-        raise UnknownNameError(f"unknown pp_schedule {name!r}{likely}; valid names: {', '.join(SCHEDULES)}")
+        raise UnknownNameError(f"unknown pp_schedule {shown(name)}{likely}; valid names: {', '.join(SCHEDULES)}")
     return SCHEDULES[_PLAIN[plain]]
 
 
