@@ -27,6 +27,7 @@ from nemo_dist.testing.remote_call import Call, Reply
 THREADS: Mapping[str, str] = dict.fromkeys(
     ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"), "1"
 )
+_MOST_GROUPS = 48  # that a rank keeps between calls
 
 
 @attrs.frozen(kw_only=True)
@@ -125,18 +126,21 @@ def _answer(call: Call) -> Reply:
 
 
 def _give_groups_back() -> None:
-    """Destroy the process groups of earlier calls, which every rank has finished by now.
+    """Destroy the process groups of earlier calls, which every rank has finished by now, when there are many.
 
-    Each group has a thread that wakes a hundred times a second, which costs more than the tests themselves. The
-    sharding cache of DTensor is cleared too: it would reuse results of a mesh of an earlier call for an equal new one.
+    Each group has a thread that wakes a hundred times a second. Some are kept, as the next call may use an equal mesh:
+    half of a short run is spent on making groups and on what DTensor finds out anew for every mesh. Its cache goes with
+    the groups: it would reuse results of a mesh of an earlier call for an equal new one.
     """
     import torch.distributed as dist
     from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
     from nemo_dist.mesh.live_groups import live
 
-    live.forget()
     names = dist.distributed_c10d._world.pg_names
+    if len(names) <= _MOST_GROUPS:
+        return
+    live.forget()
     for group, name in list(names.items()):
         # The default group stays, and so do groups with a hashed name: the name would be used again, while the store
         # still has the keys of the destroyed group.
