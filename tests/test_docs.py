@@ -48,7 +48,12 @@ def test_a_block_for_one_process_runs(match, tmp_path):
     run([sys.executable, "block.py"], tmp_path)
 
 
-@pytest.mark.parametrize("match", list(blocks("ranks")))
+def unless_readme(block):
+    """Leave the blocks for several ranks of all pages but the README to `make matrix`."""
+    return block if block.id.startswith("README") else pytest.param(*block.values, id=block.id, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("match", list(map(unless_readme, blocks("ranks"))))
 def test_a_block_for_several_ranks_runs_under_torchrun(match, tmp_path):
     (tmp_path / "block.py").write_text(code_of(match))
     count = match["how"].split(":")[1].strip()

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from cases import slow
 
 from nemo_dist.launcher.launch import Failure, launch
 
@@ -121,7 +122,7 @@ def test_a_rank_that_exits_with_a_code_passes_it_on(
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)]
+    ("number", "code"), [(signal.SIGTERM, 143), slow(signal.SIGINT, 130), slow(signal.SIGKILL, -signal.SIGKILL)]
 )
 def test_stopping_the_launcher_stops_every_rank_at_once(tmp_path: Path, number: signal.Signals, code: int) -> None:
     (tmp_path / "launched_program.py").write_text(PROGRAM)

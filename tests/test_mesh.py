@@ -7,6 +7,7 @@ import re
 
 import attrs
 import pytest
+from cases import slow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -432,7 +433,7 @@ def assert_torch_agrees(plan, rank, meshes):
         (ParallelismSizes(), 1, 1),
         (ParallelismSizes(ep_size=3), 12, 1),
         (ParallelismSizes(pp_size=2, dp_replicate_size=2, cp_size=3, tp_size=2, ep_size=6), 72, 2),
-        (ParallelismSizes(pp_size=2, dp_replicate_size=2, cp_size=2, tp_size=8, ep_size=32), 512, 2),
+        slow(ParallelismSizes(pp_size=2, dp_replicate_size=2, cp_size=2, tp_size=8, ep_size=32), 512, 2),
     ],
     ids=["1 rank", "12 ranks", "72 ranks", "512 ranks"],
 )

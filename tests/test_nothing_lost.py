@@ -71,6 +71,7 @@ def test_an_asynchronous_save_survives_the_end_of_its_process_group(tmp_path, en
         saved.verify(index)
 
 
+@pytest.mark.slow
 def test_a_save_after_the_end_of_the_process_group_is_refused(tmp_path):
     after = "dist.destroy_process_group()\n    run.save(runtime, optimizer, step=3)\n"
     ended = launched(tmp_path, TRAIN + f"\n    handle.wait()\n    {after}", tmp_path / "run")

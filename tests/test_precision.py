@@ -160,5 +160,6 @@ def on_rank_count_graphs(folder):
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
+@pytest.mark.slow
 def test_enable_compile_does_compile(on_ranks):
     assert on_ranks(1, on_rank_count_graphs, checkpoint("llama"))[0] > 0

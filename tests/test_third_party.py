@@ -90,12 +90,14 @@ def test_it_passes_the_conformance_kit(installed, tmp_path):
     assert "passed" in result.stdout and "failed" not in result.stdout
 
 
+@pytest.mark.slow
 def test_any_order_of_calls_trains_alike(installed, tmp_path):
     (tmp_path / "test_orders.py").write_text(ORDERS)
     result = run(installed, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path), cwd=tmp_path)
     assert result.returncode == 0, result.stdout[-3000:]
 
 
+@pytest.mark.slow
 def test_it_trains_under_torchrun(installed, tmp_path):
     (tmp_path / "train.py").write_text(TRAIN)
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")

@@ -27,7 +27,7 @@ from nemo_dist.testing.remote_call import Call, Reply
 THREADS: Mapping[str, str] = dict.fromkeys(
     ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"), "1"
 )
-_MOST_GROUPS = 48  # that a rank keeps between calls
+_MOST_GROUPS = 24  # that a rank keeps between calls
 
 
 @attrs.frozen(kw_only=True)
