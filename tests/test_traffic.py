@@ -87,6 +87,8 @@ def test_explain_lists_the_collectives_of_every_axis_and_their_bytes():
         ):
             assert words in text
     assert "gathered one by one: 3 LlamaDecoderLayer, 1 Embedding" in known
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert f"holds whole gradients until the last one is done, up to {readable(4 * count)} on a rank" in known
     assert "in every LlamaAttention" in known
     assert "KiB" not in plain and "MiB" not in plain
     # 3 blocks of 2 key heads of width 8 in bfloat16, for 4 x 4096 tokens, half of which the other rank has

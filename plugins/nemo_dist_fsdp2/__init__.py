@@ -9,6 +9,7 @@ import attrs
 
 from nemo_dist import MeshPlan, Role, RuntimePart, Stage, hookimpl
 from nemo_dist.hf_model import inner_model
+from nemo_dist.plugin.comm_estimate import bytes_of, readable
 from nemo_dist_fsdp2.config import FSDP2Config
 
 if TYPE_CHECKING:
@@ -91,7 +92,19 @@ class FSDP2:
             return line
         from nemo_dist_fsdp2.sharding import described
 
-        return f"{line}; gathered one by one: {described(model)}"
+        return f"{line}; gathered one by one: {described(model)}{self._deferred(plan, model)}"
+
+    def _deferred(self, plan: MeshPlan, model: nn.Module) -> str:
+        """Say how much memory the gradients take that wait for the last of several batches."""
+        if not self.config.defer_fsdp_grad_sync:
+            return ""
+        dtype = self._dtypes[1]
+        whole = sum(one.numel() * (bytes_of(dtype) if dtype else one.itemsize) for one in model.parameters())
+        here = readable(whole // plan.size("tp") // plan.size("pp"))
+        return (
+            f"; a list of batches holds whole gradients until the last one is done, up to {here} on a rank "
+            "(defer_fsdp_grad_sync=False reduces them after each)"
+        )
 
     @property
     def compute_dtype(self) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
@@ -159,10 +160,21 @@ def _untied(model: nn.Module, modules: Iterable[nn.Module]) -> list[nn.Module]:
 
 
 def _prefetch(blocks: list[FSDPModule], config: FSDP2Config) -> None:
-    """Prefetch more blocks ahead than the one that FSDP2 prefetches by itself."""
+    """Gather blocks ahead, with the modules inside of them that are sharded apart (experts).
+
+    FSDP2 gathers one ahead by itself: in the forward by a host that runs ahead of the device. Experts make it wait in
+    every layer, to learn how many tokens go where, so where they are sharded apart the next block is named.
+    """
+    groups = [[module for module in _modules(block) if isinstance(module, FSDPModule)] for block in blocks]
+    apart = any(len(group) > 1 for group in groups)
     for index, block in enumerate(blocks):
-        if config.forward_prefetch_depth > 1:
-            block.set_modules_to_forward_prefetch(blocks[index + 1 : index + 1 + config.forward_prefetch_depth])
+        ahead = groups[index + 1 : index + 1 + config.forward_prefetch_depth]
+        behind = groups[max(0, index - config.backward_prefetch_depth) : index][::-1]
+        if config.forward_prefetch_depth > 1 or apart:
+            block.set_modules_to_forward_prefetch(list(chain(groups[index][1:], *ahead)))
         if config.backward_prefetch_depth > 1:
-            first = max(0, index - config.backward_prefetch_depth)
-            block.set_modules_to_backward_prefetch(blocks[first:index][::-1])
+            block.set_modules_to_backward_prefetch(list(chain(*behind)))
+
+
+def _modules(block: Any) -> list[nn.Module]:
+    return list(block.modules())
