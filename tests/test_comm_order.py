@@ -1,18 +1,23 @@
 """No composition makes ranks wait for each other for ever by the rules of NCCL, which gloo does not have."""
 
+from collections import Counter
 from itertools import cycle
 
+import torch
+import torch.distributed as dist
 from cases import case_id, cases, slow
 from test_dense_matrix import MODES, factorisations
 from test_moe_matrix import TOPOLOGIES, WHOLE
 from test_pipeline_matrix import MESHES
 
-from nemo_dist import DDPConfig, FSDP2Config, MegatronFSDPConfig, ParallelismSizes, PipelineConfig
+from nemo_dist import DDPConfig, DistributedSetup, FSDP2Config, MegatronFSDPConfig, ParallelismSizes, PipelineConfig
+from nemo_dist.mesh.store_consensus import report
 from nemo_dist.testing.comm_playback import Meeting, Message, Post, Wait, problems, problems_either_way
-from nemo_dist.testing.comm_recorder import assert_no_deadlock
+from nemo_dist.testing.comm_recorder import assert_no_deadlock, recording
 from nemo_dist.testing.equivalence import Task
 from nemo_dist.testing.fake_cuda import WithCudaCalls
 from nemo_dist.testing.precision import FP32
+from nemo_dist.testing.tiny_models import SPECIMENS
 from nemo_dist_pipeline import SCHEDULES
 
 # ---- the rules ----
@@ -101,6 +106,71 @@ def test_messages_of_different_sizes_and_messages_that_nobody_takes_are_found():
     (found,) = problems([[sent], [taken]])
     assert found == "rank 0 sends 4 bytes over ranks 0 and 1 of pp, and rank 1 receives 8"
     assert problems([[sent], []], bound_device=True) == ["rank 0 ends while 0->1 (4 bytes) over pp is under way"]
+
+
+# ---- the record ----
+
+
+def on_rank_record_a_step(specimen, options):
+    """Return what the second step of a training communicates, and how many blocks the model has."""
+    setup = DistributedSetup.build(FSDP2Config(mp_policy=FP32), **options)
+    config = SPECIMENS[specimen].config()
+    model = SPECIMENS[specimen].load.from_config(config, distributed_setup=setup, dtype=torch.float32)
+    runtime = setup.runtime(model)
+    batch = SPECIMENS[specimen].batch(4, 12, torch.Generator().manual_seed(0))
+    runtime.forward_backward(batch)
+    with recording() as events:
+        runtime.forward_backward(batch)
+    return events, config.num_hidden_layers
+
+
+def test_a_record_has_the_collectives_of_forward_and_backward(ranks):
+    for events, blocks in ranks(2).run(on_rank_record_a_step, "llama", {}):
+        done = Counter(event.what for event in events)
+        units = blocks + 2  # the embedding, each block, the head with the last norm
+        assert done["reduce_scatter_base"] == units <= done["allgather_base"]
+        assert all(event.members == (0, 1) for event in events)
+
+
+def test_a_record_has_the_collectives_of_tensor_parallelism(ranks):
+    options = {"parallelism_sizes": ParallelismSizes(tp_size=2)}
+    for events, blocks in ranks(2).run(on_rank_record_a_step, "llama", options):
+        # After attention and after the MLP of each block, and in the backward before each.
+        assert Counter(event.what for event in events)["all_reduce"] >= 4 * blocks
+
+
+def test_a_record_has_every_message_of_a_pipeline(ranks):
+    options = {"parallelism_sizes": ParallelismSizes(pp_size=2)}
+    (first, _), (last, _) = ranks(2).run(on_rank_record_a_step, "llama-deep-tied", options)
+    width, vocabulary = 32, 96
+    hidden, tied = 12 * width * 4, vocabulary * width * 4
+
+    there, back = [(0, 1, hidden)] * 4 + [(0, 1, tied)], [(1, 0, hidden)] * 4 + [(1, 0, tied)]
+    for events in (first, last):
+        posts = [event for event in events if isinstance(event, Post)]
+        messages = [(one.source, one.target, one.size) for post in posts for one in post.messages]
+        assert sorted(messages) == sorted(there + back)
+        assert {event.number for event in events if isinstance(event, Wait)} == {post.number for post in posts}
+
+
+def on_rank_cross():
+    groups = [dist.new_group([0, 1]), dist.new_group([0, 1])]
+    order = groups if dist.get_rank() == 0 else groups[::-1]
+    with recording() as events:
+        for work in [dist.all_reduce(torch.ones(1), group=group, async_op=True) for group in order]:
+            work.wait()
+        dist.new_group([0, 1])
+        report("the end", None)
+    return events
+
+
+def test_what_passes_on_gloo_and_waits_for_ever_on_nccl_is_found(ranks):
+    records = ranks(2).run(on_rank_cross)
+    assert [event.what for event in records[0]] == [
+        *("allreduce", "allreduce", "making the group of [0, 1]", "the meeting 'the end'")
+    ]
+    found = problems_either_way(records)
+    assert len(found) == 2 and all("deadlock: rank 0 waits at event 0" in problem for problem in found)
 
 
 # ---- every composition ----

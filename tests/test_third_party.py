@@ -16,6 +16,14 @@ from nemo_dist.testing import PluginConformance
 class TestAveraging(PluginConformance):
     plugin = "averaging"
 """
+WAITS = """
+from nemo_dist.testing.comm_recorder import assert_no_deadlock
+from nemo_dist.testing.equivalence import Task
+
+
+def test_no_rank_waits_for_ever_on_nccl(ranks):
+    assert_no_deadlock(ranks(2), Task(), strategy="averaging")
+"""
 ORDERS = """
 from hypothesis import given, settings
 from nemo_dist.testing import strategies
@@ -83,8 +91,9 @@ def test_the_catalogue_lists_it(installed):
     assert "averaging" in names
 
 
-def test_it_passes_the_conformance_kit(installed, tmp_path):
+def test_it_passes_the_conformance_kit_and_waits_for_nobody(installed, tmp_path):
     (tmp_path / "test_averaging.py").write_text(KIT)
+    (tmp_path / "test_waits.py").write_text(WAITS)
     result = run(installed, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path), cwd=tmp_path)
     assert result.returncode == 0, result.stdout[-3000:]
     assert "passed" in result.stdout and "failed" not in result.stdout
