@@ -163,4 +163,7 @@ def _group(ranks: tuple[int, ...] | None) -> dist.ProcessGroup | None:
     """Return the process group of *ranks*, created on first use by its members only; None for the default group."""
     if ranks is None or len(ranks) == _world():
         return None
-    return live.kept(ranks, lambda: dist.new_group(list(ranks), use_local_synchronization=True))
+    group: dist.ProcessGroup | None = live.kept(
+        ranks, lambda: dist.new_group(list(ranks), use_local_synchronization=True)
+    )
+    return group
