@@ -1,14 +1,17 @@
 """Ranks that were given different things are told at once: what differs, and on which rank."""
 
 import os
+import shutil
 import time
 
 import checkpoint_runs as runs
 import pytest
 import torch
+import transformers
 from cases import cases, slow
 
-from nemo_dist import RankError, RunFolder
+from nemo_dist import DistributedSetup, NeMoAutoModelForCausalLM, RankError, RunFolder
+from nemo_dist.testing.equivalence import checkpoint
 from nemo_dist.testing.failure_report import RankFailure
 from nemo_dist.testing.pool import RankPool
 from nemo_dist.testing.tensors import rows_of_rank
@@ -150,3 +153,43 @@ def on_rank_take_long_and_come(folders, path):
 @pytest.mark.slow
 def test_a_rank_that_is_only_slow_is_waited_for(ranks, tmp_path):
     assert ranks(2).run(on_rank_take_long_and_come, runs.folders("llama"), tmp_path / "c") == [1, 1]
+
+
+def on_rank_load_other_things(paths, what):
+    rank, setup = torch.distributed.get_rank(), DistributedSetup.build()
+    auto = NeMoAutoModelForCausalLM
+    config = transformers.AutoConfig.from_pretrained(paths[0])
+    if what == "config":
+        config.rms_norm_eps = [1e-6, 0.5][rank]
+    if what == "layers":
+        config.num_hidden_layers = [3, 2][rank]
+    source, load = (paths[rank], auto.from_pretrained) if what == "files" else (config, auto.from_config)
+    start = time.monotonic()
+    with pytest.raises(RankError) as caught:
+        load(source, distributed_setup=setup)
+    return str(caught.value), time.monotonic() - start
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("files", "model.safetensors is "),
+        ("config", "config.rms_norm_eps is 0.5 on rank 1, but 1e-06 on the others"),
+        ("layers", "config.num_hidden_layers is 2 on rank 1, but 3 on the others"),
+    ],
+)
+def test_ranks_that_load_different_models_are_told_before_they_read(ranks, what, words):
+    paths = [checkpoint("llama"), checkpoint("llama", 1)]
+    for message, seconds in ranks(2).run(on_rank_load_other_things, paths, what):
+        assert message.startswith("the ranks disagree about the model:") and words in message
+        assert seconds < 20
+
+
+def test_equal_models_in_other_folders_are_equal(ranks, tmp_path):
+    shutil.copytree(checkpoint("llama"), tmp_path / "copy")
+    assert ranks(2).run(on_rank_load_copies, [checkpoint("llama"), tmp_path / "copy"]) == [True, True]
+
+
+def on_rank_load_copies(paths):
+    rank, setup = torch.distributed.get_rank(), DistributedSetup.build()
+    return NeMoAutoModelForCausalLM.from_pretrained(paths[rank], distributed_setup=setup) is not None

@@ -104,10 +104,18 @@ def test_a_truncated_checkpoint_is_named_on_every_rank(ranks, tmp_path):
 
 def test_a_checkpoint_that_only_one_rank_cannot_read_ends_all_ranks(ranks, tmp_path):
     damaged = truncate(checkpoint("llama"), tmp_path)
+    (damaged / "model.safetensors").unlink()
     answers = ranks(2).run(on_rank_failure, checkpoint("llama"), {}, {}, {1: damaged})
 
     assert [kind for kind, _ in answers] == ["RankError", "CheckpointError"]
     assert "rank 1" in answers[0][1] and str(damaged) in answers[0][1]
+
+
+def test_a_checkpoint_that_is_shorter_on_one_rank_is_named_before_it_is_read(ranks, tmp_path):
+    damaged = truncate(checkpoint("llama"), tmp_path)
+    size = (damaged / "model.safetensors").stat().st_size
+    for kind, text in ranks(2).run(on_rank_failure, checkpoint("llama"), {}, {}, {1: damaged}):
+        assert kind == "RankError" and f"model.safetensors is {size} bytes" in text and "on rank 1, but" in text
 
 
 def test_a_missing_checkpoint_says_where_it_looked(ranks, tmp_path):

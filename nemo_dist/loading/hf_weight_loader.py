@@ -6,8 +6,8 @@ weights that the checkpoint lacks, to ``_initialize_missing_keys``. Both names a
 the CPU as a view of the memory-mapped file; ``weight_conversion`` says what it converts whole. The function that makes
 a DTensor of the slice would move it to the device of the mesh, and is replaced too, for shards that are kept elsewhere.
 
-The ranks meet twice: when all have read their weights, and when the model is finished. In between no rank waits for
-another, so an error on one of them is soon an error on all.
+The ranks meet three times: to compare what they load, when all have read their weights, and when the model is finished.
+In between no rank waits for another, so an error on one of them is soon an error on all.
 """
 
 from __future__ import annotations
@@ -28,11 +28,13 @@ from transformers.modeling_utils import PreTrainedModel
 
 from nemo_dist.errors import CheckpointError, RankError, TopologyError
 from nemo_dist.hf_model import class_name, inner_model, plain_class
+from nemo_dist.loading.same_source import config_fields, file_fields
 from nemo_dist.loading.weight_conversion import convert_and_load
 from nemo_dist.mesh.dtensor import from_local, local_slice
-from nemo_dist.mesh.store_consensus import share
+from nemo_dist.mesh.store_consensus import refuse_differences, share
 
-_READING, _FINISHING = "reading the checkpoint", "finishing the model"
+_COMPARING, _READING, _FINISHING = "comparing what to load", "reading the checkpoint", "finishing the model"
+_NEXT = {_COMPARING: _READING, _READING: _FINISHING, _FINISHING: _FINISHING}
 
 
 class Missing(Protocol):
@@ -130,11 +132,13 @@ class Reading:
     source: Any
     missing: Missing
     _parts: list[nn.Module] = attrs.field(factory=list)
-    _occasion: str | None = _READING  # where the ranks meet next; None once they have met in vain
+    _occasion: str | None = _COMPARING  # where the ranks meet next; None once they have met in vain
 
     def load(self, original: Callable[..., Any], model: Any, state: Any, files: Any, config: Any, *rest: Any) -> Any:
         """Shard *model*, then let transformers load the slices of every part; return its result for *model*."""
-        self._occasion = _READING
+        self._occasion = _COMPARING
+        told = {"class": class_name(model)} | config_fields(model.config) | file_fields(files)
+        refuse_differences("the model", self._meet(told))
         if self.target.device.type != "cpu":
             # The config is frozen, but transformers reads device_map from it again to finish the model.
             object.__setattr__(config, "device_map", {"": self.target.device})
@@ -242,7 +246,7 @@ class Reading:
         """Return the *value* of every rank; raise on all when one has a *failure*."""
         occasion, self._occasion = self._occasion or _FINISHING, None
         values = share(occasion, value, failure, self.target.ranks)
-        self._occasion = _FINISHING
+        self._occasion = _NEXT[occasion]
         return values
 
 

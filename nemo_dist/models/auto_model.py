@@ -21,8 +21,9 @@ from nemo_dist.hf_model import has_adapters, inner_model
 from nemo_dist.loading.deferred_init import DeferredInit
 from nemo_dist.loading.hf_weight_loader import Target, read_through
 from nemo_dist.loading.missing_weights import Draws, shared_draws
+from nemo_dist.loading.same_source import config_fields
 from nemo_dist.mesh.mesh_context import MeshContext
-from nemo_dist.mesh.store_consensus import reported
+from nemo_dist.mesh.store_consensus import compare, reported
 from nemo_dist.planning.mesh_plan import Role
 from nemo_dist.plugin.protocol import declared
 from nemo_dist.setup.setup import DistributedSetup
@@ -216,6 +217,7 @@ class _Loader:
 
     @classmethod
     def _new(cls, config: PretrainedConfig, setup: DistributedSetup, kwargs: dict[str, Any]) -> Any:
+        compare("the model", config_fields(config), setup.ranks)
         own = copy.deepcopy(config)  # plugins change it, for example the attention implementation
         with shared_draws(setup.ranks), reported("building the model", setup.ranks), DeferredInit() as init:
             model = cls.auto.from_config(own, **kwargs)
