@@ -50,7 +50,7 @@ _FORMATS = (
         way="torch.distributed.checkpoint.format_utils.dcp_to_torch_save(folder, file) in one process makes a file of "
         "it (it unpickles: trust who wrote it); give the model's part of that to load_state_dict of a plain "
         "transformers model, call save_pretrained, and load that with from_pretrained. To keep the optimizer, load the "
-        "folder with get_state_dict and set_state_dict into a run of the topology that saved it, and call runtime.save there",
+        "folder with get_state_dict and set_state_dict into a run of the topology that saved it, and call runtime.save",
     ),
     Format(
         name="the folder of a model",

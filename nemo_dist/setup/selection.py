@@ -28,6 +28,7 @@ class Selection:
     registry: Registry
     plugins: list[Plugin] = attrs.field(factory=list)
     problems: list[str] = attrs.field(factory=list)
+    wide: list[str] = attrs.field(factory=list)  # the axes of size > 1 that were asked for
 
     def strategy(self, choice: Choice = DEFAULT) -> Plugin:
         """Select the strategy by a name, a config object, or a plugin instance, which need not be installed."""
@@ -115,6 +116,7 @@ class Selection:
         another plugin claims, are a problem.
         """
         delegated = {axis: self.delegated(axis) for axis in self._delegates() if axis not in _KEYWORDS}
+        self.wide = [*_wide(sizes, world_size)]
         for axis, size in _wide(sizes, world_size).items():
             if claimant(self.plugins, axis) is None:
                 self.role(axis, f"axis {axis!r} has size {size}", **delegated.pop(axis, {}))
@@ -156,9 +158,18 @@ class Selection:
             self.problems.append(self._uncomposed(need, feature, strategy))
 
     def _uncomposed(self, need: str, feature: str, strategy: Plugin) -> str:
-        others = " or ".join(map(repr, self.registry.composing(feature)))
-        way = f"use {others}" if others else "no installed strategy does"
+        some = self.registry.composing(feature)
+        able = [name for name in some if all(self._takes(name, axis) for axis in self.wide)]
+        way = f"use {' or '.join(map(repr, able or some))}" if some else "no installed strategy does"
+        if some and not able:
+            rest = " and ".join(map(repr, [axis for axis in self.wide if axis not in (feature, "dp_shard")]))
+            way += f", without {rest}: no installed strategy takes them together"
         return f"{need}, but strategy {strategy.name!r} does not compose with it; {way}"
+
+    def _takes(self, name: str, axis: str) -> bool:
+        """Whether the strategy called *name* shards along *axis*, or composes with the plugin that does."""
+        found, other = self.registry.load(name), claimant(self.plugins, axis)
+        return axis in found.axes | found.composes_with or (other is not None and name in other.composes_with)
 
     def _add(self, plugin: Plugin) -> None:
         if any(plugin.name == other.name for other in self.plugins):
