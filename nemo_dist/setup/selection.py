@@ -28,7 +28,7 @@ class Selection:
     registry: Registry
     plugins: list[Plugin] = attrs.field(factory=list)
     problems: list[str] = attrs.field(factory=list)
-    wide: list[str] = attrs.field(factory=list)  # the axes of size > 1 that were asked for
+    wide: list[str] = attrs.field(factory=list)  # the axes of size > 1 and the features that were asked for
 
     def strategy(self, choice: Choice = DEFAULT) -> Plugin:
         """Select the strategy by a name, a config object, or a plugin instance, which need not be installed."""
@@ -154,6 +154,7 @@ class Selection:
 
     def judge_feature(self, strategy: Plugin, feature: str, need: str) -> None:
         """Add a problem if *strategy* does not compose with *feature*, which is no axis; *need* starts its sentence."""
+        self.wide.append(feature)
         if feature not in strategy.composes_with:
             self.problems.append(self._uncomposed(need, feature, strategy))
 
