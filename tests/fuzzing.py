@@ -108,7 +108,7 @@ def option(rng, plugin, name):
     chance = rng.random()
     if chance < 0.6:
         kind = CONFIGS[plugin]
-        return kind.fixed[name].same[0] if name in kind.fixed else getattr(kind(), kind.renamed.get(name, name))
+        return kind.fixed[name].values[0] if name in kind.fixed else getattr(kind(), kind.renamed.get(name, name))
     if chance < 0.65:
         return junk(rng)
     if name.endswith("policy"):
@@ -204,7 +204,7 @@ def plain(value, level=0):
             for name, v in value.items()
         }
     if isinstance(value, list | tuple):
-        return [plain(item, level + 1) for item in value[:4]] if level < 8 else []
+        return [plain(item, level + 1) for item in value[:4]] if level < 5 else []
     if isinstance(value, int) and not isinstance(value, bool):
         return value if abs(value) < 10**300 else 10**30
     return value if isinstance(value, str | float | bool | None) else "object"

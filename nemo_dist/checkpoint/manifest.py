@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from nemo_dist.checkpoint.chunks import Chunk
 from nemo_dist.checkpoint.safetensors_writer import DTYPES
 from nemo_dist.errors import CheckpointError
+from nemo_dist.loading.other_formats import way_in
 from nemo_dist.plugin.mixed_precision import dtype_name
 
 FORMAT = 1
@@ -264,7 +265,8 @@ def _parse(where: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing; {where} is no checkpoint, or not a complete one") from None
+        other = way_in(where) or f"{where} is no checkpoint, or not a complete one"
+        raise CheckpointError(f"{path} is missing; {other}") from None
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
     if not isinstance(content, dict):

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from nemo_dist.checkpoint.json_state import from_json, to_json
 from nemo_dist.errors import CheckpointError
+from nemo_dist.mesh.dtensor import from_local, local_slice
 
 # Options for how an optimizer runs on this machine; they do not change its result, so they are not saved.
 _OWN = ("foreach", "fused", "capturable", "differentiable")
@@ -54,6 +55,39 @@ def moments(optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> dict[str,
                     f"that of the parameter, {tuple(parameter.shape)}; this cannot be saved yet"
                 )
     return kinds
+
+
+def placed(optimizer: Any, state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the *state* dict for *optimizer*, with whole tensors cut to the shards of their parameters.
+
+    So the state of an optimizer in one process loads into one over shards, by the order of parameters. Raises
+    ValueError for a tensor that is neither whole, nor a DTensor, nor one number.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    indices = [index for group in state["param_groups"] for index in group["params"]]
+    own = dict(zip(indices, parameters, strict=False))  # torch compares the numbers, after this
+    return {
+        **state,
+        "state": {
+            index: {kind: _cut(kind, value, own[index]) for kind, value in entry.items()} if index in own else entry
+            for index, entry in state["state"].items()
+        },
+    }
+
+
+def _cut(kind: str, value: Any, parameter: nn.Parameter) -> Any:
+    if not isinstance(value, Tensor) or isinstance(value, DTensor) or not isinstance(parameter, DTensor):
+        return value
+    if value.numel() == 1 and value.shape != parameter.shape:
+        return value  # a count of steps
+    if value.shape != parameter.shape:
+        raise ValueError(
+            f"{kind!r} of the optimizer has shape {tuple(value.shape)}, its parameter {tuple(parameter.shape)}; pass "
+            "whole tensors in the order of this optimizer's parameters, or save with runtime.save and load with "
+            "runtime.load"
+        )
+    part = local_slice(value, parameter).to(parameter.device, copy=True)
+    return from_local(part, parameter.device_mesh, parameter.placements, like=parameter)
 
 
 def counts(optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> dict[str, dict[str, Any]]:

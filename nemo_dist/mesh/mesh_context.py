@@ -160,6 +160,7 @@ class MeshContext:
         return self.device_mesh is None or self.device_mesh.get_coordinate() is not None
 
     pp_size = property(lambda self: self.size("pp"), doc="Number of pipeline ranks.")
+    pp_enabled = property(lambda self: self.pp_size > 1, doc="Whether there are several pipeline ranks.")
     tp_size = property(lambda self: self.size("tp"), doc="Number of tensor-parallel ranks.")
     cp_size = property(lambda self: self.size("cp"), doc="Number of context-parallel ranks.")
     ep_size = property(lambda self: self.size("ep"), doc="Number of expert-parallel ranks.")

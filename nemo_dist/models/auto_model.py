@@ -16,11 +16,12 @@ from transformers import PreTrainedModel
 
 from nemo_dist.checkpoint.hf_export import export
 from nemo_dist.checkpoint.sharded_model import ShardedModel
-from nemo_dist.errors import RankError
+from nemo_dist.errors import CheckpointError, RankError
 from nemo_dist.hf_model import has_adapters, inner_model
 from nemo_dist.loading.deferred_init import DeferredInit
 from nemo_dist.loading.hf_weight_loader import Target, read_through
 from nemo_dist.loading.missing_weights import Draws, shared_draws
+from nemo_dist.loading.other_formats import unloadable
 from nemo_dist.loading.same_source import config_fields
 from nemo_dist.mesh.mesh_context import MeshContext
 from nemo_dist.mesh.store_consensus import compare, reported
@@ -45,6 +46,20 @@ _MOVED = {
     "parallelism_sizes": "DistributedSetup.build(parallelism_sizes=...)",
 } | {name: _SIZES.format(name) for name in ("tp_size", "pp_size", "cp_size", "ep_size", "dp_size", "dp_replicate_size")}
 
+# What NeMo's loaders take besides, and who does it here.
+_ELSEWHERE = {
+    "use_liger_kernel": "transformers' use_kernels=True, or leave it out",
+    "use_sdpa_patching": "transformers' attn_implementation=",
+    "sdpa_method": "torch.nn.attention.sdpa_kernel(...) around the step",
+    "force_hf": "nothing, every model is transformers' own",
+    "has_packed_sequence": "nothing, packed rows are found by their position_ids",
+    "peft_config": "peft.get_peft_model(model, ...) before setup.runtime(model)",
+    "freeze_config": "parameter.requires_grad_(False) before setup.runtime(model)",
+    "compile_config": "DistributedSetup.build(strategy=...Config(enable_compile=True))",
+    "fp8_config": "nothing, training in FP8 is not supported",
+    "qat_config": "nothing, quantization-aware training is not supported",
+}
+
 
 def _setup(
     loader: str, setup: DistributedSetup | None, device_mesh: DeviceMesh | None, kwargs: dict[str, Any]
@@ -54,6 +69,9 @@ def _setup(
     Raises TypeError for distributed options passed to the loader itself and for values of the wrong type, ValueError
     for a setup and a mesh together, RankError on a rank that is not in the mesh.
     """
+    elsewhere = [f"{name} -> {_ELSEWHERE[name]}" for name in kwargs if name in _ELSEWHERE]
+    if elsewhere:
+        raise TypeError(f"{loader} does not take these keywords of NeMo AutoModel; use {'; '.join(elsewhere)}")
     moved = [f"{name} -> {_MOVED[name]}" for name in kwargs if name in _MOVED]
     if moved:
         raise TypeError(
@@ -186,6 +204,8 @@ class _Loader:
         _refuse_placement(kwargs)
         if kwargs.get("output_loading_info"):
             raise TypeError("output_loading_info is not supported with distributed_setup or device_mesh; leave it out")
+        if problem := unloadable(pretrained_model_name_or_path):
+            raise CheckpointError(problem)
         with (
             torch.device("cpu"),
             read_through(_target(setup), pretrained_model_name_or_path, Draws(setup.ranks)) as reading,

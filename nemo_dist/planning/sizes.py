@@ -137,6 +137,7 @@ class ParallelismSizes:
             return []
         below = world_size // model * model
         worlds = f"{below} or {below + model}" if below else str(model)
+        worlds = worlds if self.dp_size is None else str(self.dp_size * model)
         reason = (
             f"world_size {world_size} is not divisible by {_product(self.beside_dp)}; "
             f"start {worlds} ranks, or choose sizes whose product divides {world_size}"

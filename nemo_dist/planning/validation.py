@@ -19,6 +19,9 @@ _LONGEST_NAME = 100  # characters of a word for which a near match is looked for
 class _Short(reprlib.Repr):
     """Writes a value with at most a few items on few levels, whatever it contains."""
 
+    def repr_FrozenMapping(self, value: FrozenMapping[Any], level: int) -> str:  # found by class name
+        return self.repr_dict(dict(value), level)
+
     def __init__(self) -> None:
         super().__init__()
         self.maxlevel, self.maxstring, self.maxother = 3, 80, 160
@@ -35,6 +38,14 @@ def shown(value: object) -> str:
     except Exception:  # the value's own repr, or an int too long to write
         text = f"<{type(value).__name__}>"
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+
+
+def same(one: object, other: object) -> bool:
+    """Whether two values are equal; False for what cannot be compared, or compares to more than one answer."""
+    try:
+        return bool(one == other)
+    except Exception:  # whatever the value's own comparison raises
+        return False
 
 
 def integer(name: str, value: object, low: int = 1, high: int | None = None) -> int:

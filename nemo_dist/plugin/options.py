@@ -10,7 +10,7 @@ import attrs
 
 from nemo_dist.errors import UnknownNameError
 from nemo_dist.planning import validation
-from nemo_dist.planning.validation import FrozenMapping, near, shown
+from nemo_dist.planning.validation import FrozenMapping, near, same, shown
 
 T = TypeVar("T")
 Validator = Callable[[Any, "attrs.Attribute[Any]", Any], None]
@@ -20,16 +20,16 @@ Validator = Callable[[Any, "attrs.Attribute[Any]", Any], None]
 class Fixed:
     """An option of NeMo AutoModel that cannot be chosen here.
 
-    ``same``: the values that ask for what happens anyway, which are accepted. ``instead``: what to do about others.
+    ``values``: those that ask for what happens anyway, which are accepted. ``instead``: what to do about others.
     """
 
-    same: tuple[Any, ...]
+    values: tuple[Any, ...]
     instead: str
 
     def judge(self, where: str, value: Any) -> None:
         """Raise ValueError for a *value* that asks for something else."""
-        if not any(type(value) is type(one) and value == one for one in self.same):
-            listed = " or ".join(map(shown, self.same))
+        if not any(type(value) is type(one) and same(value, one) for one in self.values):
+            listed = " or ".join(map(shown, self.values))
             raise ValueError(f"{where} can only be {listed} here (got {shown(value)}): {self.instead}")
 
 
@@ -131,7 +131,7 @@ def one_of(choices: Collection[Any]) -> Validator:
     """Return a validator for one of *choices*; it raises ValueError with the nearest match."""
 
     def judge(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
-        if value not in choices:
+        if not any(same(value, choice) for choice in choices):
             hint = (
                 near(value, [choice for choice in choices if isinstance(choice, str)]) if isinstance(value, str) else ""
             )
@@ -141,9 +141,13 @@ def one_of(choices: Collection[Any]) -> Validator:
     return judge
 
 
-def frozen_mapping(value: Any) -> Any:
-    """Convert a dict to a FrozenMapping; return anything else unchanged."""
-    return FrozenMapping(value) if isinstance(value, dict) else value
+def tp_rules(value: Any) -> Any:
+    """Freeze a tensor-parallel plan, a dict from module names to styles; keep None, refuse what is neither."""
+    if value is None:
+        return None
+    if not isinstance(value, Mapping) or not all(isinstance(text, str) for item in value.items() for text in item):
+        raise TypeError(f"tp_plan must be a dict from module names to styles (got {shown(value)})")
+    return FrozenMapping(dict(value))
 
 
 def _where(instance: Any, attribute: attrs.Attribute[Any]) -> str:

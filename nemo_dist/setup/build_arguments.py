@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from nemo_dist.mesh.launch_env import launched_world_size
-from nemo_dist.planning.validation import number_of_ranks, shown
+from nemo_dist.planning.validation import number_of_ranks, same, shown
 from nemo_dist.plugin.protocol import Plugin
 from nemo_dist.setup.selection import RECOMPUTE, Selection
 
@@ -67,9 +67,9 @@ def select_recompute(asked: Any, strategy: Plugin, selection: Selection) -> bool
     named = selection.filling(RECOMPUTE)
     mode = named.config.mode if named else _recompute_mode(asked, given.get(RECOMPUTE), kind, selection.problems)
     scope = given.get(SCOPE)
-    scope = None if scope in _EVERYWHERE else scope
-    if named and (asked or given.get(RECOMPUTE) or scope):
-        selection.problems.append(f"{RECOMPUTE} is set both here and in plugins=({named.config!r},); set it once")
+    scope = None if any(same(scope, everywhere) for everywhere in _EVERYWHERE) else scope
+    if named and (not same(asked, False) or RECOMPUTE in given or scope is not None):
+        selection.problems.append(f"{RECOMPUTE} is set both here and in plugins=({shown(named.config)},); set it once")
     elif mode and not named:
         settings = {"mode": mode} if scope is None else {"mode": mode, "scope": scope}
         selection.role(RECOMPUTE, f"{RECOMPUTE}={mode!r} was asked for", **settings)
@@ -81,8 +81,8 @@ def select_recompute(asked: Any, strategy: Plugin, selection: Selection) -> bool
     if mode:
         feature = RECOMPUTE if mode == "full" else f"{RECOMPUTE}:{mode}"
         selection.judge_feature(strategy, feature, f"{RECOMPUTE}={mode!r} was asked for")
-    written: bool | str = asked or given.get(RECOMPUTE) or mode or False
-    return written if mode else False
+    written = [value for value in (asked, given.get(RECOMPUTE), mode) if isinstance(value, bool | str) and value]
+    return written[0] if mode else False
 
 
 def _recompute_mode(asked: Any, on_config: Any, kind: str, problems: list[str]) -> str | None:

@@ -42,7 +42,8 @@ def build_keywords(section: Mapping[str, Any], registry: Registry) -> dict[str, 
     values = {
         key: None if isinstance(value, str) and value.lower() == "none" else value for key, value in section.items()
     }
-    named = values.pop("strategy", None) or DEFAULT
+    named = values.pop("strategy", None)
+    named = DEFAULT if named is None else named
     if not isinstance(named, str):
         raise TypeError(f"strategy must be the name of a strategy (got {shown(named)})")
     strategy = Selection(registry).strategy_type(named)
@@ -52,7 +53,7 @@ def build_keywords(section: Mapping[str, Any], registry: Registry) -> dict[str, 
     keywords: dict[str, Any] = {
         "strategy": config_type(**{name: values[name] for name in options if name in values}),
         "parallelism_sizes": ParallelismSizes(**_given(values, _SIZES)),
-        RECOMPUTE: values.get(RECOMPUTE) or False,
+        RECOMPUTE: False if values.get(RECOMPUTE) is None else values[RECOMPUTE],
         "plugins": tuple(_extras(_given(values, ("plugins",)).get("plugins", ()), registry)),
         **_given(values, _OTHER),
     }
@@ -190,4 +191,4 @@ def _plain(value: Any, what: str) -> Any:
             field.name: _plain(getattr(value, field.name), f"{what}.{field.name}")
             for field in dataclasses.fields(value)
         }
-    raise ValueError(f"{what} is {value!r}, which a section cannot write; use names and numbers instead")
+    raise ValueError(f"{what} is {shown(value)}, which a section cannot write; use names and numbers instead")

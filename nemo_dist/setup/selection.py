@@ -10,7 +10,7 @@ import attrs
 from nemo_dist.errors import TopologyError, UnknownNameError
 from nemo_dist.planning.mesh_plan import DENSE_AXES, MeshPlan, Role
 from nemo_dist.planning.sizes import ParallelismSizes
-from nemo_dist.planning.validation import near, shown
+from nemo_dist.planning.validation import near, same, shown
 from nemo_dist.plugin.options import from_mapping
 from nemo_dist.plugin.protocol import Plugin, Stage, claimant, declared, strategy_of
 from nemo_dist.plugin.registry import STRATEGY, Registry
@@ -28,10 +28,11 @@ class Selection:
     registry: Registry
     plugins: list[Plugin] = attrs.field(factory=list)
     problems: list[str] = attrs.field(factory=list)
+    wide: list[str] = attrs.field(factory=list)  # the axes of size > 1 and the features that were asked for
 
     def strategy(self, choice: Choice = DEFAULT) -> Plugin:
         """Select the strategy by a name, a config object, or a plugin instance, which need not be installed."""
-        plugin = self._plugin(self._default_strategy() if choice == DEFAULT else choice, "strategy")
+        plugin = self._plugin(self._default_strategy() if same(choice, DEFAULT) else choice, "strategy")
         if plugin.stage != Stage.DATA:
             self.problems.append(
                 f"plugin {plugin.name!r} is no strategy (it acts at stage {plugin.stage}); pass it in plugins=(...), "
@@ -115,15 +116,16 @@ class Selection:
         another plugin claims, are a problem.
         """
         delegated = {axis: self.delegated(axis) for axis in self._delegates() if axis not in _KEYWORDS}
+        self.wide = [*_wide(sizes, world_size)]
         for axis, size in _wide(sizes, world_size).items():
             if claimant(self.plugins, axis) is None:
                 self.role(axis, f"axis {axis!r} has size {size}", **delegated.pop(axis, {}))
         for axis, given in delegated.items():
             found = claimant(self.plugins, axis)
             for option, value in given.items():
-                way = f"set {axis}_size > 1 or leave it out" if found is None else f"set it on {found.config!r}"
+                way = f"set {axis}_size > 1 or leave it out" if found is None else f"set it on {shown(found.config)}"
                 who = f"{axis}_size is 1" if found is None else f"plugin {found.name!r} was given for axis {axis!r}"
-                self.problems.append(f"{option}={value!r} was given on the strategy, but {who}; {way}")
+                self.problems.append(f"{option}={shown(value)} was given on the strategy, but {who}; {way}")
 
     def _delegates(self) -> Mapping[str, tuple[str, ...]]:
         delegates: Mapping[str, tuple[str, ...]] = declared(strategy_of(self.plugins), "delegates")
@@ -135,7 +137,8 @@ class Selection:
         if strategy is None:
             return {}
         default, names = strategy.config_type(), self._delegates().get(role, ())
-        return {name: value for name in names if (value := getattr(strategy.config, name)) != getattr(default, name)}
+        given = {name: getattr(strategy.config, name) for name in names}
+        return {name: value for name, value in given.items() if not same(value, getattr(default, name))}
 
     def judge_composition(self, strategy: Plugin, sizes: ParallelismSizes, world_size: int) -> None:
         """Add a problem for every axis of size > 1 of another plugin that does not compose with *strategy*.
@@ -151,13 +154,23 @@ class Selection:
 
     def judge_feature(self, strategy: Plugin, feature: str, need: str) -> None:
         """Add a problem if *strategy* does not compose with *feature*, which is no axis; *need* starts its sentence."""
+        self.wide.append(feature)
         if feature not in strategy.composes_with:
             self.problems.append(self._uncomposed(need, feature, strategy))
 
     def _uncomposed(self, need: str, feature: str, strategy: Plugin) -> str:
-        others = " or ".join(map(repr, self.registry.composing(feature)))
-        way = f"use {others}" if others else "no installed strategy does"
+        some = self.registry.composing(feature)
+        able = [name for name in some if all(self._takes(name, axis) for axis in self.wide)]
+        way = f"use {' or '.join(map(repr, able or some))}" if some else "no installed strategy does"
+        if some and not able:
+            rest = " and ".join(map(repr, [axis for axis in self.wide if axis not in (feature, "dp_shard")]))
+            way += f", without {rest}: no installed strategy takes them together"
         return f"{need}, but strategy {strategy.name!r} does not compose with it; {way}"
+
+    def _takes(self, name: str, axis: str) -> bool:
+        """Whether the strategy called *name* shards along *axis*, or composes with the plugin that does."""
+        found, other = self.registry.load(name), claimant(self.plugins, axis)
+        return axis in found.axes | found.composes_with or (other is not None and name in other.composes_with)
 
     def _add(self, plugin: Plugin) -> None:
         if any(plugin.name == other.name for other in self.plugins):
@@ -184,7 +197,9 @@ class Selection:
             )
         plugin_type = self._load(name, what)
         if not isinstance(choice, plugin_type.config_type):
-            raise TypeError(f"{what}: plugin {name!r} takes a {plugin_type.config_type.__name__} (got {shown(choice)})")
+            raise TypeError(
+                f"{what}: plugin {shown(name)} takes a {plugin_type.config_type.__name__} (got {shown(choice)})"
+            )
         return plugin_type(choice)  # type: ignore[call-arg]
 
     def _load(self, name: str, what: str) -> type[Plugin]:

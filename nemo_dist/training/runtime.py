@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from nemo_dist.checkpoint import async_save
 from nemo_dist.checkpoint.hf_export import export
 from nemo_dist.checkpoint.load import load
+from nemo_dist.checkpoint.optimizer_state import placed
 from nemo_dist.checkpoint.save import save
 from nemo_dist.checkpoint.sharded_model import ShardedModel
 from nemo_dist.errors import PluginError, RankError
@@ -162,6 +163,7 @@ class Runtime:
         refuse_what_mixes_elements(optimizer_type, groups, options, self.mesh)
         optimizer = optimizer_type(groups, **options)
         optimizer.register_step_pre_hook(lambda *_: reshard(self.parts))
+        optimizer.register_load_state_dict_pre_hook(placed)
         for part in self._parts:
             optimizer = part.optimizer(optimizer) if part.optimizer else optimizer
         droppers = [part.zero_grad for part in self._parts if part.zero_grad is not None]

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     pass
 
 
-_FIXED = {"autocast_dtype": Fixed(same=(None,), instead="ddp computes in the dtype that the model is loaded in")}
+_FIXED = {"autocast_dtype": Fixed(values=(None,), instead="ddp computes in the dtype that the model is loaded in")}
 
 
 @options(plugin="ddp", fixed=_FIXED)

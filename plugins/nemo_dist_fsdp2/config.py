@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from nemo_dist.plugin.mixed_precision import mixed_precision_fields
-from nemo_dist.plugin.options import Fixed, boolean, frozen_mapping, integer, options
+from nemo_dist.plugin.options import Fixed, boolean, integer, options, tp_rules
 from nemo_dist_fsdp2.policies import offload_fields
 
 if TYPE_CHECKING:
@@ -21,11 +21,11 @@ def _reshard(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None
 
 
 _FIXED = {
-    "patch_is_packed_sequence": Fixed(same=(False,), instead="transformers is not patched, leave it out"),
-    "autocast_dtype": Fixed(same=(None,), instead="say what a forward computes in with mp_policy"),
-    "enable_fsdp2_prefetch": Fixed(same=(False, True), instead="blocks are gathered ahead by the prefetch depths"),
+    "patch_is_packed_sequence": Fixed(values=(False,), instead="transformers is not patched, leave it out"),
+    "autocast_dtype": Fixed(values=(None,), instead="say what a forward computes in with mp_policy"),
+    "enable_fsdp2_prefetch": Fixed(values=(False, True), instead="blocks are gathered ahead by the prefetch depths"),
     "multimodal": Fixed(
-        same=(None, {}, {"frozen_sharding": "root"}, {"frozen_sharding": "per_layer"}),
+        values=(None, {}, {"frozen_sharding": "root"}, {"frozen_sharding": "per_layer"}),
         instead="frozen towers are sharded like the rest, and every rank computes all of its images",
     ),
 }
@@ -63,6 +63,6 @@ class FSDP2Config:
     enable_compile: bool = attrs.field(default=False, validator=boolean)
     activation_checkpointing: bool | str = False
     sequence_parallel: bool = attrs.field(default=False, validator=boolean)
-    tp_plan: Mapping[str, str] | None = attrs.field(default=None, converter=frozen_mapping)
+    tp_plan: Mapping[str, str] | None = attrs.field(default=None, converter=tp_rules)
     enable_async_tensor_parallel: bool = attrs.field(default=False, validator=boolean)
     activation_checkpointing_scope: str | Sequence[str] | None = None

@@ -19,7 +19,7 @@ def offload_fields(value: Any) -> Any:
         return value
     if is_torch_policy(value, "OffloadPolicy"):  # torch's base class offloads nothing
         return None
-    fields = {} if value in ("cpu", "CPUOffloadPolicy") else value
+    fields = {} if isinstance(value, str) and value in ("cpu", "CPUOffloadPolicy") else value
     if not isinstance(fields, Mapping):
         raise TypeError(
             f"offload_policy must be 'cpu', a dict with pin_memory, or torch's CPUOffloadPolicy() (got {shown(value)})"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from nemo_dist.planning.validation import shown
-from nemo_dist.plugin.options import Fixed, boolean, frozen_mapping, one_of, options
+from nemo_dist.plugin.options import Fixed, boolean, one_of, options, tp_rules
 
 if TYPE_CHECKING:
     pass
@@ -30,11 +30,11 @@ def _class_names(value: Any) -> tuple[str, ...] | None:
 
 
 _FIXED = {
-    "init_fsdp_with_meta_device": Fixed(same=(False,), instead="the loader makes the model, leave it out"),
-    "check_for_nan_in_grad": Fixed(same=(True, False), instead="it does nothing, use report_nan_in_param_grad"),
-    "calculate_per_token_loss": Fixed(same=(False,), instead="losses are weighted by tokens already, leave it out"),
-    "keep_fp8_transpose_cache": Fixed(same=(False,), instead="nothing is computed in FP8, leave it out"),
-    "nccl_ub": Fixed(same=(False,), instead="NCCL's user buffers are not proven, leave it out"),
+    "init_fsdp_with_meta_device": Fixed(values=(False,), instead="the loader makes the model, leave it out"),
+    "check_for_nan_in_grad": Fixed(values=(True, False), instead="it does nothing, use report_nan_in_param_grad"),
+    "calculate_per_token_loss": Fixed(values=(False,), instead="losses are weighted by tokens already, leave it out"),
+    "keep_fp8_transpose_cache": Fixed(values=(False,), instead="nothing is computed in FP8, leave it out"),
+    "nccl_ub": Fixed(values=(False,), instead="NCCL's user buffers are not proven, leave it out"),
 }
 
 
@@ -67,7 +67,7 @@ class MegatronFSDPConfig:
     report_nan_in_param_grad: bool = attrs.field(default=False, validator=boolean)
     activation_checkpointing: bool | str = False
     sequence_parallel: bool = attrs.field(default=False, validator=boolean)
-    tp_plan: Mapping[str, str] | None = attrs.field(default=None, converter=frozen_mapping)
+    tp_plan: Mapping[str, str] | None = attrs.field(default=None, converter=tp_rules)
 
 
 def impossible(config: MegatronFSDPConfig) -> list[str]:

@@ -19,8 +19,8 @@ _PRECISIONS = ("float32", "bfloat16", "float16")
 
 
 _FIXED = {
-    "ignore_router_for_ac": Fixed(same=(True, False), instead="recomputing a router gives the same, leave it out"),
-    "wrap_outer_model": Fixed(same=(True, False), instead="the strategy shards the whole model, leave it out"),
+    "ignore_router_for_ac": Fixed(values=(True, False), instead="recomputing a router gives the same, leave it out"),
+    "wrap_outer_model": Fixed(values=(True, False), instead="the strategy shards the whole model, leave it out"),
 }
 
 

@@ -51,7 +51,7 @@ def _callable(instance: Any, attribute: Any, value: Any) -> None:
 
 
 _PATCHES = ("patch_inner_model", "patch_causal_lm_model", "patch_stage_backward_maybe_with_nosync")
-_FIXED = {name: Fixed(same=(True, False), instead="stages run the model's own forward") for name in _PATCHES}
+_FIXED = {name: Fixed(values=(True, False), instead="stages run the model's own forward") for name in _PATCHES}
 
 
 @options(plugin="pipeline", fixed=_FIXED)

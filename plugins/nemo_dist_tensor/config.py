@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from nemo_dist.planning.validation import FrozenMapping, shown
-from nemo_dist.plugin.options import boolean, options
+from nemo_dist.planning.validation import FrozenMapping
+from nemo_dist.plugin.options import boolean, options, tp_rules
 
 if TYPE_CHECKING:
     pass
@@ -16,11 +16,7 @@ if TYPE_CHECKING:
 
 def _rules(value: Any) -> FrozenMapping[str]:
     """Return the frozen mapping from module names to styles that a config holds."""
-    if value is None:
-        return FrozenMapping()
-    if not isinstance(value, Mapping) or not all(isinstance(text, str) for item in value.items() for text in item):
-        raise TypeError(f"tp_plan must be a dict from module names to styles (got {shown(value)})")
-    return FrozenMapping(dict(value))
+    return FrozenMapping() if value is None else tp_rules(value)  # type: ignore[no-any-return]
 
 
 @options(plugin="tensor")
