@@ -565,7 +565,7 @@ def test_a_version_that_is_not_tested_is_named(monkeypatch, version):
         ({"megatron_fsdp_unit_modules": [3]}, TypeError),
         ({"megatron_fsdp_unit_modules": []}, ValueError),
         ({"fsdp_double_buffer": 1}, TypeError),
-        ({"nccl_ub": True}, TypeError),
+        ({"nccl_ub": True}, ValueError),
     ],
     ids=str,
 )

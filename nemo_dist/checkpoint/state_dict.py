@@ -17,6 +17,7 @@ from nemo_dist.plugin.resharding import reshard
 
 def own_state(model: ShardedModel) -> dict[str, Tensor]:
     """Return this rank's parameters and persistent buffers, each once, under their names in the whole model."""
+    reshard(model.parts)
     state: dict[str, Tensor] = {}
     for name, tensor in _named(model):
         state.setdefault(name, tensor)
@@ -33,7 +34,6 @@ def copies(model: ShardedModel, state: Mapping[str, Tensor]) -> list[tuple[Tenso
 
 
 def _named(model: ShardedModel) -> Iterator[tuple[str, Tensor]]:
-    reshard(model.parts)
     for part in map(name_root, model.parts):
         own = {name: value for name, value in part.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
         names = canonical_names(part, own)

@@ -27,7 +27,6 @@ from nemo_dist.testing.remote_call import Call, Reply
 THREADS: Mapping[str, str] = dict.fromkeys(
     ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"), "1"
 )
-_MOST_GROUPS = 24  # that a rank keeps between calls
 
 
 @attrs.frozen(kw_only=True)
@@ -113,10 +112,11 @@ def _answer(call: Call) -> Reply:
         sys.path[:] = call.path
         function = call.function.find()
         arguments, keywords = pickle.loads(call.arguments)
-        _give_groups_back()
+        if call.fresh:
+            _give_groups_back()
         _seed()
         value = function(*arguments, **keywords)
-        return Reply(value=_pickled(value), open_files=len(os.listdir("/dev/fd")))
+        return Reply(value=_pickled(value), open_files=len(os.listdir("/dev/fd")), groups=_groups())
     except BaseException as error:  # SystemExit and pytest's outcomes too, so that the pool reports every failure
         return _failure(error)
     finally:
@@ -126,27 +126,30 @@ def _answer(call: Call) -> Reply:
 
 
 def _give_groups_back() -> None:
-    """Destroy the process groups of earlier calls, which every rank has finished by now, when there are many.
+    """Destroy the process groups of earlier calls, which every rank has finished by now.
 
-    Each group has a thread that wakes a hundred times a second. Some are kept, as the next call may use an equal mesh:
-    half of a short run is spent on making groups and on what DTensor finds out anew for every mesh. Its cache goes with
-    the groups: it would reuse results of a mesh of an earlier call for an equal new one.
+    The sharding cache of DTensor goes with them: it would reuse results of a mesh of an earlier call for an equal new
+    one.
     """
     import torch.distributed as dist
     from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
     from nemo_dist.mesh.live_groups import live
 
-    names = dist.distributed_c10d._world.pg_names
-    if len(names) <= _MOST_GROUPS:
-        return
     live.forget()
+    names = dist.distributed_c10d._world.pg_names
     for group, name in list(names.items()):
         # The default group stays, and so do groups with a hashed name: the name would be used again, while the store
         # still has the keys of the destroyed group.
         if group is not dist.group.WORLD and name.isdigit():
             dist.destroy_process_group(group)
     _clear_sharding_prop_cache()
+
+
+def _groups() -> int:
+    import torch.distributed as dist
+
+    return len(dist.distributed_c10d._world.pg_names)
 
 
 def _seed() -> None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def _rules(value: Any) -> FrozenMapping[str]:
     """Return the frozen mapping from module names to styles that a config holds."""
-    return FrozenMapping() if value is None else tp_rules(value)  # type: ignore[no-any-return]
+    return FrozenMapping() if value is None else tp_rules(value)
 
 
 @options(plugin="tensor")
