@@ -57,7 +57,7 @@ def agents(nodes):
     return [both, both]
 
 
-@cases(("nodes",), [(2,), slow(1)], lambda nodes: f"{nodes} nodes")
+@cases(("nodes",), [slow(2), slow(1)], lambda nodes: f"{nodes} nodes")
 def test_a_run_whose_rank_dies_resumes_by_itself_from_the_newest_checkpoint(tmp_path, nodes):
     name, environment = script(tmp_path), clean() | {"OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
     started = [

@@ -10,6 +10,7 @@ import checkpoint_runs as runs
 import pytest
 import torch
 import torch.distributed as dist
+from cases import slow
 from test_launchers import clean
 
 from nemo_dist import RankError
@@ -83,8 +84,8 @@ LOSE = """
 @pytest.mark.parametrize(
     ("what", "words"),
     [
-        ("user code", ["rank 1 failed in step 1: KeyError: 'the users key'"]),
-        (
+        slow("user code", ["rank 1 failed in step 1: KeyError: 'the users key'"]),
+        slow(
             "uneven",
             [
                 "RankError: step 3 lost another rank",

@@ -20,8 +20,8 @@ def campaign(*arguments):
 @cases(
     ("count", "names"),
     [
-        (6, ["disks", "rivals", "manifests", "flips"]),
-        (2, ["kills"]),
+        (3, ["rivals", "manifests", "flips"]),
+        slow(20, ["disks"]),
         slow(100, ["kills"]),
         slow(1000, ["manifests"]),
         slow(300, ["flips", "flat"]),
