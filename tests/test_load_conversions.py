@@ -199,7 +199,7 @@ def on_rank_failure(folder_of_rank, damage=None):
 
 
 def on_rank_failure_unseen(folder_of_rank):
-    with mock.patch.object(hf_weight_loader, "file_fields", lambda *_: {}):
+    with mock.patch.object(hf_weight_loader, "file_fields", return_value={}):
         return on_rank_failure(folder_of_rank)
 
 
