@@ -112,11 +112,10 @@ def _answer(call: Call) -> Reply:
         sys.path[:] = call.path
         function = call.function.find()
         arguments, keywords = pickle.loads(call.arguments)
-        if call.fresh:
-            _give_groups_back()
+        _give_groups_back()
         _seed()
         value = function(*arguments, **keywords)
-        return Reply(value=_pickled(value), open_files=len(os.listdir("/dev/fd")), groups=_groups())
+        return Reply(value=_pickled(value), open_files=len(os.listdir("/dev/fd")))
     except BaseException as error:  # SystemExit and pytest's outcomes too, so that the pool reports every failure
         return _failure(error)
     finally:
@@ -128,8 +127,8 @@ def _answer(call: Call) -> Reply:
 def _give_groups_back() -> None:
     """Destroy the process groups of earlier calls, which every rank has finished by now.
 
-    The sharding cache of DTensor goes with them: it would reuse results of a mesh of an earlier call for an equal new
-    one.
+    Each group has a thread that wakes a hundred times a second, which costs more than the tests themselves. The
+    sharding cache of DTensor is cleared too: it would reuse results of a mesh of an earlier call for an equal new one.
     """
     import torch.distributed as dist
     from torch.distributed.tensor.debug import _clear_sharding_prop_cache
@@ -144,12 +143,6 @@ def _give_groups_back() -> None:
         if group is not dist.group.WORLD and name.isdigit():
             dist.destroy_process_group(group)
     _clear_sharding_prop_cache()
-
-
-def _groups() -> int:
-    import torch.distributed as dist
-
-    return len(dist.distributed_c10d._world.pg_names)
 
 
 def _seed() -> None:
