@@ -17,6 +17,7 @@ from nemo_dist import DistributedSetup, FSDP2Config, ParallelismSizes, initializ
 from nemo_dist.mesh import store_consensus
 from nemo_dist.mesh.live_groups import live
 from nemo_dist.mesh.mesh_context import flatten
+from nemo_dist.testing.pool import RankPool
 
 
 def held():
@@ -94,10 +95,14 @@ def test_groups_of_a_destroyed_process_group_are_never_given_out(tmp_path):
     assert ended.returncode == 0, ended.stderr
 
 
-def test_ranks_of_a_pool_start_every_call_without_groups(ranks):
-    assert ranks(2).run(on_rank_count_kept) == [0, 0]
-    ranks(2).run(on_rank_build_many, 1)
-    assert ranks(2).run(on_rank_count_kept) == [0, 0]
+def test_ranks_of_a_pool_keep_groups_until_there_are_many_or_some_ranks_are_called_alone():
+    with RankPool(2) as pool:
+        assert pool.run(on_rank_count_kept) == [0, 0]
+        pool.run(on_rank_build_many, 1)
+        kept = pool.run(on_rank_count_kept)
+        assert kept[0] == kept[1] > 0
+        assert pool.run(on_rank_count_kept, ranks=[1]) == [0]
+        assert pool.run(on_rank_count_kept) == [0, 0]
 
 
 def on_rank_count_kept():

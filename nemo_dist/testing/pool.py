@@ -42,6 +42,9 @@ _PRELOAD = (
 )
 _START_TIMEOUT = 120.0
 _GRACE = 2.0  # seconds that the other ranks get to report after the first failure
+# Process groups that ranks keep between calls. The next call may use an equal mesh: half of a short run is making
+# groups, and what DTensor finds out anew for every mesh. But a group has threads that wake a hundred times a second.
+_MOST_GROUPS = 24
 _MOST_FILES = 400  # open files of a rank above which its pool is replaced, as some process groups are never destroyed
 
 
@@ -91,6 +94,7 @@ class RankPool:
         self._ranks: list[_Rank] = []
         self._folder: Path | None = None
         self._crowded = False
+        self._stale = False  # whether the next call starts without groups
 
     def run(
         self,
@@ -111,8 +115,12 @@ class RankPool:
         __tracebackhide__ = True
         chosen = list(range(self.world_size)) if ranks is None else self._checked(ranks)
         limit = self.timeout if timeout is None else timeout
+        apart = len(chosen) < self.world_size  # after that, the ranks no longer have the same groups
         call = Call(
-            function=Reference.to(function), arguments=pickle.dumps((args, kwargs)), path=tuple(map(str, sys.path))
+            function=Reference.to(function),
+            arguments=pickle.dumps((args, kwargs)),
+            path=tuple(map(str, sys.path)),
+            fresh=self._stale or apart,
         )
         with self._stopping_on_error():
             self._start()
@@ -120,6 +128,7 @@ class RankPool:
             for rank in chosen:
                 self._ranks[rank].connection.send_bytes(message)
             replies = self._collect(chosen, limit, f"{call.function.module}.{call.function.name}")
+            self._stale = apart or any(reply.groups > _MOST_GROUPS for reply in replies.values())
             self._crowded = any(reply.open_files > _MOST_FILES for reply in replies.values())
             for line in failure_report.output({rank: self._ranks[rank].seat.output for rank in chosen}):
                 print(line)  # pytest captures it and shows it only if the test fails

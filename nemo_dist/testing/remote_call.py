@@ -78,11 +78,15 @@ def _load(name: str, file: str) -> ModuleType:
 
 @attrs.frozen(kw_only=True)
 class Call:
-    """One function call to send; *arguments* are pickled separately, as unpickling may need the function's module."""
+    """One function call to send; *arguments* are pickled separately, as unpickling may need the function's module.
+
+    ``fresh``: the rank first gives back the process groups of earlier calls. All ranks must do so before one call.
+    """
 
     function: Reference
     arguments: bytes
     path: tuple[str, ...]
+    fresh: bool
 
 
 @attrs.frozen(kw_only=True)
@@ -94,6 +98,7 @@ class Reply:
     error: str = ""
     at: float = attrs.field(factory=time.time)
     open_files: int = 0
+    groups: int = 0
 
     @property
     def failed(self) -> bool:

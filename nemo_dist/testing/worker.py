@@ -112,10 +112,11 @@ def _answer(call: Call) -> Reply:
         sys.path[:] = call.path
         function = call.function.find()
         arguments, keywords = pickle.loads(call.arguments)
-        _give_groups_back()
+        if call.fresh:
+            _give_groups_back()
         _seed()
         value = function(*arguments, **keywords)
-        return Reply(value=_pickled(value), open_files=len(os.listdir("/dev/fd")))
+        return Reply(value=_pickled(value), open_files=len(os.listdir("/dev/fd")), groups=_groups())
     except BaseException as error:  # SystemExit and pytest's outcomes too, so that the pool reports every failure
         return _failure(error)
     finally:
@@ -127,8 +128,8 @@ def _answer(call: Call) -> Reply:
 def _give_groups_back() -> None:
     """Destroy the process groups of earlier calls, which every rank has finished by now.
 
-    Each group has a thread that wakes a hundred times a second, which costs more than the tests themselves. The
-    sharding cache of DTensor is cleared too: it would reuse results of a mesh of an earlier call for an equal new one.
+    The sharding cache of DTensor goes with them: it would reuse results of a mesh of an earlier call for an equal new
+    one.
     """
     import torch.distributed as dist
     from torch.distributed.tensor.debug import _clear_sharding_prop_cache
@@ -143,6 +144,12 @@ def _give_groups_back() -> None:
         if group is not dist.group.WORLD and name.isdigit():
             dist.destroy_process_group(group)
     _clear_sharding_prop_cache()
+
+
+def _groups() -> int:
+    import torch.distributed as dist
+
+    return len(dist.distributed_c10d._world.pg_names)
 
 
 def _seed() -> None:
