@@ -70,3 +70,25 @@ def test_a_sampled_composition_matches_one_process(ranks, cell):
 @pytest.mark.parametrize("cell", [cell for cell in MATRIX if cell not in SAMPLE], ids=name_of)
 def test_every_composition_matches_one_process(ranks, cell):
     prove(ranks, *cell)
+
+
+# Beside another axis, the data-parallel ranks may all be replicas, of one shard each: with what else fsdp2 does.
+REPLICAS = {
+    "offload": ({"offload_policy": "cpu"}, {"tp_size": 2}, 1),
+    "compiled": ({"enable_compile": True}, {"cp_size": 2}, 1),
+    "resharded": ({"reshard_after_forward": True}, {"cp_size": 2}, 2),
+    "reduced after every batch": ({"defer_fsdp_grad_sync": False}, {"tp_size": 2}, 2),
+    "deferred": ({}, {"tp_size": 2}, 2),
+    "stages": ({}, {"pp_size": 2}, 2),
+}
+
+
+@pytest.mark.parametrize("name", REPLICAS)
+def test_replicas_of_one_shard_take_every_option(ranks, name):
+    options, sizes, accumulate = REPLICAS[name]
+    assert_equivalent(
+        ranks(4),
+        Task(specimen="llama-tied" if name == "deferred" else "llama", accumulate=accumulate),
+        strategy=FSDP2Config(mp_policy=FP32, **options),
+        parallelism_sizes=ParallelismSizes(dp_replicate_size=2, **sizes),
+    )

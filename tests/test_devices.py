@@ -16,7 +16,9 @@ from torch.distributed.tensor import Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from nemo_dist import DistributedSetup, FSDP2Config, NeMoAutoModelForCausalLM, NeMoAutoModelForSequenceClassification
+from nemo_dist.checkpoint import host_copy
 from nemo_dist.checkpoint.host_copy import to_host
+from nemo_dist.errors import CheckpointError
 from nemo_dist.hf_model import INITIALIZED
 from nemo_dist.loading.missing_weights import Draws
 from nemo_dist.mesh.dtensor import filled, from_local
@@ -160,6 +162,30 @@ def test_copies_for_an_asynchronous_save_do_not_share_memory():
     copies = to_host(tensors)
     tensors["a"].zero_()
     assert copies["a"].tolist() == [0.0, 1.0, 2.0] and copies["b"].tolist() == [0, 1, 2, 3]
+
+
+def test_the_memory_for_copies_is_locked_once_and_again_for_more():
+    calls = []
+    cuda = SimpleNamespace(
+        cudaError=SimpleNamespace(success=0),
+        cudaHostRegister=lambda address, size, flags: calls.append(size) or 0,
+        cudaHostUnregister=lambda address: calls.append("unlocked"),
+    )
+    with mock.patch.object(torch.cuda, "cudart", return_value=cuda), mock.patch.object(host_copy, "_locked", None):
+        first = host_copy._page_locked(100)
+        assert host_copy._page_locked(60) is first
+        assert len(host_copy._page_locked(200)) == 200
+    assert calls == [100, "unlocked", 200]
+
+
+def test_memory_that_cuda_cannot_lock_is_an_error_with_a_way_out():
+    cuda = SimpleNamespace(cudaError=SimpleNamespace(success=0), cudaHostRegister=lambda *_: 2)
+    with (
+        mock.patch.object(torch.cuda, "cudart", return_value=cuda),
+        mock.patch.object(host_copy, "_locked", None),
+        pytest.raises(CheckpointError, match=r"cannot lock 100 bytes .* save without asynchronous=True"),
+    ):
+        host_copy._page_locked(100)
 
 
 def on_rank_store_in_bfloat16(folder):

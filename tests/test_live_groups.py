@@ -114,6 +114,6 @@ def test_one_setting_is_the_patience_of_all_meetings(monkeypatch):
     assert store_consensus._meetings.patience == timedelta(minutes=30)
     store_consensus.set_patience(7)
     assert store_consensus._meetings.patience == timedelta(minutes=7)
-    for wrong in (0, -1, True, "5", None, float("nan")):
+    for wrong in (0, -1, True, "5", None, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="patience_minutes must be a positive number"):
             initialize_distributed("gloo", patience_minutes=wrong)

@@ -27,6 +27,8 @@ TOPOLOGIES = {
     "ep-pp": (4, {"ep_size": 2, "pp_size": 2}, False),
     "ep-tp-replicas": (4, {"ep_size": 2, "tp_size": 2, "dp_replicate_size": 2}, False),
     "ep-cp-replicas": (4, {"ep_size": 2, "cp_size": 2, "dp_replicate_size": 2}, False),
+    "ep-over-tp-replicas": (4, {"ep_size": 4, "tp_size": 2, "dp_replicate_size": 2}, False),
+    "ep-pp-replicas": (4, {"ep_size": 2, "pp_size": 2, "dp_replicate_size": 2}, False),
     "ep-full": (4, {"ep_size": 2}, "full"),
     "ep-selective": (4, {"ep_size": 2}, "selective"),
     "ep-hsdp-tp-full": (8, {"ep_size": 4, "dp_replicate_size": 2, "tp_size": 2}, "full"),

@@ -30,6 +30,7 @@ MESHES = {
     "pp4-tp": (8, {"pp_size": 4, "tp_size": 2}),
     "pp4-cp": (8, {"pp_size": 4, "cp_size": 2}),
     "sequence-tp": (4, {"tp_size": 2}),
+    "replicas": (4, {"dp_replicate_size": 2}),
 }
 SCHEDULES = (
     ("GPipe", 1),

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nemo_dist.errors import CheckpointError
+
 _ALIGNED = 64  # bytes
 
 # Memory that CUDA copies into at full speed; made once, as locking its pages takes as long as copying into new ones.
@@ -50,17 +52,22 @@ def _laid_out(tensors: Mapping[str, Tensor]) -> tuple[dict[str, int], int]:
 
 
 def _page_locked(size: int) -> Tensor:
-    """Return a buffer of at least *size* bytes, locked if CUDA can lock it: torch's own pinned memory rounds up."""
+    """Return a buffer of at least *size* bytes; torch's own pinned memory would round up to a power of two.
+
+    Raises CheckpointError when CUDA cannot lock so much.
+    """
     global _locked
     if _locked is None or len(_locked) < size:
-        if _locked is not None:
-            _unlock(_locked)
-        _locked = torch.empty(size, dtype=torch.uint8)
         cuda: Any = torch.cuda.cudart()
-        cuda.cudaHostRegister(_locked.data_ptr(), size, 0)
+        if _locked is not None:
+            cuda.cudaHostUnregister(_locked.data_ptr())
+            _locked = None
+        made = torch.empty(size, dtype=torch.uint8)
+        code = cuda.cudaHostRegister(made.data_ptr(), size, 0)
+        if code != cuda.cudaError.success:
+            raise CheckpointError(
+                f"CUDA cannot lock {size} bytes of host memory for an asynchronous save ({code}); save without "
+                "asynchronous=True, or give this process more memory"
+            )
+        _locked = made
     return _locked
-
-
-def _unlock(buffer: Tensor) -> None:
-    cuda: Any = torch.cuda.cudart()
-    cuda.cudaHostUnregister(buffer.data_ptr())

@@ -33,13 +33,12 @@ from nemo_dist.checkpoint.sharded_model import ShardedModel
 from nemo_dist.checkpoint.state_dict import copies, exported, own_state
 from nemo_dist.errors import CheckpointError
 from nemo_dist.mesh.rank_group import RankGroup
-from nemo_dist.mesh.store_consensus import refuse_differences
+from nemo_dist.mesh.store_consensus import brief, refuse_differences
 
 # Prefixes of tensor names: "model/NAME", "optimizer.KIND/NAME" for moments, "plugin.PLUGIN.KIND/NAME".
 MODEL = "model/"
 OPTIMIZER = "optimizer."
 PLUGIN = "plugin."
-_BRIEF = 60  # characters of a value in an error
 _FEW = 5  # names of weights that are not finite, per rank
 
 
@@ -127,7 +126,7 @@ class _Collected:
         if optimizer is not None:
             self._take_optimizer(sharded, optimizer)
         shared = self._take_plugins(sharded)
-        same = {name: _brief(self.of_all[name]) for name in ("step", "optimizer", "schedulers", "extra")}
+        same = {name: brief(self.of_all[name]) for name in ("step", "optimizer", "schedulers", "extra")}
         same |= {"path": str(Path(path).expanduser().absolute()), "data": "given" if data is not None else "None"}
         return {"prefixes": list(self.layers), "shared": shared, "same": same}
 
@@ -171,12 +170,6 @@ class _Collected:
             tensors = exported(sharded, self.layers.get(prefix, {}))
             state |= {prefix + name: tensor for name, tensor in tensors.items()}
         return state
-
-
-def _brief(value: Any) -> str:
-    """Return JSON *value* as text for a comparison between ranks: the start of a long one, and its checksum."""
-    text = json.dumps(value, sort_keys=True)
-    return text if len(text) <= _BRIEF else f"{text[:_BRIEF]}... ({zlib.crc32(text.encode()):08x})"
 
 
 def _refuse_unequal_states(digests: Sequence[Mapping[str, int]]) -> None:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
 import zlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-_BRIEF = 60  # characters of a value in an error
+from nemo_dist.mesh.store_consensus import brief
+
 _SAMPLE = 4096  # bytes read at each end of the weights of a file
 _OF_THE_PLACE = ("_name_or_path", "transformers_version")  # differ where every node has a copy of its own
 
 
 def config_fields(config: Any) -> dict[str, str]:
     """Return every value of a transformers *config* as short text, by "config.NAME"."""
-    return {f"config.{name}": _brief(value) for name, value in _plain(config.to_dict()).items()}
+    return {f"config.{name}": brief(value) for name, value in _plain(config.to_dict()).items()}
 
 
 def file_fields(files: Iterable[Any] | None) -> dict[str, str]:
@@ -41,8 +41,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(name): _plain(inner) for name, inner in value.items() if name not in _OF_THE_PLACE}
     return value
-
-
-def _brief(value: Any) -> str:
-    text = json.dumps(value, sort_keys=True, default=lambda other: type(other).__name__)
-    return text if len(text) <= _BRIEF else f"{text[:_BRIEF]}... ({zlib.crc32(text.encode()):08x})"

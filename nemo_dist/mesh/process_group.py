@@ -100,6 +100,11 @@ def require_process_group() -> None:
         raise RankError("there is no process group to lay the mesh over; call initialize_distributed() first")
 
 
+def has_cpu_backend(group: dist.ProcessGroup | None = None) -> bool:
+    """Whether *group*, None for all ranks, can run collectives on CPU tensors; gloo can, NCCL alone cannot."""
+    return "cpu:" in str(dist.get_backend_config(group))
+
+
 def default_device_type() -> str:
     """Return "cuda" where CUDA is available and the process group, if there is one, has NCCL; else "cpu"."""
     nccl = dist.is_initialized() and "nccl" in str(dist.get_backend_config())

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nemo_dist.errors import CheckpointError
 from nemo_dist.mesh.live_groups import live
+from nemo_dist.mesh.process_group import has_cpu_backend
 from nemo_dist.mesh.rank_status import default_store, explained
 from nemo_dist.mesh.store_consensus import share
 
@@ -118,8 +119,8 @@ class RankGroup:
         if self.size == 1:
             return [int(value) for value in values]
         group = _group(self.ranks)
-        on_cpu = "cpu:" in str(dist.get_backend_config(group))
-        sums = torch.tensor(list(values), dtype=torch.int64, device="cpu" if on_cpu else self.device)
+        where = "cpu" if has_cpu_backend(group) else self.device
+        sums = torch.tensor(list(values), dtype=torch.int64, device=where)
         with explained():
             dist.all_reduce(sums, group=group)
         found: list[int] = sums.tolist()

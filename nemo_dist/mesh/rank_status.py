@@ -46,8 +46,8 @@ def all_there(
 ) -> bool:
     """Wait until *store* has all *keys*, for at most *patience*; return whether it has. *look* may raise meanwhile.
 
-    It asks again and again, because a wait inside the store cannot be interrupted, and writes warnings where it ends;
-    ever more rarely, so that it neither waits a twentieth longer than it must nor asks more than some hundred times.
+    It asks again and again, because a wait inside the store cannot be interrupted, and writes warnings where it ends.
+    The pauses grow with the time waited, of which they are a twentieth, up to 0.2 s.
     """
     start = time.monotonic()
     while not store.check(list(keys)):
@@ -72,11 +72,11 @@ def _take_back(store: dist.Store, rank: int) -> None:
 
 
 def watch(
-    store: dist.Store, ranks: Sequence[int], occasion: str, prefix: str = "", awaited: Sequence[int] = ()
+    store: dist.Store, members: Sequence[int], occasion: str, awaited: Sequence[int], prefix: str = ""
 ) -> Callable[[], None]:
-    """Return a function to call while waiting for *ranks*: it raises RankError when one of them has failed.
+    """Return a function to call at a meeting of *members*: it raises RankError when one of those *awaited* has failed.
 
-    So it does when one of those *awaited*, whose values under *prefix* are missing, does something else meanwhile.
+    With the *prefix* of the meeting's keys it also does when one whose value is missing does something else meanwhile.
     """
     seen: dict[int, float] = {}
     last = far = time.monotonic()
@@ -89,10 +89,10 @@ def watch(
         last = now
         if now - far > _FAR:
             far = now
-            for rank in [rank for rank in awaited if not store.check([f"{prefix}/{rank}"])]:
-                if text := whereabouts.elsewhere(store, rank, ranks, occasion, f"{prefix}/result"):
+            for rank in [rank for rank in awaited if prefix and not store.check([f"{prefix}/{rank}"])]:
+                if text := whereabouts.elsewhere(store, rank, members, occasion, f"{prefix}/result"):
                     raise RankError(text)
-        found = _failures(store, ranks)
+        found = _failures(store, awaited)
         for rank in set(seen) - set(found):
             del seen[rank]  # it goes on
         for rank in found:

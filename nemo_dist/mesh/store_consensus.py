@@ -21,6 +21,8 @@ import torch.distributed as dist
 from nemo_dist.errors import RankError
 from nemo_dist.mesh.rank_status import all_there, arrive, default_store, watch
 
+_YEAR = 60 * 24 * 365  # in minutes
+_BRIEF = 60  # characters of a value in an error
 # How often each occasion was used: part of its keys in the store, equal on all ranks, as they call in the same order.
 _held: defaultdict[str, int] = defaultdict(int)
 
@@ -35,8 +37,8 @@ _meetings = _Meetings()
 
 def set_patience(minutes: float) -> None:
     """Set how long a rank waits for the slowest one at every meeting: to build, load, save and export."""
-    if isinstance(minutes, bool) or not isinstance(minutes, int | float) or not minutes > 0:
-        raise ValueError(f"patience_minutes must be a positive number of minutes (got {minutes!r})")
+    if isinstance(minutes, bool) or not isinstance(minutes, int | float) or not 0 < minutes <= _YEAR:
+        raise ValueError(f"patience_minutes must be a positive number of minutes, at most a year (got {minutes!r})")
     _meetings.patience = timedelta(minutes=minutes)
 
 
@@ -74,9 +76,9 @@ def consensus(
     try:
         if not background:
             arrive(store, rank, members, occasion, f"{prefix}/result")
-        # A background thread meets the others whatever they train. One rank looks for all, the others for that one.
-        awaited = [] if background else members if rank == members[0] else members[:1]
-        look = watch(store, members, occasion, prefix, awaited)
+        # One rank looks for all, the others for that one. A background thread meets the others whatever they train.
+        awaited = members if rank == members[0] else members[:1]
+        look = watch(store, members, occasion, awaited, "" if background else prefix)
         result = meet(store, prefix, members, rank, mine, decide, look)
         if background:
             _keep_until_read(store, prefix, members, rank)
@@ -142,12 +144,18 @@ def _keep_until_read(store: dist.Store, prefix: str, members: list[int], rank: i
     if rank == members[0]:
         keys = [f"{prefix}/{member}/read" for member in members]
         with suppress(RankError):  # a rank that has failed reads nothing
-            all_there(store, keys, _meetings.patience, watch(store, members, "reading the result"))
+            all_there(store, keys, _meetings.patience, watch(store, members, "reading the result", members))
 
 
 def compare(occasion: str, fields: Mapping[str, str], ranks: Sequence[int] | None = None) -> None:
     """Raise RankError on every rank when *fields* differ between ranks; the message lists each field and the ranks."""
     _refuse(occasion, consensus(occasion, dict(fields), differences, ranks))
+
+
+def brief(value: Any) -> str:
+    """Return *value* as text for ``compare``: JSON, or the start of a long one and its checksum."""
+    text = json.dumps(value, sort_keys=True, default=lambda other: type(other).__name__)
+    return text if len(text) <= _BRIEF else f"{text[:_BRIEF]}... ({zlib.crc32(text.encode()):08x})"
 
 
 def refuse_differences(occasion: str, answers: Sequence[Mapping[str, str]]) -> None:

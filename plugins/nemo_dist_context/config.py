@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import attrs
 
 from nemo_dist.plugin.options import boolean, one_of, options
-
-if TYPE_CHECKING:
-    pass
-
 
 EXCHANGES = {
     "all_gather": "all-gather of keys and values",

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import attrs
 
 from nemo_dist.plugin.options import Fixed, boolean, integer, options
-
-if TYPE_CHECKING:
-    pass
-
 
 _FIXED = {"autocast_dtype": Fixed(values=(None,), instead="ddp computes in the dtype that the model is loaded in")}
 

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import Shard
 
 from nemo_dist import hf_model
+from nemo_dist.mesh.process_group import has_cpu_backend
 from nemo_dist.planning.mesh_plan import Role
 from nemo_dist.plugin.mixed_precision import mixed_precision
 from nemo_dist.plugin.resharding import reshard_with
@@ -62,10 +63,10 @@ def shard(model: nn.Module, mesh: MeshContext, config: FSDP2Config) -> None:
 
 def refuse_offload_without_cpu_backend() -> None:
     """Raise ValueError where the process group cannot reduce tensors on the CPU, as the norm of offloaded gradients."""
-    backends = str(dist.get_backend_config())
-    if "cpu:" not in backends:
+    if not has_cpu_backend():
         raise ValueError(
-            f"offload_policy keeps gradients on the CPU, and the process group has no backend there (only {backends}); "
+            "offload_policy keeps gradients on the CPU, and the process group has no backend there (only "
+            f"{dist.get_backend_config()}); "
             "initialise it with initialize_distributed(), which takes gloo for the CPU and NCCL for CUDA"
         )
 

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import attrs
 
 from nemo_dist.planning.validation import shown
 from nemo_dist.plugin.options import Fixed, boolean, one_of, options, tp_rules
-
-if TYPE_CHECKING:
-    pass
 
 
 def _class_names(value: Any) -> tuple[str, ...] | None:

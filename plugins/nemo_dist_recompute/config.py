@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import attrs
 
 from nemo_dist import UnknownNameError
 from nemo_dist.planning.validation import near, shown
 from nemo_dist.plugin.options import one_of, options
-
-if TYPE_CHECKING:
-    pass
-
 
 SCOPES = ("all", "language", "vision", "audio", "multimodal")
 

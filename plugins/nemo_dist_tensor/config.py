@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import attrs
 
 from nemo_dist.planning.validation import FrozenMapping
 from nemo_dist.plugin.options import boolean, options, tp_rules
-
-if TYPE_CHECKING:
-    pass
 
 
 def _rules(value: Any) -> FrozenMapping[str]:

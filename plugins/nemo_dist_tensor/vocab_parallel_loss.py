@@ -69,9 +69,8 @@ def _refuse_foreign(targets: Tensor, vocabulary: int, ignored: int) -> None:
     """Raise, as on one process, for a label outside of the vocabulary, which is in no rank's piece."""
     wrong = (targets != ignored) & ((targets < 0) | (targets >= vocabulary))
     if targets.device.type != "cpu":
-        assert_on_device(
-            ~wrong.any(), f"a label is no token of a vocabulary of {vocabulary}"
-        )  # reading the answer here would make the device wait
+        # Reading the answer here would make the host wait.
+        assert_on_device(~wrong.any(), f"a label is no token of a vocabulary of {vocabulary}")
     elif bool(wrong.any()):
         raise IndexError(f"label {int(targets[wrong][0])} is no token of a vocabulary of {vocabulary}")
 
