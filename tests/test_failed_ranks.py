@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import slow
+from scripts import START
 from test_launchers import clean
 
 from nemo_dist import RankError
@@ -58,27 +59,18 @@ def test_an_error_that_was_caught_is_no_reason_to_give_up_on_a_rank(ranks, tmp_p
     assert ranks(2).run(on_rank_go_on, runs.folders("llama"), tmp_path / "c") == [True, True]
 
 
-LOSE = """
-    import sys, torch, torch.distributed as dist, transformers
-    from nemo_dist import DistributedSetup, NeMoAutoModelForCausalLM, initialize_distributed
-
+LOSE = (
+    START
+    + """
     what, folder = sys.argv[1:]
-    env = initialize_distributed("gloo", timeout_minutes=0.15)
-    config = transformers.LlamaConfig(
-        vocab_size=96, hidden_size=32, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4
-    )
-    setup = DistributedSetup.build()
-    runtime = setup.runtime(NeMoAutoModelForCausalLM.from_config(config, distributed_setup=setup))
-    optimizer = runtime.optimizer(torch.optim.AdamW, lr=1e-3)
+    env, runtime, optimizer = start(timeout_minutes=0.15)
     for step in range(3 - env.rank):
-        tokens = torch.randint(3, 95, (2, 8))
         if what == "user code" and env.rank == 1 and step == 1:
             {}["the users key"]
-        runtime.forward_backward({"input_ids": tokens, "labels": tokens})
-        optimizer.step()
-        optimizer.zero_grad()
+        train(runtime, optimizer)
     runtime.save(folder, optimizer)
 """
+)
 
 
 @pytest.mark.parametrize(

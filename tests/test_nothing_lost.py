@@ -15,6 +15,7 @@ import torch.distributed as dist
 from cases import cases, slow
 from hypothesis import given
 from hypothesis import strategies as st
+from scripts import START
 
 from nemo_dist import CheckpointError, RunFolder, initialize_distributed
 from nemo_dist.checkpoint import manifest as manifests
@@ -22,25 +23,16 @@ from nemo_dist.checkpoint.chunks import Chunk
 from nemo_dist.checkpoint.json_state import from_json, to_json
 from nemo_dist.checkpoint.manifest import Manifest, StoredChunk, overlap
 
-TRAIN = """
-    import sys, torch, torch.distributed as dist, transformers
-    from nemo_dist import DistributedSetup, NeMoAutoModelForCausalLM, RunFolder, initialize_distributed
-
-    env = initialize_distributed("gloo", timeout_minutes=1)
-    config = transformers.LlamaConfig(
-        vocab_size=96, hidden_size=32, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4
-    )
-    setup = DistributedSetup.build()
-    runtime = setup.runtime(NeMoAutoModelForCausalLM.from_config(config, distributed_setup=setup))
-    optimizer = runtime.optimizer(torch.optim.AdamW, lr=1e-3)
+TRAIN = (
+    START
+    + """
+    env, runtime, optimizer = start()
     run = RunFolder(sys.argv[1], keep_last=1)
     for step in range(1, 3):
-        tokens = torch.randint(3, 95, (2, 8))
-        runtime.forward_backward({"input_ids": tokens, "labels": tokens})
-        optimizer.step()
-        optimizer.zero_grad()
+        train(runtime, optimizer)
         handle = run.save(runtime, optimizer, step=step, asynchronous=step == 2)
 """
+)
 
 ENDS = {
     "destroyed, then awaited": "dist.destroy_process_group(); handle.wait()",

@@ -16,9 +16,8 @@ from nemo_dist import RunFolder
 
 _WARM = 30  # first ones, which fill caches
 _SLACK = 4.0  # MiB that an allocator may keep
-_EACH = (
-    0.15  # MiB that may stay of each, without a thread or a descriptor; measured are 0.02 a save, 0.03 to 0.12 a setup
-)
+# MiB that may stay of each, without a thread or a descriptor; 0.02 of a save and 0.03 to 0.12 of a setup were seen.
+_EACH = 0.15
 
 
 def run(count: int, chance: Random, folder: Path) -> Iterator[Tally]:
