@@ -22,7 +22,7 @@ demo: $(INSTALLED)
 	$(BIN)/nemo-dist demo $(ARGS)
 
 test: lint
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 matrix: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow $(ARGS)

@@ -74,10 +74,10 @@ def test_every_composition_matches_one_process(ranks, cell):
 
 # Beside another axis, the data-parallel ranks may all be replicas, of one shard each: with what else fsdp2 does.
 REPLICAS = {
-    "offload": ({"offload_policy": "cpu"}, {"tp_size": 2}, 1),
-    "compiled": ({"enable_compile": True}, {"cp_size": 2}, 1),
-    "resharded": ({"reshard_after_forward": True}, {"cp_size": 2}, 2),
     "reduced after every batch": ({"defer_fsdp_grad_sync": False}, {"tp_size": 2}, 2),
+    "offload": ({"offload_policy": "cpu"}, {"tp_size": 2}, 1),
+    "resharded": ({"reshard_after_forward": True}, {"cp_size": 2}, 2),
+    "compiled": ({"enable_compile": True}, {"cp_size": 2}, 1),
     "deferred": ({}, {"tp_size": 2}, 2),
     "stages": ({}, {"pp_size": 2}, 2),
 }

@@ -20,7 +20,7 @@ def campaign(*arguments):
 @cases(
     ("count", "names"),
     [
-        (3, ["rivals", "manifests", "flips"]),
+        (1, ["rivals", "manifests", "flips"]),
         slow(20, ["disks"]),
         slow(100, ["kills"]),
         slow(1000, ["manifests"]),

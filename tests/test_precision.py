@@ -141,9 +141,8 @@ COMPILED = {
 }
 
 
-@pytest.mark.parametrize(
-    "case", [case if case == "plain" else pytest.param(case, marks=pytest.mark.slow) for case in COMPILED]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", COMPILED)
 def test_compiled_blocks_train_like_one_process(ranks, case):
     world, sizes, sequence, mode = COMPILED[case]
     strategy = FSDP2Config(mp_policy=FP32, enable_compile=True, sequence_parallel=sequence)
