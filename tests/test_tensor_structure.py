@@ -11,6 +11,7 @@ from nemo_dist.testing.equivalence import Task, assert_equivalent, checkpoint
 from nemo_dist.testing.precision import FP32
 from nemo_dist.testing.tiny_models import SPECIMENS
 from nemo_dist.training.replica_check import ReplicaCheck
+from nemo_dist_tensor.probe import Recording
 from nemo_dist_tensor.structure import completed
 from nemo_dist_tensor.tp_plan import match
 
@@ -164,3 +165,19 @@ def test_replicas_along_every_axis_are_equal(ranks, world, sizes):
 def test_how_often_to_compare_replicas_is_a_number_of_steps(every, error):
     with pytest.raises(error, match="check_replicas must be an int from 0 up"):
         ReplicaCheck(every=every)
+
+
+def test_blocks_that_are_alike_are_run_once_and_known_all():
+    config = SPECIMENS["qwen3-moe"].config()
+    config.num_hidden_layers, config.mlp_only_layers = 6, [0]
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+
+    found = Recording.of(model)
+
+    assert found.complete
+    inside = [f"model.layers.{layer}.self_attn.o_proj" for layer in range(6)]
+    assert inside == [name for name in inside if name in found.calls]
+    held = {id(found.modules[name]) for name in inside}
+    assert len(held) == 2  # one of a block with experts and one of a block without
+    assert not any(found.modules[name].weight.is_meta for name in inside)

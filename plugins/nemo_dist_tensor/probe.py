@@ -10,8 +10,9 @@ each on heads of its own, and whether a contiguous shard of a packed projection 
 from __future__ import annotations
 
 import copy
+import re
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import Placement, Shard
 from transformers.pytorch_utils import Conv1D
 
-from nemo_dist.hf_model import plain_class
+from nemo_dist.hf_model import class_name, plain_class
 from nemo_dist.torch_private import StridedShard, disable_current_modes, tensors_in, tree_map_only
 from nemo_dist_tensor.collectives import Peers
 
@@ -66,14 +67,15 @@ class Call:
 
 @attrs.frozen(eq=False)
 class Recording:
-    """The model with random weights on the CPU, the first call of every module, and the modules in order of calls.
+    """The ``modules`` of the model with random weights on the CPU by name, and their first calls in order.
 
+    Of blocks that are alike, one runs and stands for all, so that the cost does not grow with the number of layers.
     ``complete``: the run went through to the loss. ``head_is_scaled_only``: between the head and the loss its logits
     are at most scaled, their shape and order unchanged. ``returned``: the modules that return what a linear layer in
     them returned, with that layer.
     """
 
-    model: Any
+    modules: Mapping[str, nn.Module]
     calls: Mapping[str, Call]
     returned: Mapping[str, str]
     complete: bool
@@ -84,18 +86,17 @@ class Recording:
         """Run a copy of *model* (on meta); None when that does not work, so that nothing is known of its calls."""
         with disable_current_modes(), torch.random.fork_rng(devices=[]), torch.device("cpu"):
             try:
-                with torch.device("meta"):
-                    twin = plain_class(model)(copy.deepcopy(model.config))
-                twin = twin.float().eval()
-                twin.set_attn_implementation("eager")
-                torch.manual_seed(0)
-                _materialise(twin)
-                return cls._run(twin)
+                twin, alike = _twin(model)
+                found = cls._run(twin, alike)
+                return cls._run(_twin(model)[0], {}) if alike and not found.complete else found
             except Exception:
                 return None
 
     @classmethod
-    def _run(cls, model: Any) -> Recording:
+    def _run(cls, model: Any, alike: Mapping[str, str]) -> Recording:
+        """Run *model* with random weights, without the blocks of *alike*, each with the one that stands for it."""
+        _materialise(model, set(alike))
+        _leave_out(model, alike)
         calls: dict[str, Call] = {}
         returned: dict[str, str] = {}
         outputs: dict[str, Any] = {}
@@ -119,7 +120,52 @@ class Recording:
                 complete = False  # what it called before is known all the same
         for handle in handles:
             handle.remove()
-        return cls(model, calls, returned, complete, len(logits) == 2 and _scaled_only(logits[1], logits[0]))
+        modules = dict(model.named_modules())
+        for block, first in alike.items():
+            inside = {name: block + name[len(first) :] for name in modules if f"{name}.".startswith(f"{first}.")}
+            modules |= {inside[name]: modules[name] for name in inside}
+            calls |= {inside[name]: calls[name] for name in list(calls) if name in inside}
+            returned |= {inside[name]: inside[child] for name, child in list(returned.items()) if name in inside}
+        return cls(modules, calls, returned, complete, len(logits) == 2 and _scaled_only(logits[1], logits[0]))
+
+
+def _twin(model: Any) -> tuple[Any, dict[str, str]]:
+    """Return a copy of *model* on meta, and the blocks of it that are like an earlier one, with that one."""
+    with torch.device("meta"):
+        twin = plain_class(model)(copy.deepcopy(model.config))
+    twin = twin.float().eval()
+    twin.set_attn_implementation("eager")
+    torch.manual_seed(0)
+    firsts: dict[Any, str] = {}
+    alike, done = {}, ""
+    for name, blocks in twin.named_modules():
+        if not isinstance(blocks, nn.ModuleList) or (done and name.startswith(done)):
+            continue
+        done = f"{name}."
+        for place, block in blocks.named_children():
+            kind = name, tuple((inner, signature(module)) for inner, module in block.named_modules())
+            if (first := firsts.setdefault(kind, f"{name}.{place}")) != f"{name}.{place}":
+                alike[f"{name}.{place}"] = first
+    return twin, alike
+
+
+def signature(module: nn.Module) -> Any:
+    """Return what makes two modules alike: class, parameters, simple attributes other than their number."""
+    shapes = tuple((name, tuple(parameter.shape)) for name, parameter in module.named_parameters())
+    values = tuple(
+        (name, value)
+        for name, value in sorted(vars(module).items())
+        if isinstance(value, int | float | str | bool | None) and not re.search("idx|index|layer_id|number", name)
+    )
+    return class_name(module), shapes, values
+
+
+def _leave_out(model: nn.Module, alike: Mapping[str, str]) -> None:
+    """Let each block of *alike* return what the one that stands for it returned."""
+    outputs: dict[str, Any] = {}
+    for block, first in alike.items():
+        model.get_submodule(first).register_forward_hook(lambda *call, of=first: outputs.update({of: call[-1]}))
+        model.get_submodule(block).forward = lambda *_, of=first, **__: outputs[of]  # type: ignore[method-assign]
 
 
 def _keep(seen: list[Any], logits: Any) -> Tensor:
@@ -180,17 +226,20 @@ def _multiplies(kind: type[nn.Linear], bias: bool) -> bool:
             return False
 
 
-def _materialise(model: nn.Module) -> None:
-    """Give *model* random weights and buffers on the CPU; tied parameters stay tied where that matters to no rule."""
-    for module in model.modules():
+def _materialise(model: nn.Module, but: Collection[str]) -> None:
+    """Give *model*, *but* for some blocks, random weights and buffers; ties stay where that matters to no rule."""
+    outside = tuple(f"{block}." for block in but)
+    for name, module in model.named_modules():
+        if outside and f"{name}.".startswith(outside):
+            continue
         if is_projection(module):
             _thin(module)
-        for name, parameter in list(module._parameters.items()):
+        for own, parameter in list(module._parameters.items()):
             if parameter is not None and parameter.is_meta:
-                module._parameters[name] = nn.Parameter(_random(module, parameter))
-        for name, buffer in list(module._buffers.items()):
+                module._parameters[own] = nn.Parameter(_random(module, parameter))
+        for own, buffer in list(module._buffers.items()):
             if buffer is not None and buffer.is_meta:
-                module._buffers[name] = _buffer(name, buffer)
+                module._buffers[own] = _buffer(own, buffer)
         if isinstance(module, nn.Embedding):
             module.padding_idx = None
 

@@ -25,13 +25,13 @@ from torch import nn
 from torch.distributed.tensor import Placement
 from transformers.pytorch_utils import Conv1D
 
-from nemo_dist.hf_model import class_name, plain_class
+from nemo_dist.hf_model import plain_class
 from nemo_dist_tensor import parameter_sharding
 from nemo_dist_tensor.attention_heads import AttentionHeads
 from nemo_dist_tensor.collectives import Peers
 from nemo_dist_tensor.install import Installer
 from nemo_dist_tensor.parallel_regions import Region
-from nemo_dist_tensor.probe import Call, Recording, Verdict, is_projection, prove
+from nemo_dist_tensor.probe import Call, Recording, Verdict, is_projection, prove, signature
 from nemo_dist_tensor.styles import COLUMN, ROW, STYLES, SUMMED
 from nemo_dist_tensor.tp_plan import Rules, generic
 
@@ -139,7 +139,7 @@ class Completion:
             own = self._own_rules(name)
             if not own and not self.derive:
                 continue
-            key = _signature(unit, own)
+            key = signature(unit), tuple(sorted(own.items()))
             if key not in known:
                 known[key] = Unit(name, unit, own, calls.get(key), self).plan()
             found: Plan = known[key]
@@ -198,24 +198,12 @@ class Completion:
         if recording is None:
             return {}
         order = list(recording.calls)
-        twins = dict(recording.model.named_modules())
         for name, unit in self._units():
-            if name in recording.calls and name in twins:
+            if name in recording.calls:
                 inside = [call[len(name) + 1 :] for call in order if call.startswith(f"{name}.")]
-                key = _signature(unit, self._own_rules(name))
-                found.setdefault(key, (twins[name], recording.calls[name], inside))
+                key = signature(unit), tuple(sorted(self._own_rules(name).items()))
+                found.setdefault(key, (recording.modules[name], recording.calls[name], inside))
         return found
-
-
-def _signature(unit: nn.Module, own: Mapping[str, str]) -> Any:
-    """Return what makes two units alike: class, parameters, simple attributes other than their number, rules."""
-    shapes = tuple((name, tuple(parameter.shape)) for name, parameter in unit.named_parameters())
-    values = tuple(
-        (name, value)
-        for name, value in sorted(vars(unit).items())
-        if isinstance(value, int | float | str | bool | None) and not re.search("idx|index|layer_id|number", name)
-    )
-    return class_name(unit), shapes, values, tuple(sorted(own.items()))
 
 
 def _join(unit: str, rule: str) -> str:
