@@ -5,8 +5,8 @@ import torch
 import transformers
 from cases import cases, slow
 
-from nemo_dist import DistributedSetup, FSDP2Config, ParallelismSizes
-from nemo_dist.errors import RankError
+from nemo_dist import DistributedSetup, FSDP2Config, NeMoAutoModelForCausalLM, ParallelismSizes
+from nemo_dist.errors import RankError, TopologyError
 from nemo_dist.testing.equivalence import Task, assert_equivalent, checkpoint
 from nemo_dist.testing.precision import FP32
 from nemo_dist.testing.tiny_models import SPECIMENS
@@ -33,7 +33,6 @@ def options(sequence=False, **sizes):
         ("apertus", 2, False),
         slow("apertus", 2, True),
         ("gpt-oss", 2, False),
-        slow("gpt-oss", 2, True),
         slow("gpt-oss", 4, False),
         ("gptj", 2, False),
         slow("gptj", 2, True),
@@ -47,6 +46,20 @@ def options(sequence=False, **sizes):
 )
 def test_parameters_inside_of_regions_match_one_process(ranks, specimen, world, sequence):
     assert_equivalent(ranks(world), Task(specimen=specimen, length=13), **options(sequence))
+
+
+def on_rank_refusal(folder, choice):
+    with pytest.raises((TopologyError, RankError)) as caught:
+        NeMoAutoModelForCausalLM.from_pretrained(folder, distributed_setup=DistributedSetup.build(**choice))
+    return str(caught.value)
+
+
+@pytest.mark.slow
+def test_tokens_are_not_cut_before_experts_without_a_rule(ranks):
+    (message, _) = ranks(2).run(on_rank_refusal, checkpoint("gpt-oss"), options(sequence=True))
+
+    assert "mlp.experts (GptOssExperts) is neither in the plan nor a norm, so its tokens cannot be cut" in message
+    assert "use sequence_parallel=False" in message
 
 
 def rules_of(specimen, ranks=2, plan=None, **changes):
