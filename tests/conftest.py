@@ -13,6 +13,8 @@ settings.register_profile("ci", parent=settings.get_profile("here"), derandomize
 settings.load_profile("ci" if os.environ.get("CI") else "here")
 
 _ON_RANKS = {"ranks", "rank_pools", "on_ranks"}
+# Of the laws of the conformance kit that need ranks, those that the default run holds our own plugins to.
+_LAWS = {"test_it_computes_what_one_process_computes", "test_it_accumulates_what_one_process_computes"}
 _ONE = 3  # of up to this many cases one is taken, else two
 
 
@@ -20,13 +22,18 @@ _ONE = 3  # of up to this many cases one is taken, else two
 def pytest_collection_modifyitems(config, items):
     """Of each test on ranks take the first case, of one with many the last one too; `make matrix` takes the others.
 
-    A case that is named on the command line runs. Those that are marked `slow` do not count.
+    Of the conformance kit on our own plugins it takes two laws. A case that is named on the command line runs. Those
+    that are marked `slow` do not count.
     """
     asked = [argument for argument in config.args if "[" in argument]
     cases = {}
     for item in items:
         if _ON_RANKS & set(item.fixturenames) and not item.get_closest_marker("slow"):
             cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for item in items:
+        of_kit = hasattr(item.cls, "selecting") and "ranks" in item.fixturenames
+        if of_kit and item.name not in _LAWS and item.nodeid not in config.args:
+            item.add_marker("slow")
     for found in cases.values():
         for item in found[1:] if len(found) <= _ONE else found[1:-1]:
             if not any(argument.endswith(item.nodeid.rpartition("/")[2]) for argument in asked):

@@ -1,11 +1,17 @@
 """Every plugin that ships passes the kit that a third party's has to pass."""
 
+import os
+import shutil
+from pathlib import Path
+
 import pytest
 
 from nemo_dist import FSDP2Config, ParallelismSizes, Registry
 from nemo_dist.testing import PluginConformance
 from nemo_dist.testing.fake_cuda import WithCudaCalls
 from nemo_dist.testing.precision import FP32
+
+PLUGINS = Path(__file__).parents[1] / "plugins"
 
 
 class TestFSDP2(PluginConformance):
@@ -52,6 +58,29 @@ class TestMoE(PluginConformance):
     plugin = "moe"
     build = {"strategy": FSDP2Config(mp_policy=FP32), "parallelism_sizes": ParallelismSizes(ep_size=2)}
     specimen = "qwen3-moe"
+
+
+@pytest.fixture(scope="module")
+def mirrored(tmp_path_factory):
+    """Install a copy of one of our plugins from elsewhere, under another name: it has no privilege that ours have."""
+    folder = tmp_path_factory.mktemp("mirrored")
+    package = shutil.copytree(PLUGINS / "nemo_dist_ddp", folder / "nemo_dist_mirror")
+    for path in package.glob("*.py"):
+        text = path.read_text().replace("nemo_dist_ddp", "nemo_dist_mirror").replace('"ddp"', '"mirror"')
+        path.write_text(text.replace("ddp: ", "mirror: ").replace("_nemo_dist_replicas", "_mirror_replicas"))
+    info = folder / "nemo_dist_mirror-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: nemo-dist-mirror\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[nemo_dist]\nmirror = nemo_dist_mirror:DDP\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        patch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
+        yield
+
+
+@pytest.mark.usefixtures("mirrored")
+class TestOneOfOursFromOutside(PluginConformance):
+    plugin = "mirror"
 
 
 def test_every_plugin_that_ships_is_tested_here():

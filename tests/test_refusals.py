@@ -324,9 +324,9 @@ class Entry:
 def test_two_owners_of_one_name_are_refused():
     other = Entry("mine", "b:B", dist=Entry.Dist("other-dist", "2.0"))
     with pytest.raises(
-        PluginError, match=r"'mine' is declared by both some-dist 1\.0 .* and other-dist 2\.0.*uninstall"
+        PluginError, match=r"'mine' is declared by both other-dist 2\.0 .* and some-dist 1\.0.*uninstall"
     ):
-        Registry((Entry("mine", "a:A"), other))
+        Registry((Entry("mine", "a:A"), other)).load("mine")
 
 
 def test_a_plugin_that_fails_to_import_names_its_distribution():

@@ -21,12 +21,14 @@ from torch import Tensor
 from nemo_dist.checkpoint import async_save, manifest, rng_state
 from nemo_dist.checkpoint.atomic_dir import write_folder
 from nemo_dist.checkpoint.chunks import Chunk, Entry, chunks, describe, merged
+from nemo_dist.checkpoint.equal_copies import Copies
 from nemo_dist.checkpoint.hf_side_files import write_companions
 from nemo_dist.checkpoint.hf_weight_conversion import refuse_unplain
 from nemo_dist.checkpoint.host_copy import settle, to_host
 from nemo_dist.checkpoint.json_state import to_json
 from nemo_dist.checkpoint.manifest import Stored, StoredChunk, key
 from nemo_dist.checkpoint.optimizer_state import by_value, counts, group_options, moments, named
+from nemo_dist.checkpoint.replaced_optimizer import hides_state, makers, refuse_hidden_state
 from nemo_dist.checkpoint.safetensors_writer import SafetensorsFile
 from nemo_dist.checkpoint.scheduler_state import scheduler_state
 from nemo_dist.checkpoint.sharded_model import ShardedModel
@@ -69,6 +71,8 @@ def save(
     )
     refuse_differences("what to save", [summary["same"] for summary in summaries])
     _refuse_unequal_states([summary["shared"] for summary in summaries])
+    made = makers(optimizer)
+    refuse_hidden_state([summary["hidden"] for summary in summaries], made)
     prefixes = sorted({prefix for summary in summaries for prefix in summary["prefixes"]})
     with ranks.agreed("collecting what to save"):
         state = found.canonical(sharded, prefixes)
@@ -76,11 +80,16 @@ def save(
     answers = ranks.gather({**found.of_rank, "tensors": described})
     with ranks.agreed("planning the save"):
         entries = merged([answer.pop("tensors") for answer in answers])
+        copies_here = Copies.of(ranks.rank, {} if sharded.differing else state, entries, but=found.buffers)
         checked = found.weights if check_finite else frozenset()
-        work = _Work.plan(ranks, sharded.model, path, state, entries, _joined(answers) | found.of_all, checked)
+        writers = share_out(entries, ranks.size, even=not sharded.differing)
+        about = _joined(answers) | found.of_all
+        work = _Work.plan(ranks, sharded.model, path, state, entries, writers, about, checked)
         if asynchronous:
             work = work.copied()
         settle(work.mine)  # the thread has a stream of its own
+    if not sharded.differing:
+        copies_here.compare(ranks, made)
     under_way = async_save.begin(lambda: work.run(prepare, committed))
     if not asynchronous:
         under_way.wait()
@@ -113,7 +122,8 @@ class _Collected:
     ) -> dict[str, Any]:
         """Collect the state; return what all ranks must know before they go on.
 
-        That is ``prefixes``, ``shared``, digests of plugins' states, and ``same``, the arguments that must not differ.
+        That is ``prefixes``, ``shared``, digests of plugins' states, ``same``, the arguments that must not differ, and
+        ``hidden``, whether the optimizer shows no state though it should have some.
         """
         refuse_unplain(sharded.model)
         self.own = own_state(sharded)
@@ -128,7 +138,8 @@ class _Collected:
         shared = self._take_plugins(sharded)
         same = {name: brief(self.of_all[name]) for name in ("step", "optimizer", "schedulers", "extra")}
         same |= {"path": str(Path(path).expanduser().absolute()), "data": "given" if data is not None else "None"}
-        return {"prefixes": list(self.layers), "shared": shared, "same": same}
+        hidden = optimizer is not None and hides_state(optimizer)
+        return {"prefixes": list(self.layers), "shared": shared, "same": same, "hidden": hidden}
 
     def _take_optimizer(self, sharded: ShardedModel, optimizer: Any) -> None:
         parameters = named(optimizer, self.own, copies(sharded, self.own))
@@ -154,6 +165,12 @@ class _Collected:
                 self.layers[f"{PLUGIN}{name}.{kind}/"] = tensors
             shared[name] = to_json(state.shared() if state.shared else None, f"the state of plugin {name!r}")
             own[name] = to_json(state.own() if state.own else None, f"the state of plugin {name!r}")
+        for name in sharded.differing:
+            if name not in sharded.states or sharded.states[name].own is None:
+                raise CheckpointError(
+                    f"plugin {name!r} declares replicas_differ and keeps nothing of each rank, so a resumed run would "
+                    "go on from one replica; return from PluginState.own what differs between ranks"
+                )
         if sharded.states:
             self.of_rank["plugin_states"], self.of_all["plugin_states"] = own, shared
         return {name: zlib.crc32(json.dumps(value, sort_keys=True).encode()) for name, value in shared.items()}
@@ -162,6 +179,13 @@ class _Collected:
     def weights(self) -> frozenset[str]:
         """The names, in the checkpoint, of what must be finite: all tensors of the model but its buffers."""
         return frozenset(MODEL + name for name, tensor in self.own.items() if isinstance(tensor, torch.nn.Parameter))
+
+    @property
+    def buffers(self) -> frozenset[str]:
+        """The names, in the checkpoint, of buffers; those of ranks with different batches may differ."""
+        return frozenset(
+            MODEL + name for name, tensor in self.own.items() if not isinstance(tensor, torch.nn.Parameter)
+        )
 
     def canonical(self, sharded: ShardedModel, prefixes: Sequence[str]) -> dict[str, Tensor]:
         """Return the canonical state; every rank exports all *prefixes*, as a plugin may run a collective for each."""
@@ -254,10 +278,10 @@ class _Work:
         path: str | os.PathLike[str],
         state: Mapping[str, Tensor],
         entries: Mapping[str, Entry],
+        writers: Mapping[str, Mapping[Chunk, int]],
         about: Mapping[str, Any],
         checked: Collection[str],
     ) -> _Work:
-        writers = share_out(entries, ranks.size)
         mine, finite = {}, set()
         for name, tensor in state.items():
             for chunk, values in chunks(tensor):
@@ -325,14 +349,17 @@ def _is_finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(torch.linalg.vector_norm(wide, float("inf"))))
 
 
-def share_out(entries: Mapping[str, Entry], count: int) -> dict[str, dict[Chunk, int]]:
-    """Return which rank writes each chunk: of its holders, the one with the fewest bytes to write so far."""
+def share_out(entries: Mapping[str, Entry], count: int, even: bool = True) -> dict[str, dict[Chunk, int]]:
+    """Return which rank writes each chunk: of its holders, the one with the fewest bytes to write so far.
+
+    Without *even* it is the first of its holders, so that all chunks are of one replica.
+    """
     load = [0] * count
     writers: dict[str, dict[Chunk, int]] = {}
     for name, entry in entries.items():
         writers[name] = {}
         for chunk, holders in entry.holders.items():
-            writer = min(holders, key=lambda rank: (load[rank], rank))
+            writer = min(holders, key=lambda rank: (load[rank] if even else 0, rank))
             load[writer] += chunk.numel * entry.dtype.itemsize
             writers[name][chunk] = writer
     return writers

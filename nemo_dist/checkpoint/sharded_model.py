@@ -22,7 +22,7 @@ class ShardedModel:
     """The local ``parts`` of a model on its ``mesh``, and the hook ``calls`` that convert to the canonical state.
 
     ``strategy`` is the name of the strategy; ``plugins`` maps the names of all plugins to their import packages;
-    ``states`` is what each plugin saves in checkpoints.
+    ``states`` is what each plugin saves in checkpoints; ``differing`` are the plugins whose replicas differ by design.
     """
 
     parts: Sequence[nn.Module]
@@ -31,6 +31,7 @@ class ShardedModel:
     strategy: str | None = None
     plugins: Mapping[str, str] = attrs.field(factory=dict)
     states: Mapping[str, PluginState] = attrs.field(factory=dict)
+    differing: Sequence[str] = ()
 
     @cached_property
     def model(self) -> Any:

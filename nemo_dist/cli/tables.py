@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable
+from importlib.metadata import EntryPoint
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from nemo_dist.errors import PluginError
 from nemo_dist.planning.mesh_plan import MeshPlan, View
-from nemo_dist.plugin.protocol import Stage, claimant
+from nemo_dist.plugin.protocol import Plugin, Stage, claimant
 from nemo_dist.plugin.registry import Registry
 
 if TYPE_CHECKING:
@@ -118,27 +118,20 @@ def rank_lines(plan: MeshPlan, rank: int) -> list[str]:
 
 def plugin_rows(registry: Registry) -> list[dict[str, Any]]:
     """Return a row per installed plugin; ``error`` is None, or why the plugin cannot be used."""
-    return [_plugin_row(registry, name) for name in registry]
+    return [_plugin_row(*found) for found in registry.catalogue()]
 
 
-def _plugin_row(registry: Registry, name: str) -> dict[str, Any]:
-    entry = registry.entry(name)
-    row: dict[str, Any] = {
-        "name": name,
+def _plugin_row(entry: EntryPoint, plugin: type[Plugin] | None, error: str | None) -> dict[str, Any]:
+    return {
+        "name": entry.name,
         "distribution": entry.dist.name if entry.dist else None,
         "version": entry.dist.version if entry.dist else None,
         "entry_point": entry.value,
-        "stage": None,
-        "axes": [],
-        "doc": None,
-        "error": None,
+        "stage": None if plugin is None else _stage(plugin.stage),
+        "axes": [] if plugin is None else sorted(plugin.axes),
+        "doc": None if plugin is None else (inspect.getdoc(plugin) or "").partition("\n")[0],
+        "error": error,
     }
-    try:
-        plugin = registry.load(name)
-    except PluginError as error:
-        return row | {"error": str(error)}
-    doc = (inspect.getdoc(plugin) or "").partition("\n")[0]
-    return row | {"stage": _stage(plugin.stage), "axes": sorted(plugin.axes), "doc": doc}
 
 
 def _stage(stage: int) -> str:

@@ -1,4 +1,4 @@
-"""Convert between global tensors and this rank's shards, and replace parameters by shards."""
+"""Convert between global tensors and this rank's shards, replace parameters by shards, and digest them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from torch.distributed.tensor import DTensor
 from transformers.distributed.sharding_utils import DtensorShardOperation
 
 from nemo_dist.torch_private import dtensor_of
+
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -58,3 +60,13 @@ def parameter_slots(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.
     for prefix, module in model.named_modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             yield f"{prefix}.{name}" if prefix else name, module, name, parameter
+
+
+def digest(tensor: Tensor) -> Tensor:
+    """Return the sum of the bits of this rank's part of *tensor* as a 0-dim int64; equal tensors have equal ones."""
+    values = local(tensor).contiguous()
+    if values.dtype.is_complex:
+        values = torch.view_as_real(values)
+    if values.dtype is torch.bool:
+        values = values.to(torch.int8)
+    return values.view(_BITS[values.element_size()]).sum(dtype=torch.int64)

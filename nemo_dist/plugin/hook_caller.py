@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -9,29 +10,55 @@ import pluggy
 
 from nemo_dist.errors import PluginError
 from nemo_dist.planning.validation import near
-from nemo_dist.plugin.hookspecs import Hooks
-from nemo_dist.plugin.protocol import Plugin
+from nemo_dist.plugin import contract
+from nemo_dist.plugin.hookspecs import Hooks, hookimpl
+from nemo_dist.plugin.protocol import Plugin, declared
+from nemo_dist.plugin.results import judge_result
 
+HOOKS = tuple(name for name in vars(Hooks) if not name.startswith("_"))  # in the order of a run
+_PLANNING = frozenset({"views", "validate", "explain", "traffic", "agree"})  # hooks that change nothing
 _REVERSED = frozenset({"import_state"})
+
+
+def hooks_of(plugin: Any) -> list[str]:
+    """Return the names of the methods of *plugin*, a class or an instance, that are marked as hooks."""
+    kind = plugin if isinstance(plugin, type) else type(plugin)
+    return [name for name in dir(kind) if _is_marked(getattr(kind, name, None))]
+
+
+def arguments_of(hook: str) -> list[str]:
+    """Return the arguments that *hook* may take."""
+    return list(inspect.signature(getattr(Hooks, hook)).parameters)[1:]
+
+
+def acts(plugin: Any) -> bool:
+    """Whether *plugin* has a hook that changes the model, a step or a checkpoint."""
+    return not _PLANNING.issuperset(hooks_of(plugin))
+
+
+def _is_marked(method: Any) -> bool:
+    return getattr(method, f"{hookimpl.project_name}_impl", None) is not None
 
 
 class PluginCalls:
     """Calls the hooks of *plugins*, given in stage order: ``calls.shard(...)`` calls all their ``shard`` hooks.
 
     A call returns the list of results that are not None. An exception raised by a hook gets a note with the plugin's
-    name. Raises PluginError for a hook that does not exist, for hook arguments that are unknown or have a default, and
-    for ``tryfirst``, ``trylast`` or wrappers, which would change the order.
+    name, and a result of the wrong type raises PluginError. Making one raises PluginError for a hook that does not
+    exist or is gone, for a method named like a hook that is not marked as one, for hook arguments that are unknown or
+    have a default, and for ``tryfirst``, ``trylast`` or wrappers, which would change the order.
     """
 
     def __init__(self, plugins: Sequence[Plugin]) -> None:
         self._manager = pluggy.PluginManager("nemo_dist")
         self._manager.add_hookspecs(Hooks)
+        for plugin in plugins:
+            _judge_hooks(plugin)
         for plugin in reversed(plugins):  # pluggy calls the last registered plugin first
             try:
                 self._manager.register(plugin, plugin.name)
-            except (pluggy.PluginValidationError, ValueError, TypeError) as error:
+            except Exception as error:  # whatever a property of the plugin raises, too
                 raise PluginError(f"plugin {plugin.name!r} does not fit the hooks: {_one_line(error)}") from error
-        self._refuse_misspelled()
         self._refuse_hidden_rules()
 
     def __getattr__(self, name: str) -> Callable[..., list[Any]]:
@@ -50,6 +77,7 @@ class PluginCalls:
             except Exception as error:
                 error.add_note(f"raised by the {hook} hook of plugin {one.plugin_name!r}")
                 raise
+            judge_result(one.plugin_name, hook, answer)
             yield one.plugin_name, answer
 
     def only(self, hook: str, **arguments: Any) -> Any:
@@ -58,17 +86,6 @@ class PluginCalls:
         if len(answers) > 1:
             raise PluginError(f"plugins {_listed(answers)} both answer {hook}(), which only one may; leave one out")
         return next(iter(answers.values()), None)
-
-    def _refuse_misspelled(self) -> None:
-        names = [name for name in vars(Hooks) if not name.startswith("_")]
-        for name, hook in vars(self._manager.hook).items():
-            if name.startswith("_") or hook.has_spec():
-                continue
-            for impl in hook.get_hookimpls():
-                raise PluginError(
-                    f"plugin {impl.plugin_name!r} implements {name}(), which is no hook{near(name, names)} "
-                    f"(hooks: {', '.join(names)})"
-                )
 
     def _refuse_hidden_rules(self) -> None:
         """Raise PluginError for a hook with an argument default, ``tryfirst``, ``trylast`` or a wrapper.
@@ -90,6 +107,41 @@ class PluginCalls:
                         f"plugin {impl.plugin_name!r}: {name}() sets tryfirst, trylast or wrapper; the order is "
                         "that of the plugins' stages, so set stage instead"
                     )
+
+
+def _judge_hooks(plugin: Plugin) -> None:
+    """Raise PluginError for a hook, or an argument of one, that does not exist, and for a hook without its mark."""
+    marked = hooks_of(plugin)
+    for name in HOOKS:
+        if name in marked or not callable(getattr(type(plugin), name, None)):
+            continue
+        if contract.ADDED.get(name, 1) <= declared(plugin, "contract"):
+            raise PluginError(
+                f"plugin {plugin.name!r} has a method {name}() that is named like a hook and is not marked as one, so "
+                "it would never be called; put @hookimpl of nemo_dist above it, or rename it"
+            )
+    for name in marked:
+        _judge_hook(plugin, name)
+
+
+def _judge_hook(plugin: Plugin, name: str) -> None:
+    what = f"plugin {plugin.name!r} implements {name}(), which"
+    if name not in HOOKS and name in contract.REMOVED:
+        raise PluginError(f"{what} is no hook any more: {contract.REMOVED[name]}")
+    if name not in HOOKS:
+        raise PluginError(f"{what} is no hook{near(name, HOOKS)} (hooks: {', '.join(HOOKS)})")
+    valid = arguments_of(name)
+    for argument, parameter in inspect.signature(getattr(plugin, name)).parameters.items():
+        if parameter.kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD:
+            raise PluginError(
+                f"plugin {plugin.name!r}: {name}() takes {parameter}, and a hook gets the arguments that it names, one "
+                f"by one; name those that it needs (arguments: {', '.join(valid)})"
+            )
+        if argument in valid:
+            continue
+        gone = contract.REMOVED.get(f"{name}.{argument}")
+        way = f" any more: {gone}" if gone else f"{near(argument, valid)} (arguments: {', '.join(valid)})"
+        raise PluginError(f"{what} has no argument {argument!r}{way}")
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -26,8 +26,9 @@ class Stage(IntEnum):
 class Plugin(Protocol):
     """What the core requires of a plugin besides its hooks: an ``attrs.frozen(eq=False)`` class with these attributes.
 
-    ``axes`` are the mesh axes that it claims. ``composes_with`` matters for a strategy (stage ``DATA``): the axes and
-    features of other plugins that it works with. A config class names its plugin in a class variable ``plugin``.
+    ``axes`` are the mesh axes that it claims. ``composes_with``: for a strategy (stage ``DATA``), the axes, features
+    and names of other plugins that it works with; for another plugin, names of strategies. A config class names its
+    plugin in a class variable ``plugin``.
 
     Optional attributes, read by :func:`declared`:
 
@@ -46,6 +47,15 @@ class Plugin(Protocol):
 
     ``parameter_device``: for a strategy, the type of the device that keeps the shards of parameters between forwards;
     None is that of the mesh.
+
+    ``contract``: the version of the contract that the plugin was written for, 1 without it.
+
+    ``exact``: False for a plugin that does not compute what one process computes, by design; it says so in
+    ``setup.explain()``, and the conformance kit then asks for the bound that it keeps.
+
+    ``replicas_differ``: True for a plugin whose ranks may hold different values of what others call one parameter. The
+    replicas are then not compared, a save takes all tensors of one replica, and the plugin keeps what else a resumed
+    run needs in ``PluginState.own``.
     """
 
     name: ClassVar[str]
@@ -65,6 +75,9 @@ _OPTIONAL: Mapping[str, Any] = {
     "features": FrozenMapping[str](),
     "compute_dtype": None,
     "parameter_device": None,
+    "contract": 1,
+    "exact": True,
+    "replicas_differ": False,
 }
 
 

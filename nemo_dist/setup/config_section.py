@@ -130,7 +130,7 @@ def _describe(
 
     A plugin that ``build`` would select in the same form by itself is left out.
     """
-    if registry.role(RECOMPUTE) == plugin.name:
+    if registry.default(RECOMPUTE) == plugin.name:
         scope = getattr(setup.strategy_config, SCOPE, None)
         settings = {"mode": setup.recompute_mode} | ({} if scope is None else {"scope": scope})
         if plugin.config == type(plugin.config)(**settings):
@@ -138,7 +138,7 @@ def _describe(
             return
     options = _options(plugin.config, plugin.name)
     for key, (_, role) in _CONFIGS.items():
-        if registry.role(role) == plugin.name:
+        if registry.default(role) == plugin.name:
             section |= {key: options} if options else {}
             return
     if plugin.config != _default(plugin, setup, registry):
@@ -150,7 +150,7 @@ def _default(plugin: Plugin, setup: Composition, registry: Registry) -> Any:
     delegates = declared(setup.strategy, "delegates")
     usual = type(setup.strategy_config)()
     for axis in (axis.name for axis in setup.plan.wide if axis.name in plugin.axes):
-        if registry.role(axis) == plugin.name:
+        if registry.default(axis) == plugin.name:
             given = {name: getattr(setup.strategy_config, name) for name in delegates.get(axis, ())}
             return type(plugin.config)(
                 **{name: value for name, value in given.items() if value != getattr(usual, name)}

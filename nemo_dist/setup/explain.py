@@ -30,6 +30,11 @@ def explanation(setup: Composition, own_mesh: DeviceMesh | None, model: Any, row
             )
     lines.append("plugins, in the order they act on the model:")
     lines += [f"  {line}" for line in setup.calls.explain(plan=plan, model=model)]
+    lines += [
+        f"  {plugin.name}: does not compute what one process computes, by design"
+        for plugin in setup.plugins
+        if not declared(plugin, "exact")
+    ]
     facts = _facts(setup, model, rows, length)
     sent = [line for found in setup.calls.traffic(plan=plan, facts=facts, model=model) for line in found]
     if sent:

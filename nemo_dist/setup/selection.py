@@ -7,12 +7,14 @@ from typing import Any
 
 import attrs
 
-from nemo_dist.errors import TopologyError, UnknownNameError
+from nemo_dist.errors import PluginError, TopologyError, UnknownNameError
 from nemo_dist.planning.mesh_plan import DENSE_AXES, MeshPlan, Role
 from nemo_dist.planning.sizes import ParallelismSizes
 from nemo_dist.planning.validation import near, same, shown
+from nemo_dist.plugin.declaration import misfit
+from nemo_dist.plugin.hook_caller import acts
 from nemo_dist.plugin.options import from_mapping
-from nemo_dist.plugin.protocol import Plugin, Stage, claimant, declared, strategy_of
+from nemo_dist.plugin.protocol import Plugin, Stage, claimant, claimants, declared, strategy_of
 from nemo_dist.plugin.registry import STRATEGY, Registry
 
 Choice = Any  # a plugin name, a config object, or a plugin instance
@@ -87,8 +89,8 @@ class Selection:
 
     def filling(self, role: str) -> Plugin | None:
         """Return the default plugin of *role* if it is selected already, else None."""
-        name = self.registry.role(role)
-        return next((plugin for plugin in self.plugins if plugin.name == name), None)
+        beside = [plugin for plugin in self.plugins if plugin.stage != Stage.DATA]
+        return next((plugin for plugin in beside if self.registry.fills(plugin.name, role)), None)
 
     def own_axes(self, sizes: ParallelismSizes) -> ParallelismSizes:
         """Select a plugin for every axis of ``extra`` above 1; return *sizes* with the roles that plugins declare."""
@@ -143,14 +145,29 @@ class Selection:
     def judge_composition(self, strategy: Plugin, sizes: ParallelismSizes, world_size: int) -> None:
         """Add a problem for every axis of size > 1 of another plugin that does not compose with *strategy*.
 
-        One of the two must declare in ``composes_with`` that it does.
+        One of the two must declare in ``composes_with`` that it does. A plugin without an axis that changes what is
+        trained is judged under its name.
         """
         for axis, size in _wide(sizes, world_size).items():
-            found = claimant(self.plugins, axis)
-            if found is None or found is strategy:
-                continue
-            if axis not in strategy.composes_with and strategy.name not in found.composes_with:
+            found = claimants(self.plugins, axis)
+            if len(found) > 1:
+                self.problems.append(_claimed_by_several(axis, size, found))
+            elif found and found[0] is not strategy and not _compose(strategy, axis, found[0]):
                 self.problems.append(self._uncomposed(f"axis {axis!r} has size {size}", axis, strategy))
+        for plugin in self.plugins:
+            if plugin is not strategy and not plugin.axes and acts(plugin):
+                self._judge_without_axis(plugin, strategy)
+
+    def _judge_without_axis(self, plugin: Plugin, strategy: Plugin) -> None:
+        if any(self.registry.fills(plugin.name, keyword) for keyword in _KEYWORDS):
+            return  # judged as the feature that the keyword asks for
+        if not _compose(strategy, plugin.name, plugin):
+            proven = " or ".join(map(repr, sorted(plugin.composes_with)))
+            way = f"use {proven}" if proven else "list the strategies that it is tested with in its composes_with"
+            self.problems.append(
+                f"plugin {plugin.name!r} changes what is trained, but neither it nor strategy {strategy.name!r} says "
+                f"that they compose; {way}"
+            )
 
     def judge_feature(self, strategy: Plugin, feature: str, need: str) -> None:
         """Add a problem if *strategy* does not compose with *feature*, which is no axis; *need* starts its sentence."""
@@ -182,6 +199,13 @@ class Selection:
 
     def _plugin(self, choice: Choice, what: str, by_name: bool = True) -> Plugin:
         """Return the plugin for *choice*: a plugin name, a config object, or a plugin instance."""
+        plugin = self._made(choice, what, by_name)
+        if problem := misfit(plugin):
+            raise PluginError(f"plugin {shown(plugin.name)} ({type(plugin).__name__}) {problem}")
+        self.registry.refuse_off(plugin.name)
+        return plugin
+
+    def _made(self, choice: Choice, what: str, by_name: bool) -> Plugin:
         if isinstance(choice, type):
             raise TypeError(f"{what} must be an instance (got the class {choice.__name__}); write {choice.__name__}()")
         if isinstance(choice, str) and by_name:
@@ -214,6 +238,19 @@ class Selection:
 
     def _strategies(self) -> list[str]:
         return [name for name in self.registry if self.registry.stage(name) == Stage.DATA]
+
+
+def _compose(strategy: Plugin, word: str, plugin: Plugin) -> bool:
+    """Whether *strategy* lists *word*, an axis or the name of *plugin*, or *plugin* lists the strategy."""
+    return word in strategy.composes_with or strategy.name in plugin.composes_with
+
+
+def _claimed_by_several(axis: str, size: int, plugins: Iterable[Plugin]) -> str:
+    names = [repr(plugin.name) for plugin in plugins]
+    return (
+        f"axis {axis!r} has size {size} and is claimed by {' and '.join(names)}, which would each split the work along "
+        f"it; leave out {' or '.join(names)}"
+    )
 
 
 def _wide(sizes: ParallelismSizes, world_size: int) -> dict[str, int]:

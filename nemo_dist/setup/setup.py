@@ -17,6 +17,7 @@ from nemo_dist.planning.validation import shown
 from nemo_dist.plugin.hook_caller import PluginCalls
 from nemo_dist.plugin.hookspecs import RuntimePart
 from nemo_dist.plugin.parts import judge_parts
+from nemo_dist.plugin.protocol import declared
 from nemo_dist.plugin.registry import Registry
 from nemo_dist.setup.build_arguments import judge_runtime_options, launched_ranks, mesh_ranks, select_recompute
 from nemo_dist.setup.composition import Composition
@@ -242,6 +243,7 @@ class DistributedSetup(Composition):
             calls=self.calls,
             strategy=self.strategy.name if self.strategy else None,
             plugins={plugin.name: type(plugin).__module__.partition(".")[0] for plugin in self.plugins},
+            differing=tuple(plugin.name for plugin in self.plugins if declared(plugin, "replicas_differ")),
         )
 
     def runtime_parts(self, parts: list[nn.Module], model: object) -> dict[str, RuntimePart]:

@@ -1,6 +1,7 @@
 """Tools for testing plugins: conformance kit, Hypothesis strategies, a pool of ranks; each is loaded on first use.
 
-Here: ``conformance`` (the kit), ``equivalence`` (training compared with one process), ``call_orders`` and
+Here: ``conformance`` (the kit), its ``laws``, ``conformance_cases`` (setups), ``conformance_runs`` (what runs on ranks)
+and ``diagnosis`` (where to look); ``equivalence`` (training compared with one process), ``call_orders`` and
 ``call_names`` (the same for any order of calls), ``comm_recorder`` and ``comm_playback`` (whether ranks would wait for
 ever on NCCL), ``strategies``, ``tiny_models``; a proof for a user's own model:
 ``proof``, which uses ``local_topology``, ``tiny_work``, ``proof_run``, ``comparison``, and to find where it departs

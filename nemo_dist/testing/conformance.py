@@ -1,4 +1,4 @@
-"""The conformance kit: the tests that every plugin must pass, ours and third-party ones alike.
+"""The conformance kit: the laws that every plugin keeps, ours and third-party ones alike.
 
 Three lines in a test module run it; the ranks come from the ``ranks`` fixture of nemo_dist's pytest plugin::
 
@@ -6,44 +6,80 @@ Three lines in a test module run it; the ranks come from the ``ranks`` fixture o
 
     class TestMine(PluginConformance):
         plugin = "mine"
+
+Each test holds one law of ``nemo_dist.testing.laws``. A failure names the law, the numbers and where to look.
 """
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import attrs
 import pytest
+import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from nemo_dist.errors import TopologyError
 from nemo_dist.planning.mesh_plan import MeshPlan
 from nemo_dist.planning.sizes import ParallelismSizes
 from nemo_dist.plugin.hook_caller import PluginCalls
-from nemo_dist.plugin.protocol import Plugin, Stage
+from nemo_dist.plugin.options import option_names
+from nemo_dist.plugin.protocol import Plugin, Stage, declared
 from nemo_dist.plugin.registry import Registry
 from nemo_dist.setup.setup import DistributedSetup
-from nemo_dist.testing import strategies
-from nemo_dist.testing.equivalence import Task, assert_equivalent
+from nemo_dist.testing import conformance_runs as runs
+from nemo_dist.testing import laws, strategies
+from nemo_dist.testing.conformance_cases import (
+    MODEL_AXES,
+    Case,
+    composed_cases,
+    default_strategy,
+    in_float32,
+    usual_build,
+)
+from nemo_dist.testing.conformance_runs import Stretch
+from nemo_dist.testing.diagnosis import hints
+from nemo_dist.testing.equivalence import (
+    TOLERANCE,
+    Outcome,
+    Task,
+    checkpoint,
+    differences,
+    mean_of_replicas,
+    merged,
+    reference,
+    tensor_differences,
+    train_on_rank,
+)
+from nemo_dist.testing.temp_folders import scratch
+from nemo_dist.testing.tensors import saved_weights
 
-_MODEL_AXES = ("pp", "cp", "tp", "ep")
+Ranks = Callable[[int], Any]
+_TIED = {"llama": "llama-tied"}
 
 
 class PluginConformance:
     """The conformance tests: subclass it in a test module and set ``plugin`` to the plugin's registered name.
 
     ``build`` are the keywords of ``DistributedSetup.build`` that select the plugin on ``world`` ranks, with all
-    computation in float32; by default ``strategy=plugin`` for a strategy and ``plugins=(plugin,)`` for another plugin.
-    ``specimen`` names the model of ``nemo_dist.testing.tiny_models`` to train.
+    computation in float32; by default the plugin, with axes of its own of 2 ranks, and for a plugin beside a strategy
+    the default strategy, or else one that it composes with. ``specimen`` names the model of
+    ``nemo_dist.testing.tiny_models`` to train. ``bound``: for a plugin with ``exact = False``, the relative error that
+    it keeps. ``frozen``: prefixes of parameters that the plugin itself freezes.
     """
 
     plugin: ClassVar[str]
     build: ClassVar[Mapping[str, Any] | None] = None
     world: ClassVar[int] = 2
     specimen: ClassVar[str] = "llama"
+    bound: ClassVar[float | None] = None
+    frozen: ClassVar[tuple[str, ...]] = ()
 
     @property
     def plugin_type(self) -> Any:
@@ -52,18 +88,34 @@ class PluginConformance:
 
     def selecting(self) -> dict[str, Any]:
         """Return the keywords of ``build`` that select the plugin."""
-        if self.build is not None:
-            return dict(self.build)
-        is_strategy = self.plugin_type.stage == Stage.DATA
-        return {"strategy": self.plugin} if is_strategy else {"plugins": (self.plugin,)}
+        return dict(usual_build(self.plugin_type) if self.build is None else self.build)
+
+    def instance(self) -> Any:
+        """Return the plugin with the options that ``selecting`` gives it."""
+        setup = DistributedSetup.build(**self.selecting(), world_size=self.world)
+        return next(plugin for plugin in setup.plugins if plugin.name == self.plugin)
+
+    def task(self, **more: Any) -> Task:
+        """Return what to train."""
+        return Task(**{"specimen": self.specimen, "frozen": self.frozen, **more})
+
+    # ---- without ranks ----
 
     def test_the_catalogue_has_it_complete(self) -> None:
         """The class has the attributes of ``nemo_dist.Plugin``, a docstring, and a config that names the plugin."""
-        plugin = self.plugin_type(self.plugin_type.config_type())
-
-        assert isinstance(plugin, Plugin)
-        assert self.plugin_type.__doc__, "nemo-dist plugins shows the first line of the docstring"
-        assert self.plugin_type.config_type.plugin == self.plugin
+        with laws.CATALOGUE.judging(self.plugin):
+            kind = self.plugin_type
+            plugin = kind(kind.config_type())
+        config = getattr(kind.config_type, "plugin", None)
+        lacking = [
+            (not isinstance(plugin, Plugin), "its class lacks 'config'"),
+            (
+                not inspect.cleandoc(kind.__doc__ or ""),
+                "its class has no docstring; nemo-dist plugins shows the first line",
+            ),
+            (config != self.plugin, f"{kind.config_type.__name__}.plugin is {config!r}"),
+        ]
+        laws.CATALOGUE.hold(self.plugin, [line for lacks, line in lacking if lacks])
 
     def test_it_is_hashed_by_identity(self) -> None:
         """Two plugins with equal configs compare unequal, as pluggy hashes plugins and two setups may hold one each."""
@@ -73,12 +125,38 @@ class PluginConformance:
     def test_its_config_is_an_unchanging_value(self) -> None:
         """The config is immutable, and equal ones have equal reprs without addresses, as ranks compare them as text."""
         one, other = self.plugin_type.config_type(), self.plugin_type.config_type()
-
-        assert one == other and repr(one) == repr(other)
-        assert " at 0x" not in repr(one)
+        lines = [f"{one!r} and {other!r} are of equal options"] if one != other or repr(one) != repr(other) else []
+        lines += [f"{one!r} has an address"] if " at 0x" in repr(one) else []
         for field in attrs.fields(type(one)) if attrs.has(type(one)) else ():
-            with pytest.raises(AttributeError):
+            try:
                 setattr(one, field.name, None)
+                lines.append(f"{field.name} can be set after it was made")
+            except AttributeError:
+                pass
+        laws.VALUE.hold(self.plugin, lines)
+
+    def test_a_section_of_a_configuration_gives_it_back(self) -> None:
+        """``to_dict`` of a setup with the plugin gives plain values from which ``from_dict`` builds the same setup."""
+        setup = DistributedSetup.build(**self.selecting(), world_size=self.world)
+        with laws.ROUND_TRIP.judging(self.plugin):
+            again = DistributedSetup.from_dict(setup.to_dict(), world_size=self.world).describe()
+        lines = [f"{name}: {value}, and again {again.get(name)}" for name, value in setup.describe().items()]
+        laws.ROUND_TRIP.hold(
+            self.plugin,
+            [
+                line
+                for line, (name, value) in zip(lines, setup.describe().items(), strict=True)
+                if again.get(name) != value
+            ],
+        )
+
+    def test_it_says_what_its_options_mean(self) -> None:
+        """The docstring of the config class names every option."""
+        config_type = self.plugin_type.config_type
+        said = config_type.__doc__ or ""
+        options = option_names(config_type) if attrs.has(config_type) else []
+        lines = [f"{config_type.__name__} says nothing of {name!r}" for name in options if name not in said]
+        laws.DOCUMENTED.hold(self.plugin, lines or ([] if said else [f"{config_type.__name__} has no docstring"]))
 
     def test_its_hooks_keep_the_contract(self) -> None:
         """The plugin has no misspelled hook, no default on a hook argument, and no order other than its stage."""
@@ -88,45 +166,268 @@ class PluginConformance:
         """Importing the plugin must not import torch, so that planning works in processes without it."""
         load = f"import sys; from nemo_dist import Registry; Registry().load({self.plugin!r})"
         code = f"{load}; sys.exit('torch' in sys.modules)"
-        assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+        left = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+        lines = [left.stderr.strip().splitlines()[-1] if left.stderr else "torch is imported after it"]
+        laws.LAZY.hold(self.plugin, lines if left.returncode else [])
 
     def test_it_judges_any_plan_without_raising(self) -> None:
-        """``validate`` returns the same sentences each time, for any plan, and raises nothing."""
-        plugin = self.plugin_type(self.plugin_type.config_type())
+        """Planning hooks return the same each time, on every rank, for any plan, and raise nothing."""
+        plugin = self.instance()
         calls = PluginCalls([plugin])
+        own = sorted(declared(plugin, "roles")) or sorted(plugin.axes - {*strategies.AXES, "ep"})
 
         @settings(deadline=None)  # a slow machine is no failure
-        @given(topology=strategies.topologies())
-        def judged_alike_each_time(topology: tuple[ParallelismSizes, int]) -> None:
+        @given(topology=strategies.topologies(), size=st.integers(1, 3))
+        def judged_alike_each_time(topology: tuple[ParallelismSizes, int], size: int) -> None:
             sizes, world_size = topology
-            plan = MeshPlan.nearest(sizes, world_size)
-            given: dict[str, Any] = {"plan": plan, "sizes": sizes, "plugins": (plugin,), "device_type": None}
-            first = calls.validate(**given)
-            assert first == calls.validate(**given)
-            assert all(isinstance(sentence, str) and sentence for found in first for sentence in found)
+            if own:
+                sizes = attrs.evolve(sizes, extra={own[0]: size}).with_roles(declared(plugin, "roles"))
+                world_size *= size if own[0] in sizes.roles else 1
+            answers = []
+            for rank in (0, 1):
+                with laws.as_rank(rank), laws.PURE.judging(self.plugin):
+                    answers.append(_judged(calls, plugin, sizes, world_size))
+            lines = [f"{hook}() returned {answers[0][hook]!r}, and then {answers[1][hook]!r}" for hook in answers[0]]
+            laws.PURE.hold(
+                self.plugin,
+                [line for line, hook in zip(lines, answers[0], strict=True) if answers[0][hook] != answers[1][hook]],
+            )
 
         judged_alike_each_time()
 
     def test_it_says_what_it_does(self) -> None:
         """``explain`` starts with the plugin's name, so that a reader can tell which plugin does what."""
         setup = DistributedSetup.build(**self.selecting(), world_size=self.world)
-        assert any(line.startswith(self.plugin) for line in setup.calls.explain(plan=setup.plan, model=None))
+        with laws.EXPLAINS.judging(self.plugin):
+            lines = setup.calls.explain(plan=setup.plan, model=None)
+        said = any(line.startswith(self.plugin) for line in lines)
+        laws.EXPLAINS.hold(self.plugin, [] if said else [f"the setup says {line!r}" for line in lines] or ["nothing"])
 
     def test_a_strategy_refuses_the_axes_it_does_not_compose_with(self) -> None:
         """``build`` rejects an axis that the strategy does not declare; the error names the axis and its size."""
         if self.plugin_type.stage != Stage.DATA:
             return
-        for axis in _MODEL_AXES:
+        for axis in MODEL_AXES:
             if axis in self.plugin_type.composes_with | self.plugin_type.axes:
                 continue
             options = self.selecting() | {"parallelism_sizes": ParallelismSizes(**{f"{axis}_size": 2})}
             with pytest.raises(TopologyError, match=f"axis '{axis}' has size 2, but strategy '{self.plugin}'"):
                 DistributedSetup.build(**options, world_size=4)
 
-    def test_it_computes_what_one_process_computes(self, ranks: Callable[[int], Any]) -> None:
-        """Losses, gradients, unclipped norms and the parameters after three AdamW steps equal those of one process."""
-        assert_equivalent(ranks(self.world), Task(specimen=self.specimen), **self.selecting())
+    # ---- on ranks ----
 
-    def test_it_accumulates_what_one_process_computes(self, ranks: Callable[[int], Any]) -> None:
+    def test_it_computes_what_one_process_computes(self, ranks: Ranks) -> None:
+        """Losses, gradients, unclipped norms and the parameters after three AdamW steps equal those of one process."""
+        self._compare(laws.PARITY, ranks, self.task())
+
+    def test_it_accumulates_what_one_process_computes(self, ranks: Ranks) -> None:
         """Training with gradient accumulation over three batches per step equals training on one process."""
-        assert_equivalent(ranks(self.world), Task(specimen=self.specimen, accumulate=3), **self.selecting())
+        self._compare(laws.ACCUMULATES, ranks, self.task(accumulate=3))
+
+    def test_it_trains_beside_frozen_parameters(self, ranks: Ranks) -> None:
+        """Parameters that are frozen after loading stay, and the others train as on one process."""
+        self._compare(laws.FROZEN, ranks, self.task(frozen=(*self.frozen, "model.layers.0.", "model.embed")))
+
+    def test_it_trains_a_tied_weight_as_one(self, ranks: Ranks) -> None:
+        """An output head that is tied to the embedding gets the gradients of both."""
+        if self.specimen in _TIED:
+            self._compare(laws.TIED, ranks, self.task(specimen=_TIED[self.specimen]))
+
+    def test_it_sums_gradients_in_the_loop_of_the_user(self, ranks: Ranks) -> None:
+        """Backwards within ``no_sync`` and one after it give the sum of the gradients of all, averaged once."""
+        if declared(self.instance(), "replicas_differ"):
+            return
+        task = self.task()
+        with laws.OWN_LOOP.judging(self.plugin):
+            found = ranks(self.world).run(runs.on_rank_own_loop, task, checkpoint(task.specimen), self.selecting())
+        lines = [
+            line for one in found if one is not None for line in tensor_differences("gradients", *one, self._error)
+        ]
+        laws.OWN_LOOP.hold(self.plugin, list(dict.fromkeys(lines)))
+
+    def test_it_composes_with_what_it_says(self, ranks: Ranks) -> None:
+        """Training equals that of one process on twice the ranks, and with every axis and strategy it composes with."""
+        for case in self.cases():
+            with laws.COMPOSES.judging(self.plugin):
+                self._compare(laws.COMPOSES, ranks, self.task(specimen=case.specimen), case)
+
+    def cases(self) -> Sequence[Case]:
+        """Return the setups that ``test_it_composes_with_what_it_says`` trains in."""
+        return list(composed_cases(self.plugin_type, self.selecting(), self.world, self.specimen))
+
+    def test_it_resumes_twice_as_if_it_had_never_stopped(self, ranks: Ranks) -> None:
+        """Save, load, train, save, load and train again: every number is that of a run without stops."""
+        run = scratch("resumed")
+        stretches = [
+            Stretch(start=0, stop=2, save="first"),
+            Stretch(start=0, stop=4),
+            Stretch(start=2, stop=3, load="first", save="second"),
+            Stretch(start=3, stop=4, load="second"),
+        ]
+        with laws.RESUMES.judging(self.plugin):
+            found = self._run(ranks, run, [(self.selecting(), stretch) for stretch in stretches])
+        lines = []
+        for rank, (_, straight, once, twice) in enumerate(found):
+            for number, steps in (("first", once.numbers), ("second", twice.numbers)):
+                step = 2 if number == "first" else 3
+                expected = straight.numbers[step : step + 1]
+                lines += [
+                    f"rank {rank}, step {step} after the {number} resume: loss and norm {steps}, expected {expected}"
+                ] * (steps != expected)
+            changed = [name for name, value in straight.after.items() if not torch.equal(value, twice.after[name])]
+            if changed:
+                lines.append(f"rank {rank}: {len(changed)} parameters differ in the end, such as {changed[0]}")
+        laws.RESUMES.hold(self.plugin, lines)
+
+    def test_its_checkpoints_go_to_and_from_another_strategy(self, ranks: Ranks) -> None:
+        """Its checkpoint loads under the default strategy, and that one's under it: same weights, same numbers on."""
+        if declared(self.instance(), "replicas_differ"):
+            return
+        run, own = scratch("crossed"), self.selecting()
+        other = {"strategy": in_float32(default_strategy())}
+        stretches = [
+            (own, Stretch(start=0, stop=2, save="own", export="exported")),
+            (other, Stretch(start=2, stop=4, load="own")),
+            (other, Stretch(start=0, stop=2, save="other")),
+            (own, Stretch(start=2, stop=4, load="other")),
+            (own, Stretch(start=0, stop=4)),
+        ]
+        with laws.CROSSES.judging(self.plugin):
+            found = [_joined(ranked) for ranked in zip(*self._run(ranks, run, stretches), strict=True)]
+        saved, there, others, back, straight = found
+        lines = _unequal("the weights that it saved, under the default strategy", there.before, saved.after)
+        lines += _unequal("the weights of the default strategy, under it", back.before, others.after)
+        error = self._error
+        for name, one in (("its own checkpoint", there), ("the checkpoint of the default strategy", back)):
+            pairs = zip(one.numbers, straight.numbers[2:], strict=True)
+            lines += [f"{name}: {a}, expected {b}" for a, b in pairs if not _close(a, b, error)]
+            lines += tensor_differences(f"{name}, parameters", one.after, straight.after, error)
+        laws.CROSSES.hold(self.plugin, lines)
+        exported = saved_weights(Path(run) / "exported")
+        laws.EXPORTS.hold(self.plugin, _unequal("the export", exported, _stored(saved.after, exported)))
+
+    def test_it_leaves_nothing_behind(self, ranks: Ranks) -> None:
+        """A closed runtime leaves no groups or threads, and plain models compute as before."""
+        task = self.task()
+        with laws.LEAVES_NOTHING.judging(self.plugin):
+            found = ranks(self.world).run(runs.on_rank_repeat, task, checkpoint(task.specimen), self.selecting())
+        plain = _plain_loss(task)
+        lines = []
+        for rank, left in enumerate(found):
+            for what, (first, last) in (("process groups", left.groups), ("threads", left.threads)):
+                lines += [f"rank {rank}: {first} {what} after the first runtime, {last} after the third"] * (
+                    last > first
+                )
+            lines += [f"rank {rank}: a plain model's loss is {left.plain_loss}, expected {plain}"] * (
+                not abs(left.plain_loss - plain) <= TOLERANCE * abs(plain)
+            )
+        laws.LEAVES_NOTHING.hold(self.plugin, lines)
+
+    def test_two_setups_train_side_by_side(self, ranks: Ranks) -> None:
+        """Two setups in one process give the numbers of each alone."""
+        task = self.task()
+        with laws.TWO_SETUPS.judging(self.plugin):
+            found = ranks(self.world).run(runs.on_rank_two_setups, task, checkpoint(task.specimen), self.selecting())
+        alone = self._run(ranks, scratch("alone"), [(self.selecting(), Stretch(start=0, stop=2))])
+        lines = [
+            f"rank {rank}: {numbers}, expected {list(alone[rank][0].numbers)}"
+            for rank, both in enumerate(found)
+            for numbers in both
+            if numbers != list(alone[rank][0].numbers)
+        ]
+        laws.TWO_SETUPS.hold(self.plugin, lines)
+
+    def test_ranks_that_select_otherwise_all_raise(self, ranks: Ranks) -> None:
+        """Where one rank lacks the plugin, all raise an error that names what differs."""
+        own = self.selecting()
+        other = {"strategy": "ddp" if self.plugin == default_strategy() else in_float32(default_strategy())}
+        with laws.DISAGREES.judging(self.plugin):
+            said = ranks(self.world).run(runs.on_rank_disagree, [own, other])
+        lines = [f"rank {rank} raised {text!r}" for rank, text in enumerate(said) if "plugins" not in text]
+        laws.DISAGREES.hold(self.plugin, lines)
+
+    # ---- what the tests share ----
+
+    @property
+    def _error(self) -> float:
+        """The relative error that is allowed."""
+        if declared(self.instance(), "exact"):
+            return TOLERANCE
+        if self.bound is None:
+            raise laws.BOUND.broken(
+                self.plugin, ["exact is False, and the kit has no bound"], ["bound = ... on the kit"]
+            )
+        return self.bound
+
+    def _compare(self, law: laws.Law, ranks: Ranks, task: Task, case: Case | None = None) -> None:
+        """Train *task* on ranks and on one process, and raise what *law* says where they differ."""
+        build, world = (self.selecting(), self.world) if case is None else (case.build, case.world)
+        where = f"{world} ranks, {build}"
+        plugin = self.instance()
+        with law.judging(self.plugin):
+            outcomes = ranks(world).run(train_on_rank, task, checkpoint(task.specimen, task.seed), build)
+            found = mean_of_replicas(outcomes) if declared(plugin, "replicas_differ") else merged(outcomes)
+        expected = reference(task)
+        lines = _different(found, expected, self._error, differ=declared(plugin, "replicas_differ"))
+        told = hints(found, expected, build, world) if lines else []
+        law.hold(self.plugin, [f"on {where}:", *lines] if lines else [], told)
+        if law is laws.PARITY and not declared(plugin, "exact"):
+            exact = not _different(found, expected, TOLERANCE, differ=declared(plugin, "replicas_differ"))
+            laws.BOUND.hold(
+                self.plugin, [f"every number is within {TOLERANCE} of that of one process"] if exact else []
+            )
+
+    def _run(self, ranks: Ranks, run: Path, stretches: Sequence[tuple[Mapping[str, Any], Stretch]]) -> Any:
+        task = self.task()
+        return ranks(self.world).run(runs.on_rank_stretches, task, checkpoint(task.specimen), run, stretches)
+
+
+def _judged(calls: PluginCalls, plugin: Any, sizes: ParallelismSizes, world_size: int) -> dict[str, Any]:
+    """Return what the planning hooks say of *sizes* on *world_size* ranks."""
+    views = [] if sizes.problems(world_size) else calls.views(sizes=sizes, world_size=world_size)
+    try:
+        plan = MeshPlan.resolve(sizes, world_size, tuple(view for found in views for view in found))
+    except TopologyError:
+        plan = MeshPlan.nearest(sizes, world_size)
+    problems = calls.validate(plan=plan, sizes=sizes, plugins=(plugin,), device_type=None)
+    return {"views": views, "validate": problems, "agree": calls.agree(plan=plan)}
+
+
+def _different(found: Outcome, expected: Outcome, error: float, *, differ: bool) -> list[str]:
+    """Return the differences above *error*; of replicas that differ only losses and parameters are compared."""
+    if differ:
+        found = attrs.evolve(found, norms=expected.norms, gradients=expected.gradients)
+    return differences(found, expected, error)
+
+
+def _joined(ranked: Sequence[Any]) -> Any:
+    """Return what all ranks gave of one stretch as one: the numbers of the first, the parameters of all."""
+    before = {name: value for one in ranked for name, value in one.before.items()}
+    after = {name: value for one in ranked for name, value in one.after.items()}
+    return attrs.evolve(ranked[0], before=before, after=after)
+
+
+def _unequal(what: str, found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
+    """Return a line for each tensor of *expected* that *found* lacks or has otherwise."""
+    lines = [f"{what}: {name} is missing" for name in expected if name not in found]
+    lines += [f"{what}: {name} is not in the model" for name in found if name not in expected]
+    both = [name for name in expected if name in found]
+    return lines + [f"{what}: {name} differs" for name in both if not torch.equal(found[name], expected[name])]
+
+
+def _stored(weights: Mapping[str, Any], exported: Mapping[str, Any]) -> dict[str, Any]:
+    """Return *weights* as an export names them, where a transformers class stores them under other names or shapes."""
+    if weights.keys() == exported.keys():
+        return dict(weights)
+    return {name: weights.get(name, value) for name, value in exported.items()}
+
+
+def _close(one: tuple[float, float], other: tuple[float, float], error: float) -> bool:
+    return all(abs(a - b) <= error * abs(b) for a, b in zip(one, other, strict=True))
+
+
+def _plain_loss(task: Task) -> float:
+    from nemo_dist.testing.tiny_models import SPECIMENS
+
+    with torch.no_grad():
+        return float(SPECIMENS[task.specimen].make(task.seed)(**task.batches(0)[0]).loss)

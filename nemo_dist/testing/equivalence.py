@@ -161,6 +161,24 @@ def merged(outcomes: Sequence[Outcome]) -> Outcome:
     return Outcome(losses=outcomes[0].losses, norms=outcomes[0].norms, **joined)
 
 
+def mean_of_replicas(outcomes: Sequence[Outcome]) -> Outcome:
+    """Merge the results of ranks whose replicas differ by design: the mean of each number, over the ranks that have it.
+
+    Raises AssertionError where a loss differs between ranks: that of a step is one number for all.
+    """
+    losses = [outcome.losses for outcome in outcomes]
+    assert all(value == losses[0] for value in losses), f"losses differ between ranks: {losses}"
+    norms = [sum(values) / len(values) for values in zip(*(outcome.norms for outcome in outcomes), strict=True)]
+    merged_tensors = [
+        {
+            name: torch.stack([found[name] for found in tensors if name in found]).mean(0)
+            for name in {name: None for found in tensors for name in found}
+        }
+        for tensors in ([one.gradients for one in outcomes], [one.parameters for one in outcomes])
+    ]
+    return Outcome(losses=losses[0], norms=norms, gradients=merged_tensors[0], parameters=merged_tensors[1])
+
+
 def differences(
     found: Outcome, expected: Outcome, tolerance: float = TOLERANCE, other: Outcome | None = None
 ) -> list[str]:

@@ -116,7 +116,7 @@ def _answer(call: Call) -> Reply:
             _give_groups_back()
         _seed()
         value = function(*arguments, **keywords)
-        return Reply(value=_pickled(value), open_files=len(os.listdir("/dev/fd")), groups=_groups())
+        return Reply(value=_pickled(value), open_files=len(os.listdir("/dev/fd")), groups=count_groups())
     except BaseException as error:  # SystemExit and pytest's outcomes too, so that the pool reports every failure
         return _failure(error)
     finally:
@@ -146,7 +146,8 @@ def _give_groups_back() -> None:
     _clear_sharding_prop_cache()
 
 
-def _groups() -> int:
+def count_groups() -> int:
+    """Return how many process groups this rank has."""
     import torch.distributed as dist
 
     return len(dist.distributed_c10d._world.pg_names)

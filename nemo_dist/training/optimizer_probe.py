@@ -140,3 +140,15 @@ def _stepped(
 def _unlike(found: Tensor, expected: Tensor) -> bool:
     one, two = (tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in (found, expected))
     return one.shape != two.shape or not torch.allclose(one, two, rtol=_TOLERANCE, atol=_TOLERANCE)
+
+
+def keeps_state(kind: type[Optimizer], options: Mapping[str, Any]) -> bool:
+    """Whether *kind* keeps state (moments, a count of steps) after a step; True where it cannot be tried out."""
+    parameter = nn.Parameter(torch.ones(2, 2))
+    parameter.grad = torch.ones(2, 2)
+    try:
+        optimizer = kind([parameter], **options)
+        optimizer.step()
+    except Exception:
+        return True
+    return bool(optimizer.state.get(parameter))

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from nemo_dist.errors import RankError
-from nemo_dist.mesh.dtensor import local
+from nemo_dist.mesh.dtensor import digest
 from nemo_dist.planning.mesh_plan import Role
 from nemo_dist.planning.validation import integer
 
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 FIRST_STEPS = 2
 _NAMED = 5  # differing tensors that an error names
-_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _from_zero(_: object, __: object, value: Any) -> None:
@@ -125,13 +124,3 @@ def _along(axis: str, held: Mapping[str, Tensor], mesh: MeshContext) -> list[str
         if odd:
             lines.append(f"{what}: ranks {odd} differ from rank {ranks[0]} along {axis!r}")
     return lines
-
-
-def digest(tensor: Tensor) -> Tensor:
-    """Return the sum of the bits of this rank's part of *tensor* as a 0-dim int64; equal tensors have equal ones."""
-    values = local(tensor).contiguous()
-    if values.dtype.is_complex:
-        values = torch.view_as_real(values)
-    if values.dtype is torch.bool:
-        values = values.to(torch.int8)
-    return values.view(_BITS[values.element_size()]).sum(dtype=torch.int64)

@@ -19,6 +19,7 @@ from nemo_dist.checkpoint import async_save
 from nemo_dist.checkpoint.hf_export import export
 from nemo_dist.checkpoint.load import load
 from nemo_dist.checkpoint.optimizer_state import placed
+from nemo_dist.checkpoint.replaced_optimizer import watch_steps
 from nemo_dist.checkpoint.save import save
 from nemo_dist.checkpoint.sharded_model import ShardedModel
 from nemo_dist.errors import PluginError, RankError
@@ -31,10 +32,11 @@ from nemo_dist.planning.mesh_plan import Role
 from nemo_dist.plugin.hookspecs import Batch, RuntimePart
 from nemo_dist.plugin.protocol import Plugin
 from nemo_dist.plugin.resharding import reshard
+from nemo_dist.plugin.results import named_part, named_state
 from nemo_dist.training.batch_loop import BatchLoop
 from nemo_dist.training.grad_norm import by_mesh, global_norm, one_mesh_per_group
 from nemo_dist.training.loss_weighting import judge_loss
-from nemo_dist.training.optimizer_probe import refuse_what_mixes_elements, warn_of_lost_updates
+from nemo_dist.training.optimizer_probe import keeps_state, refuse_what_mixes_elements, warn_of_lost_updates
 from nemo_dist.training.peft_adapters import adapters, refuse_prompts
 from nemo_dist.training.replica_check import ReplicaCheck, check_replicas
 from nemo_dist.training.router_aux_loss import RouterLoss
@@ -87,14 +89,14 @@ class Runtime:
                 f"plugins {' and '.join(map(repr, engines))} both give an engine, which runs the batches in place of "
                 "all others; leave one of them out"
             )
-        states = {name: part.state for name, part in plugins.items() if part.state is not None}
+        states = {name: named_state(name, part.state) for name, part in plugins.items() if part.state is not None}
         sharded = attrs.evolve(sharded, states=states)
         return cls(
             sharded=sharded,
             model=model,
             plugins=plugins,
             router_loss=router_loss,
-            replicas=ReplicaCheck(every=check_replicas),
+            replicas=ReplicaCheck(every=0 if check_replicas is None and sharded.differing else check_replicas),
         )
 
     @property
@@ -104,7 +106,7 @@ class Runtime:
 
     @cached_property
     def _parts(self) -> tuple[RuntimePart, ...]:
-        return tuple(self.plugins.values())
+        return tuple(named_part(name, part) for name, part in self.plugins.items())
 
     @cached_property
     def _loop(self) -> BatchLoop:
@@ -164,8 +166,12 @@ class Runtime:
         optimizer = optimizer_type(groups, **options)
         optimizer.register_step_pre_hook(lambda *_: reshard(self.parts))
         optimizer.register_load_state_dict_pre_hook(placed)
+        own = optimizer
         for part in self._parts:
             optimizer = part.optimizer(optimizer) if part.optimizer else optimizer
+        if optimizer is not own:
+            by = [name for name, part in self.plugins.items() if part.optimizer is not None]
+            watch_steps(optimizer, by, keeps_state(optimizer_type, options))
         droppers = [part.zero_grad for part in self._parts if part.zero_grad is not None]
         return _dropping_gradients_of(optimizer, droppers) if droppers else optimizer
 

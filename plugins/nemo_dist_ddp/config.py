@@ -18,9 +18,11 @@ class DDPConfig:
     ``find_unused_parameters``: None turns it on, as many models have parameters that a loss does not reach; False saves
     a walk over the graph in every step, and is for models whose every parameter gets a gradient in every batch.
     ``static_graph`` synchronises gradients after every batch of a list.
-    ``bucket_cap_mb`` is the size of a gradient bucket in MiB, for None torch's 25. ``activation_checkpointing`` is the
-    same as on ``DistributedSetup.build``; ``activation_checkpointing_scope`` restricts it to parts of a model of
-    several towers: one or more of "language", "vision", "audio" and "multimodal"; None is all.
+    ``bucket_cap_mb`` is the size of a gradient bucket in MiB, for None torch's 25. ``gradient_as_bucket_view`` lets
+    gradients be views of the buckets, which saves their memory once. ``broadcast_buffers`` sends the buffers of the
+    first rank to all before a forward. ``activation_checkpointing`` is the same as on ``DistributedSetup.build``;
+    ``activation_checkpointing_scope`` restricts it to parts of a model of several towers: one or more of "language",
+    "vision", "audio" and "multimodal"; None is all.
     """
 
     bucket_cap_mb: int = attrs.field(

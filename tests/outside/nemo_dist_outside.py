@@ -22,7 +22,8 @@ class Declared:
 
     stage = Stage.COMPILE
     axes: frozenset[str] = frozenset()
-    composes_with: frozenset[str] = frozenset()
+    composes_with: frozenset[str] = frozenset({"fsdp2", "ddp"})
+    contract = 1
 
 
 # ---- two that want to run the batches, and two that want to present the model ----

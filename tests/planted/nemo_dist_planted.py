@@ -1,0 +1,538 @@
+"""A package from elsewhere whose plugins each have one fault, of the kinds that authors of plugins are known for."""
+
+from __future__ import annotations
+
+import os
+import random
+from functools import partial
+from typing import Any
+
+import attrs
+
+from nemo_dist import Role, RuntimePart, Stage, View, hookimpl
+from nemo_dist.planning.mesh_plan import Axis
+
+
+def planted(name: str, **attributes: Any) -> Any:
+    """Give a class the name, options and attributes of a plugin."""
+
+    def decorate(cls: type) -> type:
+        kind = attrs.make_class(f"{name.title()}Config", {}, frozen=True, class_body={"plugin": name, "__doc__": "-"})
+        for attribute, value in {"name": name, "config_type": kind, **attributes}.items():
+            setattr(cls, attribute, value)
+        cls.__annotations__ = {"config": kind}
+        cls.config = attrs.field(factory=kind)
+        return attrs.frozen(cls, eq=False)
+
+    return decorate
+
+
+class Strategy:
+    """What a strategy declares here."""
+
+    stage = Stage.DATA
+    axes = frozenset({"dp_shard"})
+    composes_with: frozenset[str] = frozenset()
+    contract = 1
+
+
+class Beside:
+    """What a plugin beside a strategy declares here."""
+
+    stage = Stage.COMPILE
+    axes: frozenset[str] = frozenset()
+    composes_with = frozenset({"fsdp2", "ddp"})
+    contract = 1
+
+
+class Averaging(Strategy):
+    """Hold the whole model on every rank, and average each gradient when it is there."""
+
+    @hookimpl
+    def wrap(self, parts, mesh):
+        from nemo_dist_planted_modules import average
+
+        average(parts[0], self.group(mesh), self.divisor(mesh), self.left_out)
+
+    left_out = ""
+
+    def group(self, mesh):
+        return mesh.group(Role.TOKENS)
+
+    def divisor(self, mesh):
+        return mesh.size(Role.TOKENS)
+
+    @hookimpl
+    def explain(self, plan):
+        return f"{self.name}: {plan.size('dp')} replicas"
+
+
+@planted("sound")
+class Sound(Averaging):
+    """Average gradients, without a fault."""
+
+
+# ---- what a class declares ----
+
+
+@planted("another")
+class Misnamed(Averaging):
+    """Be called otherwise than the entry point."""
+
+
+@planted("late", stage=75)
+class Late(Beside):
+    """Act after the strategy."""
+
+
+@planted("first", stage="first")
+class First(Beside):
+    """Act at a stage that is no number."""
+
+
+@planted("worded", axes="dp_shard")
+class Worded(Beside):
+    """Claim letters."""
+
+
+@planted("future", contract=99)
+class Future(Averaging):
+    """Be written for a contract that is yet to come."""
+
+
+# ---- hooks that do not fit ----
+
+
+@planted("misspelled")
+class Misspelled(Beside):
+    """Implement what is no hook."""
+
+    @hookimpl
+    def warp(self, parts):
+        pass
+
+
+@planted("unmarked")
+class Unmarked(Strategy):
+    """Forget the mark of a hook, and so train without averaging."""
+
+    def wrap(self, parts, mesh):
+        from nemo_dist_planted_modules import average
+
+        average(parts[0], mesh.group(Role.TOKENS), mesh.size(Role.TOKENS), "")
+
+
+@planted("defaulted")
+class Defaulted(Beside):
+    """Give a hook's argument a default."""
+
+    @hookimpl
+    def wrap(self, parts, mesh=None):
+        pass
+
+
+@planted("misargued")
+class Misargued(Beside):
+    """Name an argument that the hook has not."""
+
+    @hookimpl
+    def wrap(self, parts, meshes):
+        pass
+
+
+@planted("greedy")
+class Greedy(Beside):
+    """Take whatever there is."""
+
+    @hookimpl
+    def wrap(self, **everything):
+        pass
+
+
+@planted("hasty")
+class Hasty(Beside):
+    """Ask to be called first."""
+
+    @hookimpl(tryfirst=True)
+    def wrap(self, parts):
+        pass
+
+
+# ---- hooks that say the wrong thing ----
+
+
+@planted("bare")
+class Bare(Beside):
+    """Refuse in a bare sentence."""
+
+    @hookimpl
+    def validate(self):
+        return "a bare sentence"
+
+
+@planted("moody")
+class Moody(Beside):
+    """Judge the same plan differently each time."""
+
+    @hookimpl
+    def validate(self):
+        return ["not today"] if random.random() < 0.5 else []
+
+    @hookimpl
+    def explain(self):
+        return "moody: as it likes"
+
+
+@planted("by_rank")
+class ByRank(Beside):
+    """Refuse on one rank only."""
+
+    @hookimpl
+    def validate(self):
+        return ["not here; run somewhere else"] if os.environ.get("RANK") == "1" else []
+
+
+@planted("views_by_rank", axes=frozenset({"vp"}))
+class ViewsByRank(Beside):
+    """Plan another mesh on another rank."""
+
+    @hookimpl
+    def views(self, sizes, world_size):
+        size = sizes.extra.get("vp", 1)
+        if world_size % size:
+            return None
+        axes = (Axis("vp", size), Axis("vp_rest", world_size // size))
+        return [View("vp_view", axes[:: -1 if os.environ.get("RANK") == "1" else 1])]
+
+
+@planted("silent")
+class Silent(Averaging):
+    """Fail to explain."""
+
+    @hookimpl
+    def explain(self, plan):
+        raise KeyError("dp_shards")
+
+
+@planted("mapping")
+class Mapped(Beside):
+    """Return a dict for a RuntimePart."""
+
+    @hookimpl
+    def runtime(self):
+        return {"no_sync": None}
+
+
+@planted("returning")
+class Returning(Beside):
+    """Return the parts that it should edit."""
+
+    @hookimpl
+    def shard(self, parts):
+        return list(parts)
+
+
+@planted("batchless")
+class Batchless(Beside):
+    """Edit the batch in place and return nothing."""
+
+    @hookimpl
+    def runtime(self):
+        return RuntimePart(batch=lambda batch: None)
+
+
+# ---- wrong numbers ----
+
+
+@planted("ring", axes=frozenset({"cp"}), stage=Stage.CONTEXT)
+class Ring(Beside):
+    """Split the sequence beside the plugin that does so already."""
+
+
+@planted("summed")
+class Summed(Averaging):
+    """Forget to divide."""
+
+    def divisor(self, mesh):
+        return 1
+
+
+@planted("alone")
+class Alone(Averaging):
+    """Average over a group of one rank."""
+
+    def group(self, mesh):
+        return None
+
+
+@planted("partial")
+class Partial(Averaging):
+    """Leave one parameter out."""
+
+    left_out = "model.layers.1.mlp.up_proj.weight"
+
+
+@planted("shards_only", axes=frozenset({"dp_shard", "dp_replicate"}))
+class ShardsOnly(Averaging):
+    """Claim replicas, and average within each of them only."""
+
+    def group(self, mesh):
+        return mesh.group("dp_shard")
+
+    def divisor(self, mesh):
+        return mesh.size("dp_shard")
+
+
+@planted("everybody", composes_with=frozenset({"tp"}))
+class Everybody(Averaging):
+    """Average over all ranks, also over those that hold other shards."""
+
+    def group(self, mesh):
+        import torch.distributed as dist
+
+        return dist.group.WORLD
+
+    def divisor(self, mesh):
+        import torch.distributed as dist
+
+        return dist.get_world_size()
+
+
+@planted("forgetful_export")
+class ForgetfulExport(Averaging):
+    """Drop a parameter from the canonical state."""
+
+    @hookimpl
+    def export_state(self, state):
+        state.pop("model.norm.weight", None)
+
+
+@planted("permuting")
+class Permuting(Averaging):
+    """Hand out rows in another order, and take them back so: each alone looks right."""
+
+    @hookimpl
+    def export_state(self, state):
+        _flip(state)
+
+    @hookimpl
+    def import_state(self, state):
+        _flip(state)
+
+
+@planted("permuting_import")
+class PermutingImport(Averaging):
+    """Take rows in another order than they were handed out."""
+
+    @hookimpl
+    def import_state(self, state):
+        _flip(state)
+
+
+def _flip(state):
+    name = "model.layers.0.self_attn.q_proj.weight"
+    if name in state:
+        state[name] = state[name].flip(0)
+
+
+@planted("leaking")
+class Leaking(Averaging):
+    """Make process groups for every runtime and keep them."""
+
+    @hookimpl
+    def runtime(self):
+        import torch.distributed as dist
+
+        for _ in range(20):
+            dist.new_group([0, 1])
+
+
+@planted("drifting_load")
+class DriftingLoad(Averaging):
+    """Shift a replica a little on one rank, after the load."""
+
+    @hookimpl
+    def runtime(self, parts):
+        from nemo_dist_planted_modules import shift_on_rank_one
+
+        shift_on_rank_one(parts[0])
+
+
+@planted("failing")
+class Failing(Averaging):
+    """Raise in a step, on one rank."""
+
+    @hookimpl
+    def runtime(self):
+        from nemo_dist_planted_modules import fail_on_rank_one
+
+        return RuntimePart(after_backward=fail_on_rank_one)
+
+
+@planted("counting_twice")
+class CountingTwice(Averaging):
+    """Add the gradients of earlier batches once more, with every further batch."""
+
+    @hookimpl
+    def wrap(self, parts, mesh):
+        from nemo_dist_planted_modules import accumulate_twice
+
+        accumulate_twice(parts[0], mesh.group(Role.TOKENS), mesh.size(Role.TOKENS))
+
+
+@planted("dropping_rows")
+class DroppingRows(Averaging):
+    """Leave the last row of a batch out."""
+
+    @hookimpl
+    def runtime(self):
+        return RuntimePart(
+            batch=lambda batch: {
+                name: value[:-1] if hasattr(value, "shape") else value for name, value in batch.items()
+            }
+        )
+
+
+@planted("overlapping", axes=frozenset({"parts"}))
+class Overlapping(Beside):
+    """Let ranks account for parts of the labels that overlap, so that some tokens count twice."""
+
+    roles = {"parts": Role.SEQUENCE}
+
+    @hookimpl
+    def runtime(self, mesh):
+        return RuntimePart(batch=partial(_own_labels, mesh.rank("parts"), mesh.size("parts")))
+
+
+def _own_labels(rank, size, batch):
+    labels = batch["labels"]
+    own = labels.new_full(labels.shape, -100)
+    mine = slice(rank * labels.shape[1] // size, (rank + 1) * labels.shape[1] // size + 1)
+    own[:, mine] = labels[:, mine]
+    return {**batch, "labels": own}
+
+
+@planted("stale")
+class Stale(Averaging):
+    """Compute with the weights of the step before."""
+
+    @hookimpl
+    def runtime(self, parts):
+        from nemo_dist_planted_modules import compute_with_old_weights
+
+        compute_with_old_weights(parts[0].model.layers[0].mlp.down_proj)
+
+
+@planted("hiding_moments")
+class HidingMoments(Averaging):
+    """Keep a moment of the optimizer to itself, where no checkpoint sees it."""
+
+    @hookimpl
+    def runtime(self):
+        from nemo_dist_planted_modules import hide_moments
+
+        return RuntimePart(optimizer=hide_moments)
+
+
+@planted("drifting_norm")
+class DriftingNorm(Averaging):
+    """Step the last norm a little differently on one rank."""
+
+    @hookimpl
+    def runtime(self, parts):
+        from nemo_dist_planted_modules import drift
+
+        return RuntimePart(optimizer=partial(drift, parts[0].model.norm.weight))
+
+
+@planted("untying")
+class Untying(Averaging):
+    """Give the output head a weight of its own where it is tied to the embedding."""
+
+    @hookimpl
+    def wrap(self, parts, mesh):
+        from nemo_dist_planted_modules import average, untie
+
+        untie(parts[0])
+        average(parts[0], mesh.group(Role.TOKENS), mesh.size(Role.TOKENS), "")
+
+
+# ---- state that ranks do not share ----
+
+
+@planted("sharded_moments")
+class ShardedMoments(Averaging):
+    """Step each parameter on one rank only, and show the optimizer of all of them."""
+
+    @hookimpl
+    def runtime(self):
+        from nemo_dist_planted_modules import step_own
+
+        return RuntimePart(optimizer=partial(step_own, False))
+
+
+@planted("owned_moments")
+class OwnedMoments(Averaging):
+    """Step each parameter on one rank only, and list on each rank only its own: this one is sound."""
+
+    @hookimpl
+    def runtime(self):
+        from nemo_dist_planted_modules import step_own
+
+        return RuntimePart(optimizer=partial(step_own, True))
+
+
+@planted("consolidating")
+class Consolidating(Averaging):
+    """Shard the optimizer state with torch's own class, which shows none of it."""
+
+    @hookimpl
+    def runtime(self):
+        from nemo_dist_planted_modules import zero_redundancy
+
+        return RuntimePart(optimizer=zero_redundancy)
+
+
+@planted("local", exact=False, replicas_differ=True)
+class Local(Strategy):
+    """Train replicas apart and average them every second step; its replicas differ by design, and it says so."""
+
+    @hookimpl
+    def runtime(self, parts, mesh):
+        from nemo_dist_planted_modules import Replica
+
+        return Replica(parts[0], mesh.group(Role.TOKENS), mesh.size(Role.TOKENS)).part()
+
+    @hookimpl
+    def explain(self, plan):
+        return f"local: {plan.size('dp')} replicas that meet every second step"
+
+
+@planted("local_unsaid")
+class LocalUnsaid(Local):
+    """Train replicas apart and say nothing of it."""
+
+    exact = True
+    replicas_differ = False
+
+
+@planted("local_lost", exact=False, replicas_differ=True)
+class LocalLost(Local):
+    """Train replicas apart, and keep none of them in a checkpoint."""
+
+    @hookimpl
+    def runtime(self, parts, mesh):
+        from nemo_dist_planted_modules import Replica
+
+        return attrs.evolve(Replica(parts[0], mesh.group(Role.TOKENS), mesh.size(Role.TOKENS)).part(), state=None)
+
+
+@planted("halving", exact=False)
+class Halving(Averaging):
+    """Send gradients with half of their bits, which is inexact by design."""
+
+    @hookimpl
+    def wrap(self, parts, mesh):
+        from nemo_dist_planted_modules import average
+
+        average(parts[0], mesh.group(Role.TOKENS), mesh.size(Role.TOKENS), "", halved=True)
