@@ -48,7 +48,7 @@ _RANDOM = torch.Tag.nondeterministic_seeded
 
 
 @attrs.frozen(eq=False)
-class _Call:
+class Call:
     """One recorded operation on deferred (meta) tensors.
 
     ``generator`` is the CPU generator's state before a random operation, None for another; ``reads`` and ``writes`` are
@@ -74,7 +74,7 @@ class _Call:
         result: Any,
         generator: Tensor | None,
         replaces: bool,
-    ) -> _Call:
+    ) -> Call:
         """Record a call; *replaces* says that *function* replaces the whole content of its first argument."""
         used = {storage_id(tensor) for tensor in tensors_in((args, kwargs)) if tensor.is_meta}
         changed = {storage_id(tensor) for tensor in tensors_in(result) if tensor.is_meta}
@@ -82,7 +82,7 @@ class _Call:
         for argument, value in zip(schema.arguments if schema else (), args, strict=False):
             if argument.is_write:
                 changed |= {storage_id(tensor) for tensor in tensors_in(value) if tensor.is_meta}
-        overwrites = replaces and args[0].is_meta and _covers_its_storage(args[0])
+        overwrites = replaces and args[0].is_meta and covers_its_storage(args[0])
         reads = used - {storage_id(args[0])} if overwrites else used
         return cls(function, args, kwargs, result, generator, frozenset(reads), frozenset(changed), overwrites)
 
@@ -92,7 +92,7 @@ class DeferredInit(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._calls: list[_Call] = []
+        self._calls: list[Call] = []
         self._writers: defaultdict[int, list[int]] = defaultdict(list)  # storage -> indices of the calls that write it
         self._origin: dict[str, Tensor] = {}
 
@@ -119,8 +119,8 @@ class DeferredInit(TorchDispatchMode):
                 return function(tensor, *args, **kwargs)
             generator = torch.get_rng_state()
             with disable_current_modes():
-                _draw_and_forget(function, (tensor, *args), kwargs)
-            self._record(_Call.of(function, (tensor, *args), kwargs, tensor, generator, replaces=True))
+                self._advance(function, (tensor, *args), kwargs)
+            self._record(Call.of(function, (tensor, *args), kwargs, tensor, generator, replaces=True))
             return tensor
 
         return recorded
@@ -134,13 +134,20 @@ class DeferredInit(TorchDispatchMode):
             kwargs = {**kwargs, "device": torch.device("meta")}
         generator = torch.get_rng_state() if _RANDOM in function.tags else None
         if generator is not None:
-            _draw_and_forget(function, args, kwargs)
+            self._advance(function, args, kwargs)
         result = function(*args, **kwargs)
         if not _is_view(function):
-            self._record(_Call.of(function, args, kwargs, result, generator, replaces=function in _OVERWRITING))
+            self._record(Call.of(function, args, kwargs, result, generator, replaces=function in _OVERWRITING))
         return result
 
-    def _record(self, call: _Call) -> None:
+    def _advance(self, function: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
+        """Run a draw on scratch tensors, to advance the CPU generator as it would."""
+        scratch = tree_map_only(Tensor, lambda tensor: torch.empty_like(tensor, device="cpu"), (args, dict(kwargs)))
+        if "device" in scratch[1]:
+            scratch[1]["device"] = torch.device("cpu")
+        function(*scratch[0], **scratch[1])
+
+    def _record(self, call: Call) -> None:
         for storage in call.writes:
             self._writers[storage].append(len(self._calls))
         self._calls.append(call)
@@ -164,12 +171,16 @@ class DeferredInit(TorchDispatchMode):
         for path, module, name, parameter in parameter_slots(part):
             if parameter.is_meta or id(parameter) in done:
                 if id(parameter) not in done:
-                    done[id(parameter)] = filled(parameter, self.value(path), device)
+                    done[id(parameter)] = self.filled(path, parameter, device)
                 setattr(module, name, done[id(parameter)])
         for prefix, module in part.named_modules():
             for name, buffer in list(module.named_buffers(recurse=False)):
                 path = f"{prefix}.{name}" if prefix else name
                 module._buffers[name] = (self.value(path) if buffer.is_meta else buffer).to(device)
+
+    def filled(self, name: str, parameter: nn.Parameter, device: torch.device) -> nn.Parameter:
+        """Return a parameter laid out like *parameter* with its initial values on *device*."""
+        return filled(parameter, self.value(name), device)
 
     def value(self, name: str) -> Tensor:
         """Return the whole initial tensor called *name* in the model passed to ``hollow``, on the CPU.
@@ -187,16 +198,21 @@ class DeferredInit(TorchDispatchMode):
         storages: dict[int, Tensor] = {}
         before = torch.get_rng_state()
         try:
-            for call in self._history(storage_id(origin)):
-                if call.generator is not None:
-                    torch.set_rng_state(call.generator)
-                _run(call, storages)
+            for index in self._history(storage_id(origin)):
+                self._repeat(index, storages)
         finally:
             torch.set_rng_state(before)
-        return _view(storages, origin)
+        return view_of(storages, origin)
 
-    def _history(self, storage: int) -> list[_Call]:
-        """Return the recorded calls that the final content of *storage* depends on, in the order in which they ran."""
+    def _repeat(self, index: int, storages: dict[int, Tensor]) -> None:
+        """Run the recorded call *index* on the CPU tensors *storages*."""
+        call = self._calls[index]
+        if call.generator is not None:
+            torch.set_rng_state(call.generator)
+        run(call, storages)
+
+    def _history(self, storage: int) -> list[int]:
+        """Return which recorded calls the final content of *storage* depends on, in the order in which they ran."""
         needed: set[int] = set()
         open_questions = [(storage, len(self._calls))]
         while open_questions:
@@ -210,7 +226,7 @@ class DeferredInit(TorchDispatchMode):
                     open_questions += [(read, index) for read in call.reads if read != wanted]
                 if call.overwrites:
                     break
-        return [self._calls[index] for index in sorted(needed)]
+        return sorted(needed)
 
 
 def _makes_deferrable(function: Any, args: Any, kwargs: Mapping[str, Any]) -> bool:
@@ -230,15 +246,7 @@ def _makes_deferrable(function: Any, args: Any, kwargs: Mapping[str, Any]) -> bo
     return function in _LARGE and torch.Size(args[0]).numel() >= _LARGE_NUMEL
 
 
-def _draw_and_forget(function: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
-    """Run the call on scratch tensors, to advance the CPU generator as the call would."""
-    scratch = tree_map_only(Tensor, lambda tensor: torch.empty_like(tensor, device="cpu"), (args, dict(kwargs)))
-    if "device" in scratch[1]:
-        scratch[1]["device"] = torch.device("cpu")
-    function(*scratch[0], **scratch[1])
-
-
-def _run(call: _Call, storages: dict[int, Tensor]) -> None:
+def run(call: Call, storages: dict[int, Tensor]) -> None:
     """Run *call* on the CPU tensors that replace the deferred ones; raise PluginError where one was never made."""
     overwritten = storage_id(call.args[0]) if call.overwrites else None
 
@@ -250,7 +258,7 @@ def _run(call: _Call, storages: dict[int, Tensor]) -> None:
                 f"an initial weight is computed by {call.function} from a tensor of shape {tuple(tensor.shape)} on the "
                 "meta device, whose values are not known; build the model on one process, save_pretrained, and load it"
             )
-        return _view(storages, tensor)
+        return view_of(storages, tensor)
 
     args, kwargs = tree_map_only(Tensor, replaced, (call.args, dict(call.kwargs)))
     if "device" in kwargs:
@@ -259,10 +267,10 @@ def _run(call: _Call, storages: dict[int, Tensor]) -> None:
         results = tensors_in(call.function(*args, **kwargs))
     for recorded, value in zip(tensors_in(call.result), results, strict=True):
         if recorded.is_meta and storage_id(recorded) not in storages:
-            _view(storages, recorded).copy_(value)
+            view_of(storages, recorded).copy_(value)
 
 
-def _view(storages: dict[int, Tensor], recorded: Tensor) -> Tensor:
+def view_of(storages: dict[int, Tensor], recorded: Tensor) -> Tensor:
     """Return the CPU tensor that replaces the meta tensor *recorded*: a view of the same layout of its CPU storage."""
     key = storage_id(recorded)
     if key not in storages:
@@ -280,5 +288,6 @@ def _is_view(function: Any) -> bool:
     )
 
 
-def _covers_its_storage(tensor: Tensor) -> bool:
+def covers_its_storage(tensor: Tensor) -> bool:
+    """Whether *tensor* has as many elements as its storage."""
     return tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()

@@ -31,7 +31,7 @@ from nemo_dist.hf_model import class_name, inner_model, plain_class
 from nemo_dist.loading.same_source import config_fields, file_fields
 from nemo_dist.loading.weight_conversion import convert_and_load
 from nemo_dist.mesh.dtensor import from_local, local_slice
-from nemo_dist.mesh.store_consensus import refuse_differences, share
+from nemo_dist.mesh.store_consensus import refuse_differences, share_and_hear
 
 _COMPARING, _READING, _FINISHING = "comparing what to load", "reading the checkpoint", "finishing the model"
 _NEXT = {_COMPARING: _READING, _READING: _FINISHING, _FINISHING: _FINISHING}
@@ -154,14 +154,14 @@ class Reading:
             info, *rest_of_answer = self._read(original, part, state, files, config, *rest)
             infos[id(part)] = info
             answer = (info, *rest_of_answer) if part is model else answer
-        found = self._meet(
+        found, generator = self._meet_and_hear(
             {
                 "lacking": sorted(self._lacking(infos)),
                 "mismatched": [[n, list(a), list(b)] for info in infos.values() for n, a, b in info.mismatched_keys],
-                "generator": self.missing.offer(),
-            }
+            },
+            self.missing.offer(),
         )
-        self.missing.follow(found[0]["generator"])
+        self.missing.follow(generator)
         for info in infos.values():
             info.unexpected_keys -= whole  # keys that this part lacks belong to another part of the model
         self._agree_on_shapes(infos, config, {item[0]: item for ours in found for item in ours["mismatched"]})
@@ -244,10 +244,14 @@ class Reading:
 
     def _meet(self, value: Any, failure: Exception | None = None) -> list[Any]:
         """Return the *value* of every rank; raise on all when one has a *failure*."""
+        return self._meet_and_hear(value, None, failure)[0]
+
+    def _meet_and_hear(self, value: Any, word: Any, failure: Exception | None = None) -> tuple[list[Any], Any]:
+        """Return the *value* of every rank and the *word* of the first; raise on all when one has a *failure*."""
         occasion, self._occasion = self._occasion or _FINISHING, None
-        values = share(occasion, value, failure, self.target.ranks)
+        answer = share_and_hear(occasion, value, failure, self.target.ranks, word=word)
         self._occasion = _NEXT[occasion]
-        return values
+        return answer
 
 
 @contextmanager

@@ -16,19 +16,6 @@ from torch.distributed.tensor import DTensor
 from nemo_dist.hf_model import INITIALIZED
 from nemo_dist.loading.deferred_init import DeferredInit
 from nemo_dist.mesh.dtensor import filled, local, parameter_slots
-from nemo_dist.mesh.store_consensus import consensus
-
-
-@contextmanager
-def shared_draws(ranks: Sequence[int] | None) -> Iterator[None]:
-    """Within the context, every one of *ranks* (None: all) draws from the CPU generator state of the first of them.
-
-    A rank whose state differed gets it back afterwards; the first rank's generator keeps what the draws advanced.
-    """
-    draws = Draws(ranks)
-    draws.follow(consensus("the generator for the weights", draws.offer(), lambda states: states[0], ranks))
-    with draws.shared():
-        yield
 
 
 @attrs.define

@@ -42,12 +42,47 @@ def local_slice(full: Tensor, shard: DTensor) -> Tensor:
     return full if found is None else found  # None is returned only for experts that are stored one by one
 
 
+class _Spans:
+    """Stands for a whole tensor that is sliced: keeps the spans, as (start, stop) for each dim."""
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        self.shape, self.taken = list(shape), list[tuple[tuple[int, int], ...]]()
+
+    def get_shape(self) -> list[int]:
+        return self.shape
+
+    def __getitem__(self, spans: Any) -> Tensor:
+        if spans is Ellipsis:
+            spans = tuple(slice(0, size) for size in self.shape)
+        self.taken.append(tuple((span.start, span.stop) for span in spans))
+        return torch.empty([0] * len(self.shape))
+
+
+def held_boxes(tensor: Tensor) -> list[tuple[tuple[int, int], ...]]:
+    """Return the boxes of the global tensor that this rank holds of *tensor*: (start, stop) for each dim.
+
+    Several ones, of a strided shard, lie one after the other along the dim in which they differ, in this order.
+    """
+    if not isinstance(tensor, DTensor):
+        return [tuple((0, size) for size in tensor.shape)]
+    spans: Any = _Spans(tensor.shape)
+    DtensorShardOperation(tensor).shard_tensor(spans)
+    found: list[tuple[tuple[int, int], ...]] = spans.taken
+    return found
+
+
 def filled(parameter: nn.Parameter, value: Tensor, device: torch.device) -> nn.Parameter:
     """Return a new parameter laid out like *parameter*, with the values of the global tensor *value*, on *device*."""
-    if not isinstance(parameter, DTensor):
-        return nn.Parameter(value.to(device), requires_grad=parameter.requires_grad)
-    own = local_slice(value, parameter).to(device).clone()  # a copy, or the slice would keep the whole tensor alive
-    shard = from_local(own, parameter.device_mesh, parameter.placements, like=parameter)
+    if isinstance(parameter, DTensor):
+        value = local_slice(value, parameter).to(device).clone()  # or the slice would keep the whole tensor alive
+    return placed(parameter, value.to(device))
+
+
+def placed(parameter: nn.Parameter, own: Tensor) -> nn.Parameter:
+    """Return a new parameter laid out like *parameter*, whose local tensor is *own*."""
+    shard = own
+    if isinstance(parameter, DTensor):
+        shard = from_local(own, parameter.device_mesh, parameter.placements, like=parameter)
     return nn.Parameter(shard, requires_grad=parameter.requires_grad)
 
 

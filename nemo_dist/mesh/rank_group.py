@@ -126,6 +126,11 @@ class RankGroup:
         found: list[int] = sums.tolist()
         return found
 
+    def reduce(self, value: Tensor, how: dist.ReduceOp.RedOpType) -> None:
+        """All-reduce *value*, on this rank's device, in place over all ranks."""
+        if self.size > 1:
+            dist.all_reduce(value, op=how, group=_group(self.ranks))
+
     def exchange(self, outgoing: Sequence[Sequence[Tensor]], sizes: Sequence[int]) -> Tensor:
         """Run one all-to-all of bytes; return what all ranks sent to this one, concatenated in rank order, on the CPU.
 

@@ -6,11 +6,11 @@ in a collective, reads that and names it, in place of an error that says only th
 
 from __future__ import annotations
 
+import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from datetime import timedelta
 from types import TracebackType
 from typing import NoReturn
 
@@ -20,17 +20,19 @@ import torch.distributed as dist
 from nemo_dist.errors import RankError
 from nemo_dist.mesh import whereabouts
 from nemo_dist.mesh.lost_peer import lost_a_peer
+from nemo_dist.mesh.meeting import SOON, count, read
 
 _GRACE = 5.0  # seconds after which a rank that said it failed, and did not come all the same, is believed
 _LOOK = 2.0  # seconds to wait for the word of a rank that is gone; it may take longer to say it than to be missed
 _FAR = 3.0  # seconds between two looks at what a rank that does not come does instead
+_MANY = 64  # ranks that one rank asks about
 _FAILED = "nemo_dist/failed"
 
 
 @attrs.define(eq=False)
 class _Status:
     steps: int = 0  # that this process has begun
-    said: bool = False  # whether this rank has said that it failed
+    slot: int = 0  # under which number this rank has said that it failed; 0 where it has not
 
 
 _status = _Status()
@@ -41,67 +43,66 @@ def default_store() -> dist.Store:
     return dist.distributed_c10d._get_default_store()
 
 
-def all_there(
-    store: dist.Store, keys: Sequence[str], patience: timedelta, look: Callable[[], None] = lambda: None
-) -> bool:
-    """Wait until *store* has all *keys*, for at most *patience*; return whether it has. *look* may raise meanwhile.
+@attrs.define(eq=False)
+class Watch:
+    """What a rank does while it waits at a meeting of *members* whose keys begin with *prefix*.
 
-    It asks again and again, because a wait inside the store cannot be interrupted, and writes warnings where it ends.
-    The pauses grow with the time waited, of which they are a twentieth, up to 0.2 s.
+    ``look`` raises RankError when one of those *awaited* has failed. Where *here*, this rank, is given, it also says
+    after a second that this rank waits here, and raises when one of them does something else meanwhile.
     """
-    start = time.monotonic()
-    while not store.check(list(keys)):
-        waited = time.monotonic() - start
-        if waited > patience.total_seconds():
-            return False
-        look()
-        time.sleep(min(max(waited / 20, 0.0005), 0.2))
-    return True
 
+    store: dist.Store
+    members: Sequence[int]
+    occasion: str
+    awaited: Sequence[int]
+    prefix: str = ""
+    here: int | None = None
+    _start: float = attrs.field(factory=time.monotonic)
+    _last: float = attrs.field(factory=time.monotonic)
+    _far: float = attrs.field(factory=lambda: time.monotonic() + _FAR)
+    _seen: dict[int, float] = attrs.field(factory=dict)
+    _gone_on: set[int] = attrs.field(factory=set)
+    _told: bool = False
 
-def arrive(store: dist.Store, rank: int, members: Sequence[int], occasion: str, result: str) -> None:
-    """Say that *rank* waits at a meeting of *members* for the key *result*; whatever failed before, it goes on."""
-    if _status.said:
-        _take_back(store, rank)
-    whereabouts.arrive(store, rank, members, occasion, result)
-
-
-def _take_back(store: dist.Store, rank: int) -> None:
-    store.delete_key(f"{_FAILED}/{rank}")
-    _status.said = False
-
-
-def watch(
-    store: dist.Store, members: Sequence[int], occasion: str, awaited: Sequence[int], prefix: str = ""
-) -> Callable[[], None]:
-    """Return a function to call at a meeting of *members*: it raises RankError when one of those *awaited* has failed.
-
-    With the *prefix* of the meeting's keys it also does when one whose value is missing does something else meanwhile.
-    """
-    seen: dict[int, float] = {}
-    last = far = time.monotonic()
-
-    def look() -> None:
-        nonlocal last, far
+    def look(self) -> None:
+        """Look for others, at most twice in a second; called again and again while this rank waits."""
         now = time.monotonic()
-        if now - last < 0.5:
+        if now - self._last < 0.5:
             return
-        last = now
-        if now - far > _FAR:
-            far = now
-            for rank in [rank for rank in awaited if prefix and not store.check([f"{prefix}/{rank}"])]:
-                if text := whereabouts.elsewhere(store, rank, members, occasion, f"{prefix}/result"):
-                    raise RankError(text)
-        found = _failures(store, awaited)
-        for rank in set(seen) - set(found):
-            del seen[rank]  # it goes on
+        self._last = now
+        if self.here is not None:
+            self._look_far(self.here, now)
+        found = failures(self.store, self.awaited, self._gone_on)
+        for rank in set(self._seen) - set(found):
+            del self._seen[rank]  # it goes on
         for rank in found:
-            seen.setdefault(rank, now)
-        if any(now - first > _GRACE for first in seen.values()):
+            self._seen.setdefault(rank, now)
+        if any(now - first > _GRACE for first in self._seen.values()):
             lines = "\n".join(f"- {line}" for line in found.values())
-            raise RankError(f"ranks failed while this one waited for them at {occasion!r}:\n{lines}")
+            raise RankError(f"ranks failed while this one waited for them at {self.occasion!r}:\n{lines}")
 
-    return look
+    def _look_far(self, here: int, now: float) -> None:
+        """Say where this rank is, and look where the others are, for at most a twentieth of the time."""
+        if not self._told and now - self._start > SOON:
+            whereabouts.arrive(self.store, here, self.members, self.occasion, self.prefix)
+            self._told = True
+        if now > self._far:
+            for rank in self.awaited:
+                if text := whereabouts.elsewhere(self.store, rank, self.members, self.occasion, self.prefix):
+                    raise RankError(text)
+            self._far = time.monotonic() + max(_FAR, 20 * (time.monotonic() - now))
+
+    def go_on(self) -> None:
+        """Take back that this rank waits."""
+        if self._told and self.here is not None:
+            whereabouts.go_on(self.store, self.here, self.members)
+
+
+def goes_on(store: dist.Store, rank: int) -> None:
+    """Take back that *rank*, this one, has failed: whatever it was, it goes on."""
+    if _status.slot:
+        store.delete_key(f"{_FAILED}/{_status.slot}")
+        _status.slot = 0
 
 
 @contextmanager
@@ -122,8 +123,8 @@ def explained() -> Iterator[None]:
         yield
     except Exception as error:
         _raise_explained(error)
-    if _status.said:  # an error before this was caught, and the rank goes on
-        _take_back(default_store(), dist.get_rank())
+    if _status.slot:  # an error before this was caught, and the rank goes on
+        goes_on(default_store(), dist.get_rank())
 
 
 def tell_uncaught() -> None:
@@ -154,13 +155,14 @@ def _raise_explained(error: Exception) -> NoReturn:
 
 def _say(error: Exception) -> None:
     """Write the failure of this rank, unless it has said one; the store may be gone with its rank."""
-    if _status.said:
+    if _status.slot:
         return
     rank = dist.get_rank()
     with suppress(RuntimeError):
         text = f"rank {rank} failed in step {_status.steps}: {type(error).__name__}: {error}"
-        default_store().set(f"{_FAILED}/{rank}", text)
-        _status.said = True
+        store = default_store()
+        _status.slot = slot = store.add(f"{_FAILED}/count", 1)
+        store.set(f"{_FAILED}/{slot}", json.dumps([rank, text]))
 
 
 def _said_of_others() -> list[str]:
@@ -173,20 +175,36 @@ def _said_of_others() -> list[str]:
     with suppress(RuntimeError):
         store, deadline = default_store(), time.monotonic() + _LOOK
         while time.monotonic() < deadline:
-            if found := list(_failures(store, others).values()) or _waiting(store, others):
+            if found := list(failures(store, others).values()) or _waiting(store, others):
                 return found
             time.sleep(0.1)
     return [unknown]
 
 
-def _failures(store: dist.Store, ranks: Sequence[int]) -> dict[int, str]:
-    failed = [rank for rank in ranks if store.check([f"{_FAILED}/{rank}"])]
-    return {rank: store.get(f"{_FAILED}/{rank}").decode() for rank in failed}
+def failures(store: dist.Store, ranks: Sequence[int], gone_on: set[int] | None = None) -> dict[int, str]:
+    """Return what those of *ranks* say that have failed, by rank; of many, the first ones.
+
+    *gone_on*: the numbers of failures that were taken back, which are not looked at; new ones are added to it.
+    """
+    found: dict[int, str] = {}
+    last = count(store, f"{_FAILED}/count")
+    for slot in sorted(set(range(1, last + 1)) - (gone_on or set())):
+        said = read(store, f"{_FAILED}/{slot}")
+        if said is None:
+            if gone_on is not None and slot < last:
+                gone_on.add(slot)
+            continue
+        rank, text = json.loads(said)
+        if rank in ranks:
+            found[rank] = text
+        if len(found) == _MANY:
+            break
+    return found
 
 
 def _waiting(store: dist.Store, ranks: Sequence[int]) -> list[str]:
     lines = []
-    for rank in ranks:
+    for rank in ranks[:: 1 + len(ranks) // _MANY]:
         for meeting in whereabouts.meetings(store, rank):
             lines.append(
                 f"rank {rank} waits at {meeting}; give all ranks equally many batches, or take them from "

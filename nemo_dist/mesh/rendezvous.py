@@ -7,7 +7,6 @@ agree on a name for it, under which all that they write stands apart.
 
 from __future__ import annotations
 
-import json
 import os
 import time
 import uuid
@@ -17,7 +16,7 @@ import torch.distributed as dist
 
 from nemo_dist.errors import RankError
 from nemo_dist.mesh.launch_env import ALONE, Launch
-from nemo_dist.mesh.rank_status import all_there
+from nemo_dist.mesh.meeting import wait_until
 
 _NAME = "nemo_dist/attempt"  # the name that rank 0 gave to the newest attempt
 _LOOK_AGAIN = timedelta(seconds=1)
@@ -64,24 +63,32 @@ def _master(launch: Launch) -> tuple[str, int]:
 def attempt(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> str:
     """Return the name on which the ranks that run now agree, in a *store* that may hold what earlier ones wrote.
 
-    Rank 0 makes up a name and waits until every rank has put a mark of its own under it; then it lists the marks. A
-    rank that does not find its mark in the list has read the name of an earlier attempt, and reads again. Raises
+    Rank 0 makes up a name; the others read it and count themselves under it, and when all have, rank 0 says so. A rank
+    that is one too many, or waits in vain, has read the name of an earlier attempt, and reads again. Raises
     DistStoreError when ranks do not come within *timeout*.
     """
-    mark, deadline = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
+    deadline = time.monotonic() + timeout.total_seconds()
     if rank == 0:
-        store.set(_NAME, mark)
-        keys = [f"{mark}/{other}" for other in range(1, world_size)]
-        if not all_there(store, keys, timeout):
-            absent = [other for other, key in enumerate(keys, 1) if not store.check([key])]
+        name = uuid.uuid4().hex
+        store.set(_NAME, name)
+        if not wait_until(lambda: store.add(f"{name}/came", 0) >= world_size - 1, timeout, ranks=world_size):
+            absent = [other for other in range(1, world_size) if not store.check([f"{name}/{other}"])]
             raise dist.DistStoreError(f"ranks {absent} did not come")
-        store.set(f"{mark}/marks", json.dumps([found.decode() for found in store.multi_get(keys)]))
-        return mark
+        store.set(f"{name}/all", "")
+        return name
+    places: dict[str, int] = {}  # by name: the how-manieth this rank was
     while time.monotonic() < deadline:
-        if all_there(store, [_NAME], _LOOK_AGAIN):
+        if wait_until(lambda: store.check([_NAME]), _LOOK_AGAIN, ranks=world_size):
             name = store.get(_NAME).decode()
-            store.set(f"{name}/{rank}", mark)
-            if all_there(store, [f"{name}/marks"], _LOOK_AGAIN) and mark in json.loads(store.get(f"{name}/marks")):
-                return name
-            time.sleep(0.05)  # the marks of an earlier attempt; rank 0 of this one is yet to come
+            if name not in places:
+                places[name] = store.add(f"{name}/came", 1)
+            if places[name] < world_size:
+                if _all_came(store, name, world_size):
+                    return name
+                store.set(f"{name}/{rank}", "")  # for the error of rank 0, if others never come
+            time.sleep(0.05)  # all others of an earlier attempt; rank 0 of this one is yet to come
     raise dist.DistStoreError(f"rank 0 did not come within {timeout}")
+
+
+def _all_came(store: dist.Store, name: str, world_size: int) -> bool:
+    return wait_until(lambda: store.check([f"{name}/all"]), _LOOK_AGAIN, ranks=world_size)

@@ -1,8 +1,8 @@
-"""Gather small values through the store of the process group; rank 0 computes one result and all read it.
+"""Agree on small values through the store of the process group.
 
 No collective runs, so this works when a rank has failed or is about to run other collectives: a disagreement becomes an
-error that names the ranks instead of a hang. Each rank writes its value, waits for the result and reads it; rank 0 also
-waits for the values of all ranks, reads them and writes the result.
+error that names the ranks instead of a hang. What a meeting costs the first rank does not grow with the number of ranks
+while all say the same (``meeting``); where they do not, the first rank reads all values and writes one result.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import attrs
 import torch.distributed as dist
 
 from nemo_dist.errors import RankError
-from nemo_dist.mesh.rank_status import all_there, arrive, default_store, watch
+from nemo_dist.mesh.meeting import Meeting, wait_until
+from nemo_dist.mesh.rank_status import Watch, default_store, goes_on
 
 _YEAR = 60 * 24 * 365  # in minutes
 _BRIEF = 60  # characters of a value in an error
@@ -33,6 +34,11 @@ class _Meetings:
 
 
 _meetings = _Meetings()
+
+
+def is_imagined() -> bool:
+    """Whether the process group is torch's fake one, whose other ranks do not exist: they say what this one says."""
+    return dist.is_initialized() and dist.get_backend() == dist.Backend.FAKE
 
 
 def set_patience(minutes: float) -> None:
@@ -50,101 +56,128 @@ def consensus(
     store: dist.Store | None = None,
     here: int | None = None,
 ) -> Any:
-    """Gather *mine* of all *ranks* (None: all) through the store and return ``decide(values)`` on every rank.
+    """Return ``decide(values)`` of the values *mine* of all *ranks* (None: all), on every rank.
 
-    Values and result are JSON; *decide* gets the values in the order of *ranks* and runs on the first of them only.
-    ``occasion`` names the exchange in errors. A background thread must pass ``ranks``, its own ``store`` (a clone, as
-    threads do not share a connection) and ``here``, the rank of this process: nothing then depends on the process
-    group, which may be gone. Raises RankError on every rank that takes part when a rank does not arrive in time
-    (``set_patience``) or has failed before; the message names these.
+    Values and result are JSON; *decide* gets the values in the order of *ranks*. Where all are equal, it runs on every
+    rank, else on the first of them only. ``occasion`` names the exchange in errors. A background thread must pass
+    ``ranks``, its own ``store`` (a clone, as threads do not share a connection) and ``here``, the rank of this process:
+    nothing then depends on the process group, which may be gone. Raises RankError on every rank that takes part when a
+    rank does not arrive in time (``set_patience``) or has failed before; the message names these.
     """
+    return _held_meeting(occasion, mine, decide, ranks, store, here)[0]
+
+
+def _held_meeting(
+    occasion: str,
+    mine: Any,
+    decide: Callable[[list[Any]], Any],
+    ranks: Sequence[int] | None = None,
+    store: dist.Store | None = None,
+    here: int | None = None,
+    word: Any = None,
+) -> tuple[Any, Any]:
+    """Return what ``consensus`` does, and the *word* of the first rank, a JSON value that may differ between ranks."""
     world = dist.get_world_size() if dist.is_initialized() else 1
-    members = list(range(world) if ranks is None else ranks)
-    if len(members) == 1:
-        return decide([mine])
+    members = range(world) if ranks is None else ranks
     background = store is not None
+    if len(members) == 1 or (not background and is_imagined()):
+        return decide([mine] * len(members)), word
     if not background and not dist.is_initialized():
         raise RankError(
-            f"the process group is destroyed, so ranks {members} cannot meet for {occasion!r}; do that before "
+            f"the process group is destroyed, so ranks {list(members)} cannot meet for {occasion!r}; do that before "
             "destroy_process_group()"
         )
     store = store or default_store()
     name = occasion if ranks is None else f"{occasion} of {len(members)} ranks, {zlib.crc32(repr(members).encode())}"
     _held[name] += 1
-    prefix = f"nemo_dist/{name}/{_held[name]}"
     rank = dist.get_rank() if here is None else here
+    meeting = Meeting(store, f"nemo_dist/{name}/{_held[name]}", members, rank)
+    # One rank looks for all, the others for that one. A background thread meets the others whatever they train.
+    awaited = members if meeting.leads else members[:1]
+    watch = Watch(store, members, occasion, awaited, meeting.prefix, None if background else rank)
     try:
         if not background:
-            arrive(store, rank, members, occasion, f"{prefix}/result")
-        # One rank looks for all, the others for that one. A background thread meets the others whatever they train.
-        awaited = members if rank == members[0] else members[:1]
-        look = watch(store, members, occasion, awaited, "" if background else prefix)
-        result = meet(store, prefix, members, rank, mine, decide, look)
-        if background:
-            _keep_until_read(store, prefix, members, rank)
+            goes_on(store, rank)
+        return meet(meeting, occasion, mine, decide, watch, word, must_stay=background)
     except dist.DistNetworkError as error:
         raise RankError(
             f"rank {rank} lost the store of the process group at {occasion!r} ({str(error).splitlines()[0]}): rank 0, "
             "or the launcher that held it, has ended; look at its log"
         ) from error
-    if result is None:
-        raise RankError(
-            f"rank {rank} waited {2 * _meetings.patience} for rank {members[0]} at {occasion!r}, and it did not come"
-        )
-    if "failed" in result:
-        raise RankError(result["failed"])
-    if "missing" in result:
-        raise RankError(
-            f"ranks {result['missing']} did not come to {occasion!r} within {_meetings.patience}; look at their logs "
-            "first"
-        )
-    return result["result"]
 
 
 def meet(
-    store: dist.Store,
-    prefix: str,
-    members: list[int],
-    rank: int,
+    meeting: Meeting,
+    occasion: str,
     mine: Any,
     decide: Callable[[list[Any]], Any],
-    look: Callable[[], None],
-) -> Any:
-    """Write what is *mine*, and return what the first rank makes of it; None when that does not come in time."""
-    store.set(f"{prefix}/{rank}", json.dumps(mine))
-    if rank == members[0]:
-        _publish(store, prefix, members, decide, look)
-    # The first rank waits for the others, and then has to say who is missing.
-    there = all_there(store, [f"{prefix}/result"], 2 * _meetings.patience, look)
-    return json.loads(store.get(f"{prefix}/result")) if there else None
+    watch: Watch,
+    word: Any = None,
+    must_stay: bool = False,
+) -> tuple[Any, Any]:
+    """Hold *meeting*; return what *decide* makes of the values, and the *word* of the first rank.
 
-
-def _publish(
-    store: dist.Store,
-    prefix: str,
-    members: list[int],
-    decide: Callable[[list[Any]], Any],
-    look: Callable[[], None],
-) -> None:
-    keys = {rank: f"{prefix}/{rank}" for rank in members}
-    result: dict[str, Any]
+    ``must_stay``: have the first rank wait until the others have left, as its process may hold the store, and end next.
+    """
+    meeting.come(mine, word)
     try:
-        if all_there(store, list(keys.values()), _meetings.patience, look):
-            result = {"result": decide([json.loads(value) for value in store.multi_get(list(keys.values()))])}
+        _wait_for_all(meeting, occasion, watch)
+        if meeting.agreed():
+            found = {"result": decide([meeting.mine] * len(meeting.members))}
         else:
-            result = {"missing": [rank for rank, key in keys.items() if not store.check([key])]}
-    except RankError as error:
-        result = {"failed": str(error)}
-    store.set(f"{prefix}/result", json.dumps(result))
-
-
-def _keep_until_read(store: dist.Store, prefix: str, members: list[int], rank: int) -> None:
-    """Have the first rank wait until the others have read the result: its process may hold the store, and end next."""
-    store.set(f"{prefix}/{rank}/read", "")
-    if rank == members[0]:
-        keys = [f"{prefix}/{member}/read" for member in members]
+            found = _in_full(meeting, occasion, decide, watch)
+        heard = None if word is None else meeting.word()
+        meeting.leave()
+    finally:
+        watch.go_on()
+    if must_stay and meeting.leads:
         with suppress(RankError):  # a rank that has failed reads nothing
-            all_there(store, keys, _meetings.patience, watch(store, members, "reading the result", members))
+            stay = Watch(meeting.store, meeting.members, "reading the result", meeting.members)
+            wait_until(meeting.left, _meetings.patience, stay.look, len(meeting.members))
+    if "failed" in found:
+        raise RankError(found["failed"])
+    return found["result"], heard
+
+
+def _wait_for_all(meeting: Meeting, occasion: str, watch: Watch) -> None:
+    """Wait until all have come. The first rank says who is missing where they do not; the others wait longer."""
+    patience = _meetings.patience if meeting.leads else 2 * _meetings.patience
+    why = ""
+
+    def look() -> None:
+        meeting.stay()
+        watch.look()
+
+    try:
+        if not wait_until(meeting.complete, patience, look, len(meeting.members)):
+            first = meeting.members[0]
+            why = f"rank {meeting.rank} waited {patience} for rank {first} at {occasion!r}, and it did not come"
+            if meeting.leads:
+                absent = meeting.absent()
+                why = f"ranks {absent} did not come to {occasion!r} within {patience}; look at their logs first"
+    except RankError as error:
+        why = str(error)
+    if why and not (meeting.leads and not meeting.give_up(why)):
+        raise RankError(why)
+    if meeting.given_up:
+        raise RankError(meeting.result()["failed"])
+
+
+def _in_full(meeting: Meeting, occasion: str, decide: Callable[[list[Any]], Any], watch: Watch) -> dict[str, Any]:
+    """Return what the first rank decides when the values differ: a "result", or why it has "failed"."""
+    patience, number = 2 * _meetings.patience, len(meeting.members)
+    meeting.tell()
+    if meeting.leads:
+        try:
+            if not wait_until(meeting.told, patience, watch.look, number):
+                raise RankError(f"ranks that came to {occasion!r} are gone; look at their logs")
+            result = {"result": decide(meeting.values())}
+        except Exception as error:  # the others must not wait for what will not come
+            result = {"failed": str(error) or type(error).__name__}
+        meeting.decide(result)
+    if not wait_until(meeting.decided, 2 * patience, watch.look, number):
+        raise RankError(f"rank {meeting.members[0]}, which came to {occasion!r}, is gone; look at its log")
+    return meeting.result()
 
 
 def compare(occasion: str, fields: Mapping[str, str], ranks: Sequence[int] | None = None) -> None:
@@ -170,6 +203,8 @@ def _refuse(occasion: str, differing: Sequence[str]) -> None:
 
 def differences(answers: Sequence[Mapping[str, str]]) -> list[str]:
     """Return one line per field and differing value: which ranks have it, and the value that most ranks have."""
+    if all(answer == answers[0] for answer in answers):
+        return []
     lines = []
     for name in sorted({name for answer in answers for name in answer}):
         values = [answer.get(name, "(absent)") for answer in answers]
@@ -214,18 +249,30 @@ def share(
     Values are JSON; where all are None the result is an empty list. Arguments as for :func:`consensus`, errors as for
     :func:`report`.
     """
-    rank = here if here is not None else dist.get_rank() if dist.is_initialized() else 0
+    return share_and_hear(occasion, value, failure, ranks, store, here)[0]
+
+
+def share_and_hear(
+    occasion: str,
+    value: Any,
+    failure: BaseException | None,
+    ranks: Sequence[int] | None = None,
+    store: dist.Store | None = None,
+    here: int | None = None,
+    word: Any = None,
+) -> tuple[list[Any], Any]:
+    """Return what ``share`` does, and the *word* of the first of *ranks*; the words, JSON values, may differ."""
     error = "" if failure is None else f"{type(failure).__name__}: {failure}"
-    failed, values = consensus(occasion, [rank, error, value], _failed_or_values, ranks, store, here)
+    (failed, values), heard = _held_meeting(occasion, [error, value], _failed_or_values, ranks, store, here, word)
     if failure is not None:
         raise failure
     if failed:
-        lines = "\n".join(f"- rank {rank}: {text}" for rank, text in failed)
+        lines = "\n".join(f"- rank {ranks[index] if ranks else index}: {text}" for index, text in failed)
         raise RankError(f"{occasion} failed on {len(failed)} of the ranks:\n{lines}")
-    return list(values)
+    return list(values), heard
 
 
 def _failed_or_values(answers: Sequence[Sequence[Any]]) -> list[Any]:
-    failed = [[rank, error] for rank, error, _ in answers if error]
-    values = [value for _, _, value in answers]
+    failed = [[index, error] for index, (error, _) in enumerate(answers) if error]
+    values = [value for _, value in answers]
     return [failed, [] if failed or all(value is None for value in values) else values]

@@ -17,6 +17,8 @@ from contextlib import contextmanager, suppress
 import attrs
 import torch.distributed as dist
 
+from nemo_dist.mesh.meeting import count, read
+
 _LONG = 6.0  # seconds after which a step is told to other ranks
 _progress: dict[tuple[int, ...], Progress] = {}  # by the ranks that train together
 
@@ -56,11 +58,11 @@ class Progress:
             self.since = None
 
 
-def elsewhere(store: dist.Store, rank: int, members: Sequence[int], occasion: str, result: str) -> str:
-    """Return in words where *rank* is, if it cannot come to the meeting of *members* for the key *result*; else ""."""
+def elsewhere(store: dist.Store, rank: int, members: Sequence[int], occasion: str, prefix: str) -> str:
+    """Return in words where *rank* is, if it cannot come to the meeting of *members* at *prefix*; else ""."""
     own = Progress.of(members)
     here = f"rank {dist.get_rank()} waits at {occasion!r} after step {own.steps}"
-    step, at = _key("step", members, rank), _key("at", members, rank)
+    step = _key("step", members, rank)
     if store.check([step]):
         runtimes, steps = json.loads(store.get(step))
         if (runtimes, steps) > (own.runtimes, own.steps):
@@ -68,23 +70,38 @@ def elsewhere(store: dist.Store, rank: int, members: Sequence[int], occasion: st
                 f"rank {rank} trains on, in step {steps}, and {here}: a call in which ranks meet, such as save, is one "
                 "for all ranks, after the same step"
             )
-    if store.check([at]):
-        other, awaited, _ = json.loads(store.get(at))
-        if awaited != result and not store.check([awaited]):
-            return f"rank {rank} waits at {other!r}, and {here}: all ranks must make the same calls in order"
+    waits = waiting(store, rank, members)
+    if waits is not None and waits[1] != prefix:
+        return f"rank {rank} waits at {waits[0]!r}, and {here}: all ranks must make the same calls in order"
     return ""
 
 
-def arrive(store: dist.Store, rank: int, members: Sequence[int], occasion: str, result: str) -> None:
-    """Say that *rank* waits at the meeting of *members* for the key *result*."""
-    store.set(_key("at", members, rank), json.dumps([occasion, result, Progress.of(members).steps]))
+def arrive(store: dist.Store, rank: int, members: Sequence[int], occasion: str, prefix: str) -> None:
+    """Say that *rank* waits at the meeting of *members* at *prefix*."""
+    store.set(_key("at", members, rank), json.dumps([occasion, prefix, Progress.of(members).steps]))
+
+
+def go_on(store: dist.Store, rank: int, members: Sequence[int]) -> None:
+    """Take back that *rank* waits."""
+    store.delete_key(_key("at", members, rank))
+
+
+def waiting(store: dist.Store, rank: int, members: Sequence[int]) -> tuple[str, str, int] | None:
+    """Return at which occasion and prefix, and after how many steps, *rank* waits for *members*; None if it does not.
+
+    A rank that will go on at once, as all have come to its meeting, does not wait.
+    """
+    told = read(store, _key("at", members, rank))
+    if told is None:
+        return None
+    occasion, prefix, steps = json.loads(told)
+    return (occasion, prefix, steps) if 0 < count(store, f"{prefix}/came") < len(members) else None
 
 
 def meetings(store: dist.Store, rank: int) -> list[str]:
     """Return in words at which meetings of ranks that this process trains with *rank* waits now."""
-    keys = [key for members in _progress if store.check([key := _key("at", members, rank)])]
-    found = [json.loads(store.get(key)) for key in keys]
-    return [f"{occasion!r} after {steps} steps" for occasion, result, steps in found if not store.check([result])]
+    found = [waiting(store, rank, members) for members in _progress]
+    return [f"{occasion!r} after {steps} steps" for occasion, _, steps in filter(None, found)]
 
 
 def _key(what: str, members: Sequence[int], rank: int) -> str:

@@ -20,11 +20,12 @@ from nemo_dist.errors import CheckpointError, RankError
 from nemo_dist.hf_model import has_adapters, inner_model
 from nemo_dist.loading.deferred_init import DeferredInit
 from nemo_dist.loading.hf_weight_loader import Target, read_through
-from nemo_dist.loading.missing_weights import Draws, shared_draws
+from nemo_dist.loading.missing_weights import Draws
 from nemo_dist.loading.other_formats import unloadable
 from nemo_dist.loading.same_source import config_fields
+from nemo_dist.loading.slice_init import SliceInit, refuse_long_draws
 from nemo_dist.mesh.mesh_context import MeshContext
-from nemo_dist.mesh.store_consensus import compare, reported
+from nemo_dist.mesh.store_consensus import refuse_differences, reported, share_and_hear
 from nemo_dist.planning.mesh_plan import Role
 from nemo_dist.plugin.protocol import declared
 from nemo_dist.setup.setup import DistributedSetup
@@ -33,6 +34,8 @@ from nemo_dist.training.peft_adapters import mark_loaded
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+WHOLE, SLICES = "whole", "slices"  # how from_config draws
+INITS = (WHOLE, SLICES)
 _SIZES = "DistributedSetup.build(parallelism_sizes=ParallelismSizes({}=...))"
 _MOVED = {
     "distributed_config": "DistributedSetup.build(strategy=...)",
@@ -220,33 +223,51 @@ class _Loader:
         *,
         distributed_setup: DistributedSetup | None = None,
         device_mesh: DeviceMesh | None = None,
+        init: str = WHOLE,
         **kwargs: Any,
     ) -> Any:
-        """Return a new model, sharded in place, with the weights that transformers draws on one process.
+        """Return a new model, sharded in place; the first rank's CPU generator determines its weights.
 
-        The first rank's CPU generator determines the weights, so ``torch.manual_seed`` before the call fixes them, the
-        same for every topology. A rank holds no more than its shards and one tensor being drawn. Keywords and errors as
-        for ``from_pretrained``.
+        So ``torch.manual_seed`` before the call fixes them, the same for every topology. A rank holds no more than its
+        shards and one tensor being drawn. ``init``: "whole" draws every weight on every rank, bit for bit as
+        transformers does on one process; "slices" draws only what this rank holds, other numbers of the same
+        distributions, at the cost of the shard. Other keywords and errors as for ``from_pretrained``.
+
+        Raises ValueError where "whole" would take more than ten minutes.
         """
+        if init not in INITS:
+            raise ValueError(f"init must be one of {', '.join(map(repr, INITS))} (got {init!r})")
         setup = _setup(cls.__name__, distributed_setup, device_mesh, kwargs)
         if setup is None:
+            if init != WHOLE:
+                raise TypeError(f"init={init!r} needs distributed_setup or device_mesh; leave it out on one process")
             return cls.auto.from_config(config, **kwargs)
         _refuse_placement(kwargs)
         with torch.device("cpu"):  # a user's default device neither draws the weights nor receives whole ones
-            return cls._new(config, setup, kwargs)
+            return cls._new(config, setup, kwargs, init)
 
     @classmethod
-    def _new(cls, config: PretrainedConfig, setup: DistributedSetup, kwargs: dict[str, Any]) -> Any:
-        compare("the model", config_fields(config), setup.ranks)
-        own = copy.deepcopy(config)  # plugins change it, for example the attention implementation
-        with shared_draws(setup.ranks), reported("building the model", setup.ranks), DeferredInit() as init:
-            model = cls.auto.from_config(own, **kwargs)
-        init.hollow(model)
+    def _new(cls, config: PretrainedConfig, setup: DistributedSetup, kwargs: dict[str, Any], init: str) -> Any:
+        draws = Draws(setup.ranks)
+        told = config_fields(config) | {"init": init}
+        same, generator = share_and_hear("the model", told, None, setup.ranks, word=draws.offer())
+        refuse_differences("the model", same)
+        draws.follow(generator)
+
+        def build() -> Any:
+            # a copy, as plugins change the config, for example the attention implementation
+            return cls.auto.from_config(copy.deepcopy(config), **kwargs)
+
+        with draws.shared(), reported("building the model", setup.ranks):
+            if init == WHOLE:
+                refuse_long_draws(build)
+            with DeferredInit() if init == WHOLE else SliceInit(int(torch.randint(2**63 - 1, ()))) as drawn:
+                model = build()
+        drawn.hollow(model)
         with reported("sharding the model", setup.ranks):
             parts = setup.shard(model)
-        with reported("filling the model", setup.ranks):
             for part in parts:
-                init.fill(inner_model(part), _parameter_device(setup))
+                drawn.fill(inner_model(part), _parameter_device(setup))
         return _finish(setup, parts)
 
 

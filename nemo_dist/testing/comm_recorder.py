@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -101,9 +100,8 @@ def _recorded(events: list[Event], function: Callable[..., Any], event: Callable
     return recorded
 
 
-def _meeting(store: Any, prefix: str, members: Sequence[int], *_: Any, **__: Any) -> Meeting:
-    occasion = re.sub(r" of \d+ ranks, \d+$", "", prefix.removeprefix("nemo_dist/").rpartition("/")[0])
-    return Meeting(group=None, members=tuple(members), what=f"the meeting {occasion!r}")
+def _meeting(meeting: Any, occasion: str, *_: Any, **__: Any) -> Meeting:
+    return Meeting(group=None, members=tuple(meeting.members), what=f"the meeting {occasion!r}")
 
 
 def _new_group(

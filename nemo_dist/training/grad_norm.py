@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.utils import get_total_norm
 
+from nemo_dist.mesh.dtensor import local
 from nemo_dist.mesh.mesh_context import MeshContext
+from nemo_dist.mesh.rank_group import RankGroup
 
 
 def by_mesh(tensors: Iterable[Any]) -> dict[Any, list[Any]]:
@@ -32,19 +35,36 @@ def one_mesh_per_group(params: Iterable[Any]) -> list[dict[str, Any]]:
 def global_norm(grads: Iterable[Tensor], norm_type: float, axes: Iterable[str], mesh: MeshContext) -> Tensor:
     """Return the norm of all gradients, across all meshes and *axes*: a 0-dim float32 tensor; collective.
 
-    ``axes`` are those along which ranks hold different parameters; the norm is all-reduced over each of them. The norm
-    of a DTensor is that of the whole tensor.
+    ``axes`` are those along which ranks hold different parameters. The norm of a DTensor is that of the whole tensor.
+    There is one all-reduce over all ranks of *mesh*, to which each rank adds its share of what it holds: of a gradient
+    that n ranks hold, one n-th. So every rank gets the same bits.
     """
-    norms = [_plain(get_total_norm(group, norm_type)) for group in by_mesh(grads).values()]
-    local = torch.stack([norm.float().to(mesh.device) for norm in norms]) if norms else torch.zeros(1).to(mesh.device)
+    ranks = RankGroup.of(mesh)
     infinite = norm_type == float("inf")
-    total = local.max() if infinite else (local**norm_type).sum()
-    for axis in axes:
-        group = mesh.group(axis)
-        if group is not None:
-            dist.all_reduce(total, op=dist.ReduceOp.MAX if infinite else dist.ReduceOp.SUM, group=group)
+    apart = math.prod(mesh.size(axis) for axis in axes)
+    terms, parts = [torch.zeros((), device=mesh.device)], apart
+    for count, held in _by_number_of_parts(grads).items():
+        norm = get_total_norm(held, norm_type).float().to(mesh.device)
+        terms.append(norm if infinite else norm**norm_type * (count * apart / ranks.size))
+        parts = max(parts, count * apart)
+    total = torch.stack(terms)
+    total = total.max() if infinite else total.sum()
+    if parts > 1:
+        ranks.reduce(total, dist.ReduceOp.MAX if infinite else dist.ReduceOp.SUM)
+    elif not infinite:
+        total = total * ranks.size
     return total if infinite else total ** (1.0 / norm_type)
 
 
-def _plain(value: Tensor) -> Tensor:
-    return value.full_tensor() if isinstance(value, DTensor) else value
+def _by_number_of_parts(grads: Iterable[Tensor]) -> dict[int, list[Tensor]]:
+    """Return the local tensors of *grads*, by the number of ranks that hold different parts of the same gradient."""
+    found: dict[int, list[Tensor]] = {}
+    for grad in grads:
+        parts = 1
+        if isinstance(grad, DTensor):
+            if any(placement.is_partial() for placement in grad.placements):
+                grad = grad.redistribute(placements=[Replicate() if p.is_partial() else p for p in grad.placements])
+            sizes = zip(grad.device_mesh.shape, grad.placements, strict=True)
+            parts = math.prod(size for size, placement in sizes if hasattr(placement, "dim"))
+        found.setdefault(parts, []).append(local(grad))
+    return found
