@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable
+from importlib.metadata import EntryPoint
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+import attrs
+
 from nemo_dist.errors import PluginError
 from nemo_dist.planning.mesh_plan import MeshPlan, View
-from nemo_dist.plugin.protocol import Stage, claimant
+from nemo_dist.plugin.protocol import Stage, claimant, declared
 from nemo_dist.plugin.registry import Registry
 
 if TYPE_CHECKING:
@@ -117,35 +120,73 @@ def rank_lines(plan: MeshPlan, rank: int) -> list[str]:
 
 
 def plugin_rows(registry: Registry) -> list[dict[str, Any]]:
-    """Return a row per installed plugin; ``error`` is None, or why the plugin cannot be used."""
-    return [_plugin_row(registry, name) for name in registry]
+    """Return a row per installed plugin, as ``nemo-dist plugins --json`` prints it.
+
+    ``error`` is None, or why the plugin cannot be used; then what its class would say is None or empty.
+    """
+    entries = sorted(registry.entries, key=lambda entry: entry.name)
+    return [_plugin_row(registry, entry) for entry in entries]
 
 
-def _plugin_row(registry: Registry, name: str) -> dict[str, Any]:
-    entry = registry.entry(name)
+def _plugin_row(registry: Registry, entry: EntryPoint) -> dict[str, Any]:
     row: dict[str, Any] = {
-        "name": name,
+        "name": entry.name,
         "distribution": entry.dist.name if entry.dist else None,
         "version": entry.dist.version if entry.dist else None,
         "entry_point": entry.value,
-        "stage": None,
+        "default_for": sorted(role.name for role in registry.roles if role.value == entry.name),
+        "aliases": sorted(alias.name for alias in registry.aliases if alias.value == entry.name),
+        "order": {"number": None, "name": None},
         "axes": [],
+        "roles": {},
+        "composes_with": [],
+        "options": [],
         "doc": None,
         "error": None,
     }
     try:
-        plugin = registry.load(name)
+        return row | _declared(registry.load(entry.name))
     except PluginError as error:
         return row | {"error": str(error)}
-    doc = (inspect.getdoc(plugin) or "").partition("\n")[0]
-    return row | {"stage": _stage(plugin.stage), "axes": sorted(plugin.axes), "doc": doc}
+    except Exception as error:  # whatever a class that is no plugin declares
+        what = f"{type(error).__name__}: {error}"
+        return row | {"error": f"plugin {entry.name!r} ({entry.value}) cannot be listed: {what}"}
 
 
-def _stage(stage: int) -> str:
-    try:
-        return Stage(stage).name
-    except ValueError:
-        return str(int(stage))  # a third-party plugin may use a stage in between
+def _declared(plugin: Any) -> dict[str, Any]:
+    """Return what the class of a plugin says of it."""
+    names = {int(stage): stage.name for stage in Stage}
+    number = int(plugin.stage)
+    return {
+        "order": {"number": number, "name": names.get(number)},  # a third party's plugin may act in between
+        "axes": sorted(plugin.axes),
+        "roles": {axis: role.name for axis, role in sorted(declared(plugin, "roles").items())},
+        "composes_with": sorted(plugin.composes_with),
+        "options": _options(plugin.config_type),
+        "doc": (inspect.getdoc(plugin) or "").partition("\n")[0],
+    }
+
+
+def _options(config: type) -> list[dict[str, Any]]:
+    """Return name, type and default of every option of a *config* class; a default that JSON lacks is its text."""
+    fields = attrs.fields(config) if attrs.has(config) else ()
+    shared = config() if attrs.has(config) else None
+    return [
+        {
+            "name": field.alias or field.name,
+            "type": field.type if isinstance(field.type, str) else getattr(field.type, "__name__", str(field.type)),
+            "default": _plain(getattr(shared, field.name)),
+        }
+        for field in fields
+        if field.init
+    ]
+
+
+def _plain(value: Any) -> Any:
+    """Return *value* where JSON has it, lists for tuples, and else its text."""
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value if value is None or type(value) in (bool, int, float, str) else repr(value)
 
 
 def plugins_table(rows: Iterable[dict[str, Any]]) -> Table:
@@ -154,14 +195,15 @@ def plugins_table(rows: Iterable[dict[str, Any]]) -> Table:
     from rich.table import Table
 
     table = Table()
-    for column in ("plugin", "from", "stage", "axes", "what it does"):
+    for column in ("plugin", "from", "order", "axes", "what it does"):
         table.add_column(column, no_wrap=column == "plugin")
     for row in rows:
         origin = f"{row['distribution']} {row['version']}" if row["distribution"] else "?"
         if row["error"]:
             table.add_row(row["name"], origin, "BROKEN", "", escape(row["error"]), style="red")
         else:
-            table.add_row(row["name"], origin, row["stage"], " ".join(row["axes"]) or "-", escape(row["doc"]))
+            order = row["order"]["name"] or str(row["order"]["number"])
+            table.add_row(row["name"], origin, order, " ".join(row["axes"]) or "-", escape(row["doc"]))
     if not table.row_count:
         table.add_row("-", "", "", "", "no plugin is installed")
     return table

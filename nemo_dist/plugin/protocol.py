@@ -46,6 +46,11 @@ class Plugin(Protocol):
 
     ``parameter_device``: for a strategy, the type of the device that keeps the shards of parameters between forwards;
     None is that of the mesh.
+
+    ``exact``: False where training is by design not what one process computes without the plugin.
+
+    ``replicas_differ``: for a strategy, True where replicas of a parameter are by design not equal on all ranks; then
+    the core does not compare them.
     """
 
     name: ClassVar[str]
@@ -65,6 +70,8 @@ _OPTIONAL: Mapping[str, Any] = {
     "features": FrozenMapping[str](),
     "compute_dtype": None,
     "parameter_device": None,
+    "exact": True,
+    "replicas_differ": False,
 }
 
 

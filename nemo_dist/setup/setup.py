@@ -17,6 +17,7 @@ from nemo_dist.planning.validation import shown
 from nemo_dist.plugin.hook_caller import PluginCalls
 from nemo_dist.plugin.hookspecs import RuntimePart
 from nemo_dist.plugin.parts import judge_parts
+from nemo_dist.plugin.protocol import declared
 from nemo_dist.plugin.registry import Registry
 from nemo_dist.setup.build_arguments import judge_runtime_options, launched_ranks, mesh_ranks, select_recompute
 from nemo_dist.setup.composition import Composition
@@ -230,6 +231,8 @@ class DistributedSetup(Composition):
             if owner is not self:
                 made = "another setup" if owner is not None else "no setup"
                 raise ValueError(f"the model was loaded with {made}; load it with distributed_setup=<this setup> first")
+        if declared(self.strategy, "replicas_differ"):
+            check_replicas = 0
         return Runtime.assemble(model, self.sharded(parts), self.runtime_parts, self.strategy, check_replicas)
 
     def sharded(self, parts: Sequence[nn.Module]) -> ShardedModel:
