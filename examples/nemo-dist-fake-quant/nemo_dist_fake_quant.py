@@ -21,7 +21,8 @@ class FakeQuant:
 
     # Between what splits matrices and what splits sequences, and before what recomputes or compiles the layers.
     name, config_type, stage = "fake_quant", FakeQuantConfig, Stage.TENSOR + 5
-    axes, composes_with = frozenset(), frozenset()
+    axes, composes_with = frozenset(), frozenset({"fsdp2", "ddp"})
+    exact = False  # not what one process computes without it
 
     config: FakeQuantConfig = attrs.field(factory=FakeQuantConfig)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from importlib.metadata import EntryPoint
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -124,11 +124,19 @@ def plugin_rows(registry: Registry) -> list[dict[str, Any]]:
 
     ``error`` is None, or why the plugin cannot be used; then what its class would say is None or empty.
     """
-    entries = sorted(registry.entries, key=lambda entry: entry.name)
-    return [_plugin_row(registry, entry) for entry in entries]
+    return [_plugin_row(registry, *found) for found in _catalogue(registry)]
 
 
-def _plugin_row(registry: Registry, entry: EntryPoint) -> dict[str, Any]:
+def _catalogue(registry: Registry) -> Iterator[tuple[EntryPoint, Any, str | None]]:
+    """Yield every entry point in the order of names, with its plugin class, or else why it cannot be used."""
+    for entry in sorted(registry.entries, key=lambda entry: entry.name):
+        try:
+            yield entry, registry.load(entry.name), None
+        except PluginError as error:
+            yield entry, None, str(error)
+
+
+def _plugin_row(registry: Registry, entry: EntryPoint, plugin: Any, error: str | None) -> dict[str, Any]:
     row: dict[str, Any] = {
         "name": entry.name,
         "distribution": entry.dist.name if entry.dist else None,
@@ -142,14 +150,12 @@ def _plugin_row(registry: Registry, entry: EntryPoint) -> dict[str, Any]:
         "composes_with": [],
         "options": [],
         "doc": None,
-        "error": None,
+        "error": error,
     }
     try:
-        return row | _declared(registry.load(entry.name))
-    except PluginError as error:
-        return row | {"error": str(error)}
-    except Exception as error:  # whatever a class that is no plugin declares
-        what = f"{type(error).__name__}: {error}"
+        return row if plugin is None else row | _declared(plugin)
+    except Exception as wrong:  # whatever a class that is no plugin declares
+        what = f"{type(wrong).__name__}: {wrong}"
         return row | {"error": f"plugin {entry.name!r} ({entry.value}) cannot be listed: {what}"}
 
 

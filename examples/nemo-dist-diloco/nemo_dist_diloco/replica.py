@@ -112,7 +112,17 @@ class Replica:
 
     def state(self):
         """Return what a checkpoint has beside the weights: the replica of each rank, under kinds of its own."""
-        return PluginState(tensors=self._saved_tensors, shared=self._saved_values, load=self._load)
+        return PluginState(
+            tensors=self._saved_tensors,
+            shared=lambda: {"done": self.done, "replicas": self._replicas},
+            own=lambda: {"replica": self.rank},
+            accepts=lambda saved: None,  # any number of replicas can be taken over
+            load=self._load,
+        )
+
+    @property
+    def _replicas(self):
+        return 1 if self.group is None else dist.get_world_size(self.group)
 
     def _saved_tensors(self):
         own = {"weight": self.parameters, **self._moments()}
@@ -122,23 +132,19 @@ class Replica:
         kinds = {f"{kind}_of_{self.rank}": _copied(tensors) for kind, tensors in own.items()}
         return kinds | ({"outer_momentum": momentum} if momentum else {})
 
-    def _saved_values(self):
-        return {"done": self.done, "replicas": 1 if self.group is None else dist.get_world_size(self.group)}
-
     @torch.no_grad()
     def _load(self, saved):
-        """Take over the replica of this rank or, with another number of replicas, start all from their mean."""
+        """Take over the replica of this rank or, under another topology, start all from the mean of the saved ones."""
         self.done = saved.shared["done"]
         for name, buffer in saved.tensors.get("outer_momentum", {}).items():
             self.outer.state[self.outer_parameters[name]]["momentum_buffer"] = buffer
-        replicas = saved.shared["replicas"]
-        same = replicas == self._saved_values()["replicas"]
-        taken = [self.rank] if same else range(replicas)
+        same = saved.own is not None
+        taken = [saved.own["replica"]] if same else range(saved.shared["replicas"])
         for name, parameter in self.parameters.items():
             parameter.copy_(sum(saved.tensors[f"weight_of_{rank}"][name] for rank in taken) / len(taken))
         for kind, tensors in self._moments().items() if same else ():
             for name, tensor in tensors.items():
-                tensor.copy_(saved.tensors[f"{kind}_of_{self.rank}"][name])
+                tensor.copy_(saved.tensors[f"{kind}_of_{taken[0]}"][name])
 
 
 def _copied(tensors):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_dist import FSDP2Config, ParallelismSizes
@@ -10,6 +10,7 @@ from nemo_dist.testing import PluginConformance, strategies
 from nemo_dist.testing.equivalence import Task, assert_equivalent
 from nemo_dist.testing.precision import FP32
 from nemo_dist.testing.resume import assert_resumes
+from nemo_dist.testing.tensors import of_batch
 from nemo_dist_rows import Rows, share
 
 TWO = {"parallelism_sizes": ParallelismSizes(extra={"rows": 2}), "plugins": ("rows",)}
@@ -49,3 +50,20 @@ def test_what_has_no_rows_is_refused_by_name():
     batch = {"input_ids": torch.zeros(4, 3), "position_ids": torch.zeros(3, 4, 3)}
     with pytest.raises(ValueError, match="position_ids has shape"):
         share(batch, 2, 0)
+
+
+@given(batch=strategies.batches(rows=st.integers(2, 5)))
+def test_two_ranks_compute_all_rows_of_any_batch(batch):
+    whole = of_batch(batch)
+    first, second = (share(whole, 2, rank) for rank in range(2))
+    assert all(torch.equal(torch.cat([first[name], second[name]]), whole[name]) for name in whole)
+
+
+ROWS = {"plugins": ("rows",), "axes": ("dp_shard", "rows")}
+
+
+@settings(max_examples=3, deadline=None)
+@given(selected=strategies.selections(max_world=2, strategies=("fsdp2", "ddp"), **ROWS))
+def test_it_trains_like_one_process_wherever_it_is_accepted(ranks, selected):
+    world = selected.pop("world_size")
+    assert_equivalent(ranks(world), Task(), **selected)

@@ -23,11 +23,13 @@ def part_of(batch, size, rank):
     if "labels" in tensors:
         tensors.setdefault("shift_labels", pad(tensors["labels"], (0, 1), value=-100)[:, 1:])
         tensors["labels"] = tensors["shift_labels"]  # the loss reads only the shifted ones
-    tensors["position_ids"] = torch.arange(length, device=batch["input_ids"].device)[None]
     own = -(-length // size)
+    # They go on in the padding: positions that began again would mean a second, packed sequence.
+    tensors["position_ids"] = torch.arange(own * size, device=batch["input_ids"].device)[None]
+    mine = slice(own * rank, own * (rank + 1))
     parts = {
         # Contiguous, as losses view them as one row.
-        name: pad(value, (0, own * size - length), value=_FILL[name])[:, own * rank : own * (rank + 1)].contiguous()
+        name: pad(value, (0, own * size - value.shape[1]), value=_FILL[name])[:, mine].contiguous()
         for name, value in tensors.items()
     }
     others = {name: value for name, value in batch.items() if not isinstance(value, torch.Tensor)}
