@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import NoneType
+from typing import Any
 
 import pytest
 import torch
@@ -80,7 +83,7 @@ def test_plugins_are_listed_with_where_they_come_from() -> None:
     rows = {row["name"]: row for row in json.loads(run.invoke(app, ["plugins", "--json"]).stdout)}
     fsdp2 = rows["fsdp2"]
     assert fsdp2["distribution"] == "nemo-dist" and fsdp2["version"] and fsdp2["error"] is None
-    assert fsdp2["stage"] == "DATA" and "dp_shard" in fsdp2["axes"] and fsdp2["doc"].endswith(".")
+    assert "dp_shard" in fsdp2["axes"] and fsdp2["doc"].endswith(".")
     shown = run.invoke(app, ["plugins"]).stdout
     assert all(name in shown for name in rows)
 
@@ -93,15 +96,78 @@ def test_a_plugin_that_does_not_import_is_listed_as_broken(tmp_path: Path, monke
     (tmp_path / "half_made.py").write_text("import a_module_that_is_not_there\n")
     monkeypatch.syspath_prepend(tmp_path)
     rows = {row["name"]: row for row in json.loads(run.invoke(app, ["plugins", "--json"]).stdout)}
-    assert (rows["half"]["distribution"], rows["half"]["version"], rows["half"]["stage"]) == ("half-made", "2.0", None)
+    assert (rows["half"]["distribution"], rows["half"]["version"]) == ("half-made", "2.0")
+    assert rows["half"]["order"] == {"number": None, "name": None} and rows["half"]["doc"] is None
     assert "No module named 'a_module_that_is_not_there'" in rows["half"]["error"]
     assert rows["fsdp2"]["error"] is None
     assert "BROKEN" in run.invoke(app, ["plugins"]).stdout
 
 
-@pytest.mark.parametrize("command", ["plan", "explain", "plugins", "demo", "verify"])
+# Of each key, the types of its value; docs/tutorial.md documents them.
+SCHEMA: dict[str, Any] = {
+    "name": str,
+    "distribution": (str, NoneType),
+    "version": (str, NoneType),
+    "entry_point": str,
+    "default_for": list,
+    "aliases": list,
+    "order": dict,
+    "axes": list,
+    "roles": dict,
+    "composes_with": list,
+    "options": list,
+    "doc": (str, NoneType),
+    "error": (str, NoneType),
+}
+
+
+def test_plugins_as_json_have_the_documented_schema() -> None:
+    found = json.loads(run.invoke(app, ["plugins", "--json"]).stdout)
+    assert [row["name"] for row in found] == sorted(row["name"] for row in found)
+    for row in found:
+        assert list(row) == list(SCHEMA) and all(isinstance(row[key], kind) for key, kind in SCHEMA.items())
+        assert list(row["order"]) == ["number", "name"]
+        assert all(list(option) == ["name", "type", "default"] for option in row["options"])
+        lists = (row["default_for"], row["aliases"], row["axes"], row["composes_with"])
+        assert all(isinstance(text, str) for texts in lists for text in texts)
+    page = (Path(__file__).parents[1] / "docs" / "tutorial.md").read_text().split("## For programs")[1]
+    assert set(SCHEMA) <= set(re.findall(r"`(\w+)`", page))
+
+
+def test_plugins_as_json_say_what_their_classes_say() -> None:
+    rows = {row["name"]: row for row in json.loads(run.invoke(app, ["plugins", "--json"]).stdout)}
+    assert rows["fsdp2"]["order"] == {"number": 70, "name": "DATA"} and "tp" in rows["fsdp2"]["composes_with"]
+    assert rows["fsdp2"]["default_for"] == ["strategy"] and rows["megatron_fsdp"]["aliases"] == ["mfsdp"]
+    assert rows["context"]["options"] == [
+        {"name": "method", "type": "str", "default": "all_gather"},
+        {"name": "balance", "type": "bool | None", "default": None},
+    ]
+    assert rows["recompute"]["options"][1]["default"] == ["all"]  # a tuple is a list
+
+
+def test_a_new_plugin_is_refused_where_its_name_or_folder_is_taken(tmp_path: Path) -> None:
+    into = ("--into", str(tmp_path))
+    assert "must be a lower-case identifier, like token_meter (got 'Meter')" in refused("new-plugin", "Meter", *into)
+    assert "must be a lower-case identifier" in refused("new-plugin", "class", *into)
+    assert "plugin 'fsdp2' is installed already, from nemo-dist" in refused("new-plugin", "fsdp2", *into)
+    assert "plugin 'mfsdp' is installed already" in refused("new-plugin", "mfsdp", *into)
+    assert run.invoke(app, ["new-plugin", "token-meter", *into]).exit_code == 0
+    assert "is there already; choose another name" in refused("new-plugin", "token_meter", *into)
+    assert [path.name for path in tmp_path.iterdir()] == ["nemo-dist-token-meter"]
+
+
+def test_a_check_of_a_plugin_that_is_not_there_starts_nothing() -> None:
+    assert "no plugin 'fsdp3' is installed; did you mean 'fsdp2'?" in refused("plugins", "check", "fsdp3")
+
+
+def test_an_axis_of_a_plugin_is_asked_for_by_name_and_size() -> None:
+    assert "--axis must be NAME=SIZE, as in --axis rows=2 (got rows)" in refused("plan", "-n", "4", "--axis", "rows")
+    assert "axis 'rows' has size 2" in refused("plan", "-n", "4", "--axis", "rows=2")
+
+
+@pytest.mark.parametrize("command", ["plan", "explain", "plugins", "plugins check", "new-plugin", "demo", "verify"])
 def test_every_command_has_help_with_examples(command: str) -> None:
-    result = run.invoke(app, [command, "--help"])
+    result = run.invoke(app, [*command.split(), "--help"])
     assert result.exit_code == 0
     assert f"Examples:\n    nemo-dist {command}" in result.stdout
 

@@ -62,8 +62,8 @@ def test_a_block_for_several_ranks_runs_under_torchrun(match, tmp_path):
     )
 
 
-def test_a_fragment_is_what_the_test_of_a_third_party_runs():
-    third_party = (ROOT / "tests" / "test_third_party.py").read_text()
+def test_a_fragment_is_what_the_tests_of_an_example_run():
+    third_party = "\n".join(path.read_text() for path in sorted(ROOT.glob("examples/*/tests/*.py")))
     fragments = list(blocks("fragment"))
     assert fragments
     for parameters in fragments:
@@ -73,7 +73,7 @@ def test_a_fragment_is_what_the_test_of_a_third_party_runs():
 
 
 def test_every_block_says_how_it_runs():
-    known = {"alone", "ranks", "fragment"}
+    known = {"alone", "ranks", "fragment", "file"}  # files: tests/test_tutorial.py
     for page in PAGES:
         for match in BLOCK.finditer(page.read_text()):
             how = (match["how"] or "").split(":")[0]

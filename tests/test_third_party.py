@@ -1,117 +1,103 @@
-"""A folder outside this repository adds a strategy: install it, list it, run the kit on it, train with it."""
+"""Packages outside this repository add plugins: install them with pip, list them, run their tests, train with them."""
 
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+from cases import slow
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "nemo-dist-averaging"
-KIT = """
-from nemo_dist.testing import PluginConformance
-
-class TestAveraging(PluginConformance):
-    plugin = "averaging"
-"""
-WAITS = """
-from nemo_dist.testing.comm_recorder import assert_no_deadlock
-from nemo_dist.testing.equivalence import Task
-
-
-def test_no_rank_waits_for_ever_on_nccl(ranks):
-    assert_no_deadlock(ranks(2), Task(), strategy="averaging")
-"""
-ORDERS = """
-from hypothesis import given, settings
-from nemo_dist.testing import strategies
-from nemo_dist.testing.call_orders import assert_order_changes_nothing
-
-
-@settings(max_examples=5, deadline=None)
-@given(order=strategies.call_orders())
-def test_the_order_of_calls_changes_nothing(ranks, order):
-    assert_order_changes_nothing(ranks(2), order, strategy="averaging")
-"""
-TRAIN = """
-import torch
-from nemo_dist import DistributedSetup, NeMoAutoModelForCausalLM, initialize_distributed
-from nemo_dist_averaging import AveragingConfig
-from transformers import LlamaConfig
-
-env = initialize_distributed("gloo")
-setup = DistributedSetup.build(strategy=AveragingConfig())
-torch.manual_seed(0)
-config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-                     num_key_value_heads=2)
-model = NeMoAutoModelForCausalLM.from_config(config, distributed_setup=setup)
-runtime = setup.runtime(model)
-optimizer = runtime.optimizer(torch.optim.AdamW, lr=3e-3)
-losses = []
-for step in range(20):
-    tokens = (torch.arange(16) * (1 + runtime.dp_rank) % 61).repeat(2, 1)
-    losses.append(runtime.forward_backward({"input_ids": tokens, "labels": tokens}).item())
-    optimizer.step()
-    optimizer.zero_grad()
-if env.is_main:
-    print("LOSSES", losses[0], losses[-1], setup.strategy.name)
-"""
+EXAMPLES = sorted(path.parent for path in (Path(__file__).parents[1] / "examples").glob("*/pyproject.toml"))
+NAMES = [example.name.removeprefix("nemo-dist-") for example in EXAMPLES]
+# How the demo takes each: of the two axes of cp and rows, each rank of two has a part.
+DEMO = {
+    "averaging": ("--strategy", "averaging"),
+    "diloco": ("--strategy", "diloco"),
+    "fake-quant": ("--plugin", "fake_quant"),
+    "rows": ("--plugin", "rows", "--axis", "rows=2"),
+    "ulysses": ("--plugin", "ulysses", "--cp", "2"),
+    "zero1": ("--strategy", "zero1"),
+}
 
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """Return an environment in which the example, copied out of this repository, is installed with pip."""
+    """Return an environment in which the examples, copied out of this repository, are installed with pip."""
     folder = tmp_path_factory.mktemp("outside")
-    source = shutil.copytree(EXAMPLE, folder / "source")
+    sources = [str(shutil.copytree(example, folder / "source" / example.name)) for example in EXAMPLES]
     command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
-    subprocess.run(
-        [*command, "--target", str(folder / "site"), str(source)], check=True, capture_output=True, timeout=120
-    )
+    subprocess.run([*command, "--target", str(folder / "site"), *sources], check=True, capture_output=True, timeout=180)
     temporary = folder / "temporary"  # torchrun leaves its logs there
     temporary.mkdir()
-    return {**os.environ, "PYTHONPATH": str(folder / "site"), "OMP_NUM_THREADS": "1", "TMPDIR": str(temporary)}
+    path = os.pathsep.join([str(folder / "site"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TMPDIR": str(temporary)}
 
 
-def run(installed, *command, cwd=None):
+def run(installed, *command, cwd=None, timeout=300):
     return subprocess.run(
-        [sys.executable, *command], env=installed, cwd=cwd, capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, *command], env=installed, cwd=cwd, capture_output=True, text=True, timeout=timeout, check=False
     )
 
 
-def test_it_is_a_package_of_at_most_forty_lines():
-    assert len((EXAMPLE / "nemo_dist_averaging.py").read_text().splitlines()) <= 40
+def declared(example):
+    return tomllib.loads((example / "pyproject.toml").read_text())["project"]
 
 
-def test_the_catalogue_lists_it(installed):
+def test_the_first_example_is_a_package_of_at_most_forty_lines():
+    assert len((EXAMPLES[0] / "nemo_dist_averaging.py").read_text().splitlines()) <= 40
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=NAMES)
+def test_an_example_is_a_whole_package(example):
+    project = declared(example)
+    assert project["name"] == example.name and project["description"] and project["requires-python"]
+    assert project["dependencies"] == ["nemo-dist>=0.1"]
+    assert (example / project["readme"]).read_text().startswith(f"# {example.name}\n")
+    assert list((example / "tests").glob("test_*.py"))
+
+
+def test_the_catalogue_lists_the_examples(installed):
     listed = run(installed, "-m", "nemo_dist.cli", "plugins", "--json")
     assert listed.returncode == 0, listed.stderr
-    names = {plugin["name"] for plugin in json.loads(listed.stdout)}
-    assert "averaging" in names
+    rows = {plugin["name"]: plugin for plugin in json.loads(listed.stdout)}
+    for example in EXAMPLES:
+        (name,) = declared(example)["entry-points"]["nemo_dist"]
+        assert (rows[name]["distribution"], rows[name]["error"]) == (example.name, None)
+    assert rows["rows"]["roles"] == {"rows": "SEQUENCE"} and rows["rows"]["composes_with"] == ["ddp", "fsdp2"]
+    assert rows["fake_quant"]["order"] == {"number": 25, "name": None}
+    assert rows["diloco"]["options"][0] == {"name": "inner_steps", "type": "int", "default": 8}
 
 
-def test_it_passes_the_conformance_kit_and_waits_for_nobody(installed, tmp_path):
-    (tmp_path / "test_averaging.py").write_text(KIT)
-    (tmp_path / "test_waits.py").write_text(WAITS)
-    result = run(installed, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path), cwd=tmp_path)
-    assert result.returncode == 0, result.stdout[-3000:]
+# In one process, as each starts ranks of its own: torch and transformers are imported once for all.
+@pytest.mark.parametrize("examples", [("averaging", "zero1"), slow(tuple(NAMES))], ids=["some", "all"])
+def test_the_tests_of_the_examples_pass(installed, examples, tmp_path):
+    source = Path(installed["TMPDIR"]).parent / "source"
+    folders = [str(source / f"nemo-dist-{name}" / "tests") for name in examples]
+    result = run(installed, "-m", "pytest", "-q", "-p", "no:cacheprovider", *folders, cwd=tmp_path, timeout=900)
+    assert result.returncode == 0, result.stdout[-5000:]
     assert "passed" in result.stdout and "failed" not in result.stdout
 
 
-@pytest.mark.slow
-def test_any_order_of_calls_trains_alike(installed, tmp_path):
-    (tmp_path / "test_orders.py").write_text(ORDERS)
-    result = run(installed, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path), cwd=tmp_path)
-    assert result.returncode == 0, result.stdout[-3000:]
+def test_every_example_is_tried_in_the_demo():
+    assert sorted(DEMO) == NAMES
+
+
+@pytest.mark.parametrize("name", ["zero1", *(slow(name) for name in NAMES if name != "zero1")])
+def test_an_example_trains_in_the_demo(installed, name, tmp_path):
+    options = ("--nproc", "2", "--steps", "8", "--out", str(tmp_path / "model"))
+    result = run(installed, "-m", "nemo_dist.cli", "demo", *DEMO[name], *options, cwd=tmp_path)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
+    assert name.replace("-", "_") in result.stdout
+    losses = json.loads((tmp_path / "model" / "demo.json").read_text())["losses"]
+    assert losses[-1] < losses[0] - 0.2
 
 
 @pytest.mark.slow
-def test_it_trains_under_torchrun(installed, tmp_path):
-    (tmp_path / "train.py").write_text(TRAIN)
-    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    result = run(installed, *launch, str(tmp_path / "train.py"), cwd=tmp_path)
-    assert result.returncode == 0, result.stderr[-3000:]
-    (line,) = [line for line in result.stdout.splitlines() if line.startswith("LOSSES")]
-    _, first, last, strategy = line.split()
-    assert strategy == "averaging" and float(last) < 0.7 * float(first)
+def test_the_kit_runs_on_an_installed_plugin(installed, tmp_path):
+    result = run(installed, "-m", "nemo_dist.cli", "plugins", "check", "rows", cwd=tmp_path)
+    assert result.returncode == 0, result.stdout[-5000:]
+    assert "test_it_computes_what_one_process_computes PASSED" in result.stdout

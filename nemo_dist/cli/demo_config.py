@@ -10,6 +10,7 @@ import attrs
 
 from nemo_dist.planning.sizes import ParallelismSizes
 from nemo_dist.planning.validation import integer
+from nemo_dist.plugin.protocol import declared
 from nemo_dist.plugin.registry import Registry
 from nemo_dist.setup.selection import DEFAULT, Selection
 from nemo_dist.setup.setup import DistributedSetup
@@ -23,12 +24,13 @@ _EXACT = {"param_dtype": "float32", "reduce_dtype": "float32", "output_dtype": "
 class DemoOptions:
     """The demo's settings: ranks, strategy, sizes by the names of :class:`ParallelismSizes`, steps, folder and seed.
 
-    ``moe``: train a mixture of experts. ``window``: bytes per sequence.
+    ``plugins``: names of further plugins. ``moe``: train a mixture of experts. ``window``: bytes per sequence.
     """
 
     nproc: int = 4
     strategy: str = DEFAULT
-    sizes: dict[str, int] = attrs.field(factory=dict)
+    sizes: dict[str, Any] = attrs.field(factory=dict)
+    plugins: tuple[str, ...] = attrs.field(default=(), converter=tuple)
     steps: int = 160
     out: Path = attrs.field(default=Path("nemo_dist_demo"), converter=Path)
     seed: int = 0
@@ -72,10 +74,16 @@ class DemoOptions:
         return DistributedSetup.build(
             strategy=config_type(mp_policy=_EXACT) if "mp_policy" in known else config_type(),
             parallelism_sizes=self.parallelism_sizes,
+            plugins=self.plugins,
             pipeline_config=self._pipeline,
             world_size=self.nproc if world_size is None else world_size,
             device_type=device_type,
         )
+
+    @property
+    def exact(self) -> bool:
+        """Whether the exported model must compute what the ranks compute: no plugin changes what is computed."""
+        return all(declared(plugin, "exact") for plugin in self.setup().plugins)
 
     @property
     def _pipeline(self) -> dict[str, int] | None:

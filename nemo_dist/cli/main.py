@@ -99,15 +99,53 @@ def explain(asked: SetupOptions, world_size: WorldSize, config: Config = None) -
         typer.echo(setup.explain())
 
 
-@app.command(epilog=_examples("plugins", "plugins --json"))
-def plugins(as_json: Json = False) -> None:
+plugins = typer.Typer(rich_markup_mode=None)
+app.add_typer(plugins, name="plugins")
+
+
+@plugins.callback(invoke_without_command=True, epilog=_examples("plugins", "plugins --json", "plugins check averaging"))
+def list_plugins(context: typer.Context, as_json: Json = False) -> None:
     """List the installed plugins; one that fails to import is shown as broken, with the reason."""
+    if context.invoked_subcommand is not None:
+        return
     with _refusals():
         rows = plugin_rows(Registry())
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
     else:
         _show(plugins_table(rows))
+
+
+@plugins.command("check", epilog=_examples("plugins check averaging", "plugins check moe --model qwen3-moe"))
+def check_plugin(
+    name: Annotated[str, typer.Argument(help="An installed plugin.", show_default=False)],
+    model: Annotated[str, typer.Option(help="A tiny model of nemo_dist.testing.tiny_models.")] = "llama",
+) -> None:
+    """Run the conformance kit on an installed plugin: the contract, and training on ranks of this machine's CPU.
+
+    Each of its axes gets size 2. The exit code is that of pytest, which runs the kit: 0 when the plugin passes.
+    """
+    with _refusals():
+        from nemo_dist.cli.plugin_check import check
+
+        code = check(name, model)
+    raise typer.Exit(code)
+
+
+@app.command(
+    "new-plugin", epilog=_examples("new-plugin token_meter", "new-plugin averaging2 --strategy --into packages")
+)
+def new_plugin(
+    name: Annotated[str, typer.Argument(help="A lower-case identifier, like token_meter.", show_default=False)],
+    strategy: Annotated[bool, typer.Option("--strategy", help="A strategy, which averages gradients.")] = False,
+    into: Annotated[Path, typer.Option(help="The folder in which to make the package.")] = Path(),
+) -> None:
+    """Write the skeleton of a package that adds a plugin, with tests that pass."""
+    with _refusals():
+        from nemo_dist.cli.new_plugin import write
+
+        folder = write(name, into, strategy)
+    typer.echo(f"wrote {folder}; next:\n  pip install -e {folder}\n  nemo-dist plugins\n  pytest {folder}")
 
 
 @app.command(
@@ -134,7 +172,14 @@ def demo(
     """
     with _refusals():
         options = DemoOptions(
-            nproc=nproc, strategy=asked.strategy, sizes=asked.given, steps=steps, out=out, seed=seed, moe=moe
+            nproc=nproc,
+            strategy=asked.strategy,
+            sizes=asked.given,
+            plugins=asked.plugin,
+            steps=steps,
+            out=out,
+            seed=seed,
+            moe=moe,
         )
         options.claim_folder()
         from nemo_dist.cli.demo import device_type
@@ -215,7 +260,7 @@ def _report(verdict: Verdict, options: DemoOptions) -> None:
         f"held-out loss {verdict.distributed:.6f} on {options.nproc} ranks, {verdict.exported:.6f} in plain "
         f"transformers from {options.out} (relative difference {verdict.difference:.1e})"
     )
-    if not verdict.equal:
+    if not verdict.equal and options.exact:
         typer.echo("error: the exported model does not compute the loss of the trained one", err=True)
         raise typer.Exit(1)
     typer.echo("a sample of what it writes:")

@@ -34,12 +34,20 @@ class SetupOptions:
     ep: Annotated[int, typer.Option("--ep", help="Expert-parallel size.")] = 1
     dp: Annotated[int | None, typer.Option("--dp", help="Data-parallel size; what is left when omitted.")] = None
     dp_replicate: Annotated[int | None, typer.Option("--dp-replicate", help="Replicas of each shard (HSDP).")] = None
+    plugin: Annotated[list[str], typer.Option(metavar="NAME", help="A further plugin; may be repeated.")] = attrs.field(
+        default=(), converter=tuple
+    )
+    axis: Annotated[list[str], typer.Option(metavar="NAME=SIZE", help="Size of an axis of a plugin.")] = attrs.field(
+        default=(), converter=tuple
+    )
 
     @property
-    def given(self) -> dict[str, int]:
+    def given(self) -> dict[str, Any]:
         """The sizes that are not None, by their names in ParallelismSizes."""
-        sizes = attrs.asdict(self, filter=lambda field, value: field.name != "strategy" and value is not None)
-        return {f"{axis}_size": size for axis, size in sizes.items()}
+        other = ("strategy", "plugin", "axis")
+        sizes = attrs.asdict(self, filter=lambda field, value: field.name not in other and value is not None)
+        named = {f"{axis}_size": size for axis, size in sizes.items()}
+        return named | {"extra": dict(map(_named_size, self.axis))} if self.axis else named
 
     @property
     def sizes(self) -> ParallelismSizes:
@@ -52,7 +60,7 @@ class SetupOptions:
         Raises ValueError where both ask for something.
         """
         if config is None:
-            return {"strategy": self.strategy, "parallelism_sizes": self.sizes}
+            return {"strategy": self.strategy, "parallelism_sizes": self.sizes, "plugins": tuple(self.plugin)}
         if self != SetupOptions():
             raise ValueError("--config gives the strategy and every size; leave the other options out, or --config")
         from nemo_dist.plugin.registry import Registry
@@ -64,6 +72,14 @@ class SetupOptions:
     def build(self, world_size: int, config: Path | None) -> DistributedSetup:
         """Return the setup for *world_size* ranks."""
         return DistributedSetup.build(**self.keywords(config), world_size=world_size)
+
+
+def _named_size(text: str) -> tuple[str, int]:
+    """Return the name and size in *text*, ``NAME=SIZE``; raise ValueError for another form."""
+    name, _, size = text.partition("=")
+    if not name or not size.isdecimal():
+        raise ValueError(f"--axis must be NAME=SIZE, as in --axis rows=2 (got {text})")
+    return name, int(size)
 
 
 def takes_setup(command: Callable[Concatenate[SetupOptions, P], None]) -> Callable[..., None]:

@@ -8,8 +8,10 @@ from importlib.metadata import EntryPoint
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+import attrs
+
 from nemo_dist.planning.mesh_plan import MeshPlan, View
-from nemo_dist.plugin.protocol import Plugin, Stage, claimant
+from nemo_dist.plugin.protocol import Stage, claimant, declared
 from nemo_dist.plugin.registry import Registry
 
 if TYPE_CHECKING:
@@ -117,28 +119,70 @@ def rank_lines(plan: MeshPlan, rank: int) -> list[str]:
 
 
 def plugin_rows(registry: Registry) -> list[dict[str, Any]]:
-    """Return a row per installed plugin; ``error`` is None, or why the plugin cannot be used."""
-    return [_plugin_row(*found) for found in registry.catalogue()]
+    """Return a row per installed plugin, as ``nemo-dist plugins --json`` prints it.
+
+    ``error`` is None, or why the plugin cannot be used; then what its class would say is None or empty.
+    """
+    return [_plugin_row(registry, *found) for found in registry.catalogue()]
 
 
-def _plugin_row(entry: EntryPoint, plugin: type[Plugin] | None, error: str | None) -> dict[str, Any]:
-    return {
+def _plugin_row(registry: Registry, entry: EntryPoint, plugin: Any, error: str | None) -> dict[str, Any]:
+    row: dict[str, Any] = {
         "name": entry.name,
         "distribution": entry.dist.name if entry.dist else None,
         "version": entry.dist.version if entry.dist else None,
         "entry_point": entry.value,
-        "stage": None if plugin is None else _stage(plugin.stage),
-        "axes": [] if plugin is None else sorted(plugin.axes),
-        "doc": None if plugin is None else (inspect.getdoc(plugin) or "").partition("\n")[0],
+        "default_for": sorted(role.name for role in registry.roles if role.value == entry.name),
+        "aliases": sorted(alias.name for alias in registry.aliases if alias.value == entry.name),
+        "order": {"number": None, "name": None},
+        "axes": [],
+        "roles": {},
+        "composes_with": [],
+        "options": [],
+        "doc": None,
         "error": error,
+    }
+    try:
+        return row if plugin is None else row | _declared(plugin)
+    except Exception as wrong:  # whatever a class that is no plugin declares
+        what = f"{type(wrong).__name__}: {wrong}"
+        return row | {"error": f"plugin {entry.name!r} ({entry.value}) cannot be listed: {what}"}
+
+
+def _declared(plugin: Any) -> dict[str, Any]:
+    """Return what the class of a plugin says of it."""
+    names = {int(stage): stage.name for stage in Stage}
+    number = int(plugin.stage)
+    return {
+        "order": {"number": number, "name": names.get(number)},  # a third party's plugin may act in between
+        "axes": sorted(plugin.axes),
+        "roles": {axis: role.name for axis, role in sorted(declared(plugin, "roles").items())},
+        "composes_with": sorted(plugin.composes_with),
+        "options": _options(plugin.config_type),
+        "doc": (inspect.getdoc(plugin) or "").partition("\n")[0],
     }
 
 
-def _stage(stage: int) -> str:
-    try:
-        return Stage(stage).name
-    except ValueError:
-        return str(int(stage))  # a third-party plugin may use a stage in between
+def _options(config: type) -> list[dict[str, Any]]:
+    """Return name, type and default of every option of a *config* class; a default that JSON lacks is its text."""
+    fields = attrs.fields(config) if attrs.has(config) else ()
+    shared = config() if attrs.has(config) else None
+    return [
+        {
+            "name": field.alias or field.name,
+            "type": field.type if isinstance(field.type, str) else getattr(field.type, "__name__", str(field.type)),
+            "default": _plain(getattr(shared, field.name)),
+        }
+        for field in fields
+        if field.init
+    ]
+
+
+def _plain(value: Any) -> Any:
+    """Return *value* where JSON has it, lists for tuples, and else its text."""
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value if value is None or type(value) in (bool, int, float, str) else repr(value)
 
 
 def plugins_table(rows: Iterable[dict[str, Any]]) -> Table:
@@ -147,14 +191,15 @@ def plugins_table(rows: Iterable[dict[str, Any]]) -> Table:
     from rich.table import Table
 
     table = Table()
-    for column in ("plugin", "from", "stage", "axes", "what it does"):
+    for column in ("plugin", "from", "order", "axes", "what it does"):
         table.add_column(column, no_wrap=column == "plugin")
     for row in rows:
         origin = f"{row['distribution']} {row['version']}" if row["distribution"] else "?"
         if row["error"]:
             table.add_row(row["name"], origin, "BROKEN", "", escape(row["error"]), style="red")
         else:
-            table.add_row(row["name"], origin, row["stage"], " ".join(row["axes"]) or "-", escape(row["doc"]))
+            order = row["order"]["name"] or str(row["order"]["number"])
+            table.add_row(row["name"], origin, order, " ".join(row["axes"]) or "-", escape(row["doc"]))
     if not table.row_count:
         table.add_row("-", "", "", "", "no plugin is installed")
     return table

@@ -231,6 +231,8 @@ class DistributedSetup(Composition):
             if owner is not self:
                 made = "another setup" if owner is not None else "no setup"
                 raise ValueError(f"the model was loaded with {made}; load it with distributed_setup=<this setup> first")
+        if declared(self.strategy, "replicas_differ"):
+            check_replicas = 0
         return Runtime.assemble(model, self.sharded(parts), self.runtime_parts, self.strategy, check_replicas)
 
     def sharded(self, parts: Sequence[nn.Module]) -> ShardedModel:

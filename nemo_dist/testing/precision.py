@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Final
+from typing import Any, Final
+
+from nemo_dist.plugin.options import accepted_names
+from nemo_dist.plugin.registry import Registry
 
 # For ``mp_policy`` of a strategy: compute, reduce and return outputs in float32, for small rounding errors.
 FP32: Final[Mapping[str, str]] = {"param_dtype": "float32", "reduce_dtype": "float32", "output_dtype": "float32"}
+
+
+def in_float32(strategy: str) -> Any:
+    """Return a config of the installed *strategy* with which it computes in float32, and otherwise its defaults."""
+    kind: Any = Registry().load(strategy).config_type
+    return kind(mp_policy=FP32) if hasattr(kind, "__attrs_attrs__") and "mp_policy" in accepted_names(kind) else kind()

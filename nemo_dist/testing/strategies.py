@@ -1,36 +1,51 @@
-"""Hypothesis strategies for everything the planner knows: worlds, sizes, views and plans.
+"""Hypothesis strategies: worlds, sizes, views, plans, selections of plugins, batches, and orders of calls; no torch.
 
-For a property of your plugin, draw plans in which only the axes that you compose with are wide::
+For a property of your plugin, draw plans in which only the axes that you compose with are wide, and those of your own::
 
     from hypothesis import given
     from nemo_dist.testing import strategies
 
-    @given(plan=strategies.plans(axes=("dp_shard", "tp"), max_views=0))
+    @given(plan=strategies.plans(axes=("dp_shard", "rows"), plugins=("rows",), max_views=0))
     def test_every_rank_gets_a_slice(plan): ...
 
-Every strategy shrinks towards one rank and no views.
+A parameter called ``plugins`` takes installed names, classes or instances; their ``axes``, ``roles`` and ``views`` say
+which axes there are besides ours, and what their ranks split. Every strategy shrinks towards one rank, one row and no
+views.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any
 
 import attrs
+from hypothesis import reject
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
 
+from nemo_dist.errors import PluginError, TopologyError
+from nemo_dist.hf_model import IGNORED
 from nemo_dist.planning.mesh_plan import Axis, MeshPlan, Role, View
 from nemo_dist.planning.sizes import ParallelismSizes
+from nemo_dist.planning.validation import near, shown
+from nemo_dist.plugin.hook_caller import PluginCalls
+from nemo_dist.plugin.protocol import Stage, declared
+from nemo_dist.plugin.registry import Registry
+from nemo_dist.setup.composition import in_order
+from nemo_dist.setup.setup import DistributedSetup
 from nemo_dist.testing.call_names import ANY_TIME, CALLS, WITH_OPTIMIZER, possible
+from nemo_dist.testing.precision import in_float32
 
 __all__ = [
     "AXES",
+    "batches",
     "call_orders",
     "factorisations",
     "own_axes",
     "parallelism_sizes",
     "plans",
+    "selections",
     "topologies",
     "views",
     "worlds",
@@ -73,35 +88,77 @@ def _prime_factors(whole: int) -> Iterator[int]:
 
 
 @st.composite
-def topologies(draw: DrawFn, max_world: int = 512, axes: Collection[str] = AXES) -> tuple[ParallelismSizes, int]:
+def topologies(
+    draw: DrawFn, max_world: int = 512, axes: Collection[str] | None = None, plugins: Iterable[Any] = ()
+) -> tuple[ParallelismSizes, int]:
     """Draw sizes and the number of ranks that they multiply to, up to *max_world*; only *axes* may be above 1.
 
-    *axes* are names of dense axes. ``dp_size`` and ``dp_replicate_size`` are sometimes None where that means the same.
+    *axes* are dense axes and axes that *plugins* claim; None is the dense ones, ``ep`` where it is claimed, and axes of
+    plugins with a role, which multiply the ranks. Others, which a view adds, divide the ranks of a pipeline stage.
+    ``dp_size`` and ``dp_replicate_size`` are sometimes None where that means the same.
     """
-    wide = [axis for axis in AXES if axis in axes]
-    if not wide or len(wide) < len(set(axes)):
-        raise ValueError(f"axes must name some of {', '.join(AXES)} (got {axes!r})")
+    roles = _axes_of(plugins)
+    allowed = _allowed(axes, roles)
+    multiplying = [axis for axis in allowed if axis in AXES or roles[axis] is not None]
     world = draw(worlds(max_world))
-    sizes = dict.fromkeys(AXES, 1) | dict(zip(wide, draw(factorisations(world, len(wide))), strict=True))
+    drawn = dict(zip(multiplying, draw(factorisations(world, len(multiplying))), strict=True)) if multiplying else {}
+    sizes = dict.fromkeys(AXES, 1) | drawn
     if sizes["dp_replicate"] == world:  # replicas and nothing else are refused
-        sizes["dp_shard"], sizes["dp_replicate"] = world if "dp_shard" in axes else 1, 1
-    dp = sizes["dp_replicate"] * sizes["dp_shard"]
-    replicate = sizes["dp_replicate"]
-    return (
-        ParallelismSizes(
-            tp_size=sizes["tp"],
-            pp_size=sizes["pp"],
-            cp_size=sizes["cp"],
-            dp_size=draw(st.sampled_from((None, dp))),
-            dp_replicate_size=draw(st.sampled_from((None, 1))) if replicate == 1 else replicate,
-        ),
-        math.prod(sizes.values()),
+        sizes["dp_shard"], sizes["dp_replicate"] = world if "dp_shard" in allowed else 1, 1
+    world = math.prod(sizes.values())
+    within = world // sizes["pp"]
+    divisors = [size for size in range(1, within + 1) if within % size == 0]
+    sizes |= {axis: draw(st.sampled_from(divisors)) for axis in allowed if axis not in multiplying}
+    dp, replicate = sizes["dp_replicate"] * sizes["dp_shard"], sizes["dp_replicate"]
+    extra = {axis: sizes[axis] for axis in allowed if axis not in (*AXES, "ep")}
+    found = ParallelismSizes(
+        tp_size=sizes["tp"],
+        pp_size=sizes["pp"],
+        cp_size=sizes["cp"],
+        ep_size=sizes.get("ep", 1),
+        dp_size=draw(st.sampled_from((None, dp))),
+        dp_replicate_size=draw(st.sampled_from((None, 1))) if replicate == 1 else replicate,
+        extra=extra,
     )
+    return found.with_roles({axis: role for axis, role in roles.items() if role is not None}), world
 
 
-def parallelism_sizes(max_world: int = 512, axes: Collection[str] = AXES) -> SearchStrategy[ParallelismSizes]:
+def _axes_of(plugins: Iterable[Any]) -> dict[str, Role | None]:
+    """Return the axes that *plugins* claim besides the dense ones, each with its role, or None."""
+    chosen = [_plugin(one) for one in plugins]
+    return {axis: declared(plugin, "roles").get(axis) for plugin in chosen for axis in sorted(plugin.axes - set(AXES))}
+
+
+def _plugin(choice: Any) -> Any:
+    """Return the plugin instance of a name, a class or an instance."""
+    found = Registry().load(choice) if isinstance(choice, str) else choice
+    return found(found.config_type()) if isinstance(found, type) else found
+
+
+def _allowed(axes: Collection[str] | None, own: Mapping[str, Any]) -> list[str]:
+    """Return *axes* in a fixed order; raise ValueError for one that is neither dense nor of *own*.
+
+    None leaves out what a plugin may only derive from another size: the axes of views, but ``ep``.
+    """
+    known = [*AXES, *own]
+    if axes is None:
+        return [axis for axis in known if axis in (*AXES, "ep") or own[axis] is not None]
+    if isinstance(axes, str):
+        raise ValueError(f"axes must be several names (got {shown(axes)}); write ({shown(axes)},)")
+    for axis in axes:
+        if axis not in known:
+            raise ValueError(
+                f"no axis {shown(axis)} is known here{near(str(axis), known)} (axes: {', '.join(known)}); name the "
+                "plugin that claims it in plugins=(...)"
+            )
+    return [axis for axis in known if axis in axes]
+
+
+def parallelism_sizes(
+    max_world: int = 512, axes: Collection[str] | None = None, plugins: Iterable[Any] = ()
+) -> SearchStrategy[ParallelismSizes]:
     """Draw sizes that fit some number of ranks up to *max_world*; to know that number too, draw ``topologies``."""
-    return topologies(max_world, axes).map(lambda topology: topology[0])
+    return topologies(max_world, axes, tuple(plugins)).map(lambda topology: topology[0])
 
 
 @st.composite
@@ -130,20 +187,124 @@ def views(draw: DrawFn, dense: View, name: str = "view") -> View:
 
 @st.composite
 def plans(
-    draw: DrawFn, max_world: int = 512, axes: Collection[str] = AXES, max_views: int = 2, max_own: int = 0
+    draw: DrawFn,
+    max_world: int = 512,
+    axes: Collection[str] | None = None,
+    max_views: int = 2,
+    max_own: int = 0,
+    plugins: Iterable[Any] = (),
 ) -> MeshPlan:
-    """Draw a plan with up to *max_views* views besides the dense one; of the dense axes only *axes* may be above 1.
+    """Draw a plan in which only *axes* may be above 1, dense ones and those of *plugins*, as in ``topologies``.
 
-    With *max_own* it has up to as many axes of third parties besides, which multiply the ranks.
+    It has the views that *plugins* add, and up to *max_views* random ones; with *max_own*, up to as many axes of nobody
+    besides, which multiply the ranks. Sizes for which a plugin adds no view are left out.
     """
-    sizes, world = draw(topologies(max_world, axes))
+    chosen = in_order(map(_plugin, plugins))
+    sizes, world = draw(topologies(max_world, axes, chosen))
     if max_own:
-        sizes = draw(own_axes(sizes, max_own))
-        world *= math.prod(sizes.extra.values())
-    dense = MeshPlan.resolve(sizes, world).dense
-    extra = [draw(views(dense, f"view_{number}")) for number in range(draw(st.integers(0, max_views)))]
-    declared = {axis.name: axis.size for view in extra for axis in view.axes if axis.name not in dense}
-    return MeshPlan.resolve(attrs.evolve(sizes, extra={**sizes.extra, **declared}), world, extra)
+        more = draw(own_axes(attrs.evolve(sizes, extra={}, roles={}), max_own))
+        sizes = attrs.evolve(sizes, extra={**sizes.extra, **more.extra}, roles={**sizes.roles, **more.roles})
+        world *= math.prod(more.extra.values())
+    added = [view for found in PluginCalls(chosen).views(sizes=sizes, world_size=world) for view in found]
+    try:
+        dense = MeshPlan.resolve(sizes, world, added).dense
+    except TopologyError:
+        reject()
+    random = [draw(views(dense, f"view_{number}")) for number in range(draw(st.integers(0, max_views)))]
+    new = {axis.name: axis.size for view in random for axis in view.axes if axis.name not in dense}
+    return MeshPlan.resolve(attrs.evolve(sizes, extra={**sizes.extra, **new}), world, [*added, *random])
+
+
+@st.composite
+def selections(
+    draw: DrawFn,
+    max_world: int = 8,
+    strategies: Collection[str] | None = None,
+    plugins: Iterable[Any] = (),
+    axes: Collection[str] | None = None,
+) -> dict[str, Any]:
+    """Draw keywords of ``DistributedSetup.build`` that it accepts, ``world_size`` among them, all in float32.
+
+    ``strategy`` is one of *strategies*, all installed ones by default; *plugins* are selected besides it, and *axes* as
+    in ``topologies``, where a dense axis also needs a strategy that composes with it.
+    """
+    chosen = in_order(map(_plugin, plugins))
+    registry = Registry()
+    names = sorted(strategies) if strategies is not None else _installed_strategies(registry)
+    name = draw(st.sampled_from(names))
+    strategy = registry.load(name)
+    composed = strategy.axes | strategy.composes_with
+    composed |= {axis for plugin in chosen if name in plugin.composes_with for axis in plugin.axes}
+    wide = [axis for axis in _allowed(axes, _axes_of(chosen)) if axis in composed]
+    sizes, world = draw(topologies(max_world, wide, chosen))
+    keywords: dict[str, Any] = {
+        "strategy": in_float32(name),
+        "parallelism_sizes": attrs.evolve(sizes, roles={}),  # `build` takes roles from the plugins
+        "plugins": chosen,
+        "world_size": world,
+    }
+    if "activation_checkpointing" in composed:
+        keywords["activation_checkpointing"] = draw(st.booleans())
+    try:
+        DistributedSetup.build(**keywords)
+    except TopologyError:
+        reject()
+    return keywords
+
+
+def _installed_strategies(registry: Registry) -> list[str]:
+    found = []
+    for name in registry:
+        try:
+            found += [name] if registry.load(name).stage == Stage.DATA else []
+        except PluginError:
+            continue  # one that does not import cannot be drawn
+    return found
+
+
+@st.composite
+def batches(
+    draw: DrawFn,
+    rows: SearchStrategy[int] | None = None,
+    length: SearchStrategy[int] | None = None,
+    vocabulary: int = 96,
+    padded: bool = True,
+    packed: bool = True,
+) -> dict[str, list[list[int]]]:
+    """Draw a batch for a language model, as lists of numbers; ``of_batch`` in ``testing.tensors`` makes tensors of it.
+
+    *rows* and *length* are by default up to 4 and 12. ``input_ids`` are from 1 up and some ``labels`` -100. With
+    *padded* it may have an ``attention_mask``, 0
+    at the end of rows, where tokens are 0 and labels -100; with *packed*, ``position_ids`` that restart instead.
+    """
+    count = draw(st.integers(1, 4) if rows is None else rows)
+    width = draw(st.integers(1, 12) if length is None else length)
+    row = st.lists(st.integers(1, vocabulary - 1), min_size=width, max_size=width)
+    tokens = draw(st.lists(row, min_size=count, max_size=count))
+    hidden = st.lists(st.booleans(), min_size=width, max_size=width)
+    batch = {"input_ids": tokens, "labels": [_without(one, draw(hidden)) for one in tokens]}
+    form = draw(st.sampled_from(["plain"] + ["padded"] * padded + ["packed"] * packed))
+    if form == "padded":
+        ends = [draw(st.integers(1, width)) for _ in range(count)]
+        batch["attention_mask"] = [[1] * end + [0] * (width - end) for end in ends]
+        batch["input_ids"] = [one[:end] + [0] * (width - end) for one, end in zip(tokens, ends, strict=True)]
+        labels = zip(batch["labels"], ends, strict=True)
+        batch["labels"] = [one[:end] + [IGNORED] * (width - end) for one, end in labels]
+    elif form == "packed":
+        batch["position_ids"] = [_restarting(draw(hidden)) for _ in range(count)]
+    return batch
+
+
+def _without(tokens: list[int], hidden: list[bool]) -> list[int]:
+    return [IGNORED if left_out else token for token, left_out in zip(tokens, hidden, strict=True)]
+
+
+def _restarting(restarts: list[bool]) -> list[int]:
+    """Return positions that begin at 0 again where *restarts* says so."""
+    positions: list[int] = []
+    for again in restarts:
+        positions.append(0 if again or not positions else positions[-1] + 1)
+    return positions
 
 
 @st.composite

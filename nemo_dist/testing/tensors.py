@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -23,6 +24,11 @@ def whole(tensor: Tensor) -> Tensor:
 def rows_of_rank(batch: Mapping[str, Tensor], runtime: Runtime) -> dict[str, Tensor]:
     """Return the rows of the global *batch* that this rank trains on; ranks with the same ``dp_rank`` get the same."""
     return {name: value.chunk(runtime.dp_size)[runtime.dp_rank] for name, value in batch.items()}
+
+
+def of_batch(batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the tensors of a batch of nested lists, such as ``strategies.batches()`` draws."""
+    return {name: torch.tensor(value) for name, value in batch.items()}
 
 
 def saved_weights(folder: Path) -> dict[str, Tensor]:
