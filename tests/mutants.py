@@ -188,14 +188,14 @@ def key_gradients_of_other_ranks_lost():
 
 
 def gradients_averaged_once_more():
-    return instead(BatchLoop, "_loss_scale", lambda scale: lambda self: scale(self) / dist.get_world_size())
+    return instead(BatchLoop, "loss_scale", lambda scale: lambda self: scale(self) / dist.get_world_size())
 
 
 def loss_averaged_over_ranks():
     def make(total):
         def own(self, count, given):
             total(self, count, given)
-            return count * self._token_group.size()
+            return count.sum() * self._token_group.size()
 
         return own
 

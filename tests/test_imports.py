@@ -17,6 +17,7 @@ HEAVY = {"torch", "transformers", "safetensors", "numpy"}
 # Each package (or module beside them) may import those that stand before it, never those after.
 ORDER = (
     *("errors", "hf_model", "torch_private", "planning", "mesh", "plugin", "hooks"),
+    "losses",
     *("loading", "checkpoint", "training", "setup", "models", "launcher", "testing", "cli"),
 )
 # What a plugin may import of the core, besides the public names of nemo_dist itself.
@@ -24,6 +25,7 @@ FOR_PLUGINS = {
     *("nemo_dist.errors", "nemo_dist.hf_model", "nemo_dist.torch_private", "nemo_dist.hooks", "nemo_dist.testing"),
     *("nemo_dist.planning", "nemo_dist.mesh", "nemo_dist.plugin"),
     *("nemo_dist.training.loss_weighting", "nemo_dist.training.router_aux_loss", "nemo_dist.training.rehearsal"),
+    "nemo_dist.training.step_loss",
 }
 # These plan: importing them, with every plugin, leaves torch unimported.
 WITHOUT_TORCH = ("nemo_dist", "nemo_dist.hf_model", "nemo_dist.hooks", "nemo_dist.cli.main")

@@ -89,6 +89,22 @@ class RuntimePart:
     every rank of its own axes. Only one plugin may provide an engine. ``survey`` runs only the forwards of the same
     batches, under ``torch.no_grad``, for losses that depend on all of them before the first backward.
 
+    The loss:
+
+    ``split_tokens`` returns this rank's part of a tensor with a value, or a vector, per token, (rows, length, ...),
+    filled up with the number that it gets; ``join_tokens`` undoes it for the outputs of this rank: it gets a tensor and
+    the length, and is differentiable, its backward summing the gradients of all ranks.
+    ``forward_to_loss`` gets a function that runs a forward and makes a loss of its outputs; it calls it, and returns
+    the loss on which the backward is to start. For a strategy that must know what the backward will reach.
+    ``loss`` is a loss that the plugin's own options ask for, like one that a user gives to ``setup.runtime``.
+    ``needs_loss`` says why the model's own loss cannot be computed here; where a loss is given it is not read.
+    An engine that can compute a given loss takes it as its third argument, ``loss``: ``loss.inputs(batch)`` is what the
+    model gets, ``loss(outputs, batch)`` returns a sum and a count, and the engine runs ``sum(weight * sum)``. It may
+    cut batches by rows, all tensors alike; ``rows`` is how many it runs at once, 0 for all. ``measure`` runs only the
+    forwards, under ``torch.no_grad``, and returns the total sum and count of a loss, a float64 tensor of two, equal on
+    every rank of the plugin's own axes. ``forward`` runs the forward of one batch without gradients, and returns the
+    outputs by name, on every rank of its own axes.
+
     The optimizer:
 
     ``optimizer`` takes the optimizer over the local parameters and returns the one that the user steps.
@@ -110,8 +126,16 @@ class RuntimePart:
     no_sync: Callable[[], AbstractContextManager[None]] | None = None
     loss_scale: Callable[[], Tensor | float] | None = None
     after_backward: Callable[[], None] | None = None
-    engine: Callable[[list[Batch], list[Tensor]], Tensor] | None = None
+    engine: Callable[..., Tensor] | None = None
     survey: Callable[[list[Batch]], None] | None = None
+    split_tokens: Callable[[Tensor, float], Tensor] | None = None
+    join_tokens: Callable[[Tensor, int], Tensor] | None = None
+    forward_to_loss: Callable[[Callable[[], Tensor]], Tensor] | None = None
+    loss: Callable[[Any, Batch], tuple[Any, Any]] | None = None
+    needs_loss: str = ""
+    rows: int = 0
+    measure: Callable[[list[Batch], Any], Tensor] | None = None
+    forward: Callable[[Batch], Mapping[str, Any]] | None = None
     optimizer: Callable[[Optimizer], Optimizer] | None = None
     before_clip: Callable[[], None] | None = None
     kept_gradients: Callable[[], Iterable[Tensor]] | None = None

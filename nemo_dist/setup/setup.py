@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -212,14 +212,22 @@ class DistributedSetup(Composition):
         presented = self.calls.only("present", parts=parts, mesh=self.mesh_context, plan=self.plan)
         return parts[0] if presented is None else presented
 
-    def runtime(self, model: object, check_replicas: int | None = None) -> Runtime:
+    def runtime(
+        self,
+        model: object,
+        check_replicas: int | None = None,
+        *,
+        loss: Callable[[Any, Mapping[str, Any]], tuple[Any, Any]] | None = None,
+    ) -> Runtime:
         """Return the runtime for a training loop; *model* is what the loader returned for this setup.
 
         ``check_replicas``: compare what ranks hold whole, parameters and gradients, in every that many steps, beside
-        the first two; 0 compares nothing.
+        the first two; 0 compares nothing. ``loss``: a function of the model's outputs and the batch, in place of the
+        model's own loss; it returns losses and their weights, tensors of one shape, or a sum and a count. It sees whole
+        rows and whole logits under every topology; docs/losses.md says what else it may say of itself.
 
-        Raises ValueError for a model that was loaded with another setup, or whose loss is not known to be a mean over
-        labels.
+        Raises ValueError for a model that was loaded with another setup, and without ``loss`` for one whose own loss is
+        not known to be a mean over labels.
         """
         from torch import nn
 
@@ -231,9 +239,7 @@ class DistributedSetup(Composition):
             if owner is not self:
                 made = "another setup" if owner is not None else "no setup"
                 raise ValueError(f"the model was loaded with {made}; load it with distributed_setup=<this setup> first")
-        if declared(self.strategy, "replicas_differ"):
-            check_replicas = 0
-        return Runtime.assemble(model, self.sharded(parts), self.runtime_parts, self.strategy, check_replicas)
+        return Runtime.assemble(model, self.sharded(parts), self.runtime_parts, self.strategy, check_replicas, loss)
 
     def sharded(self, parts: Sequence[nn.Module]) -> ShardedModel:
         """Return *parts* with what saving, loading and exporting need to know about them."""

@@ -77,8 +77,14 @@ def first_difference(whole: Run, part: Run, index: Tensor, counted: Tensor | Non
             same(ours.index_select(1, index), theirs, counted) for ours, theirs in zip(tensors, others, strict=True)
         ):
             return name
-    logits, own = whole.output.logits, part.output.logits
+    logits, own = _result(whole.output), _result(part.output)
     return None if same(logits.index_select(1, index), own, counted) else ""
+
+
+def _result(output: Any) -> Tensor:
+    """Return what a model is called for: its logits, or the hidden states of one without a head."""
+    found: Tensor = output.logits if "logits" in output else output.last_hidden_state
+    return found
 
 
 def same(expected: Tensor, found: Tensor, counted: Tensor | None = None) -> bool:

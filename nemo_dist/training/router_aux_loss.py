@@ -126,16 +126,6 @@ class RouterLoss:
             self._active = self._counting = False
             self._mask = None
 
-    @contextmanager
-    def survey(self) -> Iterator[None]:
-        """Within the context, forwards run without gradients; at the end the random generators are restored.
-
-        So the forwards that follow draw the same dropout masks and choose the same experts.
-        """
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), torch.no_grad():
-            yield
-
     def settle(self, scale: float) -> Tensor:
         """All-reduce the sums and return the loss of all tokens, a 0-dim float32 tensor, equal on every rank.
 

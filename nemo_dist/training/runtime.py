@@ -34,12 +34,13 @@ from nemo_dist.plugin.protocol import Plugin
 from nemo_dist.plugin.resharding import reshard
 from nemo_dist.plugin.results import named_part, named_state
 from nemo_dist.training.batch_loop import BatchLoop
+from nemo_dist.training.evaluation import mean_loss, outputs_of
 from nemo_dist.training.grad_norm import by_mesh, global_norm, one_mesh_per_group
-from nemo_dist.training.loss_weighting import judge_loss
 from nemo_dist.training.optimizer_probe import keeps_state, refuse_what_mixes_elements, warn_of_lost_updates
 from nemo_dist.training.peft_adapters import adapters, refuse_prompts
 from nemo_dist.training.replica_check import ReplicaCheck, check_replicas
 from nemo_dist.training.router_aux_loss import RouterLoss
+from nemo_dist.training.step_loss import LossFunction, ModelLoss, Outputs, OwnLoss, chosen_loss
 from nemo_dist.training.uneven_batches import in_step
 
 RuntimeParts = Callable[[list[nn.Module], object], dict[str, RuntimePart]]
@@ -57,6 +58,7 @@ class Runtime:
     sharded: ShardedModel
     model: Any
     plugins: Mapping[str, RuntimePart]
+    loss: ModelLoss | OwnLoss
     router_loss: RouterLoss | None = None
     replicas: ReplicaCheck = attrs.field(factory=ReplicaCheck)
 
@@ -68,11 +70,13 @@ class Runtime:
         parts_of_plugins: RuntimeParts,
         strategy: Plugin | None,
         check_replicas: int | None = None,
+        loss: LossFunction | None = None,
     ) -> Runtime:
         """Return the runtime of *model*, whose parts are *sharded*; *parts_of_plugins* calls the ``runtime`` hooks.
 
-        Raises ValueError for a model whose loss is not known to be a mean over labels, and for adapters that *strategy*
-        is not tested with; PluginError when two plugins provide an engine.
+        ``loss`` is the user's, None for the model's own. Raises ValueError for a model whose own loss is not known to
+        be a mean over labels, for a loss that a plugin cannot compute, and for adapters that *strategy* is not tested
+        with; PluginError when two plugins provide an engine.
         """
         parts = list(sharded.parts)
         reshard(parts)
@@ -80,7 +84,6 @@ class Runtime:
             refuse_prompts(part)
         within = [inner_model(part) for part in parts]
         router_loss = RouterLoss.of(within, sharded.mesh)
-        judge_loss(within[-1], routers_known=router_loss is not None)
         added = adapters(parts, sharded.mesh, strategy)  # raises for unsupported ones before plugins see the model
         plugins = parts_of_plugins(parts, model) | added
         engines = [name for name, part in plugins.items() if part.engine is not None]
@@ -89,12 +92,14 @@ class Runtime:
                 f"plugins {' and '.join(map(repr, engines))} both give an engine, which runs the batches in place of "
                 "all others; leave one of them out"
             )
+        of_step = chosen_loss(loss, within[-1], plugins, routers_known=router_loss is not None)
         states = {name: named_state(name, part.state) for name, part in plugins.items() if part.state is not None}
         sharded = attrs.evolve(sharded, states=states)
         return cls(
             sharded=sharded,
             model=model,
             plugins=plugins,
+            loss=of_step,
             router_loss=router_loss,
             replicas=ReplicaCheck(every=0 if check_replicas is None and sharded.differing else check_replicas),
         )
@@ -110,7 +115,13 @@ class Runtime:
 
     @cached_property
     def _loop(self) -> BatchLoop:
-        return BatchLoop(sharded=self.sharded, model=self.model, parts=self._parts, router_loss=self.router_loss)
+        return BatchLoop(
+            sharded=self.sharded,
+            model=self.model,
+            parts=self._parts,
+            router_loss=self.router_loss,
+            loss=self.loss,
+        )
 
     @cached_property
     def _progress(self) -> Progress:
@@ -212,10 +223,12 @@ class Runtime:
 
         ``batches``: this data-parallel rank's batch, a mapping of tensors with ``labels``; or a list of them, whose
         gradients are accumulated and reduced once. The loss is the sum of the token losses over all ranks and batches
-        divided by the number of labels that are not -100, exactly what one process computes on all of it. If no label
-        counts on any rank, the loss is 0 and gradients are zero. Where the model adds a load balancing loss of its
-        routers (``output_router_logits``), it is that of all tokens of the step. A list of batches then costs one more
-        forward each, because the total load of the experts must be known before the first backward.
+        divided by the number of labels that are not -100, exactly what one process computes on all of it; of a loss of
+        your own (``setup.runtime(model, loss=...)``), the sum of losses times weights over the sum of weights. If
+        nothing counts on any rank, the loss is 0 and gradients are zero. Where the model adds a load balancing loss of
+        its routers (``output_router_logits``), it is that of all tokens of the step. A list of batches then costs one
+        more forward each, because the total load of the experts must be known before the first backward; so it does for
+        a loss of your own that does not say by ``count(batch)`` what counts.
 
         Raises ValueError for a batch without labels or an empty list. Raises RankError on the first step when ranks
         that share a batch got different ones and, where forwards of different ranks run in lockstep (the strategy
@@ -226,6 +239,38 @@ class Runtime:
             if self.replicas.due:
                 self._check_replicas_unasked() if self.replicas.every is None else self.check_replicas()
         return loss
+
+    def evaluate(self, batches: Iterable[Batch | Sequence[Batch]]) -> Tensor:
+        """Return the mean loss of *batches*, this data-parallel rank's: a 0-dim float32 tensor, equal on every rank.
+
+        It is the sum of all losses over what counts (labels, or the weights of a loss of your own) in the batches of
+        all ranks, without gradients and in evaluation mode, which is undone afterwards. Batches may differ in size, and
+        ranks may have different numbers of them, but each at least one. The load balancing loss of routers, which is
+        one of a training step, is left out.
+
+        Raises ValueError where nothing counts, RankError on all ranks when the loader of one fails.
+        """
+        with explained():
+            return mean_loss(self._loop, batches, self.sharded.ranks, self.dp_rank)
+
+    def forward(self, batch: Batch) -> Outputs:
+        """Return the model's outputs for *batch*: whole rows and whole logits on every rank that shares the batch.
+
+        Without gradients, labels and dropout: for a frozen reference or teacher, or to look at logits. The outputs are
+        attributes, and items, under the names that transformers gives them. Collective over the ranks of the batch.
+        """
+        with explained():
+            return outputs_of(self._loop, batch)
+
+    def scale(self, count: Tensor | float) -> Tensor:
+        """Return the factor of a summed loss in a loop of your own: a 0-dim float32 tensor, equal on every rank.
+
+        ``count``: what counts in all batches of this rank in the step, of which the losses are summed. After
+        ``(runtime.scale(count) * summed_loss).backward()`` gradients are those of the mean over what counts on all
+        ranks, as strategies average gradients over ranks, whatever their counts are. Collective over the ranks that see
+        different tokens.
+        """
+        return self._loop.scale_of(torch.as_tensor(count, dtype=torch.float32, device=self.mesh.device))
 
     def _check_replicas_unasked(self) -> None:
         """Check the first steps; on an accelerator only warn, as kernels that add in any order differ in last bits."""

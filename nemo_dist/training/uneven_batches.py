@@ -7,7 +7,7 @@ ends. So before every step all ranks say whether they have a batch, in one all-r
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -25,13 +25,16 @@ _LABELS = ("labels", "shift_labels")
 Batches = Batch | Sequence[Batch]  # what forward_backward takes
 
 
-def in_step(loader: Iterable[Batches], ranks: RankGroup, place: int, pad: bool) -> Iterator[Batches]:
+def in_step(
+    loader: Iterable[Batches], ranks: RankGroup, place: int, pad: bool, padding: Callable[[Any], Any] | None = None
+) -> Iterator[Any]:
     """Yield what *loader* gives for as long as it is right on all *ranks*; see :meth:`nemo_dist.Runtime.batches`.
 
-    ``place``: the data-parallel coordinate of this rank.
+    ``place``: the data-parallel coordinate of this rank. ``padding`` makes what a rank without batches gets of its last
+    ones; by default the same without labels.
     """
-    taken = _Taken(iter(loader))
-    padding = 0  # ranks that were without a batch of their own in the last step
+    taken = _Taken(iter(loader), padding or without_labels)
+    padded = 0  # ranks that were without a batch of their own in the last step
     while True:
         taken.fetch(pad)
         having, without, stuck, failed = ranks.total(taken.flags)
@@ -42,8 +45,8 @@ def in_step(loader: Iterable[Batches], ranks: RankGroup, place: int, pad: bool) 
         if without and not pad:
             _warn(ranks.collect("the end of the batches", lambda: [taken.count, taken.current is not None]))
             return
-        if without > padding:
-            padding = without
+        if without > padded:
+            padded = without
             _refuse_split(ranks.collect("padding batches", lambda: [place, taken.current is not None]))
         yield taken.padding if taken.current is None else taken.current
 
@@ -53,6 +56,7 @@ class _Taken:
     """What this rank has taken from its loader: ``current`` is None when that has ended."""
 
     loader: Iterator[Batches]
+    pad_with: Callable[[Any], Any]
     count: int = 0
     current: Any = None
     padding: Any = None
@@ -73,7 +77,11 @@ class _Taken:
 
     def _make_padding(self, last: Any) -> None:
         try:
-            self.padding = without_labels(last)
+            if last is None:
+                raise ValueError(
+                    "this rank's loader gave no batch at all, so there is none to pad with; give every rank one"
+                )
+            self.padding = self.pad_with(last)
         except ValueError as error:
             self.cannot_pad = error
 
@@ -86,10 +94,8 @@ class _Taken:
 def without_labels(batches: Any) -> Any:
     """Return a copy of *batches*, a batch or a list of them, in which no label and no token counts.
 
-    Raises ValueError where there is no batch to copy, or labels that no number leaves out.
+    Raises ValueError for labels that no number leaves out.
     """
-    if batches is None:
-        raise ValueError("this rank's loader gave no batch at all, so there is none to pad with; give every rank one")
     if not isinstance(batches, Mapping):
         return [without_labels(batch) for batch in batches]
     padded = dict(batches)

@@ -39,11 +39,9 @@ class Context:
 
     @hookimpl
     def runtime(self, parts: list[nn.Module], mesh: MeshContext) -> RuntimePart | None:
-        from nemo_dist_context.apply import splitter
+        from nemo_dist_context.apply import runtime_part
 
-        if mesh.size("cp") == 1:
-            return None
-        return RuntimePart(batch=splitter(inner_model(parts[0]), mesh, self.config))
+        return None if mesh.size("cp") == 1 else runtime_part(inner_model(parts[0]), mesh, self.config)
 
     @hookimpl
     def explain(self, plan: MeshPlan, model: nn.Module | None) -> str:

@@ -7,16 +7,18 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from nemo_dist.hf_model import accepts, attention_of, predicts_next_token
+from nemo_dist import RuntimePart
+from nemo_dist.hf_model import accepts, attention_of, class_name, predicts_next_token
 from nemo_dist.training.router_aux_loss import COUNTED
 from nemo_dist_context.attention import SharedAttention
-from nemo_dist_context.batch import SEQUENCES, SequenceSplitter
+from nemo_dist_context.batch import SEQUENCES, split_tokens
+from nemo_dist_context.collectives import joined
 from nemo_dist_context.model_check import require_splittable
 from nemo_dist_context.proof import Proof, splitter_of
 from nemo_dist_context.sequence_layout import SequenceLayout
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from nemo_dist import MeshContext
     from nemo_dist_context.config import ContextConfig
@@ -40,10 +42,20 @@ def apply_context_parallelism(parts: Sequence[Any], mesh: MeshContext, config: C
         _prepare(part, SharedAttention(layout=layout, group=group, method=config.method, base=attention_of(part)))
 
 
-def splitter(part: Any, mesh: MeshContext, config: ContextConfig) -> SequenceSplitter:
-    """Return the function that splits the batches of the model that *part* belongs to."""
-    proof = _proofs[part]
-    return splitter_of(part, layout_of(proof, mesh, config), proof.numbering, proof.causal)
+def runtime_part(part: Any, mesh: MeshContext, config: ContextConfig) -> RuntimePart:
+    """Return what a step of the model that *part* belongs to needs: its batches, and what a loss reads, are split."""
+    proof, group = _proofs[part], mesh.group("cp")
+    layout = layout_of(proof, mesh, config)
+
+    def join(tokens: Tensor, length: int) -> Tensor:
+        return joined(tokens, length, layout, group)
+
+    return RuntimePart(
+        batch=splitter_of(part, layout, proof.numbering, proof.causal),
+        split_tokens=partial(split_tokens, layout),
+        join_tokens=join,
+        needs_loss=f"cp_size={layout.size} does not fit {class_name(part)}: {proof.loss}" if proof.loss else "",
+    )
 
 
 def layout_of(proof: Proof, mesh: MeshContext, config: ContextConfig) -> SequenceLayout:

@@ -91,6 +91,12 @@ class SequenceSplitter:
         return places
 
 
+def split_tokens(layout: SequenceLayout, value: Tensor, fill: float) -> Tensor:
+    """Return this rank's tokens of *value*, (rows, length, ...), filled up with *fill* to a length that divides."""
+    whole = layout.padded(value.shape[1])
+    return _padded(value, whole, fill).index_select(1, index_of(layout, "indices", whole, value.device))
+
+
 def sequence_ids(mask: Tensor | None, positions: Tensor, causal: bool) -> Tensor:
     """Return the sequence ids, int32, of a batch: from its mask, or from positions (rows, length) that restart.
 
@@ -128,6 +134,6 @@ def _refuse(tensors: Mapping[str, Tensor], rows: int, length: int) -> None:
         raise ValueError("context parallelism cannot split the batch:\n" + "\n".join(f"- {line}" for line in problems))
 
 
-def _padded(value: Tensor, length: int, fill: int) -> Tensor:
+def _padded(value: Tensor, length: int, fill: float) -> Tensor:
     more = length - value.shape[1]
     return pad(value, (0, 0) * (value.ndim - 2) + (0, more), value=fill) if more else value

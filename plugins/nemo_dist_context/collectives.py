@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nemo_dist.torch_private import collective_operators as operators
+from nemo_dist_context.sequence_layout import SequenceLayout, index_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -63,6 +64,16 @@ def gather_sequence(part: Tensor, group: ProcessGroup) -> Tensor:
     """Return the parts of all cp ranks, (batch, heads, part, width), one after the other along dim 2; all take part."""
     whole: Tensor = _apply(_Gather, part.movedim(2, 0), group)
     return whole.movedim(0, 2)
+
+
+def joined(part: Tensor, length: int, layout: SequenceLayout, group: ProcessGroup) -> Tensor:
+    """Return the tokens of all cp ranks in their order, (rows, length, ...), from this rank's; all take part.
+
+    The backward sums the gradients of all ranks, each of which may make its own loss of the whole.
+    """
+    whole = layout.padded(length)
+    order = index_of(layout, "restoring", whole, part.device)[:length]
+    return _apply(_Gather, part.movedim(1, 0), group).index_select(0, order).movedim(0, 1)
 
 
 def to_heads(part: Tensor, group: ProcessGroup) -> Tensor:

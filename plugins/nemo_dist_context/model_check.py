@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from nemo_dist.hf_model import NEXT_TOKEN_LOSSES, attention_of, has_towers, loss_kind, towers
-from nemo_dist_context.proof import Proof, Unequal, prove
+from nemo_dist_context.proof import WAYS_OUT, Proof, Unequal, prove
 
 _PER_TOKEN = ("ForTokenClassification", "ForMaskedLM")
 _ROPES_BY_LENGTH = {"dynamic", "longrope"}
@@ -17,11 +17,11 @@ def require_splittable(model: Any, prepare: Callable[..., None], method: str, ra
 
     ``prepare(model, attention)`` makes a model compute split batches.
     """
-    reasons = [*_structure(model), *_loss(model)]
+    reasons = list(_structure(model))
     proof: Proof | None = None
     if not reasons:  # a model that is refused need not run
         try:
-            proof = prove(model, prepare, attention_of(model))
+            proof = prove(model, prepare, attention_of(model), _loss(model))
         except Unequal as error:
             reasons.append(f"{error}; use cp_size=1")
     if proof is not None and method == "ulysses":
@@ -55,13 +55,13 @@ def _ropes(config: Any) -> set[str]:
     return {str(kind["rope_type"]) for kind in kinds if "rope_type" in kind}
 
 
-def _loss(model: Any) -> Iterator[str]:
+def _loss(model: Any) -> str:
+    """Return why the model's own loss cannot be computed on parts of a sequence, or an empty string."""
     kind = loss_kind(model)
-    if kind not in (*NEXT_TOKEN_LOSSES, *_PER_TOKEN):
-        known = ", ".join((*NEXT_TOKEN_LOSSES, *_PER_TOKEN))
-        yield (
-            f"its loss ({kind}) is not a mean over tokens, which all ranks could share; known: {known}; use cp_size=1"
-        )
+    if kind in (*NEXT_TOKEN_LOSSES, *_PER_TOKEN):
+        return ""
+    known = ", ".join((*NEXT_TOKEN_LOSSES, *_PER_TOKEN))
+    return f"its loss ({kind}) is not a mean over tokens, which all ranks could share; known: {known}; {WAYS_OUT}"
 
 
 def _heads(model: Any, heads: frozenset[tuple[int, int]], ranks: int, tensor_ranks: int) -> Iterator[str]:

@@ -21,6 +21,7 @@ from nemo_dist_context.attention import SharedAttention, Visible
 from nemo_dist_context.batch import NUMBERINGS, SequenceSplitter
 from nemo_dist_context.sequence_layout import SequenceLayout
 
+WAYS_OUT = "use cp_size=1, or give a loss of your own, setup.runtime(model, loss=...)"
 _RANKS = 2
 _CHUNK = 6  # tokens; a rank has two chunks
 _LONGEST = 512
@@ -33,12 +34,14 @@ class Proof:
     """How a model that can be split treats a sequence.
 
     ``numbering``: how it numbers tokens when a batch has no positions. ``causal``: tokens attend to earlier ones only.
-    ``heads``: the pairs of numbers of query and key heads that its attentions have.
+    ``heads``: the pairs of numbers of query and key heads that its attentions have. ``loss``: why the model's own loss
+    cannot be computed on parts, an empty string where it can.
     """
 
     numbering: str
     causal: bool
     heads: frozenset[tuple[int, int]]
+    loss: str = ""
 
 
 class Unequal(ValueError):
@@ -101,11 +104,11 @@ class _Rehearsed(SharedAttention):
         return same(expected, found, self.counted[:rows, self.index])
 
 
-def prove(part: Any, prepare: Any, base: str) -> Proof:
+def prove(part: Any, prepare: Any, base: str, loss: str) -> Proof:
     """Return how *part* treats sequences; raise ``Unequal`` with the reason why it cannot compute a part of one.
 
     ``prepare(model, attention)`` makes a model compute split batches with *attention*; *base* is the attention that the
-    model was loaded with.
+    model was loaded with. ``loss``: why the model's own loss is not even to be tried, if so.
     """
     attention: _Rehearsed | None = None
     try:
@@ -117,7 +120,14 @@ def prove(part: Any, prepare: Any, base: str) -> Proof:
         )
         prepare(rehearsal.model, attention)
         plain, padded = (_batch(rehearsal.model, length, pads) for pads in (False, True))
-        return _first_that_fits(rehearsal, attention, (plain, padded))
+        batches = (plain, padded)
+        if not loss:
+            try:
+                return _first_that_fits(rehearsal, attention, batches)
+            except Exception as error:
+                loss = f"its loss does not come out the same ({_brief(error)}); {WAYS_OUT}"
+        unlabelled = tuple({name: value for name, value in batch.items() if name != "labels"} for batch in batches)
+        return attrs.evolve(_first_that_fits(rehearsal, attention, unlabelled), loss=loss)
     except Unequal:
         raise
     except Exception as error:  # whatever a forward of any family raises
@@ -132,22 +142,25 @@ def prove(part: Any, prepare: Any, base: str) -> Proof:
 
 def _first_that_fits(rehearsal: Rehearsal, attention: _Rehearsed, batches: Any) -> Proof:
     failure: Exception | None = None
-    causal = True
+    causal, loss = True, ""
     heads: set[tuple[int, int]] = set()
     for kind in NUMBERINGS:
         try:
             for batch in batches:
-                _compare(rehearsal, attention, batch, kind)
+                loss = _compare(rehearsal, attention, batch, kind) or loss
                 causal = causal and all(torch.equal(call.visible, call.visible.tril()) for call in attention.calls)
                 heads |= {(call.query.shape[1], call.key.shape[1]) for call in attention.calls}
-            return Proof(numbering=kind, causal=causal, heads=frozenset(heads))
+            return Proof(numbering=kind, causal=causal, heads=frozenset(heads), loss=loss)
         except Exception as error:  # the first one says the most: other numberings need not suit the model at all
             failure = failure or error
     raise failure or Unequal("nothing fits")
 
 
-def _compare(rehearsal: Rehearsal, attention: _Rehearsed, batch: dict[str, Tensor], kind: str) -> None:
-    """Raise Unequal where the parts of *batch*, numbered by *kind*, are not what the whole gives."""
+def _compare(rehearsal: Rehearsal, attention: _Rehearsed, batch: dict[str, Tensor], kind: str) -> str:
+    """Raise Unequal where the parts of *batch*, numbered by *kind*, are not what the whole gives.
+
+    Returns why that does not hold for the loss of the model, or an empty string.
+    """
     rows, length = batch["input_ids"].shape
     mask = batch.get("attention_mask", torch.ones(rows, length))
     attention.calls, attention.counted = [], mask != 0
@@ -161,13 +174,16 @@ def _compare(rehearsal: Rehearsal, attention: _Rehearsed, batch: dict[str, Tenso
         split = splitter_of(rehearsal.model, layout, kind, causal=True)(batch)
         part = rehearsal.run(split)
         _require_equal(rehearsal, whole, part, attention)
-        counts = split.get("shift_labels", split["labels"])
-        losses.append(part.output.loss)
-        labels.append((counts != IGNORED).sum())
+        if "labels" in batch:
+            counts = split.get("shift_labels", split["labels"])
+            losses.append(part.output.loss)
+            labels.append((counts != IGNORED).sum())
+    if not losses:
+        return ""
     counted = torch.stack(labels)
     total = (torch.stack(losses) * counted).sum() / counted.sum()
-    if not same(whole.output.loss.reshape(1), total.reshape(1)):
-        raise Unequal("its loss is not a mean over tokens")
+    equal = same(whole.output.loss.reshape(1), total.reshape(1))
+    return "" if equal else f"its loss is not a mean over tokens; {WAYS_OUT}"
 
 
 def _require_equal(rehearsal: Rehearsal, whole: Run, part: Run, attention: _Rehearsed) -> None:

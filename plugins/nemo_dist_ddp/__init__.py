@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import attrs
@@ -52,11 +53,12 @@ class DDP:
 
     @hookimpl
     def runtime(self, parts: list[nn.Module]) -> RuntimePart:
-        from nemo_dist_ddp.replicas import unsynchronised
+        from nemo_dist_ddp.replicas import forward_to_loss, unsynchronised
 
         # torch records a static graph in the first synchronised backward, and fails on an unsynchronised one before it.
         return RuntimePart(
-            no_sync=None if self.config.static_graph else lambda: unsynchronised([inner_model(part) for part in parts])
+            no_sync=None if self.config.static_graph else lambda: unsynchronised([inner_model(part) for part in parts]),
+            forward_to_loss=partial(forward_to_loss, inner_model(parts[0])),
         )
 
     @hookimpl

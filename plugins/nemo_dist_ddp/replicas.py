@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import attrs
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from nemo_dist import Role
@@ -25,12 +25,14 @@ class Replicas:
     """Averages the gradients of *model*, and is made anew when other parameters are trained than before.
 
     torch's module takes the trained parameters when it is made. It would wait for the gradients of one that was frozen
-    since, and leave those of one that was thawed to each rank. Forwards without gradients pass it by.
+    since, and leave those of one that was thawed to each rank. Forwards without gradients pass it by. It looks for
+    parameters without a gradient from the model's outputs on, or, with ``awaits_loss``, from the loss made of them.
     """
 
     model: nn.Module
     options: dict[str, Any]
     synchronise: bool = True
+    awaits_loss: bool = False
     ddp: DistributedDataParallel | None = None
     parameters: Sequence[nn.Parameter] = ()
     trained: Sequence[bool] = ()
@@ -46,6 +48,10 @@ class Replicas:
         return self.ddp._pre_forward(*args, **kwargs)
 
     def _after_forward(self, model: nn.Module, args: Any, output: Any) -> Any:
+        return output if self.awaits_loss else self.before_backward(output)
+
+    def before_backward(self, output: Any) -> Any:
+        """Return *output*, on which the next backward starts, as torch's module prepares it."""
         return output if self.ddp is None or not torch.is_grad_enabled() else self.ddp._post_forward(output)
 
     def _take_over(self) -> None:
@@ -68,6 +74,23 @@ def replicate(part: nn.Module, mesh: MeshContext, options: dict[str, Any]) -> No
     part.__dict__[_KEY] = replicas
     part.register_forward_pre_hook(replicas._before_forward, with_kwargs=True)
     part.register_forward_hook(replicas._after_forward)
+
+
+def forward_to_loss(part: nn.Module, run: Callable[[], Tensor]) -> Tensor:
+    """Return the loss that *run* makes of a forward of *part*, prepared for its backward.
+
+    A loss may leave outputs out (that of a pooler, say), and parameters behind them then get no gradient.
+    """
+    replicas: Replicas | None = part.__dict__.get(_KEY)
+    if replicas is None:
+        return run()
+    replicas.awaits_loss = True
+    try:
+        loss = run()
+    finally:
+        replicas.awaits_loss = False
+    prepared: Tensor = replicas.before_backward(loss)
+    return prepared
 
 
 @contextmanager

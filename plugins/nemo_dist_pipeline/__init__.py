@@ -95,6 +95,10 @@ class Pipeline:
         return RuntimePart(
             engine=model.run,
             survey=model.survey,
+            measure=model.measure,
+            forward=model.forward,
+            loss=model.mean_loss,
+            rows=self.config.pp_microbatch_size,
             norm_axes=("pp",),
             norm_skip=model.tied.counted_elsewhere if model.tied else (),
         )

@@ -12,11 +12,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from nemo_dist.hf_model import inner_model
 from nemo_dist.plugin.hookspecs import Batch
 from nemo_dist.plugin.resharding import keep_gathered, reshard
 from nemo_dist.training.router_aux_loss import COUNTED
+from nemo_dist.training.step_loss import READS, ModelLoss, OwnLoss
 from nemo_dist_pipeline.partition.stage_model import PipelineInfo, StageInfo, set_hollow_dtype
-from nemo_dist_pipeline.runtime.forward_only import forward_only
+from nemo_dist_pipeline.runtime.forward_only import broadcast_tensors, forward_only
+from nemo_dist_pipeline.runtime.loss import MeanOfLabels
 from nemo_dist_pipeline.runtime.microbatches import Microbatches, MicrobatchSplitter
 from nemo_dist_pipeline.runtime.tied_embedding import TiedWeight, gradients_set_aside
 from nemo_dist_pipeline.runtime.torch_stage import (
@@ -103,18 +106,35 @@ class AutoPipeline:
         data-parallel strategy has averaged them. ``runtime.forward_backward`` weighs by the labels of all
         ranks, which this does not.
         """
-        return self.run([batch], [torch.as_tensor(weight, dtype=torch.float32, device=self.device)])
+        weights = torch.as_tensor(weight, dtype=torch.float32, device=self.device)
+        if (loss := self._loss_of_config) is None:
+            return self.run([batch], [weights])
+        batch = loss.model_inputs(batch) | loss.reads(batch)
+        count: Any = loss.count(batch)
+        return self.run([batch], [weights / count.to(self.device).clamp(min=1)], loss)
 
-    def run(self, batches: Sequence[Batch], weights: Sequence[Tensor]) -> Tensor:
+    @property
+    def _loss_of_config(self) -> OwnLoss | None:
+        found = self.mean_loss
+        return None if found is None else OwnLoss(function=found, model=inner_model(self.parts[-1]))
+
+    @property
+    def mean_loss(self) -> MeanOfLabels | None:
+        """The loss that the config asks for, if it does, as a runtime takes one."""
+        given = self.config.loss_fn
+        return None if given is None else MeanOfLabels(given, inner_model(self.parts[-1]))
+
+    def run(self, batches: Sequence[Batch], weights: Sequence[Tensor], loss: Any = None) -> Tensor:
         """Run forward and backward of ``sum(weight * mean loss)``; return it: 0-dim float32, equal on all stages.
 
-        The batches run through the schedule together where their shapes, and the schedule's memory, allow.
+        With a *loss*, which makes a sum of outputs and a batch, of ``sum(weight * sum)``. The batches run through the
+        schedule together where their shapes, and the schedule's memory, allow.
         """
-        runs = [self._splitter.split(self.parts[-1], *given) for given in zip(batches, weights, strict=True)]
+        runs = [self._splitter.split(self.parts[-1], *given, loss) for given in zip(batches, weights, strict=True)]
         total = torch.zeros((), device=self.device)
         with keep_gathered(self.parts), gradients_set_aside(self.tied.replicas) if self.tied else nullcontext():
             for run in self._splitter.joined(runs):
-                total += self._train(run)
+                total += self._train(run, loss)
             if self.tied:
                 self.tied.sum_gradients()
         dist.all_reduce(total, group=self.group)  # all pipeline ranks; only the last stage adds a loss, the others 0
@@ -125,29 +145,41 @@ class AutoPipeline:
         for batch in batches:
             self._run_forward(self._splitter.split(self.parts[-1], batch, torch.ones((), device=self.device)))
 
-    def _train(self, run: Microbatches) -> Tensor:
+    def measure(self, batches: Sequence[Batch], loss: Any) -> Tensor:
+        """Return the total sum and count of *loss*, float64 (2,), equal on all stages; forwards without gradients."""
+        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        one = torch.ones((), device=self.device)
+        for batch in batches:
+            run = Microbatches.of(self.parts[-1], batch, one, self._size, 0, loss)
+            for found in self._run_forward(run, loss):
+                total += torch.stack(found).double()
+        dist.all_reduce(total, group=self.group)  # all pipeline ranks, as in run()
+        return total
+
+    def _train(self, run: Microbatches, loss: Any) -> Tensor:
         losses: list[Tensor] = []
         scaled = self.config.scale_grads_in_schedule
         target = run.weights * run.count if scaled else run.weights
         # The schedule divides all of a gradient at its end, so earlier batches must not be in it yet.
         with gradients_set_aside(list(self.parameters())) if scaled else nullcontext():
-            self.schedule(run).step(target=target, losses=losses, return_outputs=False, **run.inputs)
+            self.schedule(run, loss).step(target=target, losses=losses, return_outputs=False, **run.inputs)
         total = torch.stack([loss.detach().float() for loss in losses]).sum() if losses else run.weights.new_zeros(())
         return total / run.count if scaled else total
 
-    def schedule(self, run: Microbatches) -> TorchSchedule:
+    def schedule(self, run: Microbatches, loss: Any = None) -> TorchSchedule:
         """Return torch's schedule for the shapes of *run*; call its ``step(target=run.weights, **run.inputs)``."""
-        if run.shape not in self._built:
+        key = run.shape, id(loss)
+        if key not in self._built:
             while len(self._built) >= self.config.pp_cached_schedules:  # before new buffers are made
                 self._built.popitem(last=False)
             hidden = torch.empty(self._splitter.hidden_shape(run), dtype=self._boundary_dtype(run), device=self.device)
             stages = [
-                ModelStage(part, stage, hidden, self.group, self.config.loss_fn)
+                ModelStage(part, stage, hidden, self.group, loss)
                 for part, stage in zip(self.parts, self._stages, strict=True)
             ]
-            self._built[run.shape] = self._builder(stages, run.count)
-        self._built.move_to_end(run.shape)
-        return self._built[run.shape]
+            self._built[key] = self._builder(stages, run.count)
+        self._built.move_to_end(key)
+        return self._built[key]
 
     @property
     def _builder(self) -> ScheduleBuilder:
@@ -178,7 +210,7 @@ class AutoPipeline:
         devices = [self.device] if self.device.type == "cuda" else []  # None would mean all of the machine
         with torch.random.fork_rng(devices), _mode(self.parts, False):
             # This forward belongs to no step, so the router statistics must not count its tokens.
-            inputs = {name: value for name, value in run[0].items() if name != COUNTED}
+            inputs = {name: value for name, value in run[0].items() if name != COUNTED and not name.startswith(READS)}
             hidden: Tensor = run_part(self.parts[0], self._stages[0], None, inputs, None)
         if hidden.shape != self._splitter.hidden_shape(run):
             raise ValueError(
@@ -191,37 +223,47 @@ class AutoPipeline:
 
     def eval(self, batch: Batch) -> Tensor:
         """Return the mean loss of *batch* without gradients: 0-dim float32, equal on all stages."""
-        run = Microbatches.of(self.parts[-1], batch, torch.ones((), device=self.device), self._size, 0)
-        losses = [output.loss.float() for output in self._evaluate(run)]
-        # A microbatch without labels has the mean 0/0 and counts as 0.
-        shares = [torch.where(w > 0, loss * w, 0.0) for loss, w in zip(losses, run.weights, strict=False)]
-        total = torch.stack(shares).sum() if shares else torch.zeros((), device=self.device)
-        dist.all_reduce(total, group=self.group)  # all pipeline ranks, as in run()
-        return total
+        loss = self._loss_of_config or ModelLoss(inner_model(self.parts[-1]))
+        with _mode(self.parts, False):
+            total, count = self.measure([loss.model_inputs(batch) | loss.reads(batch)], loss)
+        return (total / count.clamp(min=1)).float()
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the outputs for *batch* by name, one row per row, equal on all stages; without gradients."""
+        outputs = self._run_forward(self._rowwise(batch))
+        first = outputs[0] if outputs else {}
+        named = [name for name, value in first.items() if isinstance(value, Tensor) and value.ndim]
+        found = {name: torch.cat([output[name] for output in outputs]) for name in named}
+        count = self._stages[0].count
+        source = self.placement.rank_of(count - 1, count)
+        return broadcast_tensors(found, source, self.group, self.device)
 
     def logits(self, batch: Batch) -> Tensor | None:
         """Return the logits of *batch*, one row per row, on the ranks with the last stage; None on the others.
 
         Every pipeline rank calls it. Labels are not needed.
         """
+        with _mode(self.parts, False):
+            outputs = self._run_forward(self._rowwise(batch))
+        return torch.cat([output.logits for output in outputs]) if self.info.has_last_stage else None
+
+    @staticmethod
+    def _without_labels(batch: Batch) -> dict[str, Any]:
+        return {name: value for name, value in batch.items() if name not in ("labels", "shift_labels")}
+
+    def _rowwise(self, batch: Batch) -> Microbatches:
+        """Return the microbatches of *batch* without labels, of the largest size that divides its rows."""
         rows = next(value.shape[0] for value in batch.values() if isinstance(value, Tensor))
         size = next(size for size in range(self._size, 0, -1) if rows % size == 0)
-        inputs = {name: value for name, value in batch.items() if name not in ("labels", "shift_labels")}
-        outputs = self._evaluate(Microbatches(inputs, torch.empty(0), rows // size, rows))
-        return torch.cat([output.logits for output in outputs]) if self.info.has_last_stage else None
+        return Microbatches(self._without_labels(batch), torch.empty(0), rows // size, rows)
 
     @property
     def _size(self) -> int:
         return self.config.pp_microbatch_size
 
-    def _evaluate(self, run: Microbatches) -> list[Any]:
-        with _mode(self.parts, False):
-            return self._run_forward(run)
-
     @torch.no_grad()
-    def _run_forward(self, run: Microbatches) -> list[Any]:
+    def _run_forward(self, run: Microbatches, loss: Any = None) -> list[Any]:
         hidden = torch.empty(self._splitter.hidden_shape(run), dtype=self._boundary_dtype(run), device=self.device)
-        loss = self.config.loss_fn if "labels" in run.inputs else None
         with keep_gathered(self.parts):
             return forward_only(self.parts, self._stages, run, hidden, self.placement, self.group, loss)
 

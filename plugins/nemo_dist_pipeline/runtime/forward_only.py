@@ -29,6 +29,8 @@ def forward_only(
 ) -> list[Any]:
     """Return the outputs of the microbatches on the rank with the last stage, an empty list on the others.
 
+    With a *loss*, what that makes of each output.
+
     ``hidden`` has the shape and dtype of the hidden states between stages. All pipeline ranks take part, and go through
     the same list of forwards, so that sends and receives cannot deadlock (:func:`forward_order`).
     """
@@ -57,6 +59,19 @@ def forward_only(
         if work is not None:
             work.wait()
     return outputs
+
+
+def broadcast_tensors(
+    tensors: dict[str, Tensor], source: int, group: dist.ProcessGroup, device: torch.device
+) -> dict[str, Tensor]:
+    """Return the *tensors* of the rank *source* of *group* on all its ranks, which all take part."""
+    told: list[Any] = [[(name, value.shape, value.dtype) for name, value in tensors.items()]]
+    dist.broadcast_object_list(told, group_src=source, group=group, device=device)
+    found = {}
+    for name, shape, dtype in told[0]:
+        found[name] = tensors[name].contiguous() if name in tensors else torch.empty(shape, dtype=dtype, device=device)
+        dist.broadcast(found[name], group_src=source, group=group)
+    return found
 
 
 def _arrived(message: tuple[dist.Work | None, Tensor] | None) -> Tensor | None:

@@ -13,6 +13,7 @@ from nemo_dist.hf_model import IGNORED
 from nemo_dist.plugin.hookspecs import Batch
 from nemo_dist.training.loss_weighting import count_labels
 from nemo_dist.training.router_aux_loss import COUNTED
+from nemo_dist.training.step_loss import ROWS
 from nemo_dist_pipeline.schedule.stage_placement import StagePlacement
 
 if TYPE_CHECKING:
@@ -49,15 +50,21 @@ class Microbatches:
         }
 
     @classmethod
-    def of(cls, model: nn.Module, batch: Batch, weight: Tensor, size: int, minimum: int) -> Microbatches:
+    def of(
+        cls, model: nn.Module, batch: Batch, weight: Tensor, size: int, minimum: int, loss: Any = None
+    ) -> Microbatches:
         """Split *batch* into microbatches of *size* rows, at least *minimum* of them.
 
         Missing rows are copies of the first one, with labels that are ignored. The mean loss of a microbatch is
         weighted by its share of the batch's labels, so that the weighted losses sum to *weight* times the mean loss of
-        the batch, however the labels are spread.
+        the batch, however the labels are spread. With a *loss* that is a sum, every microbatch has *weight* itself.
         """
         rows = _rows(batch)
         count = max(minimum, -(-rows // size))
+        if loss is not None:
+            given = {name: _aligned(name, value, rows) for name, value in batch.items()}
+            padded = _padded({**given, ROWS: torch.ones(rows, dtype=torch.int32)}, rows, count * size)
+            return cls(padded, weight.float().expand(count), count, count * size)
         padded = _padded({name: _aligned(name, value, rows) for name, value in batch.items()}, rows, count * size)
         whole = cls(padded, weight.new_empty(0), count, count * size)
         counts = torch.stack([count_labels(model, whole[index]) for index in range(count)])
@@ -89,9 +96,9 @@ class MicrobatchSplitter:
         """The number of microbatches that a smaller batch is padded to; 0 pads none."""
         return self.placement.microbatches or self.config.microbatches
 
-    def split(self, model: nn.Module, batch: Batch, weight: Tensor) -> Microbatches:
+    def split(self, model: nn.Module, batch: Batch, weight: Tensor, loss: Any = None) -> Microbatches:
         """Return the microbatches of *batch*; raise ValueError where it does not fit the options."""
-        run = Microbatches.of(model, batch, weight, self.config.pp_microbatch_size, self.minimum)
+        run = Microbatches.of(model, batch, weight, self.config.pp_microbatch_size, self.minimum, loss)
         length = self._length(run) * self.cp_size
         if self.config.pp_seq_len not in (None, length):
             raise ValueError(
@@ -182,7 +189,7 @@ def _padded(inputs: dict[str, Any], rows: int, wanted: int) -> dict[str, Any]:
         more = value[:1].expand(missing, *value.shape[1:])
         if name in _LABELS:
             more = torch.full_like(more, IGNORED)
-        elif name == COUNTED:
+        elif name in (COUNTED, ROWS):
             more = torch.zeros_like(more)
         padded[name] = torch.cat([value, more])
     return padded

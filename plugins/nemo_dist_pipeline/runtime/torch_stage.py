@@ -6,7 +6,7 @@ a file, and ``_schedule_visualizer`` for the order of actions; ``tests/test_pipe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import attrs
@@ -28,24 +28,25 @@ from nemo_dist_pipeline.partition.stage_model import StageInfo, run_stage
 from nemo_dist_pipeline.schedule.actions import Action, Order, order_of
 from nemo_dist_pipeline.schedule.schedules import Schedule
 
-Loss = Callable[[Tensor, Tensor], Tensor]
+Loss = Any  # what an engine is given: ``inputs(batch)``, and ``(outputs, batch) -> (sum, count)``
 TorchSchedule = PipelineScheduleSingle | PipelineScheduleMulti
 
 
 def run_part(
     part: nn.Module, stage: StageInfo, hidden: Tensor | None, inputs: dict[str, Any], loss: Loss | None
 ) -> Any:
-    """Run *part* on *hidden* (None at the first stage); return hidden states, or the last stage's output with loss."""
-    inputs = {**inputs, **accepted(part, {"use_cache": False})}
+    """Run *part* on *hidden* (None at the first stage); return hidden states, or the output of the last stage.
+
+    With *loss* the last stage returns what that makes of its output: a sum and a count.
+    """
+    batch = inputs
+    inputs = {**(inputs if loss is None else loss.inputs(inputs)), **accepted(part, {"use_cache": False})}
     if not stage.is_first:
         inputs = {name: value for name, value in inputs.items() if not is_media(name, value)}
     if not stage.is_last:
         inputs = {name: value for name, value in inputs.items() if name not in ("labels", "shift_labels")}
-    if loss is None or not stage.is_last:
-        return run_stage(part, hidden, inputs)
-    output = run_stage(part, hidden, {name: value for name, value in inputs.items() if name != "labels"})
-    output["loss"] = loss(output.logits, inputs["labels"])
-    return output
+    output = run_stage(part, hidden, inputs)
+    return output if loss is None or not stage.is_last else loss(output, batch)
 
 
 class ModelStage(PipelineStage):
@@ -72,7 +73,7 @@ class ModelStage(PipelineStage):
         """Run the model: return hidden states for the next stage, or the loss."""
         out = run_part(self.submod, self._info, args[0] if args else None, kwargs, self._loss)
         if self._info.is_last:
-            loss: Tensor = out.loss
+            loss: Tensor = out.loss if self._loss is None else out[0]
             return loss
         hidden: Tensor = out.to(self._dtype).contiguous()
         # All parameters so far are frozen; the next stage sends a gradient all the same.
