@@ -182,6 +182,17 @@ class DistributedSetup(Composition):
         compare("the setup", self.describe())
         return MeshContext.realise(self.plan, self.ranks, self.device_type, self.timeout_minutes)
 
+    def seed(self, seed: int) -> None:
+        """Seed the generators of torch, Python and NumPy on this rank, for dropout and whatever else is drawn.
+
+        Ranks that read different batches get different seeds, and ranks that share a batch the same one, whatever the
+        topology; those of the first batch get *seed* itself, as one process does. Before ``from_config`` it fixes the
+        weights too. Call it on every rank; it communicates only to create the mesh, on first use.
+        """
+        from nemo_dist.training.seed import seed_rank
+
+        seed_rank(self.mesh_context, seed)
+
     @property
     def own_mesh(self) -> DeviceMesh | None:
         """The mesh that the user passed to a loader, with its axes in order; None for a mesh made from the plan."""
