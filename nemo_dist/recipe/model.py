@@ -12,6 +12,7 @@ from nemo_dist.models.auto_model import NeMoAutoModelForCausalLM
 from nemo_dist.planning.validation import near
 from nemo_dist.recipe.config import ModelSection
 from nemo_dist.setup.setup import DistributedSetup
+from nemo_dist.training.peft_adapters import refuse_copies
 
 
 def load_model(section: ModelSection, setup: DistributedSetup) -> Any:
@@ -25,11 +26,7 @@ def load_model(section: ModelSection, setup: DistributedSetup) -> Any:
         options["dtype"] = getattr(torch, section.dtype)
         model = NeMoAutoModelForCausalLM.from_config(config_of(section), distributed_setup=setup, **options)
     config = adapter_config(section)
-    if config is None:
-        return model
-    import peft
-
-    return peft.get_peft_model(model, config)
+    return model if config is None else setup.add_adapters(model, config)
 
 
 def config_of(section: ModelSection) -> Any:
@@ -64,4 +61,6 @@ def adapter_config(section: ModelSection) -> Any:
     unknown = [f"model.peft has an unknown key {key!r}{near(key, fields)}" for key in given if key not in fields]
     if unknown:
         raise UnknownNameError("; ".join(unknown) + f"; valid keys: {', '.join(fields)}")
-    return known[name](**{"task_type": "CAUSAL_LM", **given})
+    config = known[name](**{"task_type": "CAUSAL_LM", **given})
+    refuse_copies(config)
+    return config

@@ -182,6 +182,16 @@ class DistributedSetup(Composition):
         compare("the setup", self.describe())
         return MeshContext.realise(self.plan, self.ranks, self.device_type, self.timeout_minutes)
 
+    def add_adapters(self, model: Any, config: Any) -> Any:
+        """Return *model*, loaded for this setup, with the adapters of *config* of PEFT; call it before ``runtime``.
+
+        Like ``peft.get_peft_model``, but the weights are there whole while the adapters are made, as DoRA needs them.
+        Collective. Raises ValueError for axes that adapters are not proven with, and for adapters that copy weights.
+        """
+        from nemo_dist.training.peft_adapters import add_adapters
+
+        return add_adapters(model, config, self.mesh_context)
+
     def seed(self, seed: int) -> None:
         """Seed the generators of torch, Python and NumPy on this rank, for dropout and whatever else is drawn.
 

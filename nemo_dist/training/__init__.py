@@ -3,6 +3,6 @@
 Here: ``runtime`` (the object for training loops), ``batch_loop`` (forward and backward of a step), ``model_inputs`` (no
 cache, packed sequences), ``rehearsal`` (how a model's outputs depend on other tokens), ``loss_weighting``,
 ``router_aux_loss``, ``batch_checks``, ``uneven_batches``, ``replica_check`` (are copies equal on all ranks),
-``grad_norm``, ``optimizer_probe``, ``peft_adapters``, ``seed`` (random generators of the ranks). Not here: how
-gradients are reduced, which is the strategy's.
+``grad_norm``, ``optimizer_probe``, ``peft_adapters``, ``merged_adapters``, ``seed`` (random
+generators of the ranks). Not here: how gradients are reduced, which is the strategy's.
 """
