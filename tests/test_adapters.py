@@ -127,15 +127,3 @@ def test_adapters_that_lengthen_the_sequence_are_refused(ranks):
     config = peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
     for message in ranks(2).run(on_rank_refusal, checkpoint("llama"), None, config):
         assert "PromptTuningConfig adds tokens of its own to every sequence" in message
-
-
-def on_rank_export(folder, out):
-    runtime = adapted(folder, FSDP2Config())
-    with pytest.raises(Exception, match="a model with PEFT's adapters cannot be exported") as caught:
-        runtime.export(out)
-    return str(caught.value), out.exists()
-
-
-def test_an_export_of_a_model_with_adapters_is_refused_with_a_way_out(ranks, tmp_path):
-    for message, exists in ranks(2).run(on_rank_export, checkpoint("llama"), tmp_path / "out"):
-        assert "merge_and_unload()" in message and not exists

@@ -15,7 +15,7 @@ from nemo_dist import (
     PipelineConfig,
     initialize_distributed,
 )
-from nemo_dist.testing.equivalence import checkpoint
+from nemo_dist.testing.equivalence import Outcome, checkpoint, differences, merged, whole_state
 from nemo_dist.testing.precision import FP32
 from nemo_dist.testing.tiny_models import SPECIMENS
 from nemo_dist.training.model_inputs import ModelInputs, restarts
@@ -126,6 +126,8 @@ def test_a_convolution_between_attentions_is_found_and_named():
 
 # ---- on ranks ----
 
+# A balance of experts is one of all tokens of a step, which no sequence has by itself.
+UNBALANCED = {"output_router_logits": False}
 SETUPS = {
     "fsdp2": {},
     "recompute": {"activation_checkpointing": True},
@@ -135,33 +137,41 @@ SETUPS = {
 }
 
 
-def on_rank_train_on_packed_rows(folder, options, batches):
-    """Return the loss and the norm of one step, each data-parallel rank with a batch of its own form."""
+def on_rank_train_on_packed_rows(folder, options, batches, config):
+    """Return the loss, the norm and the gradients of one step, each data-parallel rank with a batch of its own form."""
     initialize_distributed("gloo")
     setup = DistributedSetup.build(strategy=FSDP2Config(mp_policy=FP32), **options)
-    model = NeMoAutoModelForCausalLM.from_pretrained(folder, distributed_setup=setup, dtype=torch.float32)
+    model = NeMoAutoModelForCausalLM.from_pretrained(folder, distributed_setup=setup, dtype=torch.float32, **config)
     runtime = setup.runtime(model)
     own = batches[runtime.dp_rank :: runtime.dp_size]
     if "pipeline_config" in options:  # of equal lengths: one batch, of a row for each microbatch
         own = [{name: torch.cat([batch[name] for batch in own]) for name in own[0]}]
-    return runtime.forward_backward(own).item(), runtime.clip_grad_norm_(1e9).item()
+    loss = runtime.forward_backward(own).item()
+    gradients = whole_state(runtime, {n: p.grad for n, p in runtime.named_parameters() if p.grad is not None})
+    norm = runtime.clip_grad_norm_(1e9).item()
+    return Outcome(losses=[loss], norms=[norm], gradients=gradients, parameters={})
 
 
-def expected(folder, rows):
-    model = NeMoAutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+def expected(folder, rows, config):
+    model = NeMoAutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **config)
     loss = by_themselves(model, rows)
     loss.backward()
-    return loss.item(), torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9).item()
+    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9).item()
+    return Outcome(losses=[loss.item()], norms=[norm], gradients=gradients, parameters={})
 
 
-@pytest.mark.parametrize("setup", sorted(SETUPS))
+@pytest.mark.parametrize("setup", [*SETUPS, "ep"])
 def test_packed_rows_match_the_sequences_by_themselves(on_ranks, setup):
     first, second = sequences(), sequences((9, 20, 3), seed=1)
-    forms = ("ones", "ones") if setup == "pp" else ("ones", "right")
+    forms = ("ones", "ones") if "pp" in setup else ("ones", "right")
     batches = [packed(first, forms[0]), packed(second, forms[1])]
-    wanted = expected(checkpoint("llama"), first + second)
-    for found in on_ranks(2, on_rank_train_on_packed_rows, checkpoint("llama"), SETUPS[setup], batches):
-        assert found == pytest.approx(wanted, rel=1e-5)
+    folder = checkpoint("qwen3-moe" if setup == "ep" else "llama")
+    options = {"parallelism_sizes": ParallelismSizes(ep_size=2)} if setup == "ep" else SETUPS[setup]
+    config = UNBALANCED if setup == "ep" else {}
+    found = merged(on_ranks(2, on_rank_train_on_packed_rows, folder, options, batches, config))
+
+    assert differences(found, expected(folder, first + second, config)) == []
 
 
 def on_rank_evaluate_and_generate(folder):

@@ -200,6 +200,68 @@ def demo(
 
 @app.command(
     epilog=_examples(
+        "train docs/examples/sft.yaml",
+        "train docs/examples/sft.yaml --nproc 2 --set training.steps=10 --set checkpoint.folder=runs/short",
+        "train docs/examples/moe.yaml --nproc 4 --dry-run",
+    )
+)
+def train(
+    recipe: Annotated[Path, typer.Argument(help="The YAML file of the job.", show_default=False)],
+    nproc: Annotated[
+        int | None, typer.Option("--nproc", "-n", help="How many ranks to start on this machine; one per GPU.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and start no rank.")] = False,
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", help="Change a value: section.key=value; repeat it for more.")
+    ] = None,
+) -> None:
+    """Train a causal language model as a YAML file says, and go on from its newest checkpoint where it has one.
+
+    Starts ranks on this machine; under torchrun, srun or mpirun this process is one of theirs. On SIGTERM all ranks
+    save the same step and end with code 75; the same command goes on from there. See docs/train.md.
+    """
+    with _refusals():
+        from nemo_dist.mesh.launch_env import Launch
+        from nemo_dist.recipe.config import Recipe
+
+        asked = Recipe.from_yaml(recipe, changes or ())
+        launch_of_ranks = Launch.read()
+        if launch_of_ranks is not None and nproc is not None:
+            raise ValueError(f"--nproc starts ranks, and this process is one already ({launch_of_ranks.told})")
+        count = _ranks_here() if nproc is None else nproc
+        setup = asked.setup(launch_of_ranks.world_size if launch_of_ranks else count)
+        if dry_run:
+            from nemo_dist.recipe.dry_run import described
+
+            _silence_transformers()
+            typer.echo(described(asked, setup))
+            return
+        from nemo_dist.recipe import job
+
+        job.judge(asked)
+    if launch_of_ranks is not None:
+        job.run(asked)
+        return
+    typer.echo(f"starting {count} ranks")
+    sys.stdout.flush()
+    from nemo_dist.launcher.launch import launch
+
+    grace = asked.checkpoint.grace_seconds if asked.checkpoint.folder else 5
+    code = launch("nemo_dist.recipe.job", [asked.to_json()], count, shutdown_seconds=grace)
+    if code:
+        _show_cursor()
+        raise typer.Exit(code)
+
+
+def _ranks_here() -> int:
+    """Return how many ranks this machine is for: one per GPU, or one."""
+    import torch
+
+    return max(1, torch.cuda.device_count())
+
+
+@app.command(
+    epilog=_examples(
         "verify meta-llama/Llama-3.2-1B --tp 2",
         "verify my_model --cp 2 --dp 2",
         "verify my_model/config.json --config recipe.yaml --ranks 4",

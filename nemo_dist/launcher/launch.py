@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from nemo_dist.checkpoint.preemption import CODE
 from nemo_dist.launcher.failures import describe_exit
 from nemo_dist.launcher.worker import FOLDER, LAUNCHER
 from nemo_dist.mesh.lost_peer import lost_a_peer
@@ -23,7 +24,7 @@ from nemo_dist.mesh.lost_peer import lost_a_peer
 if TYPE_CHECKING:
     from torch.distributed.launcher.api import LaunchConfig
 
-_SHUTDOWN = 5  # seconds between asking a rank to end and killing it
+_SHUTDOWN = 5  # seconds between asking a rank to end and killing it, unless a command gives more
 _LAST_LINES = 20  # lines of stderr shown for a rank that died without recording an error
 
 
@@ -46,13 +47,14 @@ class Failure:
         return (2 if lost_a_peer(self.error) else 0, self.at)
 
 
-def launch(entrypoint: str, args: Sequence[str], nproc: int) -> int:
+def launch(entrypoint: str, args: Sequence[str], nproc: int, shutdown_seconds: int = _SHUTDOWN) -> int:
     """Run module *entrypoint* with *args* as *nproc* ranks, with torch's elastic launcher, and return the exit code.
 
     0 when every rank succeeded; the code of the rank that failed first when one failed (2 for a
     :class:`~nemo_dist.errors.NemoDistError`, 1 for other exceptions and for signals); 128 plus the signal's number when
-    this process got SIGINT or another signal to stop. No rank outlives the call. One message on stderr names the rank
-    that failed first, and why. Call it on the main thread, as it handles signals.
+    this process got SIGINT or another signal to stop, or the code of ranks that saved at it and ask to be run again. No
+    rank outlives the call; at a signal each has *shutdown_seconds* to end by itself. One message on stderr names the
+    rank that failed first, and why. Call it on the main thread, as it handles signals.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -61,26 +63,29 @@ def launch(entrypoint: str, args: Sequence[str], nproc: int) -> int:
     with tempfile.TemporaryDirectory(prefix="nemo_dist_launch_") as name, _surroundings(Path(name), nproc):
         folder = Path(name)
         try:
-            elastic_launch(_config(folder, nproc), sys.executable)("-m", "nemo_dist.launcher.worker", entrypoint, *args)
+            config = _config(folder, nproc, shutdown_seconds)
+            elastic_launch(config, sys.executable)("-m", "nemo_dist.launcher.worker", entrypoint, *args)
         except ChildFailedError as error:
             exits = {rank: failure.exitcode for rank, failure in error.failures.items()}
             failures = sorted(_failures(folder, exits), key=lambda failure: failure.order)
             sys.stderr.write(_message(failures, nproc) + "\n")
             return failures[0].code if failures[0].code > 0 else 1
         except SignalException as stop:
-            return _stopped(stop.sigval, nproc)
+            again = {failure.code for failure in _failures(folder, {})} == {CODE}
+            return CODE if again else _stopped(stop.sigval, nproc)
         except KeyboardInterrupt:  # before the launcher handles signals
             return _stopped(signal.SIGINT, nproc)
     return 0
 
 
-def _config(folder: Path, nproc: int) -> LaunchConfig:
+def _config(folder: Path, nproc: int, shutdown_seconds: int) -> LaunchConfig:
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
     from torch.distributed.launcher.api import LaunchConfig
 
     # Only rank 0 writes to the terminal; the stderr of the others is shown only when one of them fails.
     redirects: Any = {rank: Std.NONE if rank == 0 else Std.ERR for rank in range(nproc)}
-    optional: Any = {"shutdown_timeout": _SHUTDOWN} if hasattr(LaunchConfig, "shutdown_timeout") else {}  # torch 2.12
+    known = hasattr(LaunchConfig, "shutdown_timeout")  # since torch 2.12
+    optional: Any = {"shutdown_timeout": shutdown_seconds} if known else {}
     return LaunchConfig(
         min_nodes=1,
         max_nodes=1,

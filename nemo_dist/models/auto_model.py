@@ -26,6 +26,7 @@ from nemo_dist.loading.same_source import config_fields
 from nemo_dist.loading.slice_init import SliceInit, refuse_long_draws
 from nemo_dist.mesh.mesh_context import MeshContext
 from nemo_dist.mesh.store_consensus import refuse_differences, reported, share_and_hear
+from nemo_dist.models.other_loops import refuse_other_loops
 from nemo_dist.planning.mesh_plan import Role
 from nemo_dist.plugin.protocol import declared
 from nemo_dist.setup.setup import DistributedSetup
@@ -131,6 +132,7 @@ def _finish(setup: DistributedSetup, parts: list[nn.Module]) -> object:
     model: Any = inner_model(given) if isinstance(given, nn.Module) else None
     if isinstance(model, PreTrainedModel):
         own: Any = model
+        refuse_other_loops(own)
         own.save_pretrained = partial(_save_pretrained, setup.sharded(parts), model, model.save_pretrained)
         own.resize_token_embeddings = partial(_resize_token_embeddings, model)
     return given

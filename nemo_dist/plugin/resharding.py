@@ -27,6 +27,7 @@ class _Resharding:
     """The actions of one model, and how many ``keep_gathered`` contexts it is in."""
 
     actions: list[Callable[[], None]] = attrs.field(factory=list)
+    gathers: list[Callable[[], None]] = attrs.field(factory=list)
     kept: int = 0
 
     def run(self) -> None:
@@ -46,12 +47,13 @@ class _Resharding:
             self.between_steps()
 
 
-def reshard_with(model: nn.Module, action: Callable[[], None]) -> None:
+def reshard_with(model: nn.Module, action: Callable[[], None], gather: Callable[[], None] | None = None) -> None:
     """Let *action* put the shards of *model*, a transformers model, back; a strategy calls this after it sharded it.
 
     It runs before every forward of *model*, as weights may have changed since the last one, and after every forward
     without gradients; within ``keep_gathered`` only at both ends. It must be cheap where all shards are in place, run
-    no collective, and do no harm between a forward and its backward.
+    no collective, and do no harm between a forward and its backward. *gather* puts the gathered parameters in place of
+    all shards, which is collective.
     """
     found: _Resharding | None = model.__dict__.get(_KEY)
     if found is None:
@@ -59,12 +61,28 @@ def reshard_with(model: nn.Module, action: Callable[[], None]) -> None:
         model.register_forward_pre_hook(found.between_steps, prepend=True)
         model.register_forward_hook(found.after_forward)
     found.actions.append(action)
+    found.gathers += [] if gather is None else [gather]
 
 
 def reshard(parts: Iterable[nn.Module]) -> None:
     """Put the shards of *parts* back, so that their parameters are those that an optimizer steps; no communication."""
     for found in _all(parts):
         found.run()
+
+
+@contextmanager
+def gathered(parts: Iterable[nn.Module]) -> Iterator[None]:
+    """Within the context, every rank has the parameters of *parts* whole, to read; collective over all ranks."""
+    found = _all(parts)
+    for one in found:
+        one.run()
+        for gather in one.gathers:
+            gather()
+    try:
+        yield
+    finally:
+        for one in found:
+            one.run()
 
 
 @contextmanager

@@ -183,6 +183,27 @@ class DistributedSetup(Composition):
         compare("the setup", self.describe())
         return MeshContext.realise(self.plan, self.ranks, self.device_type, self.timeout_minutes)
 
+    def add_adapters(self, model: Any, config: Any) -> Any:
+        """Return *model*, loaded for this setup, with the adapters of *config* of PEFT; call it before ``runtime``.
+
+        Like ``peft.get_peft_model``, but the weights are there whole while the adapters are made, as DoRA needs them.
+        Collective. Raises ValueError for axes that adapters are not proven with, and for adapters that copy weights.
+        """
+        from nemo_dist.training.peft_adapters import add_adapters
+
+        return add_adapters(model, config, self.mesh_context)
+
+    def seed(self, seed: int) -> None:
+        """Seed the generators of torch, Python and NumPy on this rank, for dropout and whatever else is drawn.
+
+        Ranks that read different batches get different seeds, and ranks that share a batch the same one, whatever the
+        topology; those of the first batch get *seed* itself, as one process does. Before ``from_config`` it fixes the
+        weights too. Call it on every rank; it communicates only to create the mesh, on first use.
+        """
+        from nemo_dist.training.seed import seed_rank
+
+        seed_rank(self.mesh_context, seed)
+
     @property
     def own_mesh(self) -> DeviceMesh | None:
         """The mesh that the user passed to a loader, with its axes in order; None for a mesh made from the plan."""

@@ -1,7 +1,8 @@
-"""Read the ``distributed:`` section of a YAML file, and nothing else of it, in bounded time.
+"""Read the ``distributed:`` section of a YAML file, and nothing else of it, or all of a recipe, in bounded time.
 
-A file is parsed into nodes, and only those under ``distributed:`` become values. So the tags and dates of other
-sections mean nothing here. Merge keys (``<<``) work; an alias counts as often as it is used.
+A file is parsed into nodes, and only those that are asked for become values. So the tags and dates of other sections
+than ``distributed:`` mean nothing to who reads that one. Merge keys (``<<``) work; an alias counts as often as it is
+used.
 """
 
 from __future__ import annotations
@@ -46,6 +47,16 @@ def read_yaml(path: str | os.PathLike[str]) -> Mapping[str, Any]:
     return content
 
 
+def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return the YAML file at *path*, a mapping, as plain values; errors as for ``read_yaml``."""
+    values = _Values(os.fspath(path)[:400], "in it")
+    root = values.parsed(path)
+    if not isinstance(root, yaml.MappingNode):
+        values.fail("has no sections: it is no mapping")
+    content: dict[str, Any] = values.of(root)
+    return content
+
+
 class _Loader(yaml.SafeLoader):
     """Parses into nodes, up to a depth, so that nesting ends in one error."""
 
@@ -69,6 +80,7 @@ class _Values:
     """Makes plain values of the nodes of the file at *where*."""
 
     where: str
+    part: str = "under 'distributed:'"  # of the file, for errors
     left: int = _MOST
     around: set[int] = attrs.field(factory=set)  # the nodes that contain the one being read, by id
     read: dict[int, dict[Any, yaml.Node]] = attrs.field(factory=dict)
@@ -105,7 +117,7 @@ class _Values:
             items = self.pairs(node)
             for key in items:
                 if not isinstance(key, str):
-                    self.fail(f"has a key under 'distributed:' that is no text ({_word(key.value)})", key)
+                    self.fail(f"has a key {self.part} that is no text ({_word(key.value)})", key)
             with self._inside(node):
                 return {key: self.of(value) for key, value in items.items()}
         with self._inside(node):
@@ -137,7 +149,7 @@ class _Values:
     def _count(self, values: int) -> None:
         self.left -= values
         if self.left < 0:
-            self.fail(f"has more than {_MOST} values under 'distributed:', aliases counted")
+            self.fail(f"has more than {_MOST} values {self.part}, aliases counted")
 
     def _scalar(self, node: yaml.ScalarNode) -> Any:
         if node.tag in _TEXTS:
@@ -152,7 +164,7 @@ class _Values:
 
     def _refuse_tag(self, node: yaml.Node) -> NoReturn:
         tag = node.tag.replace(_TAG, "!!")
-        self.fail(f"has the tag {_word(tag)} under 'distributed:', where only plain values are allowed", node)
+        self.fail(f"has the tag {_word(tag)} {self.part}, where only plain values are allowed", node)
 
     @contextmanager
     def _inside(self, node: yaml.Node) -> Iterator[None]:

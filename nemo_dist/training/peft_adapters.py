@@ -20,6 +20,8 @@ from nemo_dist.planning.mesh_plan import Role
 from nemo_dist.plugin.hookspecs import RuntimePart
 from nemo_dist.plugin.protocol import Plugin
 from nemo_dist.plugin.registry import Registry
+from nemo_dist.plugin.resharding import gathered
+from nemo_dist.plugin.sharding_override import sharding_overrides
 from nemo_dist.torch_private import run_after_backward
 
 FEATURE = "adapters"  # what a strategy lists in ``composes_with`` when it is tested with them
@@ -31,6 +33,35 @@ def mark_loaded(parts: Iterable[nn.Module]) -> None:
     for part in parts:
         for parameter in part.parameters():
             setattr(parameter, _LOADED, True)
+
+
+def add_adapters(model: Any, config: Any, mesh: MeshContext) -> Any:
+    """Return the PEFT model of *model*; see :meth:`nemo_dist.DistributedSetup.add_adapters`."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"adapters are not proven with pp (got pp_size={mesh.pp_size}), leave it at 1")
+    _refuse_axes("adapters would be added", mesh)
+    refuse_copies(config)
+    import peft
+
+    with gathered([model]):  # DoRA reads the weights that it stands beside
+        return peft.get_peft_model(model, config)
+
+
+def refuse_copies(config: Any) -> None:
+    """Raise ValueError for adapters that copy or change the weights of the model, of which a rank has only shards."""
+    start = getattr(config, "init_lora_weights", True)
+    asked = {
+        "modules_to_save": getattr(config, "modules_to_save", None),
+        "trainable_token_indices": getattr(config, "trainable_token_indices", None),
+        "target_parameters": getattr(config, "target_parameters", None),
+        f"init_lora_weights={start!r}": not (isinstance(start, bool) or start == "gaussian"),
+    }
+    found = [name for name, value in asked.items() if value]
+    if found:
+        raise ValueError(
+            f"{type(config).__name__} asks for {' and '.join(found)}, which copies or changes weights of the model, "
+            "and a rank has only shards of those; leave it out, and target the modules by their names"
+        )
 
 
 def refuse_prompts(part: nn.Module) -> None:
@@ -58,7 +89,7 @@ def adapters(parts: Sequence[nn.Module], mesh: MeshContext, strategy: Plugin | N
     }
     if not added:
         return {}
-    _refuse(added, mesh, strategy)
+    _refuse(added, parts, mesh, strategy)
     group = mesh.group(Role.TOKENS)
     if group is None:
         return {}
@@ -67,22 +98,41 @@ def adapters(parts: Sequence[nn.Module], mesh: MeshContext, strategy: Plugin | N
     return {FEATURE: RuntimePart(no_sync=replicas.unsynchronised)}
 
 
-def _refuse(added: dict[str, nn.Parameter], mesh: MeshContext, strategy: Plugin | None) -> None:
-    """Raise ValueError for every mesh axis of size above 1 but the last batch axis, as nothing else is tested.
+def _refuse(
+    added: dict[str, nn.Parameter], parts: Sequence[nn.Module], mesh: MeshContext, strategy: Plugin | None
+) -> None:
+    """Raise ValueError where not every rank has the whole layers that the *added* parameters stand beside.
 
-    Also for a strategy that does not list the feature, and for added parameters that are DTensors.
+    These are axes along which ranks hold different layers, or parts of the same matrices, and modules that are sharded
+    over a mesh of their own, such as experts. Also for a strategy that does not list the feature, and for added
+    parameters that are DTensors.
     """
     some = f"{len(added)} trainable parameters were added after loading ({next(iter(added))}, ...)"
-    wide = mesh.wide()
-    batch = [axis for axis in wide if mesh.roles.get(axis) is Role.BATCH]
-    for axis in wide:
-        if axis not in batch or axis in batch[:-1]:
-            raise ValueError(f"{some}; this is not proven with {axis} (got {axis}_size={wide[axis]}), leave it at 1")
+    _refuse_axes(some, mesh)
+    apart = {
+        id(parameter)
+        for part in parts
+        for module, override in sharding_overrides(part).items()
+        if override.mesh is not None
+        for parameter in module.parameters()
+    }
+    shared = [name for name, parameter in added.items() if id(parameter) in apart]
+    if shared:
+        raise ValueError(
+            f"{some}; {shared[0]} is in a module that ranks share by a mesh of its own; leave that one out"
+        )
     if strategy is not None and FEATURE not in strategy.composes_with:
         others = " or ".join(map(repr, Registry().composing(FEATURE)))
         raise ValueError(f"{some}; this is not proven with {strategy.name!r}, use {others}")
     if any(isinstance(parameter, DTensor) for parameter in added.values()):
         raise ValueError(f"{some} as DTensors; add them as plain tensors, whole on every rank")
+
+
+def _refuse_axes(some: str, mesh: MeshContext) -> None:
+    wide = mesh.wide()
+    for axis in (axis for axis in wide if axis in mesh.roles):
+        if not mesh.roles[axis] & Role.TOKENS:
+            raise ValueError(f"{some}; this is not proven with {axis} (got {axis}_size={wide[axis]}), leave it at 1")
 
 
 @attrs.define(eq=False)

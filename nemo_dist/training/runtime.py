@@ -36,6 +36,7 @@ from nemo_dist.plugin.results import named_part, named_state
 from nemo_dist.training.batch_loop import BatchLoop
 from nemo_dist.training.evaluation import mean_loss, outputs_of
 from nemo_dist.training.grad_norm import by_mesh, global_norm, one_mesh_per_group
+from nemo_dist.training.merged_adapters import merged
 from nemo_dist.training.optimizer_probe import keeps_state, refuse_what_mixes_elements, warn_of_lost_updates
 from nemo_dist.training.peft_adapters import adapters, refuse_prompts
 from nemo_dist.training.replica_check import ReplicaCheck, check_replicas
@@ -387,11 +388,14 @@ class Runtime:
         ``"5GB"``, except for a single tensor that is. Ranks write different files at the same time, and each holds
         whole only the parameters that are converted together, mostly one tensor. The folder appears at *path* when it
         is complete; old weights in it are removed, and other files stay. *path* may be the folder that the model was
-        loaded from. Tokenizer and processor files are copied from there.
+        loaded from. Tokenizer and processor files are copied from there. Adapters of PEFT are merged into the weights
+        that are written; ``save_pretrained`` of PEFT's model writes them by themselves.
 
-        Raises CheckpointError where the disk fails or the model is quantized or has adapters, RankError on the others.
+        Raises CheckpointError where the disk fails, the model is quantized or its adapters are no sums of matrices
+        (DoRA, IA3), RankError on the others.
         """
-        export(self.sharded, path, dtype, max_shard_size)
+        with merged(self.sharded) as plain:
+            export(plain, path, dtype, max_shard_size)
 
     def close(self) -> None:
         """Wait for the save under way, then call the ``close`` of every plugin in reverse order; ``with`` does so too.

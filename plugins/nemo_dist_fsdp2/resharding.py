@@ -55,6 +55,11 @@ class Resharding:
                 shard.requires_grad_(gathered.requires_grad)
         self.trained = [shard.requires_grad for shard in shards]
 
+    def gather(self) -> None:
+        """Gather the parameters of all groups."""
+        for module in self.modules:
+            module.unshard()
+
     def _start(self, *_: Any) -> None:
         self.started = True
 

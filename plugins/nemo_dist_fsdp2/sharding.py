@@ -58,7 +58,8 @@ def shard(model: nn.Module, mesh: MeshContext, config: FSDP2Config) -> None:
     fully_shard(model, reshard_after_forward=bool(reshard), **options)
     follow_compute_dtype(model, options["mp_policy"].param_dtype)
     _prefetch([block for block in blocks if isinstance(block, FSDPModule)], config)
-    reshard_with(model, Resharding.of(model))
+    resharding = Resharding.of(model)
+    reshard_with(model, resharding, resharding.gather)
 
 
 def refuse_offload_without_cpu_backend() -> None:
@@ -110,12 +111,15 @@ def _along(override: ShardingOverride, module: nn.Module) -> Callable[[nn.Parame
 def data_mesh(mesh: MeshContext) -> DeviceMesh:
     """Return the mesh to shard over: all ranks that see different tokens, with the replicas of HSDP as outer axis.
 
-    Where no other axis shards the parameters the mesh is named "fsdp", by which PEFT tells a module that computes on
-    whole, gathered parameters from one that computes on its shard.
+    Where no other axis shards the parameters the mesh is named "fsdp", or, of two axes, has no names: by that PEFT
+    tells a module that computes on whole, gathered parameters from one that computes on its shard.
     """
     replicas = "replicas" if mesh.size("replicas") > 1 else "dp_replicate"  # with axes of other plugins, or without
     if mesh.size(replicas) > 1:
-        return mesh[replicas, "dp_shard_cp"]
+        named = mesh[replicas, "dp_shard_cp"]
+        if mesh.size("tp") > 1:
+            return named
+        return DeviceMesh.from_group(named.get_all_groups(), mesh.device.type, mesh=named.mesh)
     group = mesh.group("dp_shard_cp")
     if group is None or mesh.size("tp") > 1:
         return mesh["dp_shard_cp"]

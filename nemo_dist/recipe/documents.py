@@ -1,0 +1,121 @@
+"""Read what to train on: text files, JSON lines, folders of them, and folders that ``datasets`` saved."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from nemo_dist.planning.validation import near, shown
+
+_LINES = (".jsonl", ".ndjson")
+_OF_DATASETS = ("dataset_info.json", "state.json", "dataset_dict.json")  # what save_to_disk writes
+_MESSAGES, _PROMPT, _COMPLETION = "messages", "prompt", "completion"
+
+
+@attrs.frozen(kw_only=True)
+class Document:
+    """One example: its ``text``, or the ``messages`` of a conversation, each a mapping with ``role`` and ``content``.
+
+    ``answer``: where in the text the labels begin that count as an answer. ``where`` names the document in errors.
+    """
+
+    where: str
+    text: str = ""
+    answer: int = 0
+    messages: tuple[Mapping[str, Any], ...] = ()
+
+
+def documents(path: str, text: str = "text") -> Iterator[Document]:
+    """Yield the documents at *path*, the same in every process; *text* is the field of a line that is text.
+
+    A line of JSON, or a row of ``datasets``, has ``messages``, or ``prompt`` and ``completion``, or *text*. Raises
+    ValueError that names the file and the line of one that has none of these, and for a path that is not there.
+    """
+    found = Path(path).expanduser()
+    if found.is_file():
+        yield from _file(found, text)
+    elif not found.is_dir():
+        beside = sorted(entry.name for entry in found.parent.iterdir()) if found.parent.is_dir() else []
+        raise ValueError(f"data: there is no {path}{near(found.name, beside)}")
+    elif any((found / name).is_file() for name in _OF_DATASETS):
+        yield from _saved_by_datasets(found, text)
+    else:
+        files = sorted(entry for entry in found.rglob("*") if entry.is_file() and not _hidden(entry, found))
+        if not files:
+            raise ValueError(f"data: the folder {path} has no files")
+        for file in files:
+            yield from _file(file, text)
+
+
+def _hidden(file: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in file.relative_to(folder).parts)
+
+
+def _file(path: Path, text: str) -> Iterator[Document]:
+    try:
+        if path.suffix not in _LINES:
+            yield Document(where=str(path), text=path.read_text(encoding="utf-8"))
+            return
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield _document(f"{path}, line {number}", _parsed(path, number, line), text)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"data: {path} is no text in UTF-8 ({error.reason} at byte {error.start})") from None
+
+
+def _parsed(path: Path, number: int, line: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"data: {path}, line {number} is no JSON: {error}") from None
+
+
+def _saved_by_datasets(path: Path, text: str) -> Iterator[Document]:
+    try:
+        from datasets import load_from_disk
+    except ImportError:
+        raise ValueError(
+            f"data: {path} was saved by datasets, which is not installed; pip install datasets, or write JSON lines"
+        ) from None
+    rows = load_from_disk(str(path))
+    if isinstance(rows, Mapping):
+        raise ValueError(f"data: {path} has the splits {', '.join(rows)}; name the folder of one of them")
+    for number, row in enumerate(rows):
+        yield _document(f"{path}, row {number}", row, text)
+
+
+def _document(where: str, row: Any, text: str) -> Document:
+    """Return the document in *row*, by the fields that it has."""
+    if not isinstance(row, Mapping):
+        raise ValueError(f"data: {where} is no mapping of fields (got {shown(row)})")
+    if row.get(_MESSAGES) is not None:
+        return Document(where=where, messages=tuple(_messages(where, row[_MESSAGES])))
+    if row.get(_PROMPT) is not None and row.get(_COMPLETION) is not None:
+        prompt, completion = _of_text(where, _PROMPT, row[_PROMPT]), _of_text(where, _COMPLETION, row[_COMPLETION])
+        return Document(where=where, text=prompt + completion, answer=len(prompt))
+    if row.get(text) is not None:
+        return Document(where=where, text=_of_text(where, text, row[text]))
+    raise ValueError(
+        f"data: {where} has the fields {shown(sorted(row))}, and none of {_MESSAGES}, {_PROMPT} with {_COMPLETION}, or "
+        f"{text} (data.text names another)"
+    )
+
+
+def _of_text(where: str, field: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"data: {where}: {field} must be text (got {shown(value)})")
+    return value
+
+
+def _messages(where: str, messages: Any) -> Iterable[Mapping[str, Any]]:
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f"data: {where}: {_MESSAGES} must be a list of turns (got {shown(messages)})")
+    for turn in messages:
+        if not isinstance(turn, Mapping) or not isinstance(turn.get("role"), str) or "content" not in turn:
+            raise ValueError(f"data: {where}: a turn has a role and content (got {shown(turn)})")
+    return messages

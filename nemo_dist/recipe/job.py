@@ -1,0 +1,209 @@
+"""The job of one rank: load, resume, train, evaluate, save, export. Run as a module with the recipe as JSON."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+
+from nemo_dist.checkpoint.run_folder import RunFolder
+from nemo_dist.mesh.process_group import DistEnv, initialize_distributed
+from nemo_dist.planning.mesh_plan import Role
+from nemo_dist.recipe.config import DataSection, Recipe
+from nemo_dist.recipe.evaluation import held_out_loss
+from nemo_dist.recipe.metrics import Metrics, judge_logging
+from nemo_dist.recipe.model import adapter_config, config_of, load_model
+from nemo_dist.recipe.optimization import judge_schedule, make_optimizer, make_schedule, optimizer_type
+from nemo_dist.recipe.progress import Report, progress
+from nemo_dist.recipe.row_stream import RowStream
+from nemo_dist.recipe.throughput import Throughput
+from nemo_dist.recipe.tokens import Row, rows_of, tokenizer_of
+from nemo_dist.setup.setup import DistributedSetup
+from nemo_dist.training.runtime import Runtime
+
+
+def main() -> None:
+    """Train as one rank of the launcher; the only argument is the recipe as JSON."""
+    run(Recipe.from_json(sys.argv[1]))
+
+
+def run(recipe: Recipe) -> None:
+    """Train as the rank that this process is, and leave the process group."""
+    train(recipe)
+    torch.distributed.destroy_process_group()
+
+
+def train(recipe: Recipe) -> None:
+    """Train from the newest checkpoint of the run on, where there is one; call it on every rank."""
+    env = initialize_distributed("gloo" if recipe.distributed.get("device_type") == "cpu" else None)
+    setup = recipe.setup(env.world_size)
+    judge(recipe)
+    tokenizer = tokenizer_of(recipe.model, recipe.data)
+    stream = stream_of(recipe, setup, tokenizer, recipe.data)
+    others = recipe.evaluation_data
+    held_out = (
+        stream_of(recipe, setup, tokenizer, others).all(recipe.evaluate.rows) if others and recipe.evaluate else []
+    )
+    torch.manual_seed(recipe.training.seed)  # of the weights of a new model
+    with setup.runtime(load_model(recipe.model, setup)) as runtime:
+        setup.seed(recipe.training.seed)
+        job = Job.prepare(recipe, env, runtime, stream, held_out)
+        job.run()
+        job.export(tokenizer)
+
+
+def judge(recipe: Recipe) -> None:
+    """Raise ValueError for what the recipe asks for that torch, transformers or an optional package does not have."""
+    optimizer_type(recipe.optimizer)
+    judge_schedule(recipe.scheduler)
+    judge_logging(recipe.logging)
+    adapter_config(recipe.model)
+
+
+def stream_of(recipe: Recipe, setup: DistributedSetup, tokenizer: Any, data: DataSection) -> RowStream:
+    """Return the rows of *data* as this rank reads them; raise ValueError for tokens that the model does not have."""
+    rows = rows_of(data, tokenizer)
+    _refuse_unknown_tokens(rows, config_of(recipe.model).get_text_config().vocab_size)
+    return RowStream(
+        rows=rows,
+        rows_of_batch=recipe.rows_of_batch(setup),
+        accumulation=recipe.training.accumulation,
+        ranks=setup.plan.size("dp"),
+        rank=setup.mesh_context.rank(Role.BATCH),
+        seed=recipe.training.seed,
+        shuffle=data.shuffle,
+        pad_token=0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        packing=data.packing,
+    )
+
+
+def _refuse_unknown_tokens(rows: Sequence[Row], size: int) -> None:
+    largest = max(int(row.tokens.max()) for row in rows)
+    if largest >= size:
+        raise ValueError(
+            f"the tokenizer makes the token {largest}, but the model knows {size}; give model.tokenizer one that fits, "
+            "or a new model a larger vocab_size"
+        )
+
+
+def steps_of(recipe: Recipe, rows: int) -> int:
+    """Return the steps of the run: those that the recipe gives, or those of its epochs over so many *rows*."""
+    training = recipe.training
+    if training.steps is not None:
+        return training.steps
+    return max(1, round((training.epochs or 0) * rows / training.batch_size))
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Job:
+    """The loop of a run from step ``done`` to ``steps``, and all that is saved with it."""
+
+    recipe: Recipe
+    env: DistEnv
+    runtime: Runtime
+    stream: RowStream
+    held_out: Sequence[Mapping[str, Any]]
+    optimizer: Any
+    schedule: Any
+    folder: RunFolder | None
+    steps: int
+    done: int
+
+    @classmethod
+    def prepare(
+        cls, recipe: Recipe, env: DistEnv, runtime: Runtime, stream: RowStream, held_out: Sequence[Mapping[str, Any]]
+    ) -> Job:
+        """Return the job with its optimizer and schedule, resumed from the newest checkpoint."""
+        steps = steps_of(recipe, len(stream.rows))
+        optimizer = make_optimizer(recipe.optimizer, runtime)
+        schedule = make_schedule(recipe.scheduler, optimizer, steps)
+        kept, folder, found = recipe.checkpoint, None, None
+        if kept.folder is not None:
+            folder = RunFolder(kept.folder, keep_last=kept.keep_last, keep_every=kept.keep_every)
+            if kept.resume:
+                found = folder.resume(runtime, optimizer, schedulers=[schedule], data=stream)
+        return cls(
+            recipe=recipe,
+            env=env,
+            runtime=runtime,
+            stream=stream,
+            held_out=held_out,
+            optimizer=optimizer,
+            schedule=schedule,
+            folder=folder,
+            steps=steps,
+            done=found[0] if found else 0,
+        )
+
+    def run(self) -> None:
+        """Train the steps that are left."""
+        for part in self.runtime.parts:
+            part.train()
+        recipe, main = self.recipe, self.env.is_main
+        if main and self.done:
+            sys.stdout.write(f"goes on after step {self.done} of {self.folder and self.folder.path}\n")
+        metrics = Metrics.open(recipe.logging, recipe.folder, self.done, recipe.given) if main else Metrics()
+        speed = Throughput()
+        if main:
+            ranks = self.env.world_size
+            speed = Throughput.of(config_of(recipe.model), recipe.data.length, ranks)
+        with progress(self.steps, self.done, recipe.logging.every, main) as report:
+            for step in range(self.done + 1, self.steps + 1):
+                self._step(step, speed, metrics, report)
+        metrics.close()
+
+    def _step(self, step: int, speed: Throughput, metrics: Metrics, report: Report) -> None:
+        """Train one step, write its numbers, and evaluate and save where it is time."""
+        before, (rate, *_) = time.perf_counter(), self.schedule.get_last_lr()
+        loss = self.runtime.forward_backward(self.stream.take())
+        norm = self.runtime.clip_grad_norm_(self.recipe.training.clip or math.inf)
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad()
+        values = {"loss": loss.item(), "norm": norm.item(), "lr": float(rate), "tokens": self.stream.tokens}
+        values |= speed.measured(self.stream.tokens, time.perf_counter() - before)
+        if step % self.recipe.logging.every == 0 or step == self.steps:
+            values |= self.runtime.metrics()
+        metrics.write(step, values)
+        report(step, values)
+        if self.held_out and self._due(step, self.recipe.evaluate and self.recipe.evaluate.every):
+            found = {"held_out_loss": held_out_loss(self.runtime, self.held_out)}
+            metrics.write(step, found)
+            report(step, found)
+        self._save(step)
+
+    def _due(self, step: int, every: int | None) -> bool:
+        return step == self.steps or (every is not None and step % every == 0)
+
+    def _save(self, step: int) -> None:
+        if self.folder is None:
+            return
+        state: dict[str, Any] = {"step": step, "schedulers": [self.schedule], "data": self.stream}
+        kept = self.recipe.checkpoint
+        if self._due(step, kept.every):
+            self.folder.save(self.runtime, self.optimizer, **state, asynchronous=kept.asynchronous)
+        if step < self.steps:
+            self.folder.save_if_preempted(self.runtime, self.optimizer, **state, grace_seconds=kept.grace_seconds)
+
+    def export(self, tokenizer: Any) -> None:
+        """Write the trained model as transformers reads it, with its tokenizer; or its adapters, as PEFT reads them."""
+        if self.recipe.checkpoint.export is None:
+            return
+        out = Path(self.recipe.checkpoint.export).expanduser()
+        if self.recipe.model.peft is None:
+            self.runtime.export(out)
+        elif self.env.is_main:
+            self.runtime.model.save_pretrained(out)
+        if self.env.is_main:
+            tokenizer.save_pretrained(out)
+            sys.stdout.write(f"exported to {out}\n")
+
+
+if __name__ == "__main__":
+    main()

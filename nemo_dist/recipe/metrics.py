@@ -1,0 +1,94 @@
+"""Write the numbers of a run: a line of JSON for each step always, TensorBoard and Weights & Biases where asked for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from nemo_dist.recipe.config import LoggingSection
+
+FILE = "metrics.jsonl"
+Write = Callable[[int, Mapping[str, float]], None]
+
+
+def judge_logging(section: LoggingSection) -> None:
+    """Raise ValueError for a package that is asked for and not installed."""
+    asked = {"tensorboard": section.tensorboard, "wandb": section.wandb is not None}
+    missing = [name for name, wanted in asked.items() if wanted and find_spec(name) is None]
+    if missing:
+        raise ValueError(
+            f"logging asks for {' and '.join(missing)}, which is not installed; pip install {' '.join(missing)}"
+        )
+
+
+@attrs.define(eq=False)
+class Metrics:
+    """Where rank 0 writes its numbers; of the other ranks nothing is written."""
+
+    writers: list[Write] = attrs.field(factory=list)
+    closing: list[Callable[[], None]] = attrs.field(factory=list)
+
+    @classmethod
+    def open(cls, section: LoggingSection, folder: Path, done: int, recipe: Mapping[str, Any]) -> Metrics:
+        """Return the metrics of a run that goes on after step *done*; lines of later steps are dropped."""
+        folder.mkdir(parents=True, exist_ok=True)
+        made = cls()
+        lines = _Lines.after(folder / FILE, done)
+        made.writers.append(lines.write)
+        if section.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            board: Any = SummaryWriter(str(folder), purge_step=done + 1)
+            made.writers.append(lambda step, values: _to_board(board, step, values))
+            made.closing.append(board.close)
+        if section.wandb is not None:
+            import wandb
+
+            run: Any = wandb.init(**{"config": dict(recipe), "dir": str(folder), **section.wandb})
+            made.writers.append(lambda step, values: run.log(dict(values), step=step))
+            made.closing.append(run.finish)
+        return made
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Write the *values* of *step*."""
+        for writer in self.writers:
+            writer(step, values)
+
+    def close(self) -> None:
+        """Finish what others than this file's lines need to be told."""
+        for close in self.closing:
+            close()
+
+
+@attrs.frozen(eq=False)
+class _Lines:
+    """A file with a line of JSON for each time that numbers were written."""
+
+    path: Path
+
+    @classmethod
+    def after(cls, path: Path, done: int) -> _Lines:
+        """Return the file at *path* without its lines of steps above *done*, which will be trained again."""
+        kept = []
+        if path.is_file():
+            for line in path.read_text().splitlines():
+                try:
+                    kept += [line] if json.loads(line)["step"] <= done else []
+                except (ValueError, KeyError, TypeError):
+                    continue  # the end of a line that was being written when the process was killed
+        path.write_text("".join(f"{line}\n" for line in kept))
+        return cls(path)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+
+
+def _to_board(board: Any, step: int, values: Mapping[str, float]) -> None:
+    for name, value in values.items():
+        board.add_scalar(name, value, step)

@@ -1,0 +1,66 @@
+"""Load the model of a recipe, or make a new one, and add the adapters that it asks for."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from nemo_dist.errors import UnknownNameError
+from nemo_dist.models.auto_model import NeMoAutoModelForCausalLM
+from nemo_dist.planning.validation import near
+from nemo_dist.recipe.config import ModelSection
+from nemo_dist.setup.setup import DistributedSetup
+from nemo_dist.training.peft_adapters import refuse_copies
+
+
+def load_model(section: ModelSection, setup: DistributedSetup) -> Any:
+    """Return the model, sharded as *setup* says, with its adapters; collective over all ranks."""
+    options: dict[str, Any] = {"dtype": section.dtype, **section.options}
+    if section.attn_implementation is not None:
+        options["attn_implementation"] = section.attn_implementation
+    if section.config is None:
+        model = NeMoAutoModelForCausalLM.from_pretrained(section.path, distributed_setup=setup, **options)
+    else:
+        options["dtype"] = getattr(torch, section.dtype)
+        model = NeMoAutoModelForCausalLM.from_config(config_of(section), distributed_setup=setup, **options)
+    config = adapter_config(section)
+    return model if config is None else setup.add_adapters(model, config)
+
+
+def config_of(section: ModelSection) -> Any:
+    """Return the transformers config of the model."""
+    from transformers import AutoConfig
+
+    if section.config is None:
+        return AutoConfig.from_pretrained(section.path)
+    fields = dict(section.config)
+    return AutoConfig.for_model(fields.pop("model_type"), **fields)
+
+
+def adapter_config(section: ModelSection) -> Any:
+    """Return the config of PEFT's adapters, None where the recipe has none.
+
+    Raises ValueError without PEFT, and UnknownNameError for a kind or an option that it does not have.
+    """
+    if section.peft is None:
+        return None
+    try:
+        from peft import PEFT_TYPE_TO_CONFIG_MAPPING
+    except ImportError:
+        raise ValueError("model.peft needs PEFT, which is not installed; pip install peft") from None
+    known = {kind.value: made for kind, made in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    given = {name: value for name, value in section.peft.items() if name != "peft_type"}
+    name = str(section.peft.get("peft_type")).upper()
+    if name not in known:
+        raise UnknownNameError(
+            f"model.peft.peft_type {section.peft.get('peft_type')!r} is no kind of adapters of PEFT{near(name, known)}"
+        )
+    fields = [field.name for field in dataclasses.fields(known[name])]
+    unknown = [f"model.peft has an unknown key {key!r}{near(key, fields)}" for key in given if key not in fields]
+    if unknown:
+        raise UnknownNameError("; ".join(unknown) + f"; valid keys: {', '.join(fields)}")
+    config = known[name](**{"task_type": "CAUSAL_LM", **given})
+    refuse_copies(config)
+    return config

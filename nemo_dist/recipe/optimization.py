@@ -1,0 +1,72 @@
+"""The optimizer and the schedule of its learning rate, by the names that torch and transformers give them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from nemo_dist.errors import UnknownNameError
+from nemo_dist.planning.validation import near
+from nemo_dist.recipe.config import OptimizerSection, SchedulerSection
+from nemo_dist.training.runtime import Runtime
+
+
+def optimizer_type(section: OptimizerSection) -> type[Optimizer]:
+    """Return the class; raise UnknownNameError for one that torch.optim lacks, and for options that it lacks."""
+    known = {
+        name: kind
+        for name, kind in vars(torch.optim).items()
+        if isinstance(kind, type) and issubclass(kind, Optimizer) and kind is not Optimizer
+    }
+    if section.type not in known:
+        raise UnknownNameError(
+            f"optimizer.type {section.type!r} is no class of torch.optim{near(section.type, known)}; known: "
+            f"{', '.join(sorted(known))}"
+        )
+    kind = known[section.type]
+    _refuse_unknown("optimizer", section.options, list(inspect.signature(kind).parameters)[1:])
+    return kind
+
+
+def make_optimizer(section: OptimizerSection, runtime: Runtime) -> Any:
+    """Return the optimizer of all parameters that are trained."""
+    options = {name: tuple(value) if isinstance(value, list) else value for name, value in section.options.items()}
+    return runtime.optimizer(optimizer_type(section), **options)
+
+
+def judge_schedule(section: SchedulerSection) -> None:
+    """Raise UnknownNameError for a schedule that transformers lacks, and for options that it does not take."""
+    from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
+
+    known = {kind.value: make for kind, make in TYPE_TO_SCHEDULER_FUNCTION.items()}
+    for name in ("reduce_lr_on_plateau", "greedy"):  # they follow a loss, and the recipe hands them none
+        known.pop(name, None)
+    if section.type not in known:
+        raise UnknownNameError(
+            f"scheduler.type {section.type!r} is no schedule of the recipe{near(section.type, known)}; known: "
+            f"{', '.join(sorted(known))}"
+        )
+    given = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")
+    _refuse_unknown(
+        "scheduler",
+        section.options,
+        [name for name in inspect.signature(known[section.type]).parameters if name not in given],
+    )
+
+
+def make_schedule(section: SchedulerSection, optimizer: Any, steps: int) -> Any:
+    """Return the scheduler for a run of so many *steps*."""
+    from transformers import get_scheduler
+
+    judge_schedule(section)
+    return get_scheduler(section.type, optimizer, section.warmup, steps, dict(section.options) or None)
+
+
+def _refuse_unknown(where: str, options: Iterable[str], valid: list[str]) -> None:
+    unknown = [f"{where} has an unknown key {name!r}{near(name, valid)}" for name in options if name not in valid]
+    if unknown:
+        raise UnknownNameError("; ".join(unknown) + f"; valid keys: {', '.join(valid)}")

@@ -1,0 +1,459 @@
+"""A job from one YAML file: what it refuses before a rank starts, its data, its numbers, and how it goes on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from cases import cases
+from hypothesis import given
+from hypothesis import strategies as st
+from test_launchers import clean
+from torch.utils.flop_counter import FlopCounterMode
+
+from nemo_dist.checkpoint.preemption import CODE
+from nemo_dist.hf_model import IGNORED
+from nemo_dist.recipe import throughput
+from nemo_dist.recipe.config import DataSection, LoggingSection, Recipe
+from nemo_dist.recipe.documents import documents
+from nemo_dist.recipe.dry_run import described
+from nemo_dist.recipe.job import judge, train
+from nemo_dist.recipe.metrics import FILE, Metrics
+from nemo_dist.recipe.row_stream import RowStream
+from nemo_dist.recipe.tokens import Row, byte_tokenizer, packed, rows_of
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "docs" / "examples"
+CHAT = str(EXAMPLES / "chat.jsonl")
+
+
+def example(name, *changes):
+    """Return the recipe of docs/examples, with its data where it is from any folder."""
+    recipe = Recipe.from_yaml(EXAMPLES / f"{name}.yaml")
+    paths = {"data.path": recipe.data.path} | ({"evaluate.path": recipe.evaluate.path} if recipe.evaluate else {})
+    found = [f"{key}={ROOT / path}" for key, path in paths.items()]
+    return Recipe.from_yaml(EXAMPLES / f"{name}.yaml", [*found, *changes])
+
+
+def into(folder):
+    return f"checkpoint.folder={folder}", f"checkpoint.export={folder / 'exported'}"
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / FILE).read_text().splitlines()]
+
+
+def numbers(folder, *names):
+    """Return the values of *names* by step, of the lines that have them."""
+    return {(line["step"], name): line[name] for line in lines(folder) for name in names if name in line}
+
+
+# ---- the sections ----
+
+GOOD = {
+    "model": {"path": "somewhere"},
+    "data": {"path": CHAT},
+    "training": {"steps": 3, "batch_size": 4},
+}
+WRONG = {
+    "a section": ({"trainig": {}}, "unknown key 'trainig'; did you mean 'training'?"),
+    "a key": ({"data": {"path": CHAT, "lenght": 4}}, "data has an unknown key 'lenght'; did you mean 'length'?"),
+    "a value": ({"training": {"steps": 0, "batch_size": 4}}, "training.steps must be an int from 1 up (got 0)"),
+    "a type": ({"data": {"path": CHAT, "packing": "yes"}}, "data.packing must be true or false (got 'yes')"),
+    "what is needed": ({"training": {"steps": 3}}, "training needs batch_size"),
+    "one of two": ({"training": {"batch_size": 4}}, "training needs one of steps and epochs"),
+    "no model": ({"model": {"dtype": "float32"}}, "model needs one of path"),
+    "labels": ({"data": {"path": CHAT, "train_on": "answer"}}, "did you mean 'answers'?"),
+    "no folder": ({"checkpoint": {"every": 3}}, "checkpoint.folder must be given"),
+    "no tokenizer": ({"model": {"config": {"model_type": "llama"}}}, "model.tokenizer must be given"),
+}
+
+
+@pytest.mark.parametrize("what", sorted(WRONG))
+def test_a_section_that_is_wrong_is_refused_in_words(what):
+    change, message = WRONG[what]
+    with pytest.raises(ValueError) as caught:
+        Recipe.from_dict(GOOD | change)
+    assert message in str(caught.value)
+
+
+def test_all_problems_are_said_at_once():
+    with pytest.raises(ValueError) as caught:
+        Recipe.from_dict(
+            {"data": {"path": 3, "lenght": 3}, "training": {"steps": -1, "batch_size": 1}, "optimiser": {}}
+        )
+    for said in ("'lenght'", "data.path", "training.steps", "did you mean 'optimizer'?", "needs a section 'model'"):
+        assert said in str(caught.value)
+
+
+NAMES = {
+    "optimizer.type=AdamV": "optimizer.type 'AdamV' is no class of torch.optim; did you mean 'Adam",
+    "optimizer.weigth_decay=0.1": "optimizer has an unknown key 'weigth_decay'; did you mean 'weight_decay'?",
+    "scheduler.type=cosin": "scheduler.type 'cosin' is no schedule of the recipe; did you mean 'cosine'?",
+    "scheduler.num_cycle=2": "scheduler has an unknown key 'num_cycle'; did you mean 'num_cycles'?",
+    "model.peft={peft_type: LORE}": "is no kind of adapters of PEFT; did you mean 'LORA'?",
+    "model.peft={peft_type: LORA, rank: 4}": "model.peft has an unknown key 'rank'",
+    "logging.wandb={project: x}": "logging asks for wandb, which is not installed",
+}
+
+
+@pytest.mark.parametrize("change", sorted(NAMES))
+def test_names_that_others_do_not_have_are_refused_before_a_rank_starts(change):
+    with pytest.raises(ValueError) as caught:
+        judge(example("sft", change))
+    assert NAMES[change] in str(caught.value)
+
+
+def test_rows_that_do_not_divide_over_the_ranks_are_refused():
+    with pytest.raises(ValueError, match=r"4 rows, which 3 data-parallel ranks .* a multiple of 6"):
+        example("sft").setup(3)
+
+
+def test_changes_reach_any_depth_and_numbers_are_numbers():
+    recipe = example(
+        "sft", "optimizer.lr=3e-4", "distributed.mp_policy.param_dtype=bfloat16", "model.config.head_dim=8"
+    )
+
+    assert recipe.optimizer.options["lr"] == 3e-4
+    assert recipe.distributed["mp_policy"]["param_dtype"] == "bfloat16"
+    assert recipe.model.config["head_dim"] == 8
+    assert Recipe.from_json(recipe.to_json()) == recipe
+    with pytest.raises(ValueError, match=r"section\.key=value \(got 'training'\)"):
+        example("sft", "training")
+
+
+def command(*arguments, **options):
+    return subprocess.Popen(
+        [sys.executable, "-m", "nemo_dist.cli", "train", *map(str, arguments)],
+        **{"cwd": ROOT, "env": clean() | {"OMP_NUM_THREADS": "1"}, "text": True} | options,
+    )
+
+
+@pytest.mark.parametrize("name", ["sft", "lora", "moe"])
+def test_a_dry_run_says_what_each_example_does(name, tmp_path):
+    recipe = example(name, f"checkpoint.folder={tmp_path / 'run'}")
+    said = described(recipe, recipe.setup(2))
+
+    assert f"model: {'Qwen3Moe' if name == 'moe' else 'Llama'}ForCausalLM of" in said
+    assert "labels" in said and f"checkpoints: {tmp_path / 'run'}" in said
+    assert {"sft": "packed of 16", "lora": "adapters of LORA", "moe": "which are 0."}[name] in said
+    assert not (tmp_path / "run").exists()
+
+
+# ---- the data ----
+
+
+def test_the_labels_of_a_conversation_are_what_the_assistant_says():
+    tokenizer = byte_tokenizer()
+    found = list(documents(CHAT))
+    for document, row in zip(found, rows_of(DataSection(path=CHAT), tokenizer), strict=True):
+        counted = row.tokens[row.labels != IGNORED]
+        answers = [turn["content"] for turn in document.messages if turn["role"] == "assistant"]
+        assert tokenizer.decode(counted) == "".join(f"{answer}<|end|>" for answer in answers)
+        assert torch.equal(row.labels[row.labels != IGNORED], counted)
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused(tmp_path):
+    (tmp_path / "template").write_text("{% for m in messages %}{{ loop.length }}{{ m.content }}{% endfor %}")
+    section = DataSection(path=CHAT, chat_template=str(tmp_path / "template"))
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (tmp_path / "template").read_text()
+
+    with pytest.raises(ValueError, match=r"chat\.jsonl, line 1: the chat template writes turn .* in another way"):
+        rows_of(section, tokenizer)
+    assert rows_of(DataSection(path=CHAT, train_on="all"), tokenizer)
+
+
+def test_prompts_do_not_count_and_text_goes_on_in_the_next_row(tmp_path):
+    (tmp_path / "data.jsonl").write_text('{"prompt": "ab", "completion": "cd"}\n\n{"text": "0123456789"}\n')
+    tokenizer = byte_tokenizer()
+    first, *windows = rows_of(DataSection(path=str(tmp_path / "data.jsonl"), length=5), tokenizer)
+
+    assert tokenizer.decode(first.tokens[first.labels != IGNORED]) == "cd<|end|>"
+    assert [tokenizer.decode(row.tokens) for row in windows] == ["01234", "56789"]  # its end is a row of one token
+    assert [row.labels[0].item() for row in windows] == [IGNORED] * 2
+
+
+BAD_LINES = {
+    "{": "line 2 is no JSON",
+    '{"words": 1}': r"line 2 has the fields \['words'\], and none of messages",
+    "[1]": "line 2 is no mapping",
+    '{"messages": []}': "messages must be a list of turns",
+    '{"messages": [{"content": "x"}]}': "a turn has a role and content",
+    '{"text": 3}': "text must be text",
+}
+
+
+@pytest.mark.parametrize("line", sorted(BAD_LINES))
+def test_a_line_that_is_no_document_is_named(line, tmp_path):
+    (tmp_path / "data.jsonl").write_text('{"text": "good"}\n' + line + "\n")
+    with pytest.raises(ValueError, match=rf"data\.jsonl, {BAD_LINES[line]}|data\.jsonl, line 2: {BAD_LINES[line]}"):
+        list(documents(str(tmp_path / "data.jsonl")))
+
+
+def test_a_path_that_is_not_there_gets_the_near_one():
+    with pytest.raises(ValueError, match=r"there is no .*chats\.jsonl; did you mean 'chat\.jsonl'\?"):
+        list(documents(str(EXAMPLES / "chats.jsonl")))
+
+
+def rows(lengths):
+    """Return rows whose tokens are all different."""
+    starts = [sum(lengths[:index]) for index in range(len(lengths))]
+    tokens = [
+        torch.arange(start, start + length, dtype=torch.int32) for start, length in zip(starts, lengths, strict=True)
+    ]
+    return [Row(tokens=one, labels=one.clone(), lengths=(len(one),)) for one in tokens]
+
+
+@given(st.lists(st.integers(2, 9), min_size=1, max_size=12), st.integers(9, 20))
+def test_packing_keeps_every_token_in_order_and_never_cuts_a_sequence(lengths, most):
+    given_rows = rows(lengths)
+    found = list(packed(given_rows, most))
+
+    assert torch.equal(torch.cat([row.tokens for row in found]), torch.arange(sum(lengths), dtype=torch.int32))
+    assert [length for row in found for length in row.lengths] == lengths
+    assert all(sum(row.lengths) == len(row.tokens) <= most for row in found)
+
+
+def stream(given_rows, rank=0, ranks=1, accumulation=1, size=1, **more):
+    return RowStream(rows=given_rows, rows_of_batch=size, accumulation=accumulation, ranks=ranks, rank=rank, **more)
+
+
+def taken(one, steps):
+    """Return the real tokens of each of the next *steps* steps of a stream."""
+    found = []
+    for _ in range(steps):
+        batches = one.take()
+        found.append([t for b in batches for t in b["input_ids"][b["labels"] != IGNORED].tolist()])
+    return found
+
+
+@given(
+    st.lists(st.integers(2, 9), min_size=1, max_size=12),
+    st.sampled_from([(1, 1), (2, 1), (1, 2), (2, 2), (4, 1)]),
+    st.integers(0, 4),
+    st.booleans(),
+)
+def test_the_rows_of_a_step_are_the_same_for_every_topology_and_after_every_stop(lengths, shape, before, shuffle):
+    ranks, accumulation = shape
+    given_rows, steps = rows(lengths), 3
+    alone = stream(given_rows, size=4, shuffle=shuffle)
+    whole = taken(alone, before + steps)
+    parts = [
+        stream(given_rows, rank, ranks, accumulation, 4 // (ranks * accumulation), shuffle=shuffle)
+        for rank in range(ranks)
+    ]
+    stopped = stream(given_rows, size=4, shuffle=shuffle)
+    taken(stopped, before)
+    for part in parts:
+        part.load_state_dict(stopped.state_dict())
+    shares = [taken(part, steps) for part in parts]
+
+    for step in range(steps):
+        assert sorted(t for share in shares for t in share[step]) == sorted(whole[before + step])
+    assert all(part.state_dict() == alone.state_dict() for part in parts)
+
+
+def test_an_epoch_has_every_row_once_and_the_next_another_order():
+    given_rows = rows([2] * 20)
+    one = stream(given_rows, size=20)
+    first, second = taken(one, 2)
+    assert sorted(first) == sorted(second) == list(range(40)) and first != second
+
+
+def test_a_position_in_other_data_is_refused():
+    with pytest.raises(ValueError, match="the run was at row 2 of other data"):
+        stream(rows([3, 4])).load_state_dict(stream(rows([3, 5]), taken=2).state_dict())
+
+
+@given(st.integers(1, 9), st.integers(1, 3), st.integers(1, 2))
+def test_an_evaluation_counts_every_row_once(count, ranks, size):
+    given_rows = rows([3] * count)
+    shares = [stream(given_rows, rank, ranks, size=size).all() for rank in range(ranks)]
+    assert len({len(share) for share in shares}) == 1
+    seen = [t for share in shares for b in share for t in b["labels"][b["labels"] != IGNORED].tolist()]
+    assert sorted(seen) == list(range(3 * count))
+
+
+# ---- the numbers of a run ----
+
+
+def test_lines_of_steps_that_are_trained_again_are_dropped(tmp_path):
+    (tmp_path / FILE).write_text('{"step": 1, "loss": 3}\n{"step": 2, "loss": 2}\n{"step": 3, "lo')
+    metrics = Metrics.open(LoggingSection(), tmp_path, 1, {})
+    metrics.write(2, {"loss": 2.5})
+    metrics.close()
+    assert lines(tmp_path) == [{"step": 1, "loss": 3}, {"step": 2, "loss": 2.5}]
+
+
+def test_operations_are_those_that_torch_counts():
+    config = transformers.LlamaConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=56, num_hidden_layers=3, num_attention_heads=4
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    tokens = torch.randint(0, 96, (2, 16))
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=tokens, labels=tokens).loss.backward()
+    # The counter sees all of a causal attention, and the formula the half that is not masked.
+    norms = 6 * sum(p.numel() for p in model.parameters() if p.ndim == 1)  # no products
+    half = throughput.operations_per_token(model, 16) - throughput.operations_per_token(model, 0)
+    expected = tokens.numel() * (throughput.operations_per_token(model, 16) + half - norms)
+    assert counter.get_total_flops() == pytest.approx(expected, rel=0.02)
+
+
+def test_the_peak_is_that_of_the_longest_name():
+    assert throughput.peak_of("NVIDIA H100 80GB HBM3") == 989e12
+    assert throughput.peak_of("NVIDIA L40S") == 362e12
+    assert throughput.peak_of("GeForce GT 1030") is None
+
+
+# ---- on ranks ----
+
+# Without dropout, whose masks belong to a topology, and with a rate that does not look at the end of the run.
+QUIET = (
+    *("model.config.attention_dropout=0.0", "scheduler.type=constant_with_warmup"),
+    *("training.steps=4", "training.accumulation=1", "evaluate.every=2"),
+)
+TOPOLOGIES = {
+    "fsdp2": (),
+    "tp": ("distributed.tp_size=2",),
+    "cp": ("distributed.cp_size=2",),
+    "pp": ("distributed.pp_size=2", "distributed.pipeline={pp_microbatch_size: 1}"),
+}
+NUMBERS = ("loss", "norm", "held_out_loss", "lr", "tokens")
+
+
+def on_rank_train(*recipes):
+    for recipe in recipes:
+        train(Recipe.from_json(recipe))
+
+
+def run(on_ranks, count, *recipes):
+    on_ranks(count, on_rank_train, *[recipe.to_json() for recipe in recipes])
+
+
+@pytest.fixture(scope="module")
+def alone(on_ranks_of_module, tmp_path_factory):
+    """The folder of the quiet run on one rank."""
+    folder = tmp_path_factory.mktemp("alone")
+    run(on_ranks_of_module, 1, example("sft", *QUIET, *into(folder)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def on_ranks_of_module(ranks):
+    return lambda count, function, *arguments: ranks(count).run(function, *arguments)
+
+
+@cases(("axis",), [(axis,) for axis in TOPOLOGIES])
+def test_a_run_computes_the_same_under_every_topology(on_ranks, alone, tmp_path, axis):
+    run(on_ranks, 2, example("sft", *QUIET, *into(tmp_path), *TOPOLOGIES[axis]))
+
+    assert numbers(tmp_path, *NUMBERS) == pytest.approx(numbers(alone, *NUMBERS), rel=1e-5)
+
+
+def test_the_export_has_the_held_out_loss_of_the_run(alone):
+    out = alone / "exported"
+    model = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    held = rows_of(example("sft").evaluation_data, tokenizer)
+    batches = stream(held, packing=True, pad_token=tokenizer.pad_token_id, shuffle=False).all()
+    counts = [(batch["labels"][:, 1:] != IGNORED).sum() for batch in batches]
+    with torch.no_grad():
+        losses = []
+        for batch in batches:
+            batch.pop("attention_mask", None)
+            losses.append(model(**batch, use_cache=False).loss)
+    mean = sum(loss * count for loss, count in zip(losses, counts, strict=True)) / sum(counts)
+    assert mean.item() == pytest.approx(lines(alone)[-1]["held_out_loss"], rel=1e-5)
+
+
+def test_a_run_goes_on_under_another_topology(on_ranks, alone, tmp_path):
+    run(on_ranks, 2, example("sft", *QUIET, *into(tmp_path), "training.steps=2"))
+    run(on_ranks, 2, example("sft", *QUIET, *into(tmp_path), *TOPOLOGIES["tp"]))
+
+    assert numbers(tmp_path, "loss", "norm", "lr") == pytest.approx(numbers(alone, "loss", "norm", "lr"), rel=1e-5)
+
+
+def test_the_example_of_adapters_exports_what_peft_reads(on_ranks, tmp_path):
+    import peft
+
+    recipe = example("lora", *into(tmp_path), "training.steps=2")
+    run(on_ranks, 2, recipe)
+    torch.manual_seed(0)
+    base = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(**recipe.model.config), dtype=torch.float32
+    )
+    model = peft.PeftModel.from_pretrained(base, tmp_path / "exported")
+
+    trained = [value for name, value in model.named_parameters() if "lora_B" in name]
+    assert len(trained) == 8 and all(value.abs().sum() > 0 for value in trained)
+
+
+def test_the_example_of_experts_computes_the_same_on_one_rank(on_ranks, tmp_path):
+    steps = ("training.epochs=null", "training.steps=2")
+    run(on_ranks, 2, example("moe", *into(tmp_path / "two"), *steps))
+    run(on_ranks, 1, example("moe", *into(tmp_path / "one"), *steps, "distributed.ep_size=1"))
+
+    assert numbers(tmp_path / "two", *NUMBERS) == pytest.approx(numbers(tmp_path / "one", *NUMBERS), rel=1e-5)
+
+
+# ---- stopped and started again ----
+
+STEPS = 40
+LONG = ("--nproc", 2, "--set", f"training.steps={STEPS}", "--set", "checkpoint.every=1000")
+
+
+def sft(folder):
+    given_folder = ["--set", f"checkpoint.folder={folder}", "--set", f"checkpoint.export={folder / 'exported'}"]
+    return command("docs/examples/sft.yaml", *LONG, *given_folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def wait_for_steps(process, folder, count):
+    deadline = time.monotonic() + 200
+    while not (folder / FILE).is_file() or len((folder / FILE).read_text().splitlines()) < count:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.005)
+
+
+def test_a_run_that_is_stopped_and_started_again_has_the_losses_of_one_that_is_not(tmp_path):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    through = sft(whole)
+    assert through.wait(200) == 0, through.communicate()[0]
+    process = sft(stopped)
+    wait_for_steps(process, stopped, 5)
+    os.kill(process.pid, signal.SIGTERM)
+    text = process.communicate(timeout=200)[0]
+    assert process.returncode == CODE, text
+    done = max(step for step, _ in numbers(stopped, "loss"))
+    assert 5 <= done < STEPS and f"saved step {done}" in text
+    again = sft(stopped)
+    text = again.communicate(timeout=200)[0]
+    assert again.returncode == 0 and f"goes on after step {done}" in text
+
+    names = ("loss", "norm", "lr", "held_out_loss")
+    assert numbers(stopped, *names) == numbers(whole, *names)
+    assert len(numbers(whole, "loss")) == STEPS
+
+
+@pytest.mark.slow
+def test_torchrun_starts_the_ranks_of_a_recipe(tmp_path):
+    launched = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    arguments = ["-m", "nemo_dist.cli", "train", "docs/examples/moe.yaml", "--set", f"checkpoint.folder={tmp_path}"]
+    ran = subprocess.run([*launched, *arguments], cwd=ROOT, env=clean(), capture_output=True, text=True, timeout=240)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert "loss" in lines(tmp_path)[0]
+
+
+def test_a_recipe_is_refused_before_a_rank_starts(tmp_path):
+    process = command(
+        EXAMPLES / "sft.yaml", "--set", "trainig.steps=3", stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    text = process.communicate(timeout=100)[0]
+    assert process.returncode == 2 and "error: the recipe has an unknown key 'trainig'; did you mean" in text
