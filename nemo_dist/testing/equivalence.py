@@ -223,7 +223,7 @@ def tensor_differences(
 
 
 def _relative(a: Tensor, b: Tensor, floor: float) -> float:
-    return (a.double() - b.double()).norm().item() / max(b.norm().item(), floor)
+    return float((a.double() - b.double()).norm() / max(b.norm().item(), floor))
 
 
 def _rounding(name: str, expected: Mapping[str, Tensor], other: Mapping[str, Tensor], floor: float) -> float:

@@ -151,7 +151,11 @@ def judge(cell: str, folder: Path) -> Verdict:
 
 
 def _differences(
-    found: Outcome, exact: Outcome, files: tuple[Mapping[str, Tensor], ...], task: FamilyTask, folder: Path
+    found: Outcome,
+    exact: Outcome,
+    files: tuple[Mapping[str, Tensor], Mapping[str, Tensor]],
+    task: FamilyTask,
+    folder: Path,
 ) -> list[str]:
     """Return where *found*, or the first of *files*, is further from one process than rounding brings it.
 
