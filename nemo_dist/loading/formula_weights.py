@@ -25,6 +25,12 @@ _CPU = torch.device("cpu")
 _MOST = 1 << 26  # elements of a parameter that are written out for an operation without a rule
 
 
+def compute_experts_one_by_one(model: Any) -> None:
+    """Have the experts of *model* take their own tokens in turn: the faster ways need all experts, or float32."""
+    if model._can_set_experts_implementation():
+        model.set_experts_implementation("eager")
+
+
 def weightless(model: nn.Module) -> Any:
     """Return a new model of the class and config of *model*, in evaluation mode: parameters on meta, buffers on CPU.
 
@@ -35,8 +41,7 @@ def weightless(model: nn.Module) -> Any:
         set_attention(config, "sdpa")  # others need a GPU
     with local_dtype(torch.float32), no_init_weights(), _META:
         made: Any = kind(config)
-    if made._can_set_experts_implementation():
-        made.set_experts_implementation("eager")  # the others compute with the experts of all tokens at once
+    compute_experts_one_by_one(made)
     with torch.no_grad(), torch.random.fork_rng([]), local_dtype(torch.float32):
         for module in made.modules():
             for name, buffer in module.named_buffers(recurse=False):

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import nemo_dist
 from nemo_dist.errors import NemoDistError
+from nemo_dist.loading.formula_weights import compute_experts_one_by_one
 from nemo_dist.setup.setup import DistributedSetup
 from nemo_dist.testing.equivalence import TOLERANCE, Outcome, Task, differences, tensor_differences, train_with
 from nemo_dist.testing.precision import FP32
@@ -256,8 +257,8 @@ def _reference(task: FamilyTask, folder: Path, dtype: torch.dtype = torch.float3
 def _alone(task: FamilyTask, folder: Path, dtype: torch.dtype) -> tuple[Outcome, Any]:
     """Return what one process computes in *dtype*, with optimizer and weights in float32 at least, and the model."""
     model = _plain(task, folder / "model", dtype)
-    if dtype is torch.float64 and model._can_set_experts_implementation():
-        model.set_experts_implementation("eager")  # torch's grouped product has no float64
+    if dtype is torch.float64:
+        compute_experts_one_by_one(model)
     wide = torch.promote_types(dtype, torch.float32)
     masters = {name: nn.Parameter(parameter.detach().to(wide)) for name, parameter in model.named_parameters()}
     optimizer = torch.optim.AdamW(masters.values(), **task.optimizer)

@@ -165,7 +165,7 @@ def _leave_out(model: nn.Module, alike: Mapping[str, str]) -> None:
     outputs: dict[str, Any] = {}
     for block, first in alike.items():
         model.get_submodule(first).register_forward_hook(lambda *call, of=first: outputs.update({of: call[-1]}))
-        model.get_submodule(block).forward = lambda *_, of=first, **__: outputs[of]  # type: ignore[method-assign]
+        model.get_submodule(block).forward = lambda *_, of=first, **__: outputs[of]
 
 
 def _keep(seen: list[Any], logits: Any) -> Tensor:
