@@ -81,10 +81,11 @@ def on_rank_train(folder, kind, sizes, out=None, resumed=None, numbers=(0, 1, 2)
         numbers,
     )
     if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
         runtime.save(out / "run", optimizer)
         runtime.export(out / "merged")
         if dist.get_rank() == 0:
-            runtime.model.save_pretrained(out / "adapters")
+            runtime.model.save_pretrained(out / "adapters", save_embedding_layers=False)
     return found
 
 

@@ -1,6 +1,7 @@
 """What works beside nemo_dist, and which loops of others refuse a loaded model as they start."""
 
 import sys
+from importlib.util import find_spec
 
 import peft
 import pytest
@@ -136,3 +137,21 @@ def test_wandb_gets_the_numbers(tmp_path):
     pytest.importorskip("wandb")
     written(LoggingSection(wandb={"mode": "offline", "project": "x"}), tmp_path)
     assert list(tmp_path.rglob("*.wandb"))
+
+
+def on_rank_load_quantized(folder):
+    initialize_distributed("gloo")
+    setup = DistributedSetup.build()
+    with pytest.raises(ImportError) as caught:
+        NeMoAutoModelForCausalLM.from_pretrained(
+            folder, distributed_setup=setup, quantization_config=transformers.BitsAndBytesConfig(load_in_4bit=True)
+        )
+    with pytest.raises(TypeError, match="load_in_4bit -> nothing, weights that stay quantized cannot be sharded"):
+        NeMoAutoModelForCausalLM.from_pretrained(folder, distributed_setup=setup, load_in_4bit=True)
+    return str(caught.value)
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed here")
+def test_a_quantized_load_says_what_is_missing(on_ranks):
+    for message in on_ranks(2, on_rank_load_quantized, checkpoint("llama")):
+        assert "bitsandbytes" in message

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import attrs
@@ -18,13 +17,12 @@ from nemo_dist.cli.demo_config import REPORT, DemoOptions
 from nemo_dist.cli.demo_dataset import Windows, collate
 from nemo_dist.mesh.process_group import initialize_distributed
 from nemo_dist.models.auto_model import NeMoAutoModelForCausalLM
+from nemo_dist.recipe.progress import Report, progress
 from nemo_dist.training.runtime import Runtime
 
 _TOLERANCE = 1e-4  # relative difference of the losses; float32 sums in another order differ by less
 _PROMPT = b"def "
 _WARMUP = 20  # steps
-
-Report = Callable[[int, float], None]  # called with the step, from 1, and its loss
 
 
 def main() -> None:
@@ -35,7 +33,7 @@ def main() -> None:
     torch.manual_seed(options.seed)
     model: Any = NeMoAutoModelForCausalLM.from_config(config(options.moe), distributed_setup=setup)
     runtime = setup.runtime(model)
-    with _progress(options.steps, env.is_main) as report:
+    with progress(options.steps, 0, max(1, options.steps // 10), env.is_main) as report:
         losses = train(runtime, options, report)
     loss = held_out_loss(runtime, options)
     runtime.export(options.out)
@@ -81,7 +79,7 @@ def train(runtime: Runtime, options: DemoOptions, report: Report) -> list[float]
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-        report(len(losses), losses[-1])
+        report(len(losses), {"loss": losses[-1]})
     return losses
 
 
@@ -105,28 +103,6 @@ def _batches(runtime: Runtime, options: DemoOptions, steps: int, held_out: bool 
     sampler: Any = DistributedSampler(windows, num_replicas=runtime.dp_size, rank=runtime.dp_rank, shuffle=False)
     size = options.batch // runtime.dp_size
     return iter(DataLoader(windows, batch_size=size, sampler=sampler, collate_fn=collate))
-
-
-@contextmanager
-def _progress(steps: int, shown: bool) -> Iterator[Report]:
-    """Show a progress bar with the loss, and print a line for every tenth of the steps for readers of a log."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    if not shown:
-        yield lambda step, loss: None
-        return
-    columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("loss {task.fields[loss]}"))
-    console = Console()
-    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=steps, loss="?")
-
-        def report(step: int, loss: float) -> None:
-            bar.update(task, completed=step, loss=f"{loss:.3f}")
-            if step in (1, steps) or step % max(1, steps // 10) == 0:
-                console.print(f"step {step:>4}/{steps}  loss {loss:.3f}", highlight=False)
-
-        yield report
 
 
 @attrs.frozen

@@ -62,6 +62,8 @@ _ELSEWHERE = {
     "compile_config": "DistributedSetup.build(strategy=...Config(enable_compile=True))",
     "fp8_config": "nothing, training in FP8 is not supported",
     "qat_config": "nothing, quantization-aware training is not supported",
+    "load_in_4bit": "nothing, weights that stay quantized cannot be sharded",
+    "load_in_8bit": "nothing, weights that stay quantized cannot be sharded",
 }
 
 
@@ -75,7 +77,7 @@ def _setup(
     """
     elsewhere = [f"{name} -> {_ELSEWHERE[name]}" for name in kwargs if name in _ELSEWHERE]
     if elsewhere:
-        raise TypeError(f"{loader} does not take these keywords of NeMo AutoModel; use {'; '.join(elsewhere)}")
+        raise TypeError(f"{loader} does not take these keywords of other loaders; use {'; '.join(elsewhere)}")
     moved = [f"{name} -> {_MOVED[name]}" for name in kwargs if name in _MOVED]
     if moved:
         raise TypeError(

@@ -249,7 +249,7 @@ class Recipe:
         UnknownNameError, which is one, where a key is unknown: with the near match of each.
         """
         unknown = [_unknown("the recipe", key, (*_SECTIONS, "distributed")) for key in sections if not _known(key)]
-        problems = [f"the recipe needs a section {name!r}" for name in _NEEDED if name not in sections]
+        problems = [f"the recipe needs a section {name!r}" for name in _NEEDED if sections.get(name) is None]
         made: dict[str, Any] = {}
         for name, section in _SECTIONS.items():
             values = sections.get(name)

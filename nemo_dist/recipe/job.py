@@ -123,7 +123,9 @@ class Job:
         steps = steps_of(recipe, len(stream.rows))
         optimizer = make_optimizer(recipe.optimizer, runtime)
         schedule = make_schedule(recipe.scheduler, optimizer, steps)
-        kept, folder, found = recipe.checkpoint, None, None
+        kept = recipe.checkpoint
+        folder: RunFolder | None = None
+        found: tuple[int, Any] | None = None
         if kept.folder is not None:
             folder = RunFolder(kept.folder, keep_last=kept.keep_last, keep_every=kept.keep_every)
             if kept.resume:
@@ -199,7 +201,7 @@ class Job:
         if self.recipe.model.peft is None:
             self.runtime.export(out)
         elif self.env.is_main:
-            self.runtime.model.save_pretrained(out)
+            self.runtime.model.save_pretrained(out, save_embedding_layers=False)  # those are shards, and not trained
         if self.env.is_main:
             tokenizer.save_pretrained(out)
             sys.stdout.write(f"exported to {out}\n")

@@ -43,6 +43,6 @@ def progress(steps: int, done: int, every: int, shown: bool) -> Iterator[Report]
             if "loss" in values:
                 bar.update(task, completed=step, loss=f"{values['loss']:.3f}")
             if "loss" not in values or step in (done + 1, steps) or step % every == 0:
-                console.print(f"step {step:>{len(str(steps))}}/{steps}  {in_words(values)}", highlight=False)
+                console.print(f"step {step:>4}/{steps}  {in_words(values)}", highlight=False)
 
         yield report
