@@ -20,6 +20,7 @@ from torch import Tensor
 
 from nemo_dist.checkpoint import async_save, manifest, rng_state
 from nemo_dist.checkpoint.atomic_dir import write_folder
+from nemo_dist.checkpoint.changed_optimizer import hides_state, makers, refuse_hidden_state
 from nemo_dist.checkpoint.chunks import Chunk, Entry, chunks, describe, merged
 from nemo_dist.checkpoint.equal_copies import Copies
 from nemo_dist.checkpoint.hf_side_files import write_companions
@@ -28,7 +29,6 @@ from nemo_dist.checkpoint.host_copy import settle, to_host
 from nemo_dist.checkpoint.json_state import to_json
 from nemo_dist.checkpoint.manifest import Stored, StoredChunk, key
 from nemo_dist.checkpoint.optimizer_state import by_value, counts, group_options, moments, named
-from nemo_dist.checkpoint.replaced_optimizer import hides_state, makers, refuse_hidden_state
 from nemo_dist.checkpoint.safetensors_writer import SafetensorsFile
 from nemo_dist.checkpoint.scheduler_state import scheduler_state
 from nemo_dist.checkpoint.sharded_model import ShardedModel

@@ -16,10 +16,10 @@ from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import Optimizer
 
 from nemo_dist.checkpoint import async_save
+from nemo_dist.checkpoint.changed_optimizer import watch_steps
 from nemo_dist.checkpoint.hf_export import export
 from nemo_dist.checkpoint.load import load
 from nemo_dist.checkpoint.optimizer_state import placed
-from nemo_dist.checkpoint.replaced_optimizer import watch_steps
 from nemo_dist.checkpoint.save import save
 from nemo_dist.checkpoint.sharded_model import ShardedModel
 from nemo_dist.errors import PluginError, RankError
@@ -178,11 +178,10 @@ class Runtime:
         optimizer = optimizer_type(groups, **options)
         optimizer.register_step_pre_hook(lambda *_: reshard(self.parts))
         optimizer.register_load_state_dict_pre_hook(placed)
-        own = optimizer
+        by = [name for name, part in self.plugins.items() if part.optimizer is not None]
         for part in self._parts:
             optimizer = part.optimizer(optimizer) if part.optimizer else optimizer
-        if optimizer is not own:
-            by = [name for name, part in self.plugins.items() if part.optimizer is not None]
+        if by:
             watch_steps(optimizer, by, keeps_state(optimizer_type, options))
         droppers = [part.zero_grad for part in self._parts if part.zero_grad is not None]
         return _dropping_gradients_of(optimizer, droppers) if droppers else optimizer

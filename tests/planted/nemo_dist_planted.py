@@ -386,11 +386,11 @@ class DroppingRows(Averaging):
 
     @hookimpl
     def runtime(self):
-        return RuntimePart(
-            batch=lambda batch: {
-                name: value[:-1] if hasattr(value, "shape") else value for name, value in batch.items()
-            }
-        )
+        return RuntimePart(batch=_without_last_row)
+
+
+def _without_last_row(batch):
+    return {name: value[:-1] if hasattr(value, "shape") else value for name, value in batch.items()}
 
 
 @planted("overlapping", axes=frozenset({"parts"}))

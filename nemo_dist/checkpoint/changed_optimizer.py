@@ -1,4 +1,4 @@
-"""Know of an optimizer that a plugin put in the place of the user's whether it hides its state from checkpoints."""
+"""Know of an optimizer that plugins changed who they are, and whether it hides its state from checkpoints."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _KEY = "_nemo_dist_steps"  # on the optimizer
 
 
 def watch_steps(optimizer: Any, plugins: Sequence[str], keeps: bool) -> None:
-    """Count the steps of *optimizer*, which *plugins* made; *keeps*: whether the user's own would keep state."""
+    """Count the steps of *optimizer*, which *plugins* made or changed; *keeps*: whether the user's would have state."""
     steps, found = _Steps(tuple(plugins), keeps), optimizer.step
 
     def step(_: Any, *args: Any, **options: Any) -> Any:
@@ -36,7 +36,7 @@ def watch_steps(optimizer: Any, plugins: Sequence[str], keeps: bool) -> None:
 
 
 def makers(optimizer: Any) -> list[str]:
-    """Return the names of the plugins that put *optimizer* in the place of the user's."""
+    """Return the names of the plugins that made or changed *optimizer*."""
     steps: _Steps | None = getattr(optimizer, _KEY, None)
     return [] if steps is None else list(steps.plugins)
 
