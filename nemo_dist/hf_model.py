@@ -127,6 +127,11 @@ def loss_names(model: Any) -> set[str]:
     return set()
 
 
+def loss_function_of(model: Any) -> Any:
+    """Return the function that was set as ``model.loss_function``; None where that is transformers' own choice."""
+    return vars(model).get("_loss_function")
+
+
 def accepts(module: nn.Module, argument: str) -> bool:
     """Whether the forward of *module* takes *argument*, by name or among the keywords that it hands on."""
     parameters = inspect.signature(module.forward).parameters

@@ -348,7 +348,7 @@ def test_a_model_that_cannot_be_split_exactly_is_refused(on_ranks, name):
 def on_rank_refuse_losses_and_attention(folder):
     initialize_distributed("gloo")
     setup = DistributedSetup.build(**options(2, 2))
-    with pytest.raises(ValueError, match="is not a mean over tokens"):
+    with pytest.raises(ValueError, match="its outputs are not one for each token"):
         NeMoAutoModelForSequenceClassification.from_pretrained(folder, distributed_setup=setup)
     config = SPECIMENS["llama"].config()
     exchanging = DistributedSetup.build(**options(2, 2, method="ulysses"))
@@ -361,17 +361,24 @@ def test_sequence_losses_and_exchanged_heads_of_eager_attention_are_refused(on_r
     assert all(on_ranks(2, on_rank_refuse_losses_and_attention, checkpoint("bert-sequences")))
 
 
-def on_rank_train_with_a_loss_that_shifts(folder):
+def on_rank_replace_the_loss_function(folder):
     initialize_distributed("gloo")
     setup = DistributedSetup.build(**options(2, 2))
     model = NeMoAutoModelForCausalLM.from_pretrained(folder, distributed_setup=setup, dtype=torch.float32)
     shifting = model.loss_function
     model.loss_function = lambda logits, labels, vocab_size, **_: shifting(logits, labels, vocab_size)
     tokens = torch.arange(1, 9).unsqueeze(0)
-    with pytest.raises(ValueError, match="computes its loss without shift_labels"):
-        setup.runtime(model).forward_backward({"input_ids": tokens, "labels": tokens})
+    with pytest.raises(
+        ValueError, match=r"loss_function of LlamaForCausalLM was replaced .*setup.runtime\(model, loss"
+    ):
+        setup.runtime(model)
+    model.loss_function = shifting
+    runtime = setup.runtime(model)
+    model.loss_function = print
+    with pytest.raises(ValueError, match=r"loss_function of LlamaForCausalLM was replaced"):
+        runtime.forward_backward({"input_ids": tokens, "labels": tokens})
     return True
 
 
-def test_a_loss_that_shifts_labels_itself_is_refused(on_ranks):
-    assert all(on_ranks(2, on_rank_train_with_a_loss_that_shifts, checkpoint("llama")))
+def test_a_loss_function_that_was_replaced_is_refused(on_ranks):
+    assert all(on_ranks(2, on_rank_replace_the_loss_function, checkpoint("llama")))

@@ -42,7 +42,7 @@ PRIVATE = {
     ),
     "nemo_dist.hf_model": (
         *("_no_split_modules", "_hf_peft_config_loaded", "_is_hf_initialized", "_attn_implementation"),
-        "_keep_in_fp32_modules_strict",
+        *("_keep_in_fp32_modules_strict", "_loss_function"),
     ),
     "nemo_dist.mesh.mesh_context": ("_flatten", "_flatten_mapping", "_get_root_mesh", "_set_pg_timeout"),
     "nemo_dist.mesh.rank_status": ("_get_default_store",),

@@ -38,9 +38,64 @@ def test_a_decoder_whose_loss_does_not_shift_its_labels_is_refused():
         judge_loss(model, routers_known=False)
 
 
-def test_a_loss_of_no_known_type_is_refused_before_the_first_step():
-    model = transformers.XLNetLMHeadModel(transformers.XLNetConfig(d_model=16, n_layer=1, n_head=2, vocab_size=32))
-    with pytest.raises(ValueError, match=r"loss of type None.*own"):
+SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+QUIET = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+# Models whose forwards do not say by their names what their losses are, and labels that count, of rows of 6.
+PROVEN = {
+    "XLNetLMHeadModel": ({"d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 16, "dropout": 0.0}, 0),
+    "BertForMaskedLM": (SMALL | QUIET, 0),
+    "T5ForConditionalGeneration": (
+        {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "dropout_rate": 0.0},
+        0,
+    ),
+    "BartForConditionalGeneration": (
+        {
+            "d_model": 16,
+            "encoder_layers": 1,
+            "decoder_layers": 1,
+            "encoder_ffn_dim": 16,
+            "decoder_ffn_dim": 16,
+            "encoder_attention_heads": 2,
+            "decoder_attention_heads": 2,
+            "dropout": 0.0,
+        },
+        0,
+    ),
+    "CTRLLMHeadModel": ({"n_embd": 16, "dff": 16, "n_layer": 1, "n_head": 2, "resid_pdrop": 0.0, "embd_pdrop": 0.0}, 1),
+}
+
+
+@pytest.mark.parametrize("name", PROVEN)
+def test_a_loss_that_a_run_shows_to_be_a_mean_over_labels_is_counted(name):
+    """The loss of two rows is that of each by itself, weighted by what is counted."""
+    options, shifted = PROVEN[name]
+    kind = getattr(transformers, name)
+    torch.manual_seed(0)
+    model = kind(kind.config_class(vocab_size=32, **options)).eval()
+    judge_loss(model, routers_known=False)
+    tokens = torch.randint(3, 30, (2, 6))
+    labels = tokens.clone()
+    labels[0, :3] = labels[1, 5:] = -100
+    both, first, second = (
+        model(input_ids=tokens[rows], labels=labels[rows]).loss for rows in (slice(None), slice(0, 1), slice(1, 2))
+    )
+    counts = [count_labels(model, {"labels": labels[rows : rows + 1]}) for rows in range(2)]
+
+    assert counts == [3, 5 - shifted]
+    torch.testing.assert_close(both, (first * counts[0] + second * counts[1]) / sum(counts))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("BertModel", "BertModel has no loss of its own; give a loss of your own"),
+        ("BertForQuestionAnswering", "has a loss of type 'ForQuestionAnswering', whose mean is not known"),
+        ("BertForPreTraining", "has a loss of type .*, whose mean is not known"),
+    ],
+)
+def test_a_loss_that_is_not_known_is_refused_with_a_way_out(name, message):
+    model = getattr(transformers, name)(transformers.BertConfig(vocab_size=32, **SMALL))
+    with pytest.raises(ValueError, match=rf"{message}.*setup.runtime\(model, loss=...\)"):
         judge_loss(model, routers_known=False)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -30,6 +31,7 @@ from nemo_dist.models.other_loops import refuse_other_loops
 from nemo_dist.planning.mesh_plan import Role
 from nemo_dist.plugin.protocol import declared
 from nemo_dist.setup.setup import DistributedSetup
+from nemo_dist.training.loss_weighting import remember_loss
 from nemo_dist.training.peft_adapters import mark_loaded
 
 if TYPE_CHECKING:
@@ -131,12 +133,15 @@ def _finish(setup: DistributedSetup, parts: list[nn.Module]) -> object:
             module._buffers[name] = buffer.to(setup.mesh_context.device)
     given = setup.wrap(parts)
     mark_loaded(parts)
-    model: Any = inner_model(given) if isinstance(given, nn.Module) else None
+    for part in parts:
+        remember_loss(inner_model(part))
+    model = inner_model(parts[0])
     if isinstance(model, PreTrainedModel):
-        own: Any = model
-        refuse_other_loops(own)
-        own.save_pretrained = partial(_save_pretrained, setup.sharded(parts), model, model.save_pretrained)
-        own.resize_token_embeddings = partial(_resize_token_embeddings, model)
+        refuse_other_loops(model)
+        own: Any = model if isinstance(given, nn.Module) else given
+        with suppress(AttributeError):  # what a plugin presents may take none
+            own.save_pretrained = partial(_save_pretrained, setup.sharded(parts), model, model.save_pretrained)
+            own.resize_token_embeddings = partial(_resize_token_embeddings, model)
     return given
 
 
@@ -179,7 +184,7 @@ def _save_pretrained(
 
 
 class _Loader:
-    """The shared code of the four loaders; ``auto`` is the transformers class that resolves the model class."""
+    """The shared code of all loaders; ``auto`` is the transformers class that resolves the model class."""
 
     auto: ClassVar[Any]
 
@@ -275,25 +280,16 @@ class _Loader:
         return _finish(setup, parts)
 
 
-class NeMoAutoModelForCausalLM(_Loader):
-    """Load a causal language model; see ``from_pretrained`` and ``from_config``."""
-
-    auto = transformers.AutoModelForCausalLM
+# Names of NeMo AutoModel for classes of transformers that are called otherwise.
+_OTHERS = {"NeMoAutoModelBiEncoder": "AutoModel", "NeMoAutoModelCrossEncoder": "AutoModelForSequenceClassification"}
 
 
-class NeMoAutoModelForImageTextToText(_Loader):
-    """Load a vision-language model; see ``from_pretrained`` and ``from_config``."""
-
-    auto = transformers.AutoModelForImageTextToText
-
-
-class NeMoAutoModelForSequenceClassification(_Loader):
-    """Load a sequence classifier; see ``from_pretrained`` and ``from_config``."""
-
-    auto = transformers.AutoModelForSequenceClassification
-
-
-class NeMoAutoModelForTokenClassification(_Loader):
-    """Load a token classifier; see ``from_pretrained`` and ``from_config``."""
-
-    auto = transformers.AutoModelForTokenClassification
+def __getattr__(name: str) -> Any:
+    """Make the loader *name*, of the Auto class of transformers that is called so without ``NeMo``."""
+    auto = getattr(transformers, _OTHERS.get(name, name.removeprefix("NeMo")), None)
+    if not name.startswith("NeMoAutoModel") or auto is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    doc = f"Load a model of transformers' ``{auto.__name__}``; see ``from_pretrained`` and ``from_config``."
+    made = type(name, (_Loader,), {"auto": auto, "__doc__": doc, "__module__": __name__})
+    globals()[name] = made
+    return made

@@ -2,6 +2,7 @@
 
 Losses are weighted by their label counts, which is silently wrong for a model that adds a term to its loss or takes
 another mean. Every model computes its loss in its own forward, so that is judged by the names in the forward's code.
+Where these do not tell, a weightless copy computes the loss of two rows together and of each by itself.
 """
 
 from __future__ import annotations
@@ -10,13 +11,26 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nemo_dist.hf_model import IGNORED, NEXT_TOKEN_LOSSES, class_name, loss_kind, loss_names, predicts_next_token
+from nemo_dist.hf_model import (
+    IGNORED,
+    NEXT_TOKEN_LOSSES,
+    class_name,
+    loss_function_of,
+    loss_kind,
+    loss_names,
+    predicts_next_token,
+)
+from nemo_dist.training.rehearsal import Rehearsal, same
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from nemo_dist.plugin.hookspecs import Batch
 
+OWN_LOSS = "give a loss of your own, setup.runtime(model, loss=...), ready-made ones are in nemo_dist.losses"
+_LOADED = "_nemo_dist_loaded_loss"  # in the model's __dict__
+_SHIFTS = "_nemo_dist_shifts_labels"  # in the model's __dict__, where a run told
+_LENGTH, _VOCABULARY = 6, 24  # of the rows that such a run gets
 _PER_LABEL = ("ForMaskedLM", "ForTokenClassification", "ForSequenceClassification")
 _REDUCTIONS = ("num_items_in_batch", "ignore_index")  # what transformers' losses take besides labels
 # Names in the code of forwards whose loss is a plain mean over labels. A next-token loss from transformers.loss shifts
@@ -32,24 +46,66 @@ def judge_loss(model: Any, routers_known: bool) -> None:
 
     ``routers_known``: whether the load balancing loss of its routers, if it adds one, is handled elsewhere.
     """
+    refuse_replaced(model)
     kind, names = loss_kind(model), loss_names(model)
     if predicts_next_token(model):
         known = (_MEANS if "loss_function" in names else set()) | (_ROUTERS if routers_known else set())
         if not getattr(model, "z_loss_coefficient", 1):
             known = known | _LOGITS
-    elif kind in _PER_LABEL:
-        known = _CLASSIFIERS
     else:
-        raise ValueError(_unknown(model))
+        known = _CLASSIFIERS if kind in _PER_LABEL else set()
     strange = sorted(names - known) or ([] if names else ["a part of it"])
-    if strange:
-        way_out = (
-            "load it with z_loss_coefficient=0" if strange == sorted(_LOGITS) else "train it in a loop of your own"
-        )
+    if not strange or (not predicts_next_token(model) and _is_mean(model)):
+        return
+    if kind not in _PER_LABEL and not predicts_next_token(model):
+        raise ValueError(_unknown(model))
+    way_out = f"load it with z_loss_coefficient=0, or {OWN_LOSS}" if strange == sorted(_LOGITS) else OWN_LOSS
+    raise ValueError(
+        f"{class_name(model)} makes a loss of its own (from {', '.join(strange)}) that is not known to be the mean "
+        f"over the labels, so ranks and batches cannot be weighted by theirs; {way_out}"
+    )
+
+
+def remember_loss(model: Any) -> None:
+    """Note the loss function of *model* as it was loaded; call it when plugins have done with the model."""
+    vars(model)[_LOADED] = loss_function_of(model)
+
+
+def refuse_replaced(model: Any) -> None:
+    """Raise ValueError where the user replaced the loss function of *model* since it was loaded."""
+    now = loss_function_of(model)
+    if vars(model).get(_LOADED, now) is not now:
+        name = getattr(now, "__qualname__", type(now).__qualname__)
         raise ValueError(
-            f"{class_name(model)} makes a loss of its own (from {', '.join(strange)}) that is not known to be the mean "
-            f"over the labels, so ranks and batches cannot be weighted by theirs; {way_out}"
+            f"the loss_function of {class_name(model)} was replaced after loading (by {name}), and what that is a "
+            f"mean over is not known, so ranks and batches cannot be weighted; leave it as it was, and {OWN_LOSS}"
         )
+
+
+def _is_mean(model: Any) -> bool:
+    """Whether the loss of *model* is the mean over its labels of -100 or not, shifted or not, which is then noted."""
+    try:
+        losses, labels = _rehearsed(model)
+    except Exception:  # whatever a forward of any family raises
+        return False
+    for shifts in (False, True):
+        counts = torch.stack([(row[1:] if shifts else row) != IGNORED for row in labels]).sum(1)
+        if same(losses[:1], ((losses[1:] * counts).sum() / counts.sum())[None]):
+            vars(model)[_SHIFTS] = shifts
+            return True
+    return False
+
+
+def _rehearsed(model: Any) -> tuple[Tensor, Tensor]:
+    """Return the losses of two rows together and of each alone, (3,), and their labels; of a weightless copy."""
+    rehearsal = Rehearsal.of(model)
+    classes = model.config.num_labels if "Classification" in str(loss_kind(model)) else _VOCABULARY
+    tokens = torch.arange(2 * _LENGTH).view(2, _LENGTH) % _VOCABULARY + 3
+    labels = (tokens * 5 + 1) % classes
+    labels[0, 0], labels[1, 2:] = IGNORED, IGNORED  # rows of unlike numbers of labels, both shifted and not
+    rows = (slice(None), slice(0, 1), slice(1, 2))
+    runs = [rehearsal.run({"input_ids": tokens[row], "labels": labels[row]}) for row in rows]
+    return torch.stack([run.output.loss.detach().float() for run in runs]), labels
 
 
 def count_labels(model: nn.Module, batch: Batch) -> Tensor:
@@ -68,22 +124,25 @@ def count_labels(model: nn.Module, batch: Batch) -> Tensor:
         raise ValueError(f"the batch has no labels (it has {sorted(batch)}); add 'labels', -100 where none counts")
     if labels.is_floating_point():
         return torch.tensor(float(labels.numel()), device=labels.device)
-    if predicts_next_token(model):
+    proven: bool | None = vars(model).get(_SHIFTS)
+    if predicts_next_token(model) if proven is None else proven:
         labels = labels if "shift_labels" in batch else labels[..., 1:]
-    elif loss_kind(model) not in _PER_LABEL:
+    elif proven is None and loss_kind(model) not in _PER_LABEL:
         raise ValueError(_unknown(model))
     return (labels != IGNORED).sum().float()
 
 
 def _unknown(model: Any) -> str:
     """Say that the loss of *model* is of no known kind."""
+    if not loss_names(model):
+        return f"{class_name(model)} has no loss of its own; {OWN_LOSS}"
     if model.config.is_encoder_decoder:
         return (
             f"{class_name(model)} has an encoder and a decoder, whose loss is not known to be a mean over labels; "
-            "train it in a loop of your own"
+            f"{OWN_LOSS}"
         )
     known = ", ".join((*NEXT_TOKEN_LOSSES, *_PER_LABEL))
     return (
-        f"{class_name(model)} has a loss of type {loss_kind(model)!r}, whose mean is not known; known: {known}. Train "
-        "it in a loop of your own"
+        f"{class_name(model)} has a loss of type {loss_kind(model)!r}, whose mean is not known (known are {known}); "
+        f"{OWN_LOSS}"
     )

@@ -29,11 +29,12 @@ _SEQUENCES = (5, 7)  # lengths of the sequences that are packed into one row
 class Run:
     """What a forward gave: ``output`` is the model's; ``outputs`` those of its modules, by name, in order of their end.
 
-    Only outputs of shape (rows, length, ...) are kept.
+    Only outputs of shape (rows, length, ...) are kept; ``shape`` is that of the tokens.
     """
 
     output: Any
     outputs: Mapping[str, list[Tensor]]
+    shape: torch.Size
 
 
 @attrs.define(eq=False)
@@ -59,7 +60,7 @@ class Rehearsal:
         shape = inputs["input_ids"].shape
         with torch.random.fork_rng([]), torch.device("cpu"), _recording(self.model, shape) as outputs, self._mode:
             output = self.model(**given)
-        return Run(output=output, outputs=outputs)
+        return Run(output=output, outputs=outputs, shape=shape)
 
     def culprit(self, name: str) -> str:
         """Return how a message calls the module *name*: its name and class."""
@@ -79,6 +80,11 @@ def first_difference(whole: Run, part: Run, index: Tensor, counted: Tensor | Non
             return name
     logits, own = _result(whole.output), _result(part.output)
     return None if same(logits.index_select(1, index), own, counted) else ""
+
+
+def per_token(run: Run) -> bool:
+    """Whether the model gave an output for each token."""
+    return _result(run.output).shape[:2] == run.shape
 
 
 def _result(output: Any) -> Tensor:

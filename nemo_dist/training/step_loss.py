@@ -20,7 +20,7 @@ from transformers.utils.generic import TransformersKwargs
 
 from nemo_dist.hf_model import IGNORED, predicts_next_token
 from nemo_dist.plugin.hookspecs import Batch, RuntimePart
-from nemo_dist.training.loss_weighting import count_labels, judge_loss
+from nemo_dist.training.loss_weighting import count_labels, judge_loss, refuse_replaced
 
 READS = "loss."  # in the batches of a step, names of what only the loss reads start with it
 ROWS = f"{READS}rows"  # 1 for a row of the batch, 0 for one that an engine appended: an int tensor on the CPU
@@ -67,7 +67,8 @@ class ModelLoss:
         return {name: value for name, value in batch.items() if not name.startswith(READS)}
 
     def count(self, batch: Batch) -> Tensor:
-        """Return the number of labels that count."""
+        """Return the number of labels that count; raise ValueError for a loss function that was replaced."""
+        refuse_replaced(self.model)
         return count_labels(self.model, batch)
 
     def __call__(self, outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from nemo_dist.hf_model import IGNORED, class_name, predicts_next_token
-from nemo_dist.training.rehearsal import Rehearsal, Run, first_difference, same
+from nemo_dist.training.rehearsal import Rehearsal, Run, first_difference, per_token, same
 from nemo_dist_context.attention import SharedAttention, Visible
 from nemo_dist_context.batch import NUMBERINGS, SequenceSplitter
 from nemo_dist_context.sequence_layout import SequenceLayout
@@ -188,6 +188,10 @@ def _compare(rehearsal: Rehearsal, attention: _Rehearsed, batch: dict[str, Tenso
 
 def _require_equal(rehearsal: Rehearsal, whole: Run, part: Run, attention: _Rehearsed) -> None:
     index = attention.index
+    if not per_token(whole):
+        raise Unequal(
+            "its outputs are not one for each token (of a whole sequence, say), so no rank has a part of them"
+        )
     name = first_difference(whole, part, index, attention.counted[:, index])
     if name is not None:
         where = f"in {rehearsal.culprit(name)}" if name else "in its output"

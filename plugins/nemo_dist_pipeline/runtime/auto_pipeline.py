@@ -12,11 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from nemo_dist.hf_model import inner_model
+from nemo_dist.hf_model import class_name, inner_model
 from nemo_dist.plugin.hookspecs import Batch
 from nemo_dist.plugin.resharding import keep_gathered, reshard
 from nemo_dist.training.router_aux_loss import COUNTED
-from nemo_dist.training.step_loss import READS, ModelLoss, OwnLoss
+from nemo_dist.training.step_loss import READS, ModelLoss, Outputs, OwnLoss
 from nemo_dist_pipeline.partition.stage_model import PipelineInfo, StageInfo, set_hollow_dtype
 from nemo_dist_pipeline.runtime.forward_only import broadcast_tensors, forward_only
 from nemo_dist_pipeline.runtime.loss import MeanOfLabels
@@ -39,13 +39,14 @@ if TYPE_CHECKING:
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-@attrs.define(kw_only=True, eq=False)
+@attrs.define(kw_only=True, eq=False, slots=False)
 class AutoPipeline:
     """A model in stages over the pipeline ranks; the loaders return one when ``pp_size > 1``.
 
     ``parts`` are the stages of this rank: transformers models, whose parameters have their names in the full model.
     Every pipeline rank passes the same batch. With a runtime, ``runtime.forward_backward(batch)`` does all of it; for a
-    loop of your own there are :meth:`step`, :meth:`eval` and :meth:`schedule`.
+    loop of your own there are :meth:`step`, :meth:`eval` and :meth:`schedule`. What asks for modules or parameters
+    (``state_dict``, ``modules``, ``train``) is answered for the stages of this rank; ``save_pretrained`` writes all.
     """
 
     parts: list[nn.Module]
@@ -90,6 +91,69 @@ class AutoPipeline:
         """Yield the parameters of this rank's stages."""
         for _, parameter in self.named_parameters():
             yield parameter
+
+    def modules(self) -> Iterator[nn.Module]:
+        """Yield the modules of this rank's stages."""
+        for _, module in self.named_modules():
+            yield module
+
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """Yield the modules of this rank's stages under their names in the full model."""
+        for part in self.parts:
+            yield from part.named_modules()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the parameters and buffers of this rank's stages under their names in the full model.
+
+        ``runtime.save`` and ``runtime.export`` write those of all ranks.
+        """
+        reshard(self.parts)
+        return {name: value for part in self.parts for name, value in part.state_dict().items()}
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients of this rank's stages."""
+        for part in self.parts:
+            part.zero_grad(set_to_none)
+
+    def requires_grad_(self, requires_grad: bool = True) -> AutoPipeline:
+        """Train the parameters of this rank's stages, or, with False, freeze them."""
+        for part in self.parts:
+            part.requires_grad_(requires_grad)
+        return self
+
+    @property
+    def training(self) -> bool:
+        """Whether this rank's stages are in training mode."""
+        return all(part.training for part in self.parts)
+
+    def __call__(self, **batch: Any) -> Outputs:
+        """Return the outputs of a model that is called with *batch*, equal on all stages: for use without gradients.
+
+        With ``labels`` they have the mean ``loss``. Raises ValueError where gradients are on: a pipeline runs forward
+        and backward together.
+        """
+        if torch.is_grad_enabled():
+            raise ValueError(
+                "the stages of a pipeline run forward and backward together: train with "
+                "runtime.forward_backward(batch), or call the pipeline within torch.no_grad() for its outputs alone"
+            )
+        found = self.forward(batch)
+        return Outputs(({"loss": self._mean(batch)} if batch.get("labels") is not None else {}) | found)
+
+    def generate(self, *_: Any, **__: Any) -> Any:
+        """Raise NotImplementedError that says how to generate."""
+        raise NotImplementedError(
+            f"{class_name(self.parts[0])} is split into stages, which do not generate; runtime.export(folder) writes a "
+            "folder for transformers, or load it with pp_size=1 (fsdp2 and tp generate)"
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        raise AttributeError(
+            f"AutoPipeline has no {name!r}: it stands for the stages of a model, which no rank has whole; "
+            "pipeline.parts are the stages of this rank, transformers models"
+        )
 
     def train(self, mode: bool = True) -> AutoPipeline:
         """Set all stages of this rank to training mode (dropout and the like), or, with False, out of it."""
@@ -221,11 +285,19 @@ class AutoPipeline:
 
     # ---- evaluation ----
 
-    def eval(self, batch: Batch) -> Tensor:
-        """Return the mean loss of *batch* without gradients: 0-dim float32, equal on all stages."""
-        loss = self._loss_of_config or ModelLoss(inner_model(self.parts[-1]))
+    def eval(self, batch: Batch | None = None) -> Any:
+        """Set all stages of this rank to evaluation mode, as of a module; or evaluate *batch*, if one is given.
+
+        Then return its mean loss without gradients and dropout, 0-dim float32, equal on all stages; the mode stays.
+        """
+        if batch is None:
+            return self.train(False)
         with _mode(self.parts, False):
-            total, count = self.measure([loss.model_inputs(batch) | loss.reads(batch)], loss)
+            return self._mean(batch)
+
+    def _mean(self, batch: Batch) -> Tensor:
+        loss = self._loss_of_config or ModelLoss(inner_model(self.parts[-1]))
+        total, count = self.measure([loss.model_inputs(batch) | loss.reads(batch)], loss)
         return (total / count.clamp(min=1)).float()
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
