@@ -122,6 +122,6 @@ def test_drawing_imports_no_torch():
     ("name", "axis"), [("tensor", "tp"), ("context", "cp"), ("moe", "ep"), ("pipeline", "pp"), ("ddp", "dp_shard")]
 )
 def test_the_smallest_setup_of_a_plugin_puts_its_axis_to_work(name, axis):
-    setup = DistributedSetup.build(**smallest(name))
+    setup = DistributedSetup.build(**smallest(name), world_size=2)
     assert setup.plan.world_size == 2 == setup.plan.size(axis)
     assert name in {plugin.name for plugin in setup.plugins}

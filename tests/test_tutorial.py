@@ -35,7 +35,7 @@ def clean(tmp_path):
 
     pip installs into it, and finds no network.
     """
-    venv.create(tmp_path / "venv", with_pip=False)
+    venv.create(tmp_path / "venv", with_pip=False, symlinks=True)
     python = tmp_path / "venv" / "bin" / "python"
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     site = tmp_path / "venv" / "lib" / version / "site-packages"
@@ -90,7 +90,7 @@ def test_the_tests_of_a_new_package_pass_as_it_is(clean, options, tmp_path):
     work = tmp_path / "work"
     for command in (
         ("nemo-dist", "new-plugin", "brand-new", *options),
-        ("python", "-m", "pip", "install", "-q", "-e", "nemo-dist-brand-new"),
+        ("python", "-m", "pip", "install", "-q", "-e", "./nemo-dist-brand-new"),
         ("python", "-m", "pytest", "-q", "-p", "no:cacheprovider", "nemo-dist-brand-new"),
     ):
         result = subprocess.run(command, cwd=work, env=clean, capture_output=True, text=True, timeout=400, check=False)

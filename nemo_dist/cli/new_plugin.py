@@ -127,24 +127,12 @@ _TESTS = Template('''\
 """$title keeps the contract of plugins, and trains like one process."""
 
 from nemo_dist.testing import PluginConformance
-from nemo_dist.testing.precision import in_float32
+from nemo_dist.testing.selecting import smallest
 
 
 class Test$title(PluginConformance):
     plugin = "$name"
-    build = {"strategy": in_float32("fsdp2"), "plugins": ("$name",)}
-''')
-
-_STRATEGY_TESTS = Template('''\
-"""$title keeps the contract of plugins, and trains like one process."""
-
-from nemo_dist.testing import PluginConformance
-from nemo_dist.testing.precision import in_float32
-
-
-class Test$title(PluginConformance):
-    plugin = "$name"
-    build = {"strategy": in_float32("$name")}
+    build = smallest("$name")  # in float32, on two ranks
 ''')
 
 
@@ -163,7 +151,7 @@ def write(name: str, parent: Path, strategy: bool) -> Path:
         "pyproject.toml": _PROJECT,
         "README.md": _README,
         f"{words['module']}.py": _STRATEGY if strategy else _PLUGIN,
-        f"tests/test_{words['name']}.py": _STRATEGY_TESTS if strategy else _TESTS,
+        f"tests/test_{words['name']}.py": _TESTS,
     }
     for path, template in files.items():
         file = folder / path

@@ -14,15 +14,11 @@ _TESTS = """
 from nemo_dist.testing import PluginConformance
 from nemo_dist.testing.selecting import smallest
 
-KEYWORDS = smallest({name!r})
-WORLD = KEYWORDS.pop("world_size")
-
 
 class Test(PluginConformance):
     plugin = {name!r}
     specimen = {model!r}
-    build = KEYWORDS
-    world = WORLD
+    build = smallest({name!r})
 """
 
 
