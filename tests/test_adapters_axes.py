@@ -37,7 +37,8 @@ def built(folder, kind, sizes=None):
         strategy=FSDP2Config(mp_policy=FP32), parallelism_sizes=ParallelismSizes(**(sizes or {}))
     )
     model = NeMoAutoModelForCausalLM.from_pretrained(folder, distributed_setup=setup, dtype=torch.float32)
-    return setup.runtime(adapted(model, kind, setup.add_adapters if kind == "dora" else peft.get_peft_model))
+    whole_weights = kind == "dora" or "dp_replicate_size" in (sizes or {})
+    return setup.runtime(adapted(model, kind, setup.add_adapters if whole_weights else peft.get_peft_model))
 
 
 def adapted(model, kind, add=peft.get_peft_model):

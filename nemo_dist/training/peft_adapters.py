@@ -26,6 +26,7 @@ from nemo_dist.torch_private import run_after_backward
 
 FEATURE = "adapters"  # what a strategy lists in ``composes_with`` when it is tested with them
 _LOADED = "loaded_by_nemo_dist"
+_MADE_WHOLE = "adapters_made_beside_whole_weights"
 
 
 def mark_loaded(parts: Iterable[nn.Module]) -> None:
@@ -44,7 +45,9 @@ def add_adapters(model: Any, config: Any, mesh: MeshContext) -> Any:
     import peft
 
     with gathered([model]):  # DoRA reads the weights that it stands beside
-        return peft.get_peft_model(model, config)
+        made = peft.get_peft_model(model, config)
+    setattr(made, _MADE_WHOLE, True)
+    return made
 
 
 def refuse_copies(config: Any) -> None:
@@ -109,6 +112,12 @@ def _refuse(
     """
     some = f"{len(added)} trainable parameters were added after loading ({next(iter(added))}, ...)"
     _refuse_axes(some, mesh)
+    replicas = [axis for axis in mesh.wide() if mesh.roles.get(axis) is Role.BATCH][:-1]
+    if replicas and not all(hasattr(part, _MADE_WHOLE) for part in parts):
+        raise ValueError(
+            f"{some}; with {replicas[0]} (got {mesh.size(replicas[0])}) PEFT takes the shape of a shard for that of a "
+            "weight, so add them with setup.add_adapters(model, config)"
+        )
     apart = {
         id(parameter)
         for part in parts

@@ -14,7 +14,6 @@ import attrs
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from nemo_dist.errors import RankError
@@ -98,28 +97,14 @@ def _is_replicated(tensor: Tensor, axis: str, mesh: MeshContext) -> bool:
     if not isinstance(tensor, DTensor):
         return True
     dense = () if mesh.device_mesh is None else mesh.device_mesh.mesh_dim_names or ()
-    for index, placement in enumerate(tensor.placements):
-        parts = _axes_of(tensor.device_mesh, index, mesh)
+    for name, placement in zip(tensor.device_mesh.mesh_dim_names or (), tensor.placements, strict=True):
+        parts = mesh.flattened.get(name, (name,))
         parts = tuple("dp" if "dp" in dense and part == "dp_shard" else part for part in parts)
         if not set(parts) & set(dense):
             return False  # on a mesh of another view, such as that of experts: which of these ranks agree is not known
         if axis in parts and not isinstance(placement, Replicate):
             return False
     return all(isinstance(placement, Replicate | Shard) or placement.is_shard() for placement in tensor.placements)
-
-
-def _axes_of(own: DeviceMesh, index: int, mesh: MeshContext) -> tuple[str, ...]:
-    """Return the axes of *mesh* that dim *index* of a tensor's *own* mesh stands for: by its name, or its ranks."""
-    if own.mesh_dim_names is not None:
-        name = own.mesh_dim_names[index]
-        return mesh.flattened.get(name, (name,))
-    ranks = set(dist.get_process_group_ranks(own.get_group(index)))
-    found = []
-    for axis in (mesh.device_mesh and mesh.device_mesh.mesh_dim_names) or ():
-        group = mesh.group(axis)
-        if len(ranks) == 1 if group is None else ranks >= set(dist.get_process_group_ranks(group)):
-            found.append(axis)
-    return tuple(found)
 
 
 def _along(axis: str, held: Mapping[str, Tensor], mesh: MeshContext) -> list[str]:

@@ -111,15 +111,12 @@ def _along(override: ShardingOverride, module: nn.Module) -> Callable[[nn.Parame
 def data_mesh(mesh: MeshContext) -> DeviceMesh:
     """Return the mesh to shard over: all ranks that see different tokens, with the replicas of HSDP as outer axis.
 
-    Where no other axis shards the parameters the mesh is named "fsdp", or, of two axes, has no names: by that PEFT
-    tells a module that computes on whole, gathered parameters from one that computes on its shard.
+    Where no other axis shards the parameters the mesh is named "fsdp", by which PEFT tells a module that computes on
+    whole, gathered parameters from one that computes on its shard.
     """
     replicas = "replicas" if mesh.size("replicas") > 1 else "dp_replicate"  # with axes of other plugins, or without
     if mesh.size(replicas) > 1:
-        named = mesh[replicas, "dp_shard_cp"]
-        if mesh.size("tp") > 1:
-            return named
-        return DeviceMesh.from_group(named.get_all_groups(), mesh.device.type, mesh=named.mesh)
+        return mesh[replicas, "dp_shard_cp"]
     group = mesh.group("dp_shard_cp")
     if group is None or mesh.size("tp") > 1:
         return mesh["dp_shard_cp"]
