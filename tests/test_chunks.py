@@ -48,7 +48,7 @@ def on_rank_bring_whole(shape, placements):
 
 
 def on_rank_find_the_chunks_of_odd_meshes():
-    """A mesh in an order of its own, which strides describe, and pairs of ranks that they describe on two ranks only."""
+    """A mesh in an order of its own, which strides describe, and pairs of ranks that they describe on two ranks."""
     pairs = DeviceMesh("cpu", torch.tensor([[0, 3], [1, 2]]), mesh_dim_names=("which", "pair"))["pair"]
     found = []
     for mesh, placements in (

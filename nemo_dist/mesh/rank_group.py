@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -139,23 +138,6 @@ class RankGroup:
         with explained():
             dist.broadcast(buffer, source if self.ranks is None else self.ranks[source], group=_group(self.ranks))
         return bytes(buffer.cpu().numpy()).decode()
-
-    def gather(self, value: Any) -> list[Any]:
-        """All-gather *value*, a JSON value of any size; return the values of all ranks in rank order."""
-        text = json.dumps(value)
-        if self.size == 1:
-            return [json.loads(text)]
-        mine = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).to(self.device)
-        lengths = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.size)]
-        with explained():
-            dist.all_gather(lengths, torch.tensor([len(mine)], device=self.device), group=_group(self.ranks))
-            padded = torch.zeros(max(map(int, lengths)), dtype=torch.uint8, device=self.device)
-            padded[: len(mine)] = mine
-            gathered = [torch.empty_like(padded) for _ in lengths]
-            dist.all_gather(gathered, padded, group=_group(self.ranks))
-        return [
-            json.loads(bytes(one[: int(length)].cpu().numpy())) for one, length in zip(gathered, lengths, strict=True)
-        ]
 
     def total(self, values: Sequence[int]) -> list[int]:
         """All-reduce a few integers: return the sum over all ranks of each of *values*.
