@@ -2,12 +2,12 @@
 
 import hashlib
 import json
-import zlib
 
 import torch
 
 from nemo_dist import DDPConfig, DistributedSetup, FSDP2Config, MegatronFSDPConfig, ParallelismSizes
 from nemo_dist.checkpoint.chunks import as_bytes
+from nemo_dist.checkpoint.manifest import sealed
 from nemo_dist.checkpoint.state_dict import exported, own_state
 from nemo_dist.testing.equivalence import MAX_NORM, OPTIMIZER, Task, checkpoint
 from nemo_dist.testing.precision import FP32
@@ -151,5 +151,4 @@ def rewrite(path, **changes):
     content.pop("checksum")
     for name, change in changes.items():
         content[name] = change(content[name])
-    text = json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
-    (path / "manifest.json").write_text(json.dumps({**content, "checksum": zlib.crc32(text)}))
+    (path / "manifest.json").write_bytes(sealed(content))

@@ -88,7 +88,7 @@ def cut_manifest(path):
 
 def flip_manifest(path):
     text = (path / "manifest.json").read_text()
-    (path / "manifest.json").write_text(text.replace('"lr": 0.01', '"lr": 0.91', 1))
+    (path / "manifest.json").write_text(text.replace('"lr":0.01', '"lr":0.91', 1))
 
 
 def newer(path):
@@ -119,7 +119,7 @@ class Payload:
 def pickle_with_right_sums(path):
     content = pickle.dumps(Payload(path / "ran"))
     (path / "rank-00001.safetensors").write_bytes(content)
-    entry = {"name": "rank-00001.safetensors", "bytes": len(content), "crc32": zlib.crc32(content)}
+    entry = {"name": "rank-00001.safetensors", "bytes": len(content), "crc32": zlib.crc32(content), "dp_rank": 1}
     runs.rewrite(path, files=lambda files: [files[0], entry])
 
 
@@ -130,29 +130,54 @@ def pickle_alone(path):
 def torch_file(path):
     torch.save({"weight": Payload(path / "ran")}, path / "rank-00001.safetensors")
     content = (path / "rank-00001.safetensors").read_bytes()
-    entry = {"name": "rank-00001.safetensors", "bytes": len(content), "crc32": zlib.crc32(content)}
+    entry = {"name": "rank-00001.safetensors", "bytes": len(content), "crc32": zlib.crc32(content), "dp_rank": 1}
     runs.rewrite(path, files=lambda files: [files[0], entry])
 
 
 def other_shapes_than_announced(path):
     save_file({"x": torch.ones(2)}, path / "rank-00001.safetensors")
     content = (path / "rank-00001.safetensors").read_bytes()
-    entry = {"name": "rank-00001.safetensors", "bytes": len(content), "crc32": zlib.crc32(content)}
+    entry = {"name": "rank-00001.safetensors", "bytes": len(content), "crc32": zlib.crc32(content), "dp_rank": 1}
     runs.rewrite(path, files=lambda files: [files[0], entry])
 
 
-def holes(path):
-    def without_a_piece(tensors):
-        shape, dtype, listed = tensors["model/model.norm.weight"]
-        return {**tensors, "model/model.norm.weight": [shape, dtype, listed[1:]]}
+NORM = "model/model.norm.weight"
 
-    runs.rewrite(path, tensors=without_a_piece)
+
+def listed(path, pieces):
+    """List the chunks of a norm one by one, as of a layout without order."""
+    runs.rewrite(path, tensors=lambda tensors: {**tensors, NORM: [[32], "float32", pieces]})
+
+
+def holes(path):
+    listed(path, [[1, [16], [16]]])
+
+
+def twice(path):
+    listed(path, [[0, [0], [16]], [1, [0], [16]]])
 
 
 def outside(path):
-    runs.rewrite(
-        path, tensors=lambda tensors: tensors | {"model/model.norm.weight": [[32], "float32", [[0, [32], [32]]]]}
-    )
+    listed(path, [[0, [32], [32]]])
+
+
+def of_another_layout(path):
+    def other(layouts):
+        return [{**layout, "placements": [[*layout["placements"][0], 2]]} for layout in layouts]
+
+    runs.rewrite(path, layouts=other)
+
+
+def of_more_ranks(path):
+    runs.rewrite(path, layouts=lambda layouts: [{**layout, "ranks": [0, 4]} for layout in layouts])
+
+
+def without_the_state_of_a_rank(path):
+    name = path / "rank-00001.safetensors"
+    save_file({key: value for key, value in load_file(name).items() if key != "rank"}, name)
+    content = name.read_bytes()
+    entry = {"bytes": len(content), "crc32": zlib.crc32(content)}
+    runs.rewrite(path, files=lambda files: [files[0], {**files[1], **entry}])
 
 
 def moment_of_nobody(path):
@@ -164,7 +189,7 @@ def moment_of_nobody(path):
         entries.append({"name": file.name, "bytes": len(content), "crc32": zlib.crc32(content)})
     runs.rewrite(
         path,
-        files=lambda _: entries,
+        files=lambda old: [{**before, **entry} for before, entry in zip(old, entries, strict=True)],
         tensors=lambda tensors: {name.replace(old, new): value for name, value in tensors.items()},
     )
 
@@ -191,12 +216,16 @@ def list_at_the_top(path):
         (remove_manifest, ["manifest.json is missing"]),
         (cut_manifest, ["manifest.json is damaged"]),
         (flip_manifest, ["manifest.json is damaged: its checksum"]),
-        (newer, ["has checkpoint format 2, and this version reads up to 1; update nemo_dist"]),
+        (newer, ["has checkpoint format 3, and this version reads up to 2; update nemo_dist"]),
         (climbing, ["names the file '../rank-00000.safetensors'"]),
         (absolute, ["names the file '/etc/passwd'"]),
         (pickle_alone, ["it was cut or replaced"]),
         (holes, ["model.norm.weight do not make the whole tensor"]),
+        (twice, ["model.norm.weight do not make the whole tensor"]),
         (outside, ["a piece of model/model.norm.weight lies outside"]),
+        (of_another_layout, ["rank-00000.safetensors is no safetensors file, or lacks a tensor"]),
+        (of_more_ranks, ["lies outside the tensor or the files"]),
+        (without_the_state_of_a_rank, ["rank-00001.safetensors is malformed"]),
         (moment_of_nobody, ["optimizer.exp_avg/nobody has shape (32,), but no parameter of that name"]),
         (nonsense, ["manifest.json is malformed"]),
         (deep, ["manifest.json is damaged"]),

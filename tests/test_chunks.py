@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from nemo_dist.checkpoint.chunks import assemble, chunks, describe, merged
+from nemo_dist.checkpoint.chunks import assemble, chunks, described, survey
 from nemo_dist.errors import PluginError
 from nemo_dist.mesh.rank_group import RankGroup
 
@@ -41,9 +41,31 @@ def on_rank_bring_whole(shape, placements):
     state = {"weight": placed(torch.Size(shape), placements, mesh)}
     for chunk, values in chunks(state["weight"]):
         assert torch.equal(values, chunk.of(torch.arange(torch.Size(shape).numel()).view(shape)))
-    entries = merged(RankGroup().gather(describe(state)))
+    assert described(state, RankGroup())["weight"].layout is not None
+    _, entries = survey(RankGroup(), "test", lambda: state)
     wanted = [["weight"] if rank != 2 else [] for rank in range(4)]
     return assemble(RankGroup(), wanted, state, entries, {"weight": torch.int64}).get("weight")
+
+
+def on_rank_find_the_chunks_of_odd_meshes():
+    """A mesh in an order of its own, which strides describe, and pairs of ranks that they describe on two ranks."""
+    pairs = DeviceMesh("cpu", torch.tensor([[0, 3], [1, 2]]), mesh_dim_names=("which", "pair"))["pair"]
+    found = []
+    for mesh, placements in (
+        (DeviceMesh("cpu", torch.tensor([[0, 2], [1, 3]])), (Shard(0), Shard(1))),
+        (pairs, (Shard(0),)),
+    ):
+        state = {"weight": placed(torch.Size((6, 4)), placements, mesh)}
+        found.append(described(state, RankGroup())["weight"].layout is not None)
+        _, entries = survey(RankGroup(), "test", lambda state=state: state)
+        whole = assemble(RankGroup(), [["weight"]] * 4, state, entries, {"weight": torch.int64})["weight"]
+        found.append(torch.equal(whole, torch.arange(24).view(6, 4)))
+    return found
+
+
+def test_a_mesh_of_any_order_is_described(ranks):
+    answers = ranks(4).run(on_rank_find_the_chunks_of_odd_meshes)
+    assert answers == [[True, True, rank in (0, 3), True] for rank in range(4)]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -58,7 +80,7 @@ def test_the_pieces_of_any_layout_make_the_whole(ranks, layout, shape):
 
 def on_rank_bring_scalars():
     state = {"scalar": torch.tensor(3.0), "empty": torch.empty(0, 4)}
-    entries = merged(RankGroup().gather(describe(state)))
+    _, entries = survey(RankGroup(), "test", lambda: state)
     dtypes = {name: tensor.dtype for name, tensor in state.items()}
     return assemble(RankGroup(), [["scalar", "empty"]] * 2, state, entries, dtypes)
 
@@ -71,7 +93,7 @@ def test_scalars_and_empty_tensors_are_exchanged_too(ranks):
 
 def on_rank_survey(make):
     mesh = init_device_mesh("cpu", (2,))
-    return merged(RankGroup().gather(describe({"weight": make(mesh)})))
+    return survey(RankGroup(), "test", lambda: {"weight": make(mesh)})
 
 
 def partial(mesh):

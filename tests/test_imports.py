@@ -51,7 +51,6 @@ PRIVATE = {
     ),
     "nemo_dist.loading.formula_weights": ("_can_set_experts_implementation",),
     "nemo_dist.loading.deferred_init": ("_no_grad_trunc_normal_", "_schema"),
-    "nemo_dist.checkpoint.chunks": ("_split_tensor",),
     "nemo_dist.checkpoint.hf_weight_conversion": (
         *("_weight_conversions", "_original_source_patterns", "_original_target_patterns"),
     ),

@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from scripts import START
 
 from nemo_dist import CheckpointError, RunFolder, initialize_distributed
-from nemo_dist.checkpoint import manifest as manifests
-from nemo_dist.checkpoint.chunks import Chunk
 from nemo_dist.checkpoint.json_state import from_json, to_json
-from nemo_dist.checkpoint.manifest import Manifest, StoredChunk, overlap
+from nemo_dist.checkpoint.layout import Chunk
+from nemo_dist.checkpoint.manifest import Manifest, sealed
+from nemo_dist.checkpoint.stored_tensor import StoredChunk, overlap
 
 TRAIN = (
     START
@@ -319,7 +319,7 @@ def state(runtime, optimizer):
 
 def load(runtime, optimizer, place, content):
     listed = {name: value for name, value in content.items() if name != "checksum"}
-    (place / "manifest.json").write_text(json.dumps({**listed, "checksum": manifests._checksum(listed)}))
+    (place / "manifest.json").write_bytes(sealed(listed))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         runtime.load(place, optimizer, schedulers=[torch.optim.lr_scheduler.StepLR(optimizer, 2)])

@@ -50,3 +50,40 @@ def test_some_of_the_ranks_save_and_any_other_ranks_resume(ranks, tmp_path):
     ):
         assert [found for found, _ in reports] == [saved, saved]
         assert exported == {name: text for name, text in saved.items() if name.startswith("model/")}
+
+
+def on_rank_find_different_texts(texts):
+    return RankGroup().distinct("test", lambda: texts[dist.get_rank()])
+
+
+@pytest.mark.parametrize(
+    ("texts", "expected"),
+    [
+        (["a" * 9] * 4, [([range(4)], "a" * 9)]),
+        (["a", "", "a", ""], [([range(0, 4, 2)], "a"), ([range(1, 5, 2)], "")]),
+        (["x", "y", "y", "é"], [([range(1)], "x"), ([range(1, 3)], "y"), ([range(3, 4)], "é")]),
+    ],
+)
+def test_every_rank_learns_each_different_text_and_who_has_it(ranks, texts, expected):
+    for found in ranks(4).run(on_rank_find_different_texts, texts):
+        assert [([list(r) for r in several], text) for several, text in found] == [
+            ([list(r) for r in several], text) for several, text in expected
+        ]
+
+
+def on_rank_fail_to_say():
+    def text():
+        if dist.get_rank() == 1:
+            raise OSError("no room")
+        return "x"
+
+    try:
+        RankGroup().distinct("looking", text)
+    except (CheckpointError, RankError) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def test_a_rank_that_has_no_text_tells_the_others(ranks):
+    first, second = ranks(2).run(on_rank_fail_to_say)
+    assert first == "RankError: looking failed on 1 of the ranks:\n- rank 1: CheckpointError: looking failed: no room"
+    assert second == "CheckpointError: looking failed: no room"

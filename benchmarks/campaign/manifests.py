@@ -144,7 +144,7 @@ def forge(content: Any, chance: Random) -> tuple[str, str]:
     limit = sys.getrecursionlimit()
     sys.setrecursionlimit(20_000)  # for what is nested deeply
     try:
-        return " and ".join(said), json.dumps({**forged, "checksum": manifest._checksum(forged)})
+        return " and ".join(said), manifest.sealed(forged).decode()
     finally:
         sys.setrecursionlimit(limit)
 
@@ -217,9 +217,11 @@ def deep(content: Any, chance: Random) -> None:
 
 
 def chunks(content: Any, chance: Random) -> None:
-    """Move, stretch, repeat or drop chunks of a tensor."""
-    shape, _, pieces = content["tensors"][chance.choice(list(content["tensors"]))]
-    piece = chance.choice(pieces)
+    """Move, stretch, repeat or drop chunks of a tensor, listed in place of its layout."""
+    shape, dtype, *_ = content["tensors"][name := chance.choice(list(content["tensors"]))]
+    piece = [0, [0] * len(shape), list(shape)]
+    pieces = [piece]
+    content["tensors"][name] = [shape, dtype, pieces]
     which = chance.randrange(6)
     if which == 0:
         pieces.append(json.loads(json.dumps(piece)))
@@ -235,6 +237,13 @@ def chunks(content: Any, chance: Random) -> None:
         piece[2][0] = half
     else:
         shape.reverse()
+
+
+def layouts(content: Any, chance: Random) -> None:
+    """Change a layout: its ranks, an axis of its mesh, or a placement."""
+    layout = chance.choice(content["layouts"])
+    values = chance.choice((layout["ranks"], *layout["mesh"], *layout["placements"]))
+    values[chance.randrange(len(values))] += chance.choice((-1, 1, 2, 2**40))
 
 
 def files(content: Any, chance: Random) -> None:
@@ -254,7 +263,7 @@ def renamed(content: Any, chance: Random) -> None:
 def options(content: Any, chance: Random) -> None:
     """Change an option of the optimizer, a step count, or a value of a scheduler."""
     group, count = chance.choice(content["options"])[0], chance.choice(content["counts"])[0]
-    values = chance.choice((group, count, chance.choice(content["schedulers"]), content["ranks"][0]))
+    values = chance.choice((group, count, chance.choice(content["schedulers"]), content["files"][0]))
     values[chance.choice((*values, "params"))] = chance.choice((*_JUNK, *_HUGE, {"nemo_dist": "tuple", "value": [1]}))
 
 
@@ -264,4 +273,4 @@ def dtype(content: Any, chance: Random) -> None:
     stored[chance.randrange(2)] = chance.choice((*_DTYPES, *_SHAPES, "float64", "bfloat16"))
 
 
-CHANGES = (junk, huge, missing, twice, swapped, encoded, deep, chunks, files, renamed, options, dtype)
+CHANGES = (junk, huge, missing, twice, swapped, encoded, deep, chunks, layouts, files, renamed, options, dtype)

@@ -174,7 +174,8 @@ def write_folder(
         with ranks.agreed(f"preparing {what} at {staging.final}"):
             if ranks.first:
                 begin()
-        answers = ranks.collect(f"writing {what} to {staging.final}", written)
+        answers: list[Any] = []  # on the first rank
+        ranks.decide(f"writing {what} to {staging.final}", written, answers.extend)
         with ranks.agreed(f"putting {what} in place at {staging.final}"):
             if ranks.first:
                 finish(staging.partial, answers)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import MethodType
-from typing import Any
+from typing import Any, NoReturn
 
 import attrs
 
@@ -47,11 +47,10 @@ def hides_state(optimizer: Any) -> bool:
     return steps is not None and steps.keeps and steps.taken > 0 and not any(optimizer.state.values())
 
 
-def refuse_hidden_state(hidden: Sequence[bool], plugins: Sequence[str]) -> None:
-    """Raise CheckpointError, on every rank alike, where an optimizer that *plugins* made shows no state on any rank."""
-    if hidden and all(hidden):
-        raise CheckpointError(
-            f"the optimizer that plugin {' and '.join(map(repr, plugins))} made has taken steps and shows no state on "
-            "any rank, so a checkpoint would lose its moments; what its hook returns must have them in .state, by "
-            "parameter and kind"
-        )
+def refuse_hidden_state(plugins: Sequence[str]) -> NoReturn:
+    """Raise CheckpointError for an optimizer that *plugins* made, which shows no state on any rank."""
+    raise CheckpointError(
+        f"the optimizer that plugin {' and '.join(map(repr, plugins))} made has taken steps and shows no state on "
+        "any rank, so a checkpoint would lose its moments; what its hook returns must have them in .state, by "
+        "parameter and kind"
+    )

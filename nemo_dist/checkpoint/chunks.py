@@ -1,173 +1,203 @@
-"""Which chunks of a global tensor each rank holds, and how to assemble the chunks of one tensor on one rank.
-
-A chunk is a part of the global tensor with an offset and a size per tensor dim, as in torch's distributed checkpoints.
-Every layout consists of chunks: replicas hold the same one, a shard is one, and a strided shard (packed projections,
-two mesh axes on one tensor dim) is several. So what is saved under one layout can be loaded under any other.
-"""
+"""The chunks of this rank's tensors: what they are, as all ranks must know it, and how to assemble a whole tensor."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import lru_cache
-from itertools import pairwise, product
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
+from nemo_dist.checkpoint import holdings
+from nemo_dist.checkpoint.holdings import Entry, Held, Holding
+from nemo_dist.checkpoint.layout import Chunk, Cut, Layout, chunks_at
+from nemo_dist.checkpoint.save_plan import SavePlan
 from nemo_dist.errors import PluginError
+from nemo_dist.mesh.dtensor import local
 from nemo_dist.mesh.rank_group import RankGroup
 from nemo_dist.plugin.mixed_precision import dtype_name
-from nemo_dist.torch_private import StridedShard
 
-
-@attrs.frozen
-class Chunk:
-    """A part of a global tensor: its offsets and sizes, one int per tensor dim."""
-
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
-
-    @property
-    def numel(self) -> int:
-        """The number of elements."""
-        return math.prod(self.sizes)
-
-    def of(self, whole: Tensor) -> Tensor:
-        """Return this chunk of the tensor *whole*, as a view."""
-        for dim, (start, size) in enumerate(zip(self.offsets, self.sizes, strict=True)):
-            whole = whole.narrow(dim, start, size)
-        return whole
-
-    def within(self, other: Chunk) -> Chunk:
-        """Return this chunk with offsets relative to those of *other*, which contains it."""
-        return Chunk(tuple(mine - its for mine, its in zip(self.offsets, other.offsets, strict=True)), self.sizes)
-
-    def common(self, other: Chunk) -> Chunk | None:
-        """Return the intersection of this chunk and *other*, or None when it is empty."""
-        corners = zip(self.offsets, self.sizes, other.offsets, other.sizes, strict=True)
-        spans = [(max(a, b), min(a + n, b + m)) for a, n, b, m in corners]
-        if any(stop <= start for start, stop in spans):
-            return None
-        return Chunk(tuple(start for start, _ in spans), tuple(stop - start for start, stop in spans))
+Axes = tuple[tuple[int, int], ...]  # (size, stride) of each axis of a mesh
+Shares = Sequence[tuple[Sequence[range], str]]  # texts of the ranks, each once, with the ranks that have it
 
 
 def chunks(tensor: Tensor) -> Iterator[tuple[Chunk, Tensor]]:
     """Yield the chunks of *tensor* that this rank holds, each with a view of its values; no communication."""
-    if tensor.numel() == 0:
-        return
     if not isinstance(tensor, DTensor):
-        yield Chunk((0,) * tensor.dim(), tuple(tensor.shape)), tensor.detach()
-        return
-    local = tensor.to_local().detach()
-    if local.numel() == 0:
-        return
-    runs = [_runs(tensor, local, dim) for dim in range(tensor.dim())]
-    for chosen in product(*runs):
-        chunk = Chunk(tuple(run[0] for run in chosen), tuple(run[2] for run in chosen))
-        yield chunk, Chunk(tuple(run[1] for run in chosen), chunk.sizes).of(local)
+        found = chunks_at(tuple(tensor.shape), (), ())
+        part = tensor.detach()
+    else:
+        part = tensor.to_local().detach()
+        sizes = tuple((size, 1) for size in tensor.device_mesh.shape)
+        coordinates = tensor.device_mesh.get_coordinate()
+        if part.numel() == 0 or coordinates is None:
+            return
+        cuts = _cuts(tensor.placements, sizes, tensor.dim())
+        found = chunks_at(tuple(tensor.shape), tuple(cuts.values()), tuple(coordinates[axis] for axis in cuts))
+        _check_local(tensor, part, found)
+    for chunk, own in found:
+        yield chunk, own.of(part)
 
 
-def _runs(tensor: DTensor, local: Tensor, dim: int) -> tuple[tuple[int, int, int], ...]:
-    """Return the runs of indices of *dim* that *local* holds: (global start, local start, length) each.
-
-    Raises PluginError for a partial placement, and for a local tensor of another size than its placements give.
-    """
-    coordinates: Sequence[int] = tensor.device_mesh.get_coordinate() or ()
-    splits = []
-    for axis, (placement, coordinate) in enumerate(zip(tensor.placements, coordinates, strict=True)):
+def _cuts(placements: Sequence[Any], axes: Axes, ndim: int) -> dict[int, Cut]:
+    """Return the cuts of *placements* by the mesh axis that makes them; raise PluginError for a partial placement."""
+    found = {}
+    for axis, (placement, (size, stride)) in enumerate(zip(placements, axes, strict=True)):
         if placement.is_partial():
-            raise PluginError(f"a tensor of the state is {tensor.placements} on its mesh; reduce it before it is saved")
-        if hasattr(placement, "dim") and placement.dim % tensor.dim() == dim:
-            splits.append((getattr(placement, "split_factor", None), tensor.device_mesh.size(axis), coordinate))
-    runs = _stretches(tensor.shape[dim], tuple(splits))
-    held = sum(run[2] for run in runs)
-    if held != local.shape[dim]:
-        raise PluginError(
-            f"a tensor of shape {tuple(tensor.shape)} as {tensor.placements} should have {held} of dim {dim} on "
-            f"this rank, but has {local.shape[dim]}; export_state must bring it to the layout that it declares"
-        )
-    return runs
+            raise PluginError(f"a tensor of the state is {placements} on its mesh; reduce it before it is saved")
+        if hasattr(placement, "dim") and size > 1:
+            found[axis] = Cut(placement.dim % ndim, size, stride, getattr(placement, "split_factor", 1))
+    return found
 
 
-@lru_cache(maxsize=4096)
-def _stretches(size: int, splits: tuple[tuple[int | None, int, int], ...]) -> tuple[tuple[int, int, int], ...]:
-    """Return the runs of a dim of *size* that remain after *splits*.
-
-    A run is as in ``_runs``; a split is (split factor or None, number of ranks, coordinate of this rank).
-    """
-    index = torch.arange(size)
-    # Left to right, as DTensor does it. Only torch's private _split_tensor tells exactly how a placement splits.
-    for factor, ranks, coordinate in splits:
-        flat: Any = Shard(0) if factor is None else StridedShard(0, split_factor=factor)
-        shards, _ = flat._split_tensor(index, ranks, with_padding=False)
-        index = shards[coordinate]
-    breaks = [0, *(torch.nonzero(index.diff() != 1).flatten() + 1).tolist(), len(index)]
-    return tuple((int(index[a]), a, b - a) for a, b in pairwise(breaks) if b > a)
+def _check_local(tensor: DTensor, part: Tensor, found: Sequence[tuple[Chunk, Chunk]]) -> None:
+    """Raise PluginError for a local tensor of another size than its placements give."""
+    for dim, size in enumerate(part.shape):
+        held = max((own.offsets[dim] + own.sizes[dim] for _, own in found), default=0)
+        if held != size:
+            raise PluginError(
+                f"a tensor of shape {tuple(tensor.shape)} as {tensor.placements} should have {held} of dim {dim} on "
+                f"this rank, but has {size}; export_state must bring it to the layout that it declares"
+            )
 
 
-@attrs.frozen(kw_only=True)
-class Entry:
-    """The metadata of one tensor over all ranks: its global shape, its dtype, and the ranks that hold each chunk."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    holders: Mapping[Chunk, Sequence[int]]
-
-    @property
-    def nbytes(self) -> int:
-        """The size of the whole tensor in bytes."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-def describe(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return, as JSON, shape, dtype and this rank's chunks of each tensor.
+def described(state: Mapping[str, Tensor], ranks: RankGroup) -> dict[str, Held]:
+    """Return what this rank holds of each tensor; no communication.
 
     Raises PluginError for a tensor whose local size is not that of its placements.
     """
-    return {
-        name: [
-            list(tensor.shape),
-            dtype_name(tensor.dtype),
-            [[chunk.offsets, chunk.sizes] for chunk, _ in chunks(tensor)],
-        ]
-        for name, tensor in state.items()
-    }
+    rank = ranks.rank
+    axes: dict[int, Axes | None] = {}
+    layouts: dict[Any, Layout] = {}
+    found = {}
+    for name, tensor in state.items():
+        shape, dtype = tuple(tensor.shape), dtype_name(tensor.dtype)
+        if not isinstance(tensor, DTensor):
+            found[name] = Held(shape, dtype, Layout())
+            continue
+        mesh = tensor.device_mesh
+        if id(mesh) not in axes:
+            axes[id(mesh)] = _axes(mesh, ranks)
+        regular, part = axes[id(mesh)], tensor.to_local()
+        if regular is not None and tensor.dim():
+            which = (id(mesh), tensor.placements, tensor.dim())
+            if which not in layouts:
+                layouts[which] = Layout(tuple(_cuts(tensor.placements, regular, tensor.dim()).values()))
+            own = layouts[which].chunks_of(shape, rank)
+            if bool(own) == bool(part.numel()):
+                if own:
+                    _check_local(tensor, part, own)
+                found[name] = Held(shape, dtype, layouts[which])
+                continue
+        found[name] = Held(shape, dtype, None, tuple(chunk for chunk, _ in chunks(tensor)))
+    return found
 
 
-def merged(described: Sequence[Mapping[str, Any]]) -> dict[str, Entry]:
-    """Merge the metadata of all ranks, as ``describe`` returned it on each.
+def _axes(mesh: DeviceMesh, ranks: RankGroup) -> Axes | None:
+    """Return size and stride of the axes of *mesh*, in places of *ranks*; None for a mesh that these do not describe.
 
-    Raises PluginError when the chunks of a tensor leave holes or overlap, or ranks disagree about its shape or dtype.
+    They describe it when the coordinate of every rank on an axis is its place divided by the stride, modulo the size.
     """
-    found: dict[str, tuple[Any, str, dict[Chunk, list[int]]]] = {}
-    for rank, theirs in enumerate(described):
-        for name, (shape, dtype, parts) in theirs.items():
-            known = found.setdefault(name, (shape, dtype, {}))
-            if known[:2] != (shape, dtype):
-                raise PluginError(f"{name} is {dtype} {shape} on rank {rank}, but {known[1]} {known[0]} on another")
-            for offsets, sizes in parts:
-                known[2].setdefault(Chunk(tuple(offsets), tuple(sizes)), []).append(rank)
-    entries = {
-        name: Entry(shape=tuple(shape), dtype=getattr(torch, dtype), holders=parts)
-        for name, (shape, dtype, parts) in found.items()
-    }
-    _check_cover(entries)
-    return entries
+    grid = mesh.mesh.to(torch.int64)
+    if ranks.ranks is not None:
+        members = torch.tensor(ranks.ranks)
+        places = torch.searchsorted(members, grid.contiguous()).clamp(max=len(members) - 1)
+        if not torch.equal(members[places], grid):
+            return None
+        grid = places
+    found = []
+    for dim, size in enumerate(grid.shape):
+        stride = int(grid.select(dim, 1).flatten()[0] - grid.flatten()[0]) if size > 1 else 1
+        coordinates = torch.arange(size).view(-1, *(1,) * (grid.dim() - dim - 1)).expand_as(grid)
+        if stride < 1 or not torch.equal(grid // stride % size, coordinates):
+            return None
+        found.append((size, stride))
+    return tuple(found)
 
 
-def _check_cover(entries: Mapping[str, Entry]) -> None:
-    for name, entry in entries.items():
-        held, wanted = sum(chunk.numel for chunk in entry.holders), math.prod(entry.shape)
-        if held != wanted:
-            what = "overlap" if held > wanted else "leave holes"
-            raise PluginError(
-                f"the pieces of {name} on all ranks {what}: {held} elements of {wanted}; export_state of a plugin must "
-                "declare the layout that its tensors have"
-            )
+@attrs.define(eq=False)
+class Planner:
+    """Plans saves, and keeps the last plan: most saves are of the same tensors as the one before."""
+
+    _looks: Any = None
+    _described: tuple[dict[str, Held], str] = ({}, "")
+    _shares: Any = None
+    _plan: SavePlan | None = None
+
+    def describe(self, state: Mapping[str, Tensor], ranks: RankGroup) -> str:
+        """Return in a text what this rank holds of *state*; errors as of ``described``."""
+        with torch.no_grad():  # so that to_local makes no new tensor
+            looks = [_seen(name, tensor) for name, tensor in state.items()]
+            return self.describe_as((ranks, looks), lambda: described(state, ranks))
+
+    def describe_as(self, looks: Any, describe: Callable[[], dict[str, Held]]) -> str:
+        """Return in a text what *describe* returns; it is not called where *looks* equals that of the last time."""
+        if looks != self._looks:
+            held = describe()
+            self._described = held, json.dumps(holdings.to_json(held), separators=(",", ":"))
+            self._looks = looks
+        return self._described[1]
+
+    @property
+    def held(self) -> Mapping[str, Held]:
+        """What this rank holds, as it was last described."""
+        return self._described[0]
+
+    def plan(self, shares: Shares, rank: int, even: bool = True) -> SavePlan:
+        """Return the plan for *shares*, the texts of all ranks, of which ``describe`` gave this rank's.
+
+        *even* as of ``SavePlan.of``; it is the same in all calls.
+        """
+        if self._plan is None or shares != self._shares:
+            self._plan = SavePlan.of(self.holdings(shares), rank, even)
+            self._shares = shares
+        return self._plan
+
+    def holdings(self, shares: Shares) -> list[Holding]:
+        """Return what the ranks hold, as *shares* say."""
+        held, own = self._described
+        return [Holding(ranks, held if text == own else holdings.from_json(json.loads(text))) for ranks, text in shares]
+
+
+def _seen(name: str, tensor: Tensor) -> tuple[Any, ...]:
+    """Return all that ``described`` looks at."""
+    if not isinstance(tensor, DTensor):
+        return name, tensor.shape, tensor.dtype
+    return name, tensor.shape, tensor.dtype, tensor.device_mesh, tensor.placements, tensor.to_local().shape
+
+
+def pieces_of(state: Mapping[str, Tensor], plan: SavePlan) -> dict[str, Tensor]:
+    """Return the values, as views, of the pieces that *plan* has this rank write, by their labels."""
+    found = {}
+    with torch.no_grad():
+        for piece in plan.pieces:
+            tensor = state[piece.name]
+            if piece.local is None:
+                found[piece.label] = dict(chunks(tensor))[piece.chunk]
+            else:
+                found[piece.label] = piece.local.of(local(tensor).detach())
+    return found
+
+
+def survey(
+    ranks: RankGroup, occasion: str, state_of: Callable[[], Mapping[str, Tensor]]
+) -> tuple[dict[str, Tensor], dict[str, Entry]]:
+    """Return this rank's state, from *state_of*, and all tensors of it over all *ranks*; collective.
+
+    Raises on all ranks when *state_of* fails on one, or the chunks of a tensor do not make the whole.
+    """
+    planner, state = Planner(), {}
+
+    def describe() -> str:
+        state.update(state_of())
+        return planner.describe(state, ranks)
+
+    shares = ranks.distinct(occasion, describe)
+    return state, holdings.entries_of(planner.holdings(shares))
 
 
 def assemble(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nemo_dist.checkpoint.atomic_dir import write_folder
-from nemo_dist.checkpoint.chunks import Entry, assemble, describe, merged
+from nemo_dist.checkpoint.chunks import assemble, survey
 from nemo_dist.checkpoint.hf_side_files import write_companions
 from nemo_dist.checkpoint.hf_weight_conversion import (
     Group,
@@ -27,7 +27,8 @@ from nemo_dist.checkpoint.hf_weight_conversion import (
     refuse_wrapped,
     skeleton,
 )
-from nemo_dist.checkpoint.safetensors_writer import DTYPES, SafetensorsFile
+from nemo_dist.checkpoint.holdings import Entry
+from nemo_dist.checkpoint.safetensors_writer import DTYPE_OF, DTYPES, SafetensorsFile
 from nemo_dist.checkpoint.sharded_model import ShardedModel
 from nemo_dist.checkpoint.state_dict import model_state
 from nemo_dist.mesh.rank_group import RankGroup
@@ -54,15 +55,16 @@ def export(
 ) -> None:
     """Write the model to the folder *path*; see :meth:`nemo_dist.Runtime.export`."""
     ranks, model = sharded.ranks, sharded.model
-    with ranks.agreed("collecting what to export"):
-        target, limit = dtype_of(dtype), bytes_of(max_shard_size)
+
+    def collected() -> Mapping[str, Tensor]:
+        dtype_of(dtype), bytes_of(max_shard_size)
         refuse_unplain(model)
         refuse_wrapped(sharded.parts)
-        state = model_state(sharded)
-        described = describe(state)
-    entries = merged(ranks.gather(described))
+        return model_state(sharded)
+
+    state, entries = survey(ranks, "collecting what to export", collected)
     with ranks.agreed("planning the export"):
-        plan = Plan.of(skeleton(model), entries, target, limit)
+        plan = Plan.of(skeleton(model), entries, dtype_of(dtype), bytes_of(max_shard_size))
     plan.write(ranks, path, model, lambda wanted: assemble(ranks, wanted, state, entries, plan.dtypes))
 
 
@@ -79,7 +81,7 @@ class Plan:
         """Return the plan for *entries*, cast to *target* and cut at *limit* bytes per file; equal on every rank."""
         skipped = bare._keys_to_ignore_on_save or ()
         dtypes = {
-            name: target if target and entry.dtype.is_floating_point else entry.dtype
+            name: target if target and DTYPE_OF[entry.dtype].is_floating_point else DTYPE_OF[entry.dtype]
             for name, entry in sorted(entries.items())
             if name not in skipped
         }

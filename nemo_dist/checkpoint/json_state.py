@@ -12,11 +12,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from nemo_dist.checkpoint.chunks import as_bytes
-from nemo_dist.checkpoint.safetensors_writer import DTYPES
+from nemo_dist.checkpoint.safetensors_writer import DTYPE_OF
 from nemo_dist.plugin.mixed_precision import dtype_name
 
 _KIND = "nemo_dist"  # the key that marks a JSON object as an encoded value of a type that JSON lacks
-_NAMES = {dtype_name(dtype): dtype for dtype in DTYPES}
 _DEPTH = 100  # levels of nesting; Python's own limit is near 1000 calls
 _LARGEST = 1 << 4096
 _SEQUENCES: dict[str, Any] = {"tuple": tuple, "set": set, "deque": deque}
@@ -67,7 +66,7 @@ def _tensor(value: Tensor, where: str) -> Any:
     name = dtype_name(value.dtype)
     if value.is_meta or value.layout is not torch.strided:
         raise TypeError(f"{where} is a {'meta' if value.is_meta else 'sparse'} tensor, which cannot be saved")
-    if name not in _NAMES:
+    if name not in DTYPE_OF:
         raise TypeError(f"{where} is a tensor of {value.dtype}, which cannot be saved")
     content = _text(as_bytes(value.detach().cpu()).numpy().tobytes())
     return {_KIND: "tensor", "dtype": name, "shape": list(value.shape), "value": content}
@@ -111,7 +110,7 @@ def _raw(kind: Any, content: bytes, value: Mapping[str, Any]) -> Any:
         return content
     if kind == "tensor":
         flat = torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else torch.empty(0, dtype=torch.uint8)
-        return flat.view(_NAMES[value["dtype"]]).reshape(value["shape"])
+        return flat.view(DTYPE_OF[value["dtype"]]).reshape(value["shape"])
     if kind in ("ndarray", "scalar"):
         import numpy as np
 

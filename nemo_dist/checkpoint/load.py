@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import ExitStack, suppress
 from typing import Any
 
@@ -15,10 +16,12 @@ from torch import Tensor, nn
 
 from nemo_dist.checkpoint import async_save, rng_state
 from nemo_dist.checkpoint.atomic_dir import Staging
-from nemo_dist.checkpoint.chunks import Chunk, chunks
+from nemo_dist.checkpoint.chunks import chunks
 from nemo_dist.checkpoint.json_state import from_json
-from nemo_dist.checkpoint.manifest import Manifest, key
+from nemo_dist.checkpoint.layout import Chunk
+from nemo_dist.checkpoint.manifest import Manifest
 from nemo_dist.checkpoint.optimizer_state import copy_state, count_of, named, options_of_groups, place
+from nemo_dist.checkpoint.safetensors_writer import DTYPE_OF
 from nemo_dist.checkpoint.save import MODEL, OPTIMIZER, PLUGIN
 from nemo_dist.checkpoint.scheduler_state import fitted, restore_scheduler
 from nemo_dist.checkpoint.sharded_model import ShardedModel
@@ -74,42 +77,77 @@ def load_from(
     Arguments and errors as for :meth:`nemo_dist.Runtime.load`.
     """
     ranks, path = sharded.ranks, manifest.folder
-    with ranks.agreed(f"comparing {path} with the model"):
-        own = own_state(sharded)
-        names = _check_model(sharded, manifest, own)
-        twice = copies(sharded, own)
-        parameters = _check_optimizer(manifest, optimizer, own, twice)
-        with manifest.readable():
-            options = options_of_groups(optimizer, parameters, manifest.about["options"]) if parameters else []
-            counts = count_of(manifest.about["counts"] if parameters else [])
-            _check_layers(manifest)
-            _check_rest(manifest, schedulers, data)
-            states = [from_json(state) for state in manifest.about["schedulers"]]
-            generators = _generators(sharded, manifest)
-            data_state = _data_state(manifest, data, sharded.batch, sharded.batches)
-            extra = from_json(manifest.about["extra"])
-            fits = [fitted(scheduler, state) for scheduler, state in zip(schedulers, states, strict=True)]
-        plugin_states = _plugin_states(sharded, manifest)
-    _check_complete(ranks, manifest, names)
+    run = _Run(sharded=sharded, manifest=manifest, optimizer=optimizer, schedulers=schedulers)
+    names = ranks.distinct(f"comparing {path} with the model", lambda: json.dumps(run.compare(data)))
+    _check_complete(manifest, {name for _, text in names for name in json.loads(text)})
     if data is not None:
-        _hand_to_data(ranks, manifest, data, data_state)
+        _hand_to_data(ranks, manifest, data, run.data_state)
     with ranks.agreed(f"loading {path}"), Reader(manifest) as reader, torch.no_grad():
-        with imported(sharded, own) as canonical:
+        run.fill(reader)
+    return run.extra
+
+
+@attrs.define(kw_only=True)
+class _Run:
+    """The run to load into: what of it ``compare`` found, which changes nothing, and ``fill`` then changes."""
+
+    sharded: ShardedModel
+    manifest: Manifest
+    optimizer: Any
+    schedulers: Sequence[Any]
+    own: Mapping[str, Tensor] = attrs.field(factory=dict)
+    twice: Sequence[tuple[Tensor, Tensor]] = ()
+    parameters: Mapping[str, nn.Parameter] = attrs.field(factory=dict)
+    options: Sequence[Mapping[str, Any]] = ()
+    counts: Callable[[str, bool], Any] = attrs.field(factory=lambda: count_of(()))
+    fits: Sequence[Any] = ()
+    plugin_states: Mapping[str, SavedState] = attrs.field(factory=dict)
+    generators: Any = None
+    data_state: Any = None
+    extra: Any = None
+
+    def compare(self, data: Any) -> list[str]:
+        """Compare all of the run with the checkpoint; return the names of the tensors of the model that it reads."""
+        sharded, manifest = self.sharded, self.manifest
+        self.own = own_state(sharded)
+        names = _check_model(sharded, manifest, self.own)
+        self.twice = copies(sharded, self.own)
+        self.parameters = _check_optimizer(manifest, self.optimizer, self.own, self.twice)
+        with manifest.readable():
+            if self.parameters:
+                self.options = options_of_groups(self.optimizer, self.parameters, manifest.about["options"])
+            elif self.optimizer is not None:
+                self.options = [{} for _ in self.optimizer.param_groups]
+            self.counts = count_of(manifest.about["counts"] if self.parameters else ())
+            _check_layers(manifest)
+            _check_rest(manifest, self.schedulers, data)
+            states = [from_json(state) for state in manifest.about["schedulers"]]
+            self.generators = _generators(sharded, manifest)
+            self.data_state = _data_state(manifest, data, sharded.batch, sharded.batches)
+            self.extra = from_json(manifest.about["extra"])
+            self.fits = [fitted(scheduler, state) for scheduler, state in zip(self.schedulers, states, strict=True)]
+        self.plugin_states = _plugin_states(sharded, manifest)
+        return names
+
+    def fill(self, reader: Reader) -> None:
+        """Read what this rank holds, and put it into the run."""
+        sharded, optimizer = self.sharded, self.optimizer
+        with imported(sharded, self.own) as canonical:
             reader.fill(MODEL, canonical)
-        for tensor, copy in twice:
+        for tensor, copy in self.twice:
             copy.copy_(tensor)
         if optimizer is not None:
-            _load_optimizer(sharded, reader, optimizer, parameters, counts)
-            copy_state(optimizer, twice)
-            for group, values in zip(optimizer.param_groups, options, strict=True):
+            _load_optimizer(sharded, reader, optimizer, self.parameters, self.counts)
+            copy_state(optimizer, self.twice)
+            for group, values in zip(optimizer.param_groups, self.options, strict=True):
                 group.update(values)
-        for name, saved in plugin_states.items():
-            _load_plugin(sharded, reader, name, saved, {n: p for n, p in own.items() if isinstance(p, nn.Parameter)})
-        for scheduler, state in zip(schedulers, fits, strict=True):
+        parameters = {name: tensor for name, tensor in self.own.items() if isinstance(tensor, nn.Parameter)}
+        for name, saved in self.plugin_states.items():
+            _load_plugin(sharded, reader, name, saved, parameters)
+        for scheduler, state in zip(self.schedulers, self.fits, strict=True):
             restore_scheduler(scheduler, state)
-        if generators is not None:
-            rng_state.restore(generators)
-        return extra
+        if self.generators is not None:
+            rng_state.restore(self.generators)
 
 
 @attrs.define
@@ -134,24 +172,19 @@ class Reader:
 
     def read(self, name: str, wanted: Chunk, into: Tensor) -> None:
         """Read the chunk *wanted* of the stored tensor *name* into the view *into*, which has its sizes."""
-        for piece in self.manifest.tensors[name].pieces:
-            common = piece.chunk.common(wanted)
-            if common is not None:
-                there = common.within(piece.chunk)
-                spans = tuple(slice(a, a + n) for a, n in zip(there.offsets, there.sizes, strict=True))
-                file, label = self._open(piece.file), key(name, piece.chunk)
-                found = file.get_tensor(label) if there == _whole(piece.chunk) else file.get_slice(label)[spans]
-                common.within(wanted).of(into).copy_(found)
+        for slice_ in self.manifest.slices(name, wanted):
+            file = self._open(slice_.file)
+            if slice_.spans is None:
+                found = file.get_tensor(slice_.label)
+            else:
+                found = file.get_slice(slice_.label)[slice_.spans]
+            slice_.into.of(into).copy_(found)
 
     def _open(self, index: int) -> Any:
         if index not in self._files:
             path = self.manifest.folder / self.manifest.files[index]["name"]
             self._files[index] = self._stack.enter_context(safe_open(path, framework="pt"))
         return self._files[index]
-
-
-def _whole(chunk: Chunk) -> Chunk:
-    return Chunk((0,) * len(chunk.sizes), chunk.sizes)
 
 
 def _check_model(sharded: ShardedModel, manifest: Manifest, own: Mapping[str, Tensor]) -> list[str]:
@@ -165,16 +198,16 @@ def _check_model(sharded: ShardedModel, manifest: Manifest, own: Mapping[str, Te
         stored = manifest.tensors.get(MODEL + name)
         if stored is None:
             problems.append(f"{name} is not in the checkpoint")
-        elif (stored.shape, stored.dtype) != (tuple(tensor.shape), tensor.dtype):
+        elif (stored.shape, DTYPE_OF[stored.dtype]) != (tuple(tensor.shape), tensor.dtype):
             own_layout = f"{tensor.dtype} {tuple(tensor.shape)}"
-            problems.append(f"{name} is {stored.dtype} {stored.shape} in the checkpoint, {own_layout} in the model")
+            there = f"{DTYPE_OF[stored.dtype]} {stored.shape}"
+            problems.append(f"{name} is {there} in the checkpoint, {own_layout} in the model")
     _raise(manifest, problems)
     return list(canonical)
 
 
-def _check_complete(ranks: RankGroup, manifest: Manifest, names: Sequence[str]) -> None:
-    """Raise CheckpointError for parameters of the checkpoint that no rank has; collective over *ranks*."""
-    known = {name for names in ranks.gather(list(names)) for name in names}
+def _check_complete(manifest: Manifest, known: Set[str]) -> None:
+    """Raise CheckpointError for parameters of the checkpoint that are not *known*, the names that any rank has."""
     stored = {name.removeprefix(MODEL) for name in manifest.tensors if name.startswith(MODEL)}
     _raise(manifest, [f"{name} is not in the model" for name in sorted(stored - known)])
 
@@ -213,7 +246,7 @@ def _check_rest(manifest: Manifest, schedulers: Sequence[Any], data: Any) -> Non
     saved = len(manifest.about["schedulers"])
     if len(schedulers) != saved:
         raise CheckpointError(f"{manifest.folder} has {saved} schedulers, but {len(schedulers)} are to be loaded")
-    if data is not None and any(rank["data"] is None for rank in manifest.about["ranks"]):
+    if data is not None and manifest.data is None:
         raise CheckpointError(f"{manifest.folder} has no state of data; leave data out")
 
 
@@ -224,7 +257,7 @@ def _same_topology(sharded: ShardedModel, manifest: Manifest) -> bool:
     own = sharded.topology
     if 1 in listed.values():  # version 0.1 listed six axes, whatever their sizes, and no others
         own = {axis: size for axis, size in own.items() if axis in listed}
-    return saved == own and len(manifest.about["ranks"]) == sharded.ranks.size
+    return saved == own and len(manifest.dp_ranks) == sharded.ranks.size
 
 
 def _generators(sharded: ShardedModel, manifest: Manifest) -> Any:
@@ -233,14 +266,13 @@ def _generators(sharded: ShardedModel, manifest: Manifest) -> Any:
     With the same topology these are of the same rank; otherwise of the first one with the same data-parallel
     coordinate.
     """
-    saved = manifest.about["ranks"]
     if _same_topology(sharded, manifest):
-        mine = saved[sharded.ranks.rank]
+        mine = sharded.ranks.rank
+    elif sharded.batch in manifest.dp_ranks:
+        mine = manifest.dp_ranks.index(sharded.batch)
     else:
-        mine = next((rank for rank in saved if rank["dp_rank"] == sharded.batch), None)
-    if mine is None:
         return None
-    generators = from_json(mine["generators"])
+    generators = from_json(manifest.of_rank(mine)["generators"])
     rng_state.check(generators)
     return generators
 
@@ -258,7 +290,7 @@ def _plugin_states(sharded: ShardedModel, manifest: Manifest) -> dict[str, Saved
     same, found, problems = _same_topology(sharded, manifest), {}, []
     for name in [name for name in sharded.states if name in saved]:
         with manifest.readable():
-            own = manifest.about["ranks"][sharded.ranks.rank]["plugin_states"][name] if same else None
+            own = manifest.of_rank(sharded.ranks.rank)["plugin_states"][name] if same else None
             found[name] = SavedState(shared=from_json(saved[name]), own=from_json(own))
         state = sharded.states[name]
         if state.accepts is not None:
@@ -288,12 +320,11 @@ def _data_state(manifest: Manifest, data: Any, dp_rank: int, dp_size: int) -> An
     """
     if data is None:
         return None
-    ranks = manifest.about["ranks"]
-    batches = 1 + max(rank["dp_rank"] for rank in ranks)
+    batches = 1 + max(manifest.dp_ranks)
     if batches == dp_size:
-        return from_json(next(rank["data"] for rank in ranks if rank["dp_rank"] == dp_rank))
-    if all(rank["data"] == ranks[0]["data"] for rank in ranks):
-        return from_json(ranks[0]["data"])
+        return from_json(manifest.of_rank(manifest.dp_ranks.index(dp_rank))["data"])
+    if manifest.data == "equal":
+        return from_json(manifest.of_rank(0)["data"])
     raise CheckpointError(
         f"{manifest.folder} has a different state of data for each of {batches} data-parallel ranks, and here are "
         f"{dp_size}; leave data out and set its position from what you saved as extra"
@@ -343,7 +374,7 @@ def _read_like(
     tensors = reader.manifest.tensors
     stored = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
     found = {
-        name: torch.empty_like(parameter, dtype=stored[name].dtype if name in stored else None)
+        name: torch.empty_like(parameter, dtype=DTYPE_OF[stored[name].dtype] if name in stored else None)
         for name, parameter in parameters.items()
     }
     for name in [name for name in exported(sharded, found) if name not in stored]:

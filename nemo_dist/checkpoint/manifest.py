@@ -1,4 +1,8 @@
-"""The manifest of a checkpoint: its tensors, where their chunks are, everything that is not a tensor, and checksums."""
+"""The manifest of a checkpoint: its tensors, where their chunks are, everything that is not a tensor, and checksums.
+
+Format 2 names the layout of a tensor, from which the chunks in every file follow, and keeps what is different on every
+rank in the file of that rank. Format 1, which is read too, lists all chunks and the state of all ranks.
+"""
 
 from __future__ import annotations
 
@@ -8,24 +12,32 @@ import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import attrs
 from safetensors import SafetensorError, safe_open
 
-from nemo_dist.checkpoint.chunks import Chunk
-from nemo_dist.checkpoint.safetensors_writer import DTYPES
+from nemo_dist.checkpoint import stored_tensor
+from nemo_dist.checkpoint.layout import Chunk
+from nemo_dist.checkpoint.safetensors_writer import DTYPE_OF, DTYPES
+from nemo_dist.checkpoint.stored_tensor import Stored, key
 from nemo_dist.errors import CheckpointError
 from nemo_dist.loading.other_formats import way_in
-from nemo_dist.plugin.mixed_precision import dtype_name
 
-FORMAT = 1
+FORMAT = 2
 NAME = "manifest.json"
 IDENTITY = "hf"  # the folder with config and tokenizer, which an offline export needs
+OF_RANK = "rank"  # the tensor, in each rank's file, with the bytes of the JSON of what is different on every rank
 _FILE = re.compile(r"rank-[0-9]{5}\.safetensors")
+_SEAL = re.compile(rb',"checksum":([0-9]+)\}\s*')
 _BUFFER = 1 << 24
-_DTYPES = {dtype_name(dtype): dtype for dtype in DTYPES}
+
+
+def file_name(rank: int) -> str:
+    """Return the name of the file of *rank*."""
+    return f"rank-{rank:05d}.safetensors"
 
 
 def is_entry(name: str) -> bool:
@@ -47,35 +59,22 @@ def refuse_others(folder: Path) -> None:
 
 def _has_manifest(folder: Path) -> bool:
     try:
-        return {"format", "checksum", "tensors"} <= _parse(folder).keys()
+        return {"format", "checksum", "tensors"} <= _parse(folder)[1].keys()
     except CheckpointError:
         return False
 
 
 @attrs.frozen
-class StoredChunk:
-    """A chunk of a tensor, and the index in the manifest of the file that contains it."""
+class Slice:
+    """A part to read: the index of its file, its chunk's name there, ``spans`` of it (None: all), and where it goes."""
 
-    chunk: Chunk
     file: int
+    label: str
+    spans: tuple[slice, ...] | None
+    into: Chunk
 
 
-@attrs.frozen
-class Stored:
-    """A tensor of the checkpoint: its shape, its dtype, and its chunks."""
-
-    shape: tuple[int, ...]
-    dtype: Any
-    pieces: Sequence[StoredChunk]
-
-
-def key(name: str, chunk: Chunk) -> str:
-    """Return the name under which a chunk of the tensor *name* is stored: ``model/lm_head.weight[0:48,0:32]``."""
-    spans = (f"{start}:{start + size}" for start, size in zip(chunk.offsets, chunk.sizes, strict=True))
-    return f"{name}[{','.join(spans)}]"
-
-
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, slots=False)
 class Manifest:
     """The manifest of the checkpoint in ``folder``; ``about`` is everything that is not a tensor.
 
@@ -90,23 +89,23 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: str | os.PathLike[str]) -> Manifest:
-        """Read and validate the manifest in *folder*, and the sizes of the files that it names.
+        """Read and validate the manifest in *folder*; raise CheckpointError for one that is missing, damaged or newer.
 
-        Raises CheckpointError for a manifest that is missing, damaged or of a newer format, and for files that are
-        missing or have another size. The content of the files is not read; see ``verify``.
+        The files that it names are not looked at; see ``look_for_files`` and ``verify``.
         """
         where = Path(folder)
-        content = _parse(where)
+        text, content = _parse(where)
         if not isinstance(content.get("format"), int) or content["format"] > FORMAT:
             raise CheckpointError(
                 f"{where} has checkpoint format {content.get('format')!r}, and this version reads up to {FORMAT}; "
                 "update nemo_dist"
             )
         with _readable(where / NAME):
-            checksum, found = content.pop("checksum", None), _checksum(content)
+            checksum = content.pop("checksum", None)
+            found = _checksum_1(content) if content["format"] == 1 else _checksum(text)
             if checksum != found:
                 raise CheckpointError(f"{where / NAME} is damaged: its checksum is {checksum!r}, not {found}")
-            tensors = {name: _stored(value) for name, value in content["tensors"].items()}
+            tensors = stored_tensor.from_json(content.pop("layouts", []), content.pop("tensors"))
             companions = content.get("companions", [])  # version 0.1 listed none
             manifest = cls(folder=where, files=content["files"], companions=companions, tensors=tensors, about=content)
             manifest._check()
@@ -119,25 +118,31 @@ class Manifest:
 
     def _check(self) -> None:
         for file in self.files:
-            name, size = str(file["name"]), int(file["bytes"])
-            if not _FILE.fullmatch(name):
-                raise CheckpointError(f"{self.folder / NAME} names the file {name!r}, which is not one of a checkpoint")
-            self._check_file(self.folder / name, size)
-        for file in self.companions:
-            self._check_file(self.folder / IDENTITY / file["name"], int(file["bytes"]))
+            if not _FILE.fullmatch(_require(file["name"], str, "a name")):
+                raise CheckpointError(
+                    f"{self.folder / NAME} names the file {file['name']!r}, which is not one of a checkpoint"
+                )
         for name, stored in self.tensors.items():
-            whole = Chunk((0,) * len(stored.shape), stored.shape)
-            for piece in stored.pieces:
-                if not 0 <= piece.file < len(self.files) or piece.chunk.common(whole) != piece.chunk:
-                    raise ValueError(f"a piece of {name} lies outside the tensor or the files")
-            if sum(piece.chunk.numel for piece in stored.pieces) != whole.numel or overlap(stored.pieces):
-                raise ValueError(f"the pieces of {name} do not make the whole tensor")
+            if stored.dtype not in DTYPE_OF:
+                raise ValueError(f"{name} has the dtype {stored.dtype!r}")
+            stored.where.check(name, stored.shape, len(self.files))
+
+    def look_for_files(self) -> None:
+        """Raise CheckpointError for a file that is missing or has another size than when it was saved."""
+        for file in self.files:
+            self._check_file(self.folder / file["name"], file["bytes"])
+        self._look_for_companions()
+
+    def _look_for_companions(self) -> None:
+        with self.readable():
+            for file in self.companions:
+                self._check_file(self.folder / IDENTITY / file["name"], file["bytes"])
 
     def _check_about(self) -> None:
         """Raise ValueError or KeyError where ``about`` or the entry of a file lacks a value, or has a wrong type."""
         about = self.about
         _require(about.get("step"), int | None, "step")
-        plugins = _require(about.get("plugin_states", {}), dict, "plugin_states")
+        _require(about.get("plugin_states", {}), dict, "plugin_states")
         _require(about["model"], str, "model")
         _require(about["optimizer"], str | None, "optimizer")
         _require(about["extra"], object, "extra")
@@ -146,16 +151,18 @@ class Manifest:
             _require(value, int | str, name)
         for file in (*self.files, *self.companions):
             _require(file["crc32"], int, "a checksum")
+            _require(file["bytes"], int, "a size")
             for name in _require(file.get("not_finite", []), list, "not_finite"):
                 _require(name, str, "not_finite")
-        for rank in _require(about["ranks"], list, "ranks"):
-            _require(rank["dp_rank"], int, "dp_rank")
-            _require(rank["generators"], dict, "generators")
-            _require(rank["data"], object, "data")
-            if _require(rank.get("plugin_states", {}), dict, "plugin_states").keys() != plugins.keys():
-                raise ValueError("its ranks have states of other plugins than it lists")
-        if not about["ranks"]:
+        for dp_rank in self.dp_ranks:
+            _require(dp_rank, int, "dp_rank")
+        if not self.dp_ranks:
             raise ValueError("it lists no ranks")
+        if self._lists_ranks:
+            for rank in about["ranks"]:
+                self._check_rank(rank)
+        elif about["data"] not in (None, "equal", "each"):
+            raise ValueError(f"data is {about['data']!r}")
         if about["optimizer"] is not None:
             for what in ("counts", "options"):
                 for value, names in _require(about[what], list, what):
@@ -164,6 +171,46 @@ class Manifest:
                         _require(name, str, what)
             if not about["counts"] and self.kinds("optimizer."):
                 raise ValueError("it has moments of the optimizer, but no step counts")
+
+    def _check_rank(self, rank: Any) -> None:
+        _require(rank["generators"], dict, "generators")
+        _require(rank["data"], object, "data")
+        plugins = self.about.get("plugin_states", {})
+        if _require(rank.get("plugin_states", {}), dict, "plugin_states").keys() != plugins.keys():
+            raise ValueError("its ranks have states of other plugins than it lists")
+
+    @property
+    def _lists_ranks(self) -> bool:
+        return bool(self.about["format"] < 2)
+
+    @cached_property
+    def dp_ranks(self) -> list[int]:
+        """The data-parallel coordinate of each rank that saved: which batch it read."""
+        listed = _require(self.about["ranks"], list, "ranks") if self._lists_ranks else self.files
+        return [rank["dp_rank"] for rank in listed]
+
+    @property
+    def data(self) -> str | None:
+        """Whether the ranks saved "equal" states of data, "each" its own, or None."""
+        if not self._lists_ranks:
+            return self.about["data"]  # type: ignore[no-any-return]
+        states = [rank["data"] for rank in self.about["ranks"]]
+        if any(state is None for state in states):
+            return None
+        return "equal" if all(state == states[0] for state in states) else "each"
+
+    def of_rank(self, index: int) -> Mapping[str, Any]:
+        """Return what rank *index* saved of its own: "generators", "data" and "plugin_states", as JSON.
+
+        Raises CheckpointError where its file does not have them.
+        """
+        if self._lists_ranks:
+            return self.about["ranks"][index]  # type: ignore[no-any-return]
+        path = self.folder / self.files[index]["name"]
+        with _readable(path), safe_open(path, framework="np") as stored:
+            own = json.loads(stored.get_tensor(OF_RANK).tobytes())
+            self._check_rank(own)
+        return own  # type: ignore[no-any-return]
 
     def _check_file(self, path: Path, size: int) -> None:
         if not path.resolve().is_relative_to(self.folder.resolve()):
@@ -182,9 +229,21 @@ class Manifest:
         """Return the sorted kinds of tensors under *prefix*: ``exp_avg`` for ``optimizer.exp_avg/lm_head.weight``."""
         return sorted({name[len(prefix) :].partition("/")[0] for name in self.tensors if name.startswith(prefix)})
 
+    def slices(self, name: str, wanted: Chunk) -> Iterator[Slice]:
+        """Yield what to read for the chunk *wanted* of the tensor *name*."""
+        for piece in self.tensors[name].meeting(wanted):
+            common = piece.chunk.common(wanted)
+            if common is not None:
+                spans = None
+                if common != piece.chunk:
+                    there = common.within(piece.chunk)
+                    spans = tuple(slice(a, a + n) for a, n in zip(there.offsets, there.sizes, strict=True))
+                yield Slice(piece.file, key(name, piece.chunk), spans, common.within(wanted))
+
     def verify(self, index: int) -> None:
         """Read file *index* whole; raise CheckpointError unless its checksum, shapes and dtypes are those saved."""
         path = self.folder / self.files[index]["name"]
+        self._check_file(path, self.files[index]["bytes"])
         _verify(path, self.files[index])
         try:
             with safe_open(path, framework="pt") as stored:
@@ -193,7 +252,8 @@ class Manifest:
             raise CheckpointError(f"{path} is no safetensors file, or lacks a tensor: {error}") from error
 
     def verify_companions(self) -> None:
-        """Raise CheckpointError unless the checksums of the files in ``hf`` are those saved."""
+        """Raise CheckpointError unless the sizes and checksums of the files in ``hf`` are those saved."""
+        self._look_for_companions()
         for file in self.companions:
             _verify(self.folder / IDENTITY / file["name"], file)
 
@@ -203,11 +263,10 @@ class Manifest:
         A checksum alone does not protect against a file that was made to match it.
         """
         for name, tensor in self.tensors.items():
-            for piece in tensor.pieces:
-                if piece.file == index:
-                    found = stored.get_slice(key(name, piece.chunk))
-                    if (tuple(found.get_shape()), found.get_dtype()) != (piece.chunk.sizes, DTYPES[tensor.dtype]):
-                        raise CheckpointError(f"{path} has {name} as {found.get_dtype()} {found.get_shape()}")
+            for chunk in tensor.in_file(index):
+                found = stored.get_slice(key(name, chunk))
+                if (tuple(found.get_shape()), found.get_dtype()) != (chunk.sizes, DTYPES[DTYPE_OF[tensor.dtype]]):
+                    raise CheckpointError(f"{path} has {name} as {found.get_dtype()} {found.get_shape()}")
 
 
 def _verify(path: Path, file: Mapping[str, Any]) -> None:
@@ -223,23 +282,6 @@ def _crc32(path: Path) -> int:
         while count := stream.readinto(buffer):
             found = zlib.crc32(buffer[:count], found)
     return found
-
-
-def overlap(pieces: Sequence[StoredChunk]) -> bool:
-    """Whether two of *pieces* of one tensor have an element in common.
-
-    A sweep along the first dim, in which most tensors are cut: only pieces with common rows are compared.
-    """
-    if not pieces or not pieces[0].chunk.sizes:
-        return len(pieces) > 1
-    open_chunks: list[Chunk] = []
-    for piece in sorted(pieces, key=lambda piece: piece.chunk.offsets[0]):
-        start = piece.chunk.offsets[0]
-        open_chunks = [chunk for chunk in open_chunks if chunk.offsets[0] + chunk.sizes[0] > start]
-        if any(chunk.common(piece.chunk) is not None for chunk in open_chunks):
-            return True
-        open_chunks.append(piece.chunk)
-    return False
 
 
 def _require(value: Any, kind: Any, what: str) -> Any:
@@ -258,12 +300,14 @@ def _readable(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{path} is malformed: {type(error).__name__}: {error}") from error
 
 
-def _parse(where: Path) -> dict[str, Any]:
+def _parse(where: Path) -> tuple[bytes, dict[str, Any]]:
+    """Return the manifest in *where*, as bytes and as JSON."""
     if not where.is_dir():
         raise CheckpointError(f"there is no checkpoint at {where}")
     path = where / NAME
     try:
-        content = json.loads(path.read_bytes())
+        text = path.read_bytes()
+        content = json.loads(text)
     except FileNotFoundError:
         other = way_in(where) or f"{where} is no checkpoint, or not a complete one"
         raise CheckpointError(f"{path} is missing; {other}") from None
@@ -271,16 +315,18 @@ def _parse(where: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is damaged: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is malformed: it must be a JSON object (got {type(content).__name__})")
-    return content
+    return text, content
 
 
-def _stored(value: Any) -> Stored:
-    shape, dtype, listed = value
-    pieces = [
-        StoredChunk(Chunk(tuple(map(int, offsets)), tuple(map(int, sizes))), int(file))
-        for file, offsets, sizes in listed
-    ]
-    return Stored(tuple(map(int, shape)), _DTYPES[dtype], pieces)
+def _checksum(text: bytes) -> int | None:
+    """Return the checksum of what stands before it in *text*; None where it does not stand last."""
+    end = text.rfind(b',"checksum":')
+    return zlib.crc32(text[:end]) if end >= 0 and _SEAL.fullmatch(text, end) else None
+
+
+def _checksum_1(content: Mapping[str, Any]) -> int:
+    """Return the checksum of format 1: of *content* without it, with sorted keys."""
+    return zlib.crc32(json.dumps(content, sort_keys=True, separators=(",", ":")).encode())
 
 
 def write(
@@ -293,22 +339,14 @@ def write(
         for path in sorted(identity.rglob("*"))
         if path.is_file()
     ]
-    listed = {
-        name: [
-            stored.shape,
-            dtype_name(stored.dtype),
-            [[piece.file, piece.chunk.offsets, piece.chunk.sizes] for piece in stored.pieces],
-        ]
-        for name, stored in tensors.items()
-    }
-    content = json.loads(
-        json.dumps({**about, "format": FORMAT, "files": files, "companions": companions, "tensors": listed})
-    )
-    with (folder / NAME).open("w") as stream:
-        json.dump({**content, "checksum": _checksum(content)}, stream)
+    listed = stored_tensor.to_json(tensors)
+    with (folder / NAME).open("wb") as stream:
+        stream.write(sealed({**about, "format": FORMAT, "companions": companions, **listed, "files": files}))
         stream.flush()
         os.fsync(stream.fileno())
 
 
-def _checksum(content: Mapping[str, Any]) -> int:
-    return zlib.crc32(json.dumps(content, sort_keys=True, separators=(",", ":")).encode())
+def sealed(content: Mapping[str, Any]) -> bytes:
+    """Return *content*, of format 2, as the bytes of a manifest: its checksum is that of the bytes before it."""
+    text = json.dumps(content, separators=(",", ":"))[:-1].encode()
+    return text + b',"checksum":%d}' % zlib.crc32(text)

@@ -11,11 +11,13 @@ import torch
 import transformers
 from torch import Tensor
 
-from nemo_dist.checkpoint.chunks import Chunk, Entry
 from nemo_dist.checkpoint.hf_export import Plan, bytes_of, dtype_of
+from nemo_dist.checkpoint.holdings import Entry
+from nemo_dist.checkpoint.layout import whole_of
 from nemo_dist.checkpoint.load import Reader, intact
 from nemo_dist.checkpoint.manifest import IDENTITY, NAME, Manifest
 from nemo_dist.checkpoint.run_folder import RunFolder
+from nemo_dist.checkpoint.safetensors_writer import DTYPE_OF
 from nemo_dist.checkpoint.save import MODEL
 from nemo_dist.errors import CheckpointError
 from nemo_dist.mesh.rank_group import RankGroup
@@ -39,7 +41,7 @@ def export_checkpoint(
     manifest = intact(ranks, where)
     model = _identity(manifest)
     stored = {n.removeprefix(MODEL): tensor for n, tensor in manifest.tensors.items() if n.startswith(MODEL)}
-    entries = {name: Entry(shape=tensor.shape, dtype=tensor.dtype, holders={}) for name, tensor in stored.items()}
+    entries = {name: Entry(tensor.shape, tensor.dtype) for name, tensor in stored.items()}
     plan = Plan.of(model, entries, target, limit)
     with Reader(manifest) as reader:
 
@@ -80,7 +82,7 @@ def _identity(manifest: Manifest) -> Any:
 
 
 def _whole(reader: Reader, name: str, entry: Entry) -> Tensor:
-    whole = torch.empty(entry.shape, dtype=entry.dtype)
+    whole = torch.empty(entry.shape, dtype=DTYPE_OF[entry.dtype])
     if whole.numel():
-        reader.read(MODEL + name, Chunk((0,) * whole.dim(), tuple(whole.shape)), whole)
+        reader.read(MODEL + name, whole_of(entry.shape), whole)
     return whole

@@ -126,7 +126,8 @@ class RunFolder:
         """
         async_save.finish()
         ranks = runtime.sharded.ranks
-        steps = ranks.collect(f"listing {self.path}", lambda: self._newest_first(self.steps()))[0]
+        listed = ranks.decide(f"listing {self.path}", lambda: self._newest_first(self.steps()), lambda found: found[:1])
+        steps = listed[0]
         for step in steps:
             try:
                 manifest = intact(ranks, self._folder(step))
@@ -158,7 +159,9 @@ class RunFolder:
         for step in self._newest_first(self.steps()):
             try:
                 Staging.beside(self._folder(step)).recover()
-                return Manifest.read(self._folder(step)).folder
+                manifest = Manifest.read(self._folder(step))
+                manifest.look_for_files()
+                return manifest.folder
             except CheckpointError:
                 continue
         return None
@@ -212,7 +215,9 @@ class RunFolder:
     def _finite(self, step: int) -> bool:
         """Whether checkpoint *step* can be read and has only finite weights; True where they were not checked."""
         try:
-            return not Manifest.read(self._folder(step)).not_finite
+            manifest = Manifest.read(self._folder(step))
+            manifest.look_for_files()
+            return not manifest.not_finite
         except CheckpointError:
             return False
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from nemo_dist.checkpoint.chunks import as_bytes
+from nemo_dist.plugin.mixed_precision import dtype_name
 
 DTYPES = {
     torch.float64: "F64",
@@ -39,6 +40,7 @@ DTYPES = {
     torch.bool: "BOOL",
     torch.complex64: "C64",
 }
+DTYPE_OF = {dtype_name(dtype): dtype for dtype in DTYPES}
 
 
 @attrs.frozen

@@ -8,7 +8,7 @@ import os
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,20 +21,21 @@ from torch import Tensor
 from nemo_dist.checkpoint import async_save, manifest, rng_state
 from nemo_dist.checkpoint.atomic_dir import write_folder
 from nemo_dist.checkpoint.changed_optimizer import hides_state, makers, refuse_hidden_state
-from nemo_dist.checkpoint.chunks import Chunk, Entry, chunks, describe, merged
+from nemo_dist.checkpoint.chunks import pieces_of
 from nemo_dist.checkpoint.equal_copies import Copies
 from nemo_dist.checkpoint.hf_side_files import write_companions
 from nemo_dist.checkpoint.hf_weight_conversion import refuse_unplain
 from nemo_dist.checkpoint.host_copy import settle, to_host
 from nemo_dist.checkpoint.json_state import to_json
-from nemo_dist.checkpoint.manifest import Stored, StoredChunk, key
 from nemo_dist.checkpoint.optimizer_state import by_value, counts, group_options, moments, named
 from nemo_dist.checkpoint.safetensors_writer import SafetensorsFile
+from nemo_dist.checkpoint.save_plan import SavePlan
 from nemo_dist.checkpoint.scheduler_state import scheduler_state
 from nemo_dist.checkpoint.sharded_model import ShardedModel
 from nemo_dist.checkpoint.state_dict import copies, exported, own_state
+from nemo_dist.checkpoint.stored_tensor import Stored
 from nemo_dist.errors import CheckpointError
-from nemo_dist.mesh.rank_group import RankGroup
+from nemo_dist.mesh.rank_group import RankGroup, digest_of
 from nemo_dist.mesh.store_consensus import brief, refuse_differences
 
 # Prefixes of tensor names: "model/NAME", "optimizer.KIND/NAME" for moments, "plugin.PLUGIN.KIND/NAME".
@@ -61,35 +62,38 @@ def save(
     """Save the run; see :meth:`nemo_dist.Runtime.save`.
 
     On the first rank, *prepare* runs before anything is written, and *committed* after the rename.
-    Each rank collects its state, all ranks exchange the metadata of it once, and then each writes its share.
+    Each rank collects its state and plans alone who writes what, from a description that all ranks of one stage have
+    in common; then each writes its share.
     """
     async_save.finish()
-    ranks = sharded.ranks
+    ranks, planner = sharded.ranks, sharded.planner
     found = _Collected()
-    summaries = ranks.collect(
-        "collecting the state of the run", lambda: found.take(sharded, path, optimizer, data, extra, schedulers, step)
+    state: dict[str, Tensor] = {}
+    common = ranks.decide(
+        "collecting the state of the run",
+        lambda: found.take(sharded, path, optimizer, data, extra, schedulers, step),
+        _reconciled,
     )
-    refuse_differences("what to save", [summary["same"] for summary in summaries])
-    _refuse_unequal_states([summary["shared"] for summary in summaries])
     made = makers(optimizer)
-    refuse_hidden_state([summary["hidden"] for summary in summaries], made)
-    prefixes = sorted({prefix for summary in summaries for prefix in summary["prefixes"]})
-    with ranks.agreed("collecting what to save"):
-        state = found.canonical(sharded, prefixes)
-        described = describe(state)
-    answers = ranks.gather({**found.of_rank, "tensors": described})
+    if common["hidden"]:
+        refuse_hidden_state(made)
+    if common["unequal"]:
+        raise CheckpointError(common["unequal"])
+
+    def describe() -> str:
+        state.update(found.canonical(sharded, common["prefixes"]))
+        return json.dumps([planner.describe(state, ranks), found.of_parameters])
+
+    shares = [(of, *json.loads(text)) for of, text in ranks.distinct("collecting what to save", describe)]
     with ranks.agreed("planning the save"):
-        entries = merged([answer.pop("tensors") for answer in answers])
-        copies_here = Copies.of(ranks.rank, {} if sharded.differing else state, entries, but=found.buffers)
-        checked = found.weights if check_finite else frozenset()
-        writers = share_out(entries, ranks.size, even=not sharded.differing)
-        about = _joined(answers) | found.of_all
-        work = _Work.plan(ranks, sharded.model, path, state, entries, writers, about, checked)
+        plan = planner.plan([(of, text) for of, text, _ in shares], ranks.rank, even=not sharded.differing)
+        copies_here = Copies.of(plan, state, but=found.buffers)
+        about = {**found.of_all, **_joined([parameters for *_, parameters in shares]), "data": common["data"]}
+        work = _Work.of(sharded, path, state, plan, about, found, check_finite)
         if asynchronous:
             work = work.copied()
         settle(work.mine)  # the thread has a stream of its own
-    if not sharded.differing:
-        copies_here.compare(ranks, made)
+    copies_here.compare(ranks, made)
     under_way = async_save.begin(lambda: work.run(prepare, committed))
     if not asynchronous:
         under_way.wait()
@@ -102,12 +106,15 @@ class _Collected:
 
     ``own``: parameters and persistent buffers by name. ``layers``: tensors that are laid out like parameters (an
     optimizer's moments, a plugin's tensors), by the prefix of their names in the checkpoint and parameter name.
-    ``of_rank`` and ``of_all`` are JSON: what differs between ranks, and what is equal on all.
+    The others are JSON: what is different on every rank, what belongs to parameters that a rank has, and what is equal
+    on all.
     """
 
     own: Mapping[str, Tensor] = attrs.field(factory=dict)
     layers: dict[str, Mapping[str, Tensor]] = attrs.field(factory=dict)
     of_rank: dict[str, Any] = attrs.field(factory=dict)
+    of_parameters: dict[str, Any] = attrs.field(factory=dict)
+    dp_rank: int = 0
     of_all: dict[str, Any] = attrs.field(factory=dict)
 
     def take(
@@ -122,13 +129,12 @@ class _Collected:
     ) -> dict[str, Any]:
         """Collect the state; return what all ranks must know before they go on.
 
-        That is ``prefixes``, ``shared``, digests of plugins' states, ``same``, the arguments that must not differ, and
-        ``hidden``, whether the optimizer shows no state though it should have some.
+        That is ``prefixes``, digests of ``data`` and of what plugins call ``shared``, ``same``, the arguments that must
+        not differ, and ``hidden``, whether the optimizer shows no state though it should have some.
         """
         refuse_unplain(sharded.model)
-        self.own = own_state(sharded)
+        self.own, self.dp_rank = own_state(sharded), sharded.batch
         self.of_rank = {
-            "dp_rank": sharded.batch,
             "generators": to_json(rng_state.capture(), "the generators"),
             "data": None if data is None else to_json(data.state_dict(), "the state of data"),
         }
@@ -138,13 +144,14 @@ class _Collected:
         shared = self._take_plugins(sharded)
         same = {name: brief(self.of_all[name]) for name in ("step", "optimizer", "schedulers", "extra")}
         same |= {"path": str(Path(path).expanduser().absolute()), "data": "given" if data is not None else "None"}
+        digest = None if data is None else digest_of(json.dumps(self.of_rank["data"], sort_keys=True))
         hidden = optimizer is not None and hides_state(optimizer)
-        return {"prefixes": list(self.layers), "shared": shared, "same": same, "hidden": hidden}
+        return {"prefixes": list(self.layers), "shared": shared, "same": same, "data": digest, "hidden": hidden}
 
     def _take_optimizer(self, sharded: ShardedModel, optimizer: Any) -> None:
         parameters = named(optimizer, self.own, copies(sharded, self.own))
-        self.of_rank |= {
-            "counts": counts(optimizer, parameters),
+        self.of_parameters = {
+            "counts": by_value([_turned(counts(optimizer, parameters))]),
             "options": group_options(optimizer, parameters),
         }
         self.layers |= {f"{OPTIMIZER}{kind}/": found for kind, found in moments(optimizer, parameters).items()}
@@ -196,27 +203,39 @@ class _Collected:
         return state
 
 
-def _refuse_unequal_states(digests: Sequence[Mapping[str, int]]) -> None:
-    """Raise CheckpointError, on every rank alike, for a plugin whose ``shared`` state differs between ranks."""
+def _reconciled(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what all ranks must know of all: ``prefixes``, how ``data`` is, what is ``unequal`` wrongly or ``hidden``.
+
+    Raises RankError for arguments that differ.
+    """
+    refuse_differences("what to save", [summary["same"] for summary in summaries])
+    data = [summary["data"] for summary in summaries]
+    equal = all(digest == data[0] for digest in data)
+    return {
+        "prefixes": sorted({prefix for summary in summaries for prefix in summary["prefixes"]}),
+        "data": None if data[0] is None else "equal" if equal else "each",
+        "unequal": _unequal_states([summary["shared"] for summary in summaries]),
+        "hidden": all(summary["hidden"] for summary in summaries),
+    }
+
+
+def _unequal_states(digests: Sequence[Mapping[str, int]]) -> str:
+    """Return what to say of a plugin whose ``shared`` state differs between ranks; "" where none does."""
     for name in sorted({name for digest in digests for name in digest}):
         values = [digest.get(name) for digest in digests]
         usual = Counter(values).most_common(1)[0][0]
         odd = [str(rank) for rank, value in enumerate(values) if value != usual]
         if odd:
-            raise CheckpointError(
+            return (
                 f"plugin {name!r} calls its state equal on every rank, but that of rank {', '.join(odd)} differs; "
                 "return it from PluginState.own, or mend what makes it differ"
             )
+    return ""
 
 
-def _joined(answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Merge the metadata of all ranks: a list of what differs per rank, and once what belongs to parameters."""
-    of_rank = ("dp_rank", "generators", "data", "plugin_states")
-    joined: dict[str, Any] = {"ranks": [{name: a[name] for name in of_rank if name in a} for a in answers]}
-    if "counts" in answers[0]:
-        joined["counts"] = by_value([_turned(answer["counts"]) for answer in answers])
-        joined["options"] = by_value([answer["options"] for answer in answers])
-    return joined
+def _joined(several: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Merge what belongs to parameters: ``counts`` and ``options``, each value once with all names that have it."""
+    return {what: by_value([one[what] for one in several]) for what in several[0]}
 
 
 def _turned(counts: Mapping[str, Any]) -> list[Any]:
@@ -256,47 +275,46 @@ def _version(package: str) -> str | None:
 class _Work:
     """The part of a save that can run in the background: it runs no torch collective, ranks meet through the store.
 
-    ``writers``: which rank writes each chunk. ``mine``: the chunks that this rank writes, by their names in the file.
-    ``about``: what the manifest contains besides files and tensors. ``checked``: the names in the file of the chunks
-    that should be finite.
+    ``tensors``: where the chunks of all tensors will be. ``mine``: the chunks that this rank writes, by their names in
+    the file. ``about``: what the manifest contains besides files and tensors, ``of_rank``: what is of this rank alone.
+    ``checked``: the names in the file of the chunks that should be finite.
     """
 
     ranks: RankGroup
     model: Any
     path: str | os.PathLike[str]
-    writers: Mapping[str, Mapping[Chunk, int]]
-    entries: Mapping[str, Entry]
+    tensors: Mapping[str, Stored]
     mine: Mapping[str, Tensor]
     about: Mapping[str, Any]
+    of_rank: bytes
+    dp_rank: int
     checked: frozenset[str]
 
     @classmethod
-    def plan(
+    def of(
         cls,
-        ranks: RankGroup,
-        model: Any,
+        sharded: ShardedModel,
         path: str | os.PathLike[str],
         state: Mapping[str, Tensor],
-        entries: Mapping[str, Entry],
-        writers: Mapping[str, Mapping[Chunk, int]],
+        plan: SavePlan,
         about: Mapping[str, Any],
-        checked: Collection[str],
+        found: _Collected,
+        check_finite: bool,
     ) -> _Work:
-        mine, finite = {}, set()
-        for name, tensor in state.items():
-            for chunk, values in chunks(tensor):
-                if writers[name][chunk] == ranks.rank:
-                    mine[key(name, chunk)] = values
-                    finite |= {key(name, chunk)} if name in checked and values.is_floating_point() else set()
+        mine = pieces_of(state, plan)
+        checked = found.weights if check_finite else frozenset()
         return cls(
-            ranks=ranks,
-            model=model,
+            ranks=sharded.ranks,
+            model=sharded.model,
             path=path,
-            writers=writers,
-            entries=entries,
+            tensors=plan.tensors,
             mine=mine,
             about=about,
-            checked=frozenset(finite),
+            of_rank=json.dumps(found.of_rank).encode(),
+            dp_rank=found.dp_rank,
+            checked=frozenset(
+                piece.label for piece in plan.pieces if piece.name in checked and mine[piece.label].is_floating_point()
+            ),
         )
 
     def copied(self) -> _Work:
@@ -318,27 +336,23 @@ class _Work:
         )
 
     def _write_file(self, folder: Path) -> dict[str, Any]:
-        name = f"rank-{self.ranks.rank:05d}.safetensors"
-        layouts = {piece: (tuple(tensor.shape), tensor.dtype) for piece, tensor in self.mine.items()}
+        name = manifest.file_name(self.ranks.rank)
+        written = {**self.mine, manifest.OF_RANK: torch.frombuffer(bytearray(self.of_rank), dtype=torch.uint8)}
+        layouts = {piece: (tuple(tensor.shape), tensor.dtype) for piece, tensor in written.items()}
         with SafetensorsFile(folder / name, layouts) as file:
             for piece in file.slots:
-                file.write(piece, self.mine[piece])
+                file.write(piece, written[piece])
         odd = [piece for piece in self.checked if not _is_finite(self.mine[piece])]
-        return {"name": name, "bytes": file.nbytes, "crc32": file.checksum, "not_finite": sorted(odd)[:_FEW]}
+        few = {"not_finite": sorted(odd)[:_FEW]} if odd else {}
+        return {"name": name, "bytes": file.nbytes, "crc32": file.checksum, "dp_rank": self.dp_rank, **few}
 
     def _write_manifest(self, folder: Path, files: Sequence[Mapping[str, Any]]) -> None:
-        if odd := [piece for file in files for piece in file["not_finite"]]:
+        if odd := [piece for file in files for piece in file.get("not_finite", ())]:
             warnings.warn(
                 f"the checkpoint {self.path} has weights that are not finite: {', '.join(odd[:_FEW])}", stacklevel=2
             )
         write_companions(folder / manifest.IDENTITY, self.model)
-        manifest.write(folder, files, {name: self._stored(name) for name in sorted(self.entries)}, self.about)
-
-    def _stored(self, name: str) -> Stored:
-        entry = self.entries[name]
-        return Stored(
-            entry.shape, entry.dtype, [StoredChunk(chunk, rank) for chunk, rank in self.writers[name].items()]
-        )
+        manifest.write(folder, files, self.tensors, self.about)
 
 
 def _is_finite(tensor: Tensor) -> bool:
@@ -347,19 +361,3 @@ def _is_finite(tensor: Tensor) -> bool:
         return True
     wide = tensor.float() if tensor.itemsize == 1 else tensor  # torch computes nothing in float8
     return bool(torch.isfinite(torch.linalg.vector_norm(wide, float("inf"))))
-
-
-def share_out(entries: Mapping[str, Entry], count: int, even: bool = True) -> dict[str, dict[Chunk, int]]:
-    """Return which rank writes each chunk: of its holders, the one with the fewest bytes to write so far.
-
-    Without *even* it is the first of its holders, so that all chunks are of one replica.
-    """
-    load = [0] * count
-    writers: dict[str, dict[Chunk, int]] = {}
-    for name, entry in entries.items():
-        writers[name] = {}
-        for chunk, holders in entry.holders.items():
-            writer = min(holders, key=lambda rank: (load[rank] if even else 0, rank))
-            load[writer] += chunk.numel * entry.dtype.itemsize
-            writers[name][chunk] = writer
-    return writers

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import attrs
 from torch import nn
 
+from nemo_dist.checkpoint.chunks import Planner
 from nemo_dist.hf_model import class_name, inner_model
 from nemo_dist.mesh.mesh_context import MeshContext
 from nemo_dist.mesh.rank_group import RankGroup
@@ -22,7 +23,8 @@ class ShardedModel:
     """The local ``parts`` of a model on its ``mesh``, and the hook ``calls`` that convert to the canonical state.
 
     ``strategy`` is the name of the strategy; ``plugins`` maps the names of all plugins to their import packages;
-    ``states`` is what each plugin saves in checkpoints; ``differing`` are the plugins whose replicas differ by design.
+    ``states`` is what each plugin saves in checkpoints; ``differing`` are the plugins whose replicas differ by design;
+    ``planner`` keeps the plan of the last save.
     """
 
     parts: Sequence[nn.Module]
@@ -32,6 +34,7 @@ class ShardedModel:
     plugins: Mapping[str, str] = attrs.field(factory=dict)
     states: Mapping[str, PluginState] = attrs.field(factory=dict)
     differing: Sequence[str] = ()
+    planner: Planner = attrs.field(factory=Planner)
 
     @cached_property
     def model(self) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -12,11 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nemo_dist.errors import CheckpointError
+from nemo_dist.errors import CheckpointError, RankError
 from nemo_dist.mesh.live_groups import live
 from nemo_dist.mesh.process_group import has_cpu_backend
 from nemo_dist.mesh.rank_status import default_store, explained
-from nemo_dist.mesh.store_consensus import share
+from nemo_dist.mesh.store_consensus import consensus, share
 
 if TYPE_CHECKING:
     from nemo_dist.mesh.mesh_context import MeshContext
@@ -87,29 +87,57 @@ class RankGroup:
         Results are small JSON values. When the call raises on one rank, all raise as in ``agreed``. Where every rank
         returns None the result is an empty list.
         """
-        failure, value = None, None
-        try:
-            value = value_of()
-        except Exception as error:
-            failure = _in_words(occasion, error)
+        value, failure = _tried(occasion, value_of)
         return share(occasion, value, failure, self.ranks, self.store, self.here)
 
-    def gather(self, value: Any) -> list[Any]:
-        """All-gather *value*, a JSON value of any size; return the values of all ranks in rank order."""
-        text = json.dumps(value)
-        if self.size == 1:
-            return [json.loads(text)]
-        mine = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).to(self.device)
-        lengths = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.size)]
+    def decide(self, occasion: str, value_of: Callable[[], Any], decision: Callable[[list[Any]], Any]) -> Any:
+        """As ``collect``, but return on every rank what *decision* makes of the values, on the first: a small result.
+
+        *decision* gets the values of all ranks in rank order, and raises nothing but RankError.
+        """
+        value, failure = _tried(occasion, value_of)
+
+        def judged(answers: list[Any]) -> list[Any]:
+            failed = [[rank, error] for rank, (error, _) in enumerate(answers) if error]
+            return [failed, None if failed else decision([value for _, value in answers])]
+
+        error = "" if failure is None else f"{type(failure).__name__}: {failure}"
+        failed, decided = consensus(occasion, [error, value], judged, self.ranks, self.store, self.here)
+        if failure is not None:
+            raise failure
+        if failed:
+            lines = "\n".join(f"- rank {self.ranks[rank] if self.ranks else rank}: {text}" for rank, text in failed)
+            raise RankError(f"{occasion} failed on {len(failed)} of the ranks:\n{lines}")
+        return decided
+
+    def distinct(self, occasion: str, text_of: Callable[[], str]) -> list[tuple[list[range], str]]:
+        """Call *text_of* on every rank; return each different text once, with the ranks that have it, ascending.
+
+        Texts come in the order of the first ranks that have them. Ranks compare digests. Only when these differ are
+        texts sent: each once, by the first rank that has it. Errors as in ``agreed``; collective.
+        """
+        text = ""
+
+        def digest() -> list[Any]:
+            nonlocal text
+            text = text_of()
+            return digest_of(text)
+
+        classes = self.decide(occasion, digest, alike)
+        if len(classes) == 1:
+            return [(_ranges(classes[0][0]), text)]
+        return [(_ranges(ranks), self._broadcast(text, ranks[0][0], nbytes)) for ranks, nbytes in classes]
+
+    def _broadcast(self, text: str, source: int, nbytes: int) -> str:
+        """Return the *text* of the rank *source* of this group, *nbytes* long in UTF-8; all ranks take part."""
+        if not nbytes:
+            return ""
+        buffer = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+        if self.rank == source:
+            buffer.copy_(torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8))
         with explained():
-            dist.all_gather(lengths, torch.tensor([len(mine)], device=self.device), group=_group(self.ranks))
-            padded = torch.zeros(max(map(int, lengths)), dtype=torch.uint8, device=self.device)
-            padded[: len(mine)] = mine
-            gathered = [torch.empty_like(padded) for _ in lengths]
-            dist.all_gather(gathered, padded, group=_group(self.ranks))
-        return [
-            json.loads(bytes(one[: int(length)].cpu().numpy())) for one, length in zip(gathered, lengths, strict=True)
-        ]
+            dist.broadcast(buffer, source if self.ranks is None else self.ranks[source], group=_group(self.ranks))
+        return bytes(buffer.cpu().numpy()).decode()
 
     def total(self, values: Sequence[int]) -> list[int]:
         """All-reduce a few integers: return the sum over all ranks of each of *values*.
@@ -146,6 +174,48 @@ class RankGroup:
         with explained():
             dist.all_to_all_single(received, sent.to(self.device), list(sizes), lengths, group=_group(self.ranks))
         return received.cpu()
+
+
+def digest_of(text: str) -> list[Any]:
+    """Return a digest of *text* and its length in bytes, as JSON."""
+    content = text.encode()
+    return [hashlib.blake2b(content, digest_size=16).hexdigest(), len(content)]
+
+
+def alike(digests: Sequence[Sequence[Any]]) -> list[Any]:
+    """Return, of the digests of all ranks, for each different one which ranks have it, as JSON ranges, and its length.
+
+    In the order of the first ranks that have them.
+    """
+    found: dict[str, list[int]] = {}
+    for rank, (digest, _) in enumerate(digests):
+        found.setdefault(digest, []).append(rank)
+    return [[_stretches(ranks), digests[ranks[0]][1]] for ranks in found.values()]
+
+
+def _stretches(ranks: Sequence[int]) -> list[list[int]]:
+    """Return the ascending *ranks* as few ranges of equal steps: (start, stop, step) each."""
+    found, index = [], 0
+    while index < len(ranks):
+        step = ranks[index + 1] - ranks[index] if index + 1 < len(ranks) else 1
+        last = index
+        while last + 1 < len(ranks) and ranks[last + 1] - ranks[last] == step:
+            last += 1
+        found.append([ranks[index], ranks[last] + 1, step])
+        index = last + 1
+    return found
+
+
+def _ranges(stretches: Sequence[Sequence[int]]) -> list[range]:
+    return [range(*stretch) for stretch in stretches]
+
+
+def _tried(occasion: str, value_of: Callable[[], Any]) -> tuple[Any, Exception | None]:
+    """Return the value, or the error in words where there is none."""
+    try:
+        return value_of(), None
+    except Exception as error:
+        return None, _in_words(occasion, error)
 
 
 def _in_words(occasion: str, error: Exception) -> Exception:
