@@ -70,6 +70,8 @@ _CALLABLES: Mapping[str, tuple[str, Test]] = {
 # The fields of a RuntimePart that are not callables.
 _VALUES: Mapping[str, tuple[str, Test]] = {
     "lockstep": ("True or False", lambda found: isinstance(found, bool)),
+    "needs_loss": ("a sentence, or empty", lambda found: isinstance(found, str)),
+    "rows": ("a number of rows, 0 for all", lambda found: isinstance(found, int) and found >= 0),
     "norm_axes": (
         "a tuple of axes",
         lambda found: isinstance(found, Collection) and not isinstance(found, str) and _listing(str)(list(found)),
