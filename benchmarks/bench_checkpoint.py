@@ -34,6 +34,8 @@ TITLE = "A checkpoint of 25 M float32 parameters and AdamW's moments on 2 ranks"
 WORLD = 2
 _TURNS = 5
 _DCP, _HF = "torch.distributed.checkpoint", "transformers"
+_UNCHECKED = "nemo_dist with check_finite=False"
+_CHECKED = "save, checking that weights are finite"
 _BLOCKED = "blocked by an asynchronous save"
 _LIMIT = 1.1
 _BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)  # else another topology's optimizer does not load
@@ -45,6 +47,7 @@ def measure() -> Iterator[Figure]:
         taken = on_ranks(WORLD, run, Path(name))
     for what, peers in (
         ("save", (_DCP, _HF)),
+        (_CHECKED, (_UNCHECKED,)),
         ("load", (_DCP, _HF)),
         ("load under another topology", (_DCP, _HF)),
         (_BLOCKED, (_DCP, _HF)),
@@ -68,6 +71,9 @@ def run(folder: Path) -> dict[tuple[str, str], list[float]]:
 
     def save_ours() -> None:
         runtime.save(folder / "ours", optimizer)
+
+    def save_unchecked() -> None:
+        runtime.save(folder / "unchecked", optimizer, check_finite=False)
 
     def load_ours() -> None:
         runtime.load(folder / "ours", optimizer)
@@ -96,6 +102,7 @@ def run(folder: Path) -> dict[tuple[str, str], list[float]]:
 
     contests: dict[str, dict[str, Callable[[], None]]] = {
         "save": {"nemo_dist": save_ours, _DCP: save_dcp, _HF: save_hf},
+        _CHECKED: {"nemo_dist": save_ours, _UNCHECKED: save_unchecked},
         "load": {"nemo_dist": load_ours, _DCP: load_dcp, _HF: load_hf},
         "load under another topology": {"nemo_dist": reshard_ours, _DCP: reshard_dcp, _HF: reshard_hf},
     }

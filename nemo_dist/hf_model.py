@@ -6,7 +6,9 @@ Imports neither torch nor transformers, so planning code may use it too. Plugins
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -151,3 +153,29 @@ def set_attention(config: Any, name: str) -> None:
 def kept_in_float32(model: Any) -> frozenset[str]:
     """Return parts of the names of the tensors that transformers keeps in float32 in a model of another dtype."""
     return frozenset(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+
+
+def compute_experts_one_by_one(model: Any) -> None:
+    """Have the experts of *model* take their own tokens in turn: the faster ways need all experts, or float32."""
+    if model._can_set_experts_implementation():
+        model.set_experts_implementation("eager")
+
+
+def reads_weight(model: Any, name: str) -> bool:
+    """Whether code of *model* reads the weight of the module *name* by itself, other than by calling the module."""
+    leaf = re.escape(name.rpartition(".")[2])
+    kinds: dict[Any, None] = dict.fromkeys(plain_class(module) for module in model.modules())
+    read = re.compile(rf"^[^\"'#]*\.{leaf}\.(weight|bias)\b", re.MULTILINE)  # not in a string, as names of ties are
+    return any(read.search(forward_source(kind)) for kind in kinds)
+
+
+@lru_cache(maxsize=4096)
+def forward_source(kind: type[Any]) -> str:
+    """Return the source of *kind* and of the classes that it has its forward from, without those of torch."""
+    if kind.__module__.startswith("torch."):
+        return ""
+    try:
+        own = [base for base in kind.__mro__ if "forward" in vars(base) and not base.__module__.startswith("torch.")]
+        return "\n".join(inspect.getsource(base) for base in own)
+    except (OSError, TypeError):
+        return ""

@@ -42,14 +42,13 @@ PRIVATE = {
     ),
     "nemo_dist.hf_model": (
         *("_no_split_modules", "_hf_peft_config_loaded", "_is_hf_initialized", "_attn_implementation"),
-        *("_keep_in_fp32_modules_strict", "_loss_function"),
+        *("_keep_in_fp32_modules_strict", "_loss_function", "_can_set_experts_implementation"),
     ),
     "nemo_dist.mesh.mesh_context": ("_flatten", "_flatten_mapping", "_get_root_mesh", "_set_pg_timeout"),
     "nemo_dist.mesh.rank_status": ("_get_default_store",),
     "nemo_dist.loading.hf_weight_loader": (
         *("_load_pretrained_model", "_finalize_model_loading", "_initialize_missing_keys", "_dtensor_from_local_like"),
     ),
-    "nemo_dist.loading.formula_weights": ("_can_set_experts_implementation",),
     "nemo_dist.loading.deferred_init": ("_no_grad_trunc_normal_", "_schema"),
     "nemo_dist.checkpoint.hf_weight_conversion": (
         *("_weight_conversions", "_original_source_patterns", "_original_target_patterns"),

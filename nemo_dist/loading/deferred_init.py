@@ -130,6 +130,9 @@ class DeferredInit(TorchDispatchMode):
         deferred = any(tensor.is_meta for tensor in tensors_in((args, kwargs)))
         if not deferred and not _makes_deferrable(function, args, kwargs):
             return function(*args, **kwargs)
+        if deferred and _writes_to_real(function, args):
+            args, kwargs = tree_map_only(Tensor, self._real, (args, kwargs))
+            return function(*args, **kwargs)
         if not deferred:
             kwargs = {**kwargs, "device": torch.device("meta")}
         generator = torch.get_rng_state() if _RANDOM in function.tags else None
@@ -146,6 +149,9 @@ class DeferredInit(TorchDispatchMode):
         if "device" in scratch[1]:
             scratch[1]["device"] = torch.device("cpu")
         function(*scratch[0], **scratch[1])
+
+    def _real(self, tensor: Tensor) -> Tensor:
+        return self.replay(tensor) if tensor.is_meta else tensor
 
     def _record(self, call: Call) -> None:
         for storage in call.writes:
@@ -227,6 +233,16 @@ class DeferredInit(TorchDispatchMode):
                 if call.overwrites:
                     break
         return sorted(needed)
+
+
+def _writes_to_real(function: Any, args: tuple[Any, ...]) -> bool:
+    """Whether *function* changes an argument that is not deferred, such as a buffer that transformers fills again."""
+    schema = getattr(function, "_schema", None)
+    return any(
+        argument.is_write and not tensor.is_meta
+        for argument, value in zip(schema.arguments if schema else (), args, strict=False)
+        for tensor in tensors_in(value)
+    )
 
 
 def _makes_deferrable(function: Any, args: Any, kwargs: Mapping[str, Any]) -> bool:

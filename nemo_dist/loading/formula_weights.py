@@ -16,19 +16,13 @@ from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 from transformers.modeling_utils import local_torch_dtype as local_dtype
 
-from nemo_dist.hf_model import attention_of, plain_class, set_attention
+from nemo_dist.hf_model import attention_of, compute_experts_one_by_one, plain_class, set_attention
 from nemo_dist.torch_private import TorchDispatchMode, storage_id, tensors_in, tree_map_only
 
 _aten = torch.ops.aten
 _META = torch.device("meta")
 _CPU = torch.device("cpu")
 _MOST = 1 << 26  # elements of a parameter that are written out for an operation without a rule
-
-
-def compute_experts_one_by_one(model: Any) -> None:
-    """Have the experts of *model* take their own tokens in turn: the faster ways need all experts, or float32."""
-    if model._can_set_experts_implementation():
-        model.set_experts_implementation("eager")
 
 
 def weightless(model: nn.Module) -> Any:

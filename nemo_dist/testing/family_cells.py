@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import nemo_dist
 from nemo_dist.errors import NemoDistError
-from nemo_dist.loading.formula_weights import compute_experts_one_by_one
+from nemo_dist.hf_model import compute_experts_one_by_one
 from nemo_dist.setup.setup import DistributedSetup
 from nemo_dist.testing.equivalence import TOLERANCE, Outcome, Task, differences, tensor_differences, train_with
 from nemo_dist.testing.precision import FP32

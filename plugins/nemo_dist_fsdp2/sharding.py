@@ -150,13 +150,18 @@ def _tail(model: Any) -> list[nn.Module]:
 
 
 def _untied(model: nn.Module, modules: Iterable[nn.Module]) -> list[nn.Module]:
-    """Leave out modules that are sharded already, have no parameters, or share one with a module outside."""
+    """Leave out modules that are sharded already, have no parameters, or have one that is used outside of them too.
+
+    Another module shares it, or code elsewhere reads it by itself, as Gemma 4 does with the embedding of padding.
+    """
+    names = {module: name for name, module in model.named_modules()}
     uses = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     sharded = {inner for module in model.modules() if isinstance(module, FSDPModule) for inner in module.modules()}
     kept = []
     for module in modules:
         own = Counter(id(p) for child in module.modules() for p in child.parameters(recurse=False))
-        if own and module not in sharded and all(uses[key] == own[key] for key in own):
+        alone = own and module not in sharded and all(uses[key] == own[key] for key in own)
+        if alone and not hf_model.reads_weight(model, names.get(module, "")):
             kept.append(module)
     return kept
 

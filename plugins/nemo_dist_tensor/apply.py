@@ -42,7 +42,10 @@ def apply_tensor_parallelism(parts: list[nn.Module], mesh: MeshContext, config: 
     found = _unused(matched, mesh)
     if not found:
         size, experts_too = peers.size, not experts
-        both = [completed(part, rules, size, experts_too) for part, rules in zip(models, matched, strict=True)]
+        both = [
+            completed(part, rules, size, experts_too, config.sequence_parallel)
+            for part, rules in zip(models, matched, strict=True)
+        ]
         matched, found = [rules for rules, _ in both], [line for _, lines in both for line in lines]
     if not stage:  # a stage of a pipeline need not have a block
         found += [problem for part, rules in zip(models, matched, strict=True) for problem in problems(part, rules)]

@@ -122,6 +122,11 @@ class Region:
     def _close(self, output: Any) -> Any:
         hidden = output[0] if isinstance(output, tuple) else output
         if self.exit is None:
+            if self.stack is not None and (hidden.dim() != 3 or hidden.shape[SEQUENCE] != self.stack.length):
+                raise RuntimeError(
+                    f"sequence_parallel: {self.name} returns hidden states of shape {tuple(hidden.shape)}, not of all "
+                    f"{self.stack.length} tokens in dim 1; train this model with sequence_parallel=False"
+                )
             mine = split(hidden, SEQUENCE, self.peers)
             return (mine, *output[1:]) if isinstance(output, tuple) else mine
         if hidden is not self._left:

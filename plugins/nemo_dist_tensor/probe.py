@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import re
 import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, MutableMapping, MutableSequence
 from functools import lru_cache
 from typing import Any
 
@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import Placement, Shard
 from transformers.pytorch_utils import Conv1D
 
-from nemo_dist.hf_model import class_name, plain_class
-from nemo_dist.torch_private import StridedShard, disable_current_modes, tensors_in, tree_map_only
+from nemo_dist.hf_model import class_name, compute_experts_one_by_one, plain_class
+from nemo_dist.torch_private import StridedShard, changes_in_place, disable_current_modes, tensors_in, tree_map_only
 from nemo_dist_tensor.collectives import Peers
 
 ROWS, LENGTH = 2, 6
@@ -135,6 +135,7 @@ def _twin(model: Any) -> tuple[Any, dict[str, str]]:
         twin = plain_class(model)(copy.deepcopy(model.config))
     twin = twin.float().eval()
     twin.set_attn_implementation("eager")
+    compute_experts_one_by_one(twin)  # the other ways copy the matrices of all experts
     torch.manual_seed(0)
     firsts: dict[Any, str] = {}
     alike, done = {}, ""
@@ -175,19 +176,25 @@ def _keep(seen: list[Any], logits: Any) -> Tensor:
 
 def _recorder(name: str, calls: dict[str, Call]) -> Callable[..., None]:
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls.setdefault(name, Call(args, dict(kwargs)))
+        calls.setdefault(name, Call(tuple(map(_own, args)), {key: _own(value) for key, value in kwargs.items()}))
 
     return hook
+
+
+def _own(value: Any) -> Any:
+    """Return a copy of *value* where a module may put something into it for a later one, such as shared keys."""
+    return copy.copy(value) if isinstance(value, MutableMapping | MutableSequence) else value
 
 
 def _follower(name: str, outputs: dict[str, Any], returned: dict[str, str]) -> Callable[..., None]:
     def hook(module: nn.Module, _: Any, output: Any) -> None:
         first = output[0] if isinstance(output, tuple) and output else output
         for child, _inner in module.named_children():
-            if outputs.pop(f"{name}.{child}", outputs) is first:
+            before, version = outputs.pop(f"{name}.{child}", (None, None))
+            if isinstance(first, Tensor) and before is first and version == changes_in_place(first):
                 returned[name] = f"{name}.{child}"
         if is_projection(module):
-            outputs[name] = first
+            outputs[name] = first, changes_in_place(first)
 
     return hook
 
@@ -349,12 +356,15 @@ def prove(unit: nn.Module, call: Call, ranks: int, cut: Cut) -> Verdict:
     ``cut`` installs the forwards of one rank in a copy and returns the placements of its parameters, by name.
     """
     unit, call = _fewer_experts(unit, call)
+    shared = {id(parameter): parameter for parameter in unit.parameters() if parameter.numel() > _MOST}
+    for parameter in shared.values():
+        parameter.requires_grad_(False)  # a gradient or a copy of all experts would need gigabytes
     try:
         whole = _run(unit, call)
         copies, placements = [], {}
         peers = SimulatedPeers.make(ranks)
         for peer in peers:
-            twin = copy.deepcopy(unit)
+            twin = copy.deepcopy(unit, dict(shared))
             placements = dict(cut(twin, peer))
             for name, placement in _with_factors(twin, placements).items():
                 _shard(twin, name, placement, peer)
@@ -366,7 +376,10 @@ def prove(unit: nn.Module, call: Call, ranks: int, cut: Cut) -> Verdict:
 
 
 def piece(tensor: Tensor, placement: Placement | None, peers: Peers) -> Tensor:
-    """Return the part of *tensor* that a rank holds under *placement*."""
+    """Return the part of *tensor* that a rank holds under *placement*; of one that repeats a slice, it does so too."""
+    if tensor.ndim > 2 and tensor.stride(0) == 0 and tensor.shape[0] > 1 and getattr(placement, "dim", 0) != 0:
+        part = piece(tensor[:1], placement, peers)
+        return part.expand(tensor.shape[0], *part.shape[1:])
     if isinstance(placement, StridedShard):
         halves = tensor.chunk(int(placement.split_factor), placement.dim)
         return torch.cat([peers.piece(half, placement.dim) for half in halves], placement.dim)
@@ -388,7 +401,8 @@ def _with_factors(unit: nn.Module, placements: Mapping[str, Placement | None]) -
 def _shard(unit: nn.Module, name: str, placement: Placement | None, peers: Peers) -> None:
     module, own = unit.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
     if placement is not None:
-        module._parameters[own] = nn.Parameter(piece(unit.get_parameter(name).detach(), placement, peers))
+        whole = unit.get_parameter(name)
+        module._parameters[own] = nn.Parameter(piece(whole.detach(), placement, peers), whole.requires_grad)
 
 
 def _fewer_experts(unit: nn.Module, call: Call) -> tuple[nn.Module, Call]:
@@ -424,18 +438,31 @@ def _run(unit: nn.Module, call: Call) -> _Result:
         inputs.append(torch.randn(value.shape, generator=generator).requires_grad_())
         return inputs[-1]
 
-    args, kwargs = tree_map_only(Tensor, fresh, (call.args, dict(call.kwargs)))
+    args, kwargs = tree_map_only(Tensor, fresh, (tuple(map(_own, call.args)), dict(call.kwargs)))
+    kwargs = {name: _own(value) for name, value in kwargs.items()}
+    before = {id(tensor) for tensor in _shared(args, kwargs)}
     with torch.enable_grad():
         output = unit(*args, **kwargs)
         found = [t for t in tensors_in(output) if t.is_floating_point()]
+        handed_on = [t.detach() for t in _shared(args, kwargs) if id(t) not in before]
         first = found[0]
         direction = torch.randn(first.shape, generator=generator)
         parameters = {name: p for name, p in unit.named_parameters() if p.requires_grad}
         wanted = [*inputs, *parameters.values()]
         grads = torch.autograd.grad((first * direction).sum(), wanted, allow_unused=True)
     return _Result(
-        [first.detach()], list(grads[: len(inputs)]), dict(zip(parameters, grads[len(inputs) :], strict=True))
+        [first.detach(), *handed_on],
+        list(grads[: len(inputs)]),
+        dict(zip(parameters, grads[len(inputs) :], strict=True)),
     )
+
+
+def _shared(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """Return the tensors in what modules hand to each other by way of arguments, as layers that share keys do."""
+    boxes = [value for value in (*args, *kwargs.values()) if isinstance(value, MutableMapping | MutableSequence)]
+    return [
+        tensor for box in boxes for tensor in tensors_in(list(box.values() if isinstance(box, MutableMapping) else box))
+    ]
 
 
 def _threads(copies: list[nn.Module], call: Call, exchange: _Exchange) -> list[_Result]:
@@ -466,8 +493,11 @@ def _compare(
     placements: Mapping[str, Placement | None],
     peers: list[SimulatedPeers],
 ) -> Verdict:
-    if not all(_same(a, b) for part in parts for a, b in zip(part.output, whole.output, strict=True)):
+    first, *handed_on = ([result.output[i] for result in parts] for i in range(len(whole.output)))
+    if not all(_same(a, whole.output[0]) for a in first):
         return Verdict(problem="its output differs")
+    if not all(_same(a, b) for found, b in zip(handed_on, whole.output[1:], strict=True) for a in found):
+        return Verdict(problem="what it hands on to other modules differs")
     if not all(_same(a, b) for part in parts for a, b in zip(part.inputs, whole.inputs, strict=True)):
         return Verdict(problem="the gradient of its input differs")
     summed = set()

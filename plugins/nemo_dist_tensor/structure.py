@@ -14,10 +14,9 @@ A proven plan also says which whole parameters ranks use on heads or features of
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Iterator, Mapping
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 
 import attrs
@@ -25,9 +24,10 @@ from torch import nn
 from torch.distributed.tensor import Placement
 from transformers.pytorch_utils import Conv1D
 
-from nemo_dist.hf_model import plain_class
+from nemo_dist.hf_model import forward_source, plain_class, reads_weight
 from nemo_dist_tensor import parameter_sharding
 from nemo_dist_tensor.attention_heads import AttentionHeads
+from nemo_dist_tensor.block_proof import sequence_problems
 from nemo_dist_tensor.collectives import Peers
 from nemo_dist_tensor.install import Installer
 from nemo_dist_tensor.parallel_regions import Region
@@ -40,14 +40,21 @@ _SMALL = 4  # a matrix of fewer than hidden x hidden / 4 numbers stays whole, su
 _PACKED = {"colwise": "packed_colwise", "rowwise": "packed_rowwise"}
 
 
-def completed(model: Any, rules: Rules, ranks: int, experts: bool = True) -> tuple[Rules, list[str]]:
+def completed(
+    model: Any, rules: Rules, ranks: int, experts: bool = True, sequence: bool = False
+) -> tuple[Rules, list[str]]:
     """Return *rules* with what the structure of *model* adds or corrects, and the user's rules that are not right.
 
-    ``experts``: those are cut here; another plugin shards them otherwise.
+    ``experts``: those are cut here; another plugin shards them otherwise. ``sequence``: say, too, why the tokens
+    between the regions cannot be cut.
     """
     in_blocks = any("*" in generic(name) for name in (*rules.modules, *rules.parameters))
     known = _without_read(model, rules if in_blocks else _with_ends(model, rules))
-    return Completion(model, known, ranks, experts, not in_blocks).run()
+    completion = Completion(model, known, ranks, experts, not in_blocks)
+    found, problems = completion.run()
+    if sequence and not problems and completion.recording is not None:
+        problems = sequence_problems(model, found, completion.recording, ranks)
+    return found, problems
 
 
 def _with_ends(model: Any, rules: Rules) -> Rules:
@@ -210,29 +217,9 @@ def _join(unit: str, rule: str) -> str:
     return f"{unit}.{rule}" if rule else unit
 
 
-def reads_weight(model: Any, name: str) -> bool:
-    """Whether code of *model* reads the weight of the module *name* by itself, other than by calling the module."""
-    leaf = re.escape(name.rpartition(".")[2])
-    kinds: dict[Any, None] = dict.fromkeys(plain_class(module) for module in model.modules())
-    read = re.compile(rf"^[^\"'#]*\.{leaf}\.(weight|bias)\b", re.MULTILINE)  # not in a string, as names of ties are
-    return any(read.search(_source(kind)) for kind in kinds)
-
-
 def _mentions(parent: nn.Module, leaf: str) -> bool:
     kind: Any = plain_class(parent)
-    return re.search(rf"self\.{re.escape(leaf)}\.(weight|bias)\b", _source(kind)) is not None
-
-
-@lru_cache(maxsize=4096)
-def _source(kind: type[Any]) -> str:
-    """Return the source of *kind* and of the classes that it has its forward from, without those of torch."""
-    if kind.__module__.startswith("torch."):
-        return ""
-    try:
-        own = [base for base in kind.__mro__ if "forward" in vars(base) and not base.__module__.startswith("torch.")]
-        return "\n".join(inspect.getsource(base) for base in own)
-    except (OSError, TypeError):
-        return ""
+    return re.search(rf"self\.{re.escape(leaf)}\.(weight|bias)\b", forward_source(kind)) is not None
 
 
 @attrs.frozen(eq=False)
