@@ -67,7 +67,7 @@ def mirrored(tmp_path_factory):
     package = shutil.copytree(PLUGINS / "nemo_dist_ddp", folder / "nemo_dist_mirror")
     for path in package.glob("*.py"):
         text = path.read_text().replace("nemo_dist_ddp", "nemo_dist_mirror").replace('"ddp"', '"mirror"')
-        path.write_text(text.replace("ddp: ", "mirror: ").replace("_nemo_dist_replicas", "_mirror_replicas"))
+        path.write_text(text.replace('f"ddp: ', 'f"mirror: ').replace("_nemo_dist_replicas", "_mirror_replicas"))
     info = folder / "nemo_dist_mirror-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: nemo-dist-mirror\nVersion: 1.0\n")

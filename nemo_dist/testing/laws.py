@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 import random
-import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import attrs
 
@@ -72,21 +70,6 @@ def as_rank(rank: int) -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
-
-
-def failure_of(call: Any, *args: Any, **options: Any) -> str | None:
-    """Return in one line what *call* raises and which plugin's hook raised it, or None when it returns."""
-    try:
-        call(*args, **options)
-    except Exception as error:
-        line = "".join(traceback.format_exception_only(error)).strip()
-        return " ".join(line.split())
-    return None
-
-
-def shares(named: Mapping[str, float]) -> str:
-    """Return the numbers in *named* as text: ``1.02e-03 of a, 5.00e-01 of b``."""
-    return ", ".join(f"{value:.2e} of {name}" for name, value in named.items())
 
 
 CATALOGUE = Law(
