@@ -86,7 +86,8 @@ def test_every_example_is_tried_in_the_demo():
     assert sorted(DEMO) == NAMES
 
 
-@pytest.mark.parametrize("name", ["zero1", *(slow(name) for name in NAMES if name != "zero1")])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
 def test_an_example_trains_in_the_demo(installed, name, tmp_path):
     options = ("--nproc", "2", "--steps", "8", "--out", str(tmp_path / "model"))
     result = run(installed, "-m", "nemo_dist.cli", "demo", *DEMO[name], *options, cwd=tmp_path)

@@ -16,6 +16,7 @@ from nemo_dist.setup.selection import DEFAULT
 from nemo_dist.setup.setup import DistributedSetup
 
 P = ParamSpec("P")
+_NO_NAMES: Any = ()  # as the default of an option that may be repeated: typer wants a list, a frozen value a tuple
 
 WorldSize = Annotated[int, typer.Option("--world-size", "-n", help="How many ranks to plan for.", show_default=False)]
 Config = Annotated[
@@ -35,10 +36,10 @@ class SetupOptions:
     dp: Annotated[int | None, typer.Option("--dp", help="Data-parallel size; what is left when omitted.")] = None
     dp_replicate: Annotated[int | None, typer.Option("--dp-replicate", help="Replicas of each shard (HSDP).")] = None
     plugin: Annotated[list[str], typer.Option(metavar="NAME", help="A further plugin; may be repeated.")] = attrs.field(
-        default=(), converter=tuple
+        default=_NO_NAMES, converter=tuple
     )
     axis: Annotated[list[str], typer.Option(metavar="NAME=SIZE", help="Size of an axis of a plugin.")] = attrs.field(
-        default=(), converter=tuple
+        default=_NO_NAMES, converter=tuple
     )
 
     @property
