@@ -94,7 +94,8 @@ HEADS = {
     "masked": ("ForMaskedLM", _bert, labelled, None),
     "seq2seq": ("ForSeq2SeqLM", _t5, labelled, None),
     "seq2seq, own": ("ForSeq2SeqLM", _t5, labelled, CrossEntropy()),
-    "images": ("ForImageClassification", _vit, pictures, CrossEntropy()),
+    "images": ("ForImageClassification", _vit, pictures, None),
+    "images, own": ("ForImageClassification", _vit, pictures, CrossEntropy()),
     "questions": ("ForQuestionAnswering", _bert, spans, of_starts),
     "embeddings": ("", _bert, hidden, of_hidden),
 }
