@@ -40,6 +40,7 @@ def setups():
             "llama",
             fsdp2(pp_size=2) | {"pipeline_config": PipelineConfig(pp_microbatch_size=2)},
         ),
+        "pp, filled up": (2, "llama", fsdp2(pp_size=2) | {"pipeline_config": PipelineConfig(pp_batch_size=12)}),
         "ep": (2, "qwen3-moe", fsdp2(ep_size=2)),
         "pp x tp": (4, "llama", fsdp2(pp_size=2, tp_size=2) | stages),
         "pp x cp": (4, "llama", fsdp2(pp_size=2, cp_size=2) | stages),

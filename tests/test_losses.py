@@ -10,10 +10,11 @@ from nemo_dist import DistributedSetup
 from nemo_dist.losses import DPO, Contrastive, CrossEntropy, Distillation, row_scores, top_k
 from nemo_dist.testing.equivalence import checkpoint
 from nemo_dist.testing.tiny_models import SPECIMENS
-from nemo_dist.training.step_loss import Outputs, summed
+from nemo_dist.training.step_loss import summed
+from nemo_dist.training.whole_rows import Outputs
 
 # Setups that run one row at a time, and losses that take several together.
-REFUSED = {(name, loss) for name in ("pp", "pp x tp", "pp x cp") for loss in ("dpo", "contrastive")}
+REFUSED = {(name, loss) for name in ("pp", "pp, filled up", "pp x tp", "pp x cp") for loss in ("dpo", "contrastive")}
 REFUSED |= {("pp in pairs of rows", "contrastive")}
 FIRST = {("fsdp2", "weighted"), ("cp", "of tokens")}
 ALL = [
@@ -42,6 +43,7 @@ def test_the_router_loss_is_added_to_a_loss_of_ones_own(ranks, name):
 
 def test_rows_that_fill_up_a_microbatch_do_not_count(ranks):
     assert_as_one_process(ranks, LossTask(loss="of rows", rows=7), "pp in pairs of rows")
+    assert_as_one_process(ranks, LossTask(loss="of rows"), "pp, filled up")  # microbatches without a row that counts
 
 
 # ---- what the ready-made ones compute, by hand or by torch ----

@@ -19,8 +19,8 @@ from nemo_dist.plugin.resharding import keep_gathered
 from nemo_dist.training.batch_checks import BatchCheck
 from nemo_dist.training.batch_loop import BatchLoop
 from nemo_dist.training.router_aux_loss import SWITCH
-from nemo_dist.training.step_loss import Outputs, WholeRows
 from nemo_dist.training.uneven_batches import in_step
+from nemo_dist.training.whole_rows import Outputs, WholeRows
 
 
 @attrs.frozen

@@ -16,7 +16,8 @@ from nemo_dist.hf_model import class_name, inner_model
 from nemo_dist.plugin.hookspecs import Batch
 from nemo_dist.plugin.resharding import keep_gathered, reshard
 from nemo_dist.training.router_aux_loss import COUNTED
-from nemo_dist.training.step_loss import READS, ModelLoss, Outputs, OwnLoss
+from nemo_dist.training.step_loss import READS, ModelLoss, OwnLoss
+from nemo_dist.training.whole_rows import Outputs
 from nemo_dist_pipeline.partition.stage_model import PipelineInfo, StageInfo, set_hollow_dtype
 from nemo_dist_pipeline.runtime.forward_only import broadcast_tensors, forward_only
 from nemo_dist_pipeline.runtime.loss import MeanOfLabels
