@@ -17,7 +17,7 @@ COUNTS = (3, 2)  # batches of the data-parallel ranks
 def batches_of(specimen, place):
     """Batches of unlike sizes, the last the smallest, with rows whose numbers of labels differ."""
     generator = torch.Generator().manual_seed(place)
-    return [SPECIMENS[specimen].batch(rows, 12, generator) for rows in (4, 4, 3)[: COUNTS[place]]]
+    return [SPECIMENS[specimen].batch(rows, 12, generator) for rows in (4, 4, 3)[: COUNTS[place % 2]]]
 
 
 def loaded(specimen, options):
