@@ -130,9 +130,8 @@ def weighted_badly(outputs, batch):
     """Has a name for messages."""
 
 
-def on_rank_refusals(options):
+def on_rank_refusals(folder, options):
     setup = DistributedSetup.build(**options)
-    folder = checkpoint("llama")
     model = SPECIMENS["llama"].load.from_pretrained(folder, distributed_setup=setup, dtype=torch.float32)
     said = []
     for loss in (DPO(), Contrastive(mesh=setup.mesh_context), "mean"):
@@ -143,7 +142,7 @@ def on_rank_refusals(options):
 
 
 def test_a_loss_that_a_pipeline_would_cut_is_refused_before_the_first_step(ranks):
-    for said in ranks(2).run(on_rank_refusals, setups()["pp"][2]):
+    for said in ranks(2).run(on_rank_refusals, checkpoint("llama"), setups()["pp"][2]):
         assert "takes 2 neighbouring rows together, and plugin 'pipeline' runs 1 at a time" in said[0]
         assert "compares all rows of a batch with each other" in said[1]
         assert "loss must be a function of the model's outputs and the batch" in said[2]
