@@ -299,7 +299,8 @@ class AutoPipeline:
     def _mean(self, batch: Batch) -> Tensor:
         loss = self._loss_of_config or ModelLoss(inner_model(self.parts[-1]))
         total, count = self.measure([loss.model_inputs(batch) | loss.reads(batch)], loss)
-        return (total / count.clamp(min=1)).float()
+        mean: Tensor = (total / count.clamp(min=1)).float()
+        return mean
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Return the outputs for *batch* by name, one row per row, equal on all stages; without gradients."""
