@@ -146,6 +146,6 @@ def _unknown(model: Any) -> str:
         )
     known = ", ".join((*NEXT_TOKEN_LOSSES, *_PER_LABEL))
     return (
-        f"{class_name(model)} has a loss of type {loss_kind(model)!r}, whose mean is not known (known are {known}); "
+        f"{class_name(model)} has a loss of type {loss_kind(model)!r}, whose mean is not known; known: {known}; "
         f"{OWN_LOSS}"
     )
