@@ -1,10 +1,13 @@
 """Losses of a user's own, and trainings with them: on one process with plain transformers, and on ranks."""
 
+from types import SimpleNamespace
+
 import attrs
 import torch
 from torch.nn.functional import cross_entropy, log_softmax, pad
 
-from nemo_dist import DDPConfig, DistributedSetup, FSDP2Config, ParallelismSizes, PipelineConfig
+from nemo_dist import DDPConfig, DistributedSetup, FSDP2Config, NeMoAutoModel, ParallelismSizes, PipelineConfig
+from nemo_dist.losses import DPO, Contrastive, CrossEntropy, Distillation, top_k
 from nemo_dist.testing.equivalence import (
     MAX_NORM,
     Outcome,
@@ -37,6 +40,7 @@ def setups():
             "llama",
             fsdp2(pp_size=2) | {"pipeline_config": PipelineConfig(pp_microbatch_size=2)},
         ),
+        "pp, filled up": (2, "llama", fsdp2(pp_size=2) | {"pipeline_config": PipelineConfig(pp_batch_size=12)}),
         "ep": (2, "qwen3-moe", fsdp2(ep_size=2)),
         "pp x tp": (4, "llama", fsdp2(pp_size=2, tp_size=2) | stages),
         "pp x cp": (4, "llama", fsdp2(pp_size=2, cp_size=2) | stages),
@@ -77,14 +81,28 @@ class OfTokens:
         return losses, (labels >= 0) * batch["token_weight"]
 
 
-LOSSES = {"weighted": weighted, "of rows": of_rows, "of tokens": OfTokens()}
+# Each is made for the ranks of a mesh, or, with None, for one process.
+LOSSES = {
+    "weighted": lambda mesh: weighted,
+    "of rows": lambda mesh: of_rows,
+    "of tokens": lambda mesh: OfTokens(),
+    "class weights and z": lambda mesh: CrossEntropy(
+        class_weights=torch.linspace(0.1, 2.0, 96), z_loss=0.01, label_smoothing=0.1
+    ),
+    "distillation": lambda mesh: Distillation(temperature=2.0, labels=0.3),
+    "distillation from few tokens": lambda mesh: Distillation(),
+    "dpo": lambda mesh: DPO(beta=0.3),
+    "contrastive": lambda mesh: Contrastive(mesh=mesh or SimpleNamespace(group=lambda role: None)),
+}
+HEADLESS = {"contrastive"}  # trained with hidden states, of a model without a head
 
 
 @attrs.frozen(kw_only=True)
 class LossTask(Task):
-    """A task with a loss of its own, by name, and batches with what that reads."""
+    """A task with a loss of its own, by name, and batches with what that reads; ``routers``: with the router loss."""
 
     loss: str
+    routers: bool = False
 
     def batches(self, step):
         made = super().batches(step)
@@ -93,16 +111,26 @@ class LossTask(Task):
             rows, length = batch["input_ids"].shape
             batch["row_weight"] = torch.linspace(0.3, 2.0, rows)
             batch["token_weight"] = torch.rand((rows, length), generator=generator)
+            if self.loss.startswith("distillation"):
+                logits = torch.randn((rows, length, 96), generator=generator)
+                batch |= top_k(logits, 5) if "few" in self.loss else {"teacher_logits": logits}
+            if self.loss == "dpo":
+                batch["reference_scores"] = torch.randn(rows, generator=generator)
+            if self.loss in HEADLESS:
+                lengths = torch.linspace(length, length // 2, rows).long()
+                batch["attention_mask"] = (torch.arange(length) < lengths[:, None]).long()
         return made
+
+
+def loader(task):
+    """The class that loads the model of *task*."""
+    return NeMoAutoModel if task.loss in HEADLESS else SPECIMENS[task.specimen].load
 
 
 def reference(task):
     """Return what plain transformers and torch compute on one process on the whole batch."""
-    model = SPECIMENS[task.specimen].load.from_pretrained(checkpoint(task.specimen), dtype=torch.float32)
-    return reference_of(model, task, LOSSES[task.loss])
-
-
-def reference_of(model, task, loss):
+    model = loader(task).from_pretrained(checkpoint(task.specimen), dtype=torch.float32)
+    loss = LOSSES[task.loss](None)
     optimizer = torch.optim.AdamW(model.parameters(), **task.optimizer)
     losses, norms, gradients = [], [], {}
     for step in range(task.steps):
@@ -110,10 +138,12 @@ def reference_of(model, task, loss):
         for batch in task.batches(step):
             batch["shift_labels"] = pad(batch["labels"], (0, 1), value=-100)[:, 1:]
             given = {n: v for n, v in batch.items() if n in ("input_ids", "attention_mask")}
-            outputs = model(**given, use_cache=False)
+            outputs = model(**given, use_cache=False, **({"output_router_logits": True} if task.routers else {}))
             one, weight = loss(outputs, batch)
             parts.append((one, weight) if one.ndim == 0 else ((one * weight).sum(), weight.sum()))
         total = sum(one for one, _ in parts) / sum(weight for _, weight in parts)
+        if task.routers:
+            total = total + model.config.router_aux_loss_coef * outputs.aux_loss
         total.backward()
         if step == 0:
             gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
@@ -127,10 +157,10 @@ def reference_of(model, task, loss):
 
 def on_rank_train(task, folder, options):
     setup = DistributedSetup.build(**options)
-    model = SPECIMENS[task.specimen].load.from_pretrained(folder, distributed_setup=setup, dtype=torch.float32)
-    if hasattr(getattr(model, "config", None), "output_router_logits"):
-        model.config.output_router_logits = False  # a term that is not the user's
-    return train_with(task, setup.runtime(model, loss=LOSSES[task.loss]))
+    model = loader(task).from_pretrained(folder, distributed_setup=setup, dtype=torch.float32)
+    for part in [model] if isinstance(model, torch.nn.Module) else model.parts:
+        part.config.output_router_logits = task.routers  # a term that is not the user's
+    return train_with(task, setup.runtime(model, loss=LOSSES[task.loss](setup.mesh_context)))
 
 
 def assert_as_one_process(ranks, task, name):

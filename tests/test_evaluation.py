@@ -17,17 +17,16 @@ COUNTS = (3, 2)  # batches of the data-parallel ranks
 def batches_of(specimen, place):
     """Batches of unlike sizes, the last the smallest, with rows whose numbers of labels differ."""
     generator = torch.Generator().manual_seed(place)
-    return [SPECIMENS[specimen].batch(rows, 12, generator) for rows in (4, 4, 3)[: COUNTS[place]]]
+    return [SPECIMENS[specimen].batch(rows, 12, generator) for rows in (4, 4, 3)[: COUNTS[place % 2]]]
 
 
-def loaded(specimen, options):
+def loaded(specimen, folder, options):
     setup = DistributedSetup.build(**options)
-    folder = checkpoint(specimen)
     return setup, SPECIMENS[specimen].load.from_pretrained(folder, distributed_setup=setup, dtype=torch.float32)
 
 
-def on_rank_evaluate(specimen, options, own):
-    setup, model = loaded(specimen, options)
+def on_rank_evaluate(specimen, folder, options, own):
+    setup, model = loaded(specimen, folder, options)
     model.train()
     runtime = setup.runtime(model, loss=CrossEntropy() if own else None)
     loss = runtime.evaluate(batches_of(specimen, runtime.dp_rank))
@@ -56,13 +55,13 @@ CELLS = [("fsdp2", False), *(slow(name, False) for name in setups() if name != "
 @pytest.mark.parametrize(("name", "own"), CELLS)
 def test_evaluation_is_that_of_one_process(ranks, name, own):
     world, specimen, options = setups()[name]
-    found = ranks(world).run(on_rank_evaluate, specimen, options, own)
+    found = ranks(world).run(on_rank_evaluate, specimen, checkpoint(specimen), options, own)
     assert len({loss for loss, _ in found}) == 1
     assert found[0][0] == pytest.approx(expected_loss(specimen, found[0][1]), rel=1e-5)
 
 
-def on_rank_forward(options):
-    setup, model = loaded("llama", options)
+def on_rank_forward(folder, options):
+    setup, model = loaded("llama", folder, options)
     batch = batches_of("llama", 0)[0]
     return setup.runtime(model).forward(batch).logits
 
@@ -73,12 +72,12 @@ def test_a_forward_gives_every_rank_whole_rows_and_whole_logits(ranks, name):
     model = SPECIMENS["llama"].load.from_pretrained(checkpoint("llama"), dtype=torch.float32)
     with torch.no_grad():
         expected = model(input_ids=batches_of("llama", 0)[0]["input_ids"]).logits
-    for logits in ranks(world).run(on_rank_forward, options):
+    for logits in ranks(world).run(on_rank_forward, checkpoint("llama"), options):
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
 
 
-def on_rank_loop_by_hand(options):
-    setup, model = loaded("llama", options)
+def on_rank_loop_by_hand(folder, options):
+    setup, model = loaded("llama", folder, options)
     runtime = setup.runtime(model)
     batch = batches_of("llama", runtime.dp_rank)[0]
     expected = runtime.forward_backward(batch)
@@ -98,12 +97,12 @@ def on_rank_loop_by_hand(options):
 def test_the_scale_of_a_loss_makes_a_loop_by_hand_exact(ranks, name):
     """Ranks have unlike numbers of labels, so the mean of their means is off."""
     world, _, options = setups()[name]
-    for norms, _ in ranks(world).run(on_rank_loop_by_hand, options):
+    for norms, _ in ranks(world).run(on_rank_loop_by_hand, checkpoint("llama"), options):
         assert norms[1] == pytest.approx(norms[0], rel=1e-5)
 
 
-def on_rank_use_a_pipeline_like_a_model(options, folder):
-    _, model = loaded("llama", options)
+def on_rank_use_a_pipeline_like_a_model(source, options, folder):
+    _, model = loaded("llama", source, options)
     assert model.eval() is model and not model.training
     assert model.train().training
     names = {name for name, _ in model.named_parameters()}
@@ -123,7 +122,7 @@ def on_rank_use_a_pipeline_like_a_model(options, folder):
 
 def test_a_pipeline_behaves_like_the_model_that_it_stands_for(ranks, tmp_path):
     world, _, options = setups()["pp"]
-    answers = ranks(world).run(on_rank_use_a_pipeline_like_a_model, options, tmp_path)
+    answers = ranks(world).run(on_rank_use_a_pipeline_like_a_model, checkpoint("llama"), options, tmp_path)
     model = SPECIMENS["llama"].load.from_pretrained(tmp_path, dtype=torch.float32)
     assert sorted(answers[0][2] + answers[1][2]) == sorted(name for name, _ in model.named_parameters())
     with torch.no_grad():

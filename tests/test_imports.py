@@ -25,7 +25,7 @@ FOR_PLUGINS = {
     *("nemo_dist.errors", "nemo_dist.hf_model", "nemo_dist.torch_private", "nemo_dist.hooks", "nemo_dist.testing"),
     *("nemo_dist.planning", "nemo_dist.mesh", "nemo_dist.plugin"),
     *("nemo_dist.training.loss_weighting", "nemo_dist.training.router_aux_loss", "nemo_dist.training.rehearsal"),
-    "nemo_dist.training.step_loss",
+    *("nemo_dist.training.step_loss", "nemo_dist.training.whole_rows", "nemo_dist.losses"),
 }
 # These plan: importing them, with every plugin, leaves torch unimported.
 WITHOUT_TORCH = ("nemo_dist", "nemo_dist.hf_model", "nemo_dist.hooks", "nemo_dist.cli.main")

@@ -45,7 +45,15 @@ PROVEN = {
     "XLNetLMHeadModel": ({"d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 16, "dropout": 0.0}, 0),
     "BertForMaskedLM": (SMALL | QUIET, 0),
     "T5ForConditionalGeneration": (
-        {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "dropout_rate": 0.0},
+        {
+            "d_model": 16,
+            "d_kv": 8,
+            "d_ff": 16,
+            "num_layers": 1,
+            "num_heads": 2,
+            "dropout_rate": 0.0,
+            "decoder_start_token_id": 0,
+        },
         0,
     ),
     "BartForConditionalGeneration": (

@@ -1,12 +1,27 @@
 """A loss of the user's own is, under every composition, what one process computes: numbers, gradients, steps."""
 
+import pytest
+import torch
 from cases import cases, slow
 from loss_runs import LOSSES, LossTask, assert_as_one_process, setups
+from torch.nn.functional import cross_entropy, kl_div, log_softmax, logsigmoid, softmax
 
+from nemo_dist import DistributedSetup
+from nemo_dist.losses import DPO, Contrastive, CrossEntropy, Distillation, row_scores, top_k
+from nemo_dist.testing.equivalence import checkpoint
+from nemo_dist.testing.tiny_models import SPECIMENS
+from nemo_dist.training.step_loss import summed
+from nemo_dist.training.whole_rows import Outputs
+
+# Setups that run one row at a time, and losses that take several together.
+REFUSED = {(name, loss) for name in ("pp", "pp, filled up", "pp x tp", "pp x cp") for loss in ("dpo", "contrastive")}
+REFUSED |= {("pp in pairs of rows", "contrastive")}
+FIRST = {("fsdp2", "weighted"), ("cp", "of tokens")}
 ALL = [
-    (name, loss) if (name, loss) in {("fsdp2", "weighted"), ("cp", "of tokens")} else slow(name, loss)
+    (name, loss) if (name, loss) in FIRST else slow(name, loss)
     for name in setups()
     for loss in LOSSES
+    if (name, loss) not in REFUSED
 ]
 
 
@@ -21,5 +36,113 @@ def test_a_list_of_batches_with_a_loss_of_ones_own_matches_one_process(ranks, na
     assert_as_one_process(ranks, LossTask(loss=loss, accumulate=2), name)
 
 
+@pytest.mark.parametrize("name", ["ep", pytest.param("pp", marks=pytest.mark.slow)])
+def test_the_router_loss_is_added_to_a_loss_of_ones_own(ranks, name):
+    assert_as_one_process(ranks, LossTask(specimen="qwen3-moe", loss="weighted", routers=True), name)
+
+
 def test_rows_that_fill_up_a_microbatch_do_not_count(ranks):
     assert_as_one_process(ranks, LossTask(loss="of rows", rows=7), "pp in pairs of rows")
+    assert_as_one_process(ranks, LossTask(loss="of rows"), "pp, filled up")  # microbatches without a row that counts
+
+
+# ---- what the ready-made ones compute, by hand or by torch ----
+
+
+def drawn():
+    """Logits of two rows of four tokens, and labels, of which some do not count."""
+    torch.manual_seed(0)
+    labels = torch.tensor([[1, 4, -100, 2], [0, -100, -100, 3]])
+    return Outputs({"logits": torch.randn(2, 4, 5, requires_grad=True)}), labels
+
+
+def mean(loss, outputs, batch):
+    total, count = summed(loss(outputs, batch), loss)
+    assert loss.count(batch) == pytest.approx(count.item())
+    return total / count
+
+
+def test_cross_entropy_with_class_weights_is_torchs():
+    outputs, labels = drawn()
+    weights = torch.tensor([0.5, 1.0, 2.0, 0.1, 3.0])
+    found = mean(CrossEntropy(class_weights=weights, z_loss=0.2), outputs, {"shift_labels": labels})
+    logits, flat = outputs.logits.flatten(0, 1), labels.flatten()
+    z = logits.logsumexp(-1)[flat >= 0] ** 2
+    of = weights[flat[flat >= 0]]
+    expected = cross_entropy(logits, flat, weight=weights) + 0.2 * (z * of).sum() / of.sum()
+    torch.testing.assert_close(found, expected)
+
+
+def test_distillation_is_torchs_divergence_and_its_top_k_that_of_the_likeliest_tokens():
+    outputs, labels = drawn()
+    teacher = torch.randn(2, 4, 5)
+    counted = labels >= 0
+    student = log_softmax(outputs.logits[counted] / 2, -1)
+    expected = 4 * kl_div(student, softmax(teacher[counted] / 2, -1), reduction="batchmean")
+    batch = {"shift_labels": labels, "teacher_logits": teacher}
+    torch.testing.assert_close(mean(Distillation(temperature=2.0), outputs, batch), expected)
+    whole = mean(Distillation(temperature=2.0), outputs, {"shift_labels": labels} | top_k(teacher, 5))
+    torch.testing.assert_close(whole, expected)
+    best = teacher[counted].argmax(-1)  # all of the teacher's probability
+    one = mean(Distillation(), outputs, {"shift_labels": labels} | top_k(teacher, 1))
+    torch.testing.assert_close(one, cross_entropy(outputs.logits[counted], best))
+
+
+def test_dpo_prefers_the_chosen_row_by_more_than_the_reference_does():
+    outputs, labels = drawn()
+    reference = torch.tensor([-3.0, -2.5])
+    scores = row_scores(outputs, {"shift_labels": labels})
+    chosen = log_softmax(outputs.logits, -1)
+    torch.testing.assert_close(scores[0], chosen[0, 0, 1] + chosen[0, 1, 4] + chosen[0, 3, 2])
+    found = mean(DPO(beta=0.3), outputs, {"shift_labels": labels, "reference_scores": reference})
+    torch.testing.assert_close(found, -logsigmoid(0.3 * ((scores[0] + 3.0) - (scores[1] + 2.5))))
+
+
+def test_a_contrastive_loss_picks_the_passage_of_each_query():
+    torch.manual_seed(0)
+    hidden = torch.randn(4, 3, 6, requires_grad=True)
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0], [1, 1, 1]])
+    loss = LOSSES["contrastive"](None)
+    found = mean(loss, Outputs({"last_hidden_state": hidden}), {"input_ids": mask, "attention_mask": mask})
+    pooled = [hidden[0].mean(0), hidden[1, :2].mean(0), hidden[2, 0], hidden[3].mean(0)]
+    similar = [[torch.cosine_similarity(q, p, dim=0) / 0.05 for p in pooled[1::2]] for q in pooled[0::2]]
+    torch.testing.assert_close(found, cross_entropy(torch.tensor(similar), torch.arange(2)))
+
+
+# ---- what is refused ----
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        (torch.ones(2), "must return two values: .* \\(got one tensor of shape \\(2,\\)\\)"),
+        ((torch.ones(2), torch.ones(3)), "got shapes \\(2,\\) and \\(3,\\)"),
+        ((torch.ones(2), torch.ones(2)), "does not depend on the model's outputs"),
+    ],
+    ids=["one value", "unlike shapes", "detached"],
+)
+def test_what_is_no_loss_is_refused(result, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        summed(result, weighted_badly)
+
+
+def weighted_badly(outputs, batch):
+    """Has a name for messages."""
+
+
+def on_rank_refusals(folder, options):
+    setup = DistributedSetup.build(**options)
+    model = SPECIMENS["llama"].load.from_pretrained(folder, distributed_setup=setup, dtype=torch.float32)
+    said = []
+    for loss in (DPO(), Contrastive(mesh=setup.mesh_context), "mean"):
+        with pytest.raises((TypeError, ValueError)) as caught:
+            setup.runtime(model, loss=loss)
+        said.append(str(caught.value))
+    return said
+
+
+def test_a_loss_that_a_pipeline_would_cut_is_refused_before_the_first_step(ranks):
+    for said in ranks(2).run(on_rank_refusals, checkpoint("llama"), setups()["pp"][2]):
+        assert "takes 2 neighbouring rows together, and plugin 'pipeline' runs 1 at a time" in said[0]
+        assert "compares all rows of a batch with each other" in said[1]
+        assert "loss must be a function of the model's outputs and the batch" in said[2]

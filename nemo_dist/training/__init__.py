@@ -1,9 +1,9 @@
 """What a training step does around the model: weigh losses, check batches, clip gradient norms, train adapters.
 
 Here: ``runtime`` (the object for training loops), ``batch_loop`` (forward and backward of a step), ``step_loss`` (the
-model's own loss or the user's), ``evaluation``, ``model_inputs`` (no cache, packed sequences), ``rehearsal`` (how a
-model's outputs depend on other tokens), ``loss_weighting``, ``router_aux_loss``, ``batch_checks``, ``uneven_batches``,
-``replica_check`` (are copies equal on all ranks), ``grad_norm``, ``optimizer_probe``, ``peft_adapters``,
-``merged_adapters``, ``seed`` (random generators of the ranks). Not here: how gradients are reduced, which is the
-strategy's.
+model's own loss or the user's), ``whole_rows`` (outputs of whole rows), ``evaluation``, ``model_inputs`` (no cache,
+packed sequences), ``rehearsal`` (how a model's outputs depend on other tokens), ``loss_weighting``,
+``router_aux_loss``, ``batch_checks``, ``uneven_batches``, ``replica_check`` (are copies equal on all ranks),
+``grad_norm``, ``optimizer_probe``, ``peft_adapters``, ``merged_adapters``, ``seed`` (random generators of the ranks).
+Not here: how gradients are reduced, which is the strategy's.
 """

@@ -46,7 +46,7 @@ class BatchLoop:
         if not given:
             raise ValueError("forward_backward got an empty list; pass at least one batch")
         self._agreement.once(given, self.mesh)
-        local = [self.prepared(batch) for batch in given]
+        local: list[Batch] = [self.prepared(batch) for batch in given]
         step = _Step(loop=self, batches=local, known=self._known(local))
         step.total = self._total(step.known, given)
         with keep_gathered(self.sharded.parts):

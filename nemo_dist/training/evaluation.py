@@ -19,8 +19,8 @@ from nemo_dist.plugin.resharding import keep_gathered
 from nemo_dist.training.batch_checks import BatchCheck
 from nemo_dist.training.batch_loop import BatchLoop
 from nemo_dist.training.router_aux_loss import SWITCH
-from nemo_dist.training.step_loss import Outputs, WholeRows
 from nemo_dist.training.uneven_batches import in_step
+from nemo_dist.training.whole_rows import Outputs, WholeRows
 
 
 @attrs.frozen
@@ -34,8 +34,10 @@ def mean_loss(loop: BatchLoop, loader: Iterable[Batch | Sequence[Batch]], ranks:
     """Return the loss of all batches of the loaders of all ranks; see :meth:`nemo_dist.Runtime.evaluate`."""
     total = torch.zeros(2, dtype=torch.float64, device=loop.mesh.device)
     agreement = BatchCheck()
+    # A loss that compares the rows of all ranks would meet those of a batch that is run once more.
+    pad = getattr(loop.loss, "rows_together", 1) is not None
     with evaluating(loop.sharded.parts), keep_gathered(loop.sharded.parts):
-        for taken in in_step(loader, ranks, place, pad=True, padding=_Again):
+        for taken in in_step(loader, ranks, place, pad=pad, padding=_Again):
             given = taken.batches if isinstance(taken, _Again) else taken
             batches = [given] if isinstance(given, Mapping) else list(given)
             agreement.once(batches, loop.mesh)

@@ -31,7 +31,10 @@ OWN_LOSS = "give a loss of your own, setup.runtime(model, loss=...), ready-made 
 _LOADED = "_nemo_dist_loaded_loss"  # in the model's __dict__
 _SHIFTS = "_nemo_dist_shifts_labels"  # in the model's __dict__, where a run told
 _LENGTH, _VOCABULARY = 6, 24  # of the rows that such a run gets
-_PER_LABEL = ("ForMaskedLM", "ForTokenClassification", "ForSequenceClassification")
+_PER_LABEL = (
+    *("ForMaskedLM", "ForTokenClassification", "ForSequenceClassification"),
+    *("ForImageClassification", "ForVideoClassification", "ForAudioClassification"),
+)
 _REDUCTIONS = ("num_items_in_batch", "ignore_index")  # what transformers' losses take besides labels
 # Names in the code of forwards whose loss is a plain mean over labels. A next-token loss from transformers.loss shifts
 # the labels; a forward that calls torch's cross entropy itself mostly does not.
@@ -143,6 +146,6 @@ def _unknown(model: Any) -> str:
         )
     known = ", ".join((*NEXT_TOKEN_LOSSES, *_PER_LABEL))
     return (
-        f"{class_name(model)} has a loss of type {loss_kind(model)!r}, whose mean is not known (known are {known}); "
+        f"{class_name(model)} has a loss of type {loss_kind(model)!r}, whose mean is not known; known: {known}; "
         f"{OWN_LOSS}"
     )

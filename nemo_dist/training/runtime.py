@@ -41,8 +41,9 @@ from nemo_dist.training.optimizer_probe import keeps_state, refuse_what_mixes_el
 from nemo_dist.training.peft_adapters import adapters, refuse_prompts
 from nemo_dist.training.replica_check import ReplicaCheck, check_replicas
 from nemo_dist.training.router_aux_loss import RouterLoss
-from nemo_dist.training.step_loss import LossFunction, ModelLoss, Outputs, OwnLoss, chosen_loss
+from nemo_dist.training.step_loss import LossFunction, ModelLoss, OwnLoss, chosen_loss
 from nemo_dist.training.uneven_batches import in_step
+from nemo_dist.training.whole_rows import Outputs
 
 RuntimeParts = Callable[[list[nn.Module], object], dict[str, RuntimePart]]
 

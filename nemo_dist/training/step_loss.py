@@ -9,43 +9,22 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from types import SimpleNamespace
-from typing import Any, Protocol
+from typing import Any
 
 import attrs
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from transformers.utils.generic import TransformersKwargs
 
 from nemo_dist.hf_model import IGNORED, predicts_next_token
 from nemo_dist.plugin.hookspecs import Batch, RuntimePart
 from nemo_dist.training.loss_weighting import count_labels, judge_loss, refuse_replaced
+from nemo_dist.training.whole_rows import LABELS, WholeRows, first_rows, is_per_token, nothing, rows_and_length
 
 READS = "loss."  # in the batches of a step, names of what only the loss reads start with it
 ROWS = f"{READS}rows"  # 1 for a row of the batch, 0 for one that an engine appended: an int tensor on the CPU
-_LABELS = ("labels", "shift_labels")
 
 LossFunction = Callable[[Any, Batch], tuple[Any, Any]]
-
-
-class StepLoss(Protocol):
-    """The loss of a batch, or of some of its rows, as a sum and a count."""
-
-    def model_inputs(self, batch: Batch) -> dict[str, Any]:
-        """Return what the model's forward gets of *batch*."""
-
-    def reads(self, batch: Batch) -> dict[str, Any]:
-        """Return what the loss reads of *batch* besides, under names that start with ``READS``."""
-
-    def inputs(self, batch: Batch) -> dict[str, Any]:
-        """Return *batch* without what only the loss reads."""
-
-    def count(self, batch: Batch) -> Tensor | None:
-        """Return what counts in *batch*, 0-dim float32, or None where only the outputs tell."""
-
-    def __call__(self, outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the sum of the losses of *batch* and what counts in it, 0-dim float32 tensors."""
 
 
 @attrs.frozen(eq=False)
@@ -76,49 +55,6 @@ class ModelLoss:
         mean: Tensor = outputs.loss.float()
         count = self.count(batch).to(mean.device)
         return torch.where(count > 0, mean, torch.zeros_like(mean)) * count, count
-
-
-@attrs.frozen(kw_only=True, eq=False, slots=False)
-class WholeRows:
-    """Calls of *model* without labels, and their outputs for whole rows, which ``parts`` of plugins may split."""
-
-    model: Any
-    parts: Sequence[RuntimePart] = ()
-
-    @cached_property
-    def _taken(self) -> frozenset[str]:
-        """The arguments that the model's forward takes, those for its own loss left out."""
-        parameters = inspect.signature(self.model.forward).parameters
-        names = {name for name, one in parameters.items() if one.kind is not one.VAR_KEYWORD}
-        if len(names) < len(parameters):
-            names |= set(TransformersKwargs.__annotations__)
-        return frozenset(names - {*_LABELS, "num_items_in_batch"})
-
-    @cached_property
-    def splits(self) -> RuntimePart | None:
-        """What a plugin gives that splits sequences, if one does."""
-        return next((part for part in self.parts if part.join_tokens is not None), None)
-
-    def inputs(self, batch: Batch) -> dict[str, Any]:
-        """Return the arguments of the forward in *batch*, without labels; with those that a decoder gets for labels."""
-        inputs = {name: value for name, value in batch.items() if name in self._taken}
-        labels = batch.get("labels")
-        given = any(inputs.get(name) is not None for name in ("decoder_input_ids", "decoder_inputs_embeds"))
-        if self.model.config.is_encoder_decoder and labels is not None and not given:
-            shift = getattr(self.model, "prepare_decoder_input_ids_from_labels", None)
-            if shift is None:  # then the forward shifts them, and computes a loss that nobody reads
-                return {**inputs, "labels": labels}
-            inputs["decoder_input_ids"] = shift(labels=labels)
-        return inputs
-
-    def joined(self, outputs: Any, inputs: Batch, batch: Batch) -> Any:
-        """Return the *outputs* for whole rows, those of *batch*, where this rank was given a part, *inputs*."""
-        split: Any = self.splits
-        if split is None:
-            return outputs
-        here, (_, length) = _tokens(inputs), _tokens(batch)
-        values = {name: value for name, value in outputs.items() if _is_per_token(value, here)}
-        return Outputs({name: split.join_tokens(value, length) for name, value in values.items()})
 
 
 @attrs.frozen(kw_only=True, eq=False, slots=False)
@@ -167,10 +103,10 @@ class OwnLoss:
         if split is not None and split.split_tokens is not None and self.per_token:
             if "shift_labels" in view:
                 view.pop("labels", None)  # these do not stand beside the outputs that predict them
-            shape = _tokens(view)
+            shape = rows_and_length(view)
             for name, value in view.items():
-                if _is_per_token(value, shape):
-                    view[name] = split.split_tokens(value, IGNORED if name in _LABELS else 0)
+                if is_per_token(value, shape):
+                    view[name] = split.split_tokens(value, IGNORED if name in LABELS else 0)
         return {f"{READS}{name}": value for name, value in view.items()}
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
@@ -191,9 +127,9 @@ class OwnLoss:
             outputs = self._calls.joined(outputs, self.inputs(batch), view)
         rows = batch.get(ROWS)
         if rows is not None and (real := int(rows.sum())) < len(rows):
-            outputs, view = _first_rows(outputs, view, len(rows), real)
+            outputs, view = first_rows(outputs, view, len(rows), real)
             if real == 0:
-                return _nothing(outputs)
+                return nothing(outputs)
         return summed(self.function(outputs, view), self.function)
 
 
@@ -239,32 +175,6 @@ def _judge_engine(name: str, part: RuntimePart, loss: OwnLoss) -> None:
         )
 
 
-class Outputs(SimpleNamespace):
-    """Outputs of a model by name, as attributes or as items."""
-
-    def __init__(self, values: Mapping[str, Any]) -> None:
-        super().__init__(**values)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        raise AttributeError(
-            f"the outputs have no {name!r} here (they have {', '.join(vars(self))}): where ranks share sequences, only "
-            "values per token can be joined; make it from those"
-        )
-
-    def __getitem__(self, name: str) -> Any:
-        return getattr(self, name)
-
-    def get(self, name: str, default: Any = None) -> Any:
-        """Return the output *name*, or *default*."""
-        return vars(self).get(name, default)
-
-    def items(self) -> Any:
-        """Return pairs of names and values."""
-        return vars(self).items()
-
-
 def summed(result: Any, function: Any) -> tuple[Tensor, Tensor]:
     """Return a sum and a count of what *function* returned: losses and weights, or a sum and a count.
 
@@ -298,33 +208,3 @@ def _shown(result: Any) -> str:
 def _view(batch: Batch) -> dict[str, Any]:
     """Return what the loss reads of *batch* under its own names."""
     return {name.removeprefix(READS): value for name, value in batch.items() if name.startswith(READS) and name != ROWS}
-
-
-def _tokens(batch: Batch) -> tuple[int, int]:
-    """Return (rows, length) of the tokens in *batch*."""
-    for name in ("input_ids", "inputs_embeds"):
-        if isinstance(batch.get(name), Tensor):
-            rows, length = batch[name].shape[:2]
-            return rows, length
-    raise ValueError(f"the batch has neither input_ids nor inputs_embeds (it has {sorted(batch)}); add one")
-
-
-def _is_per_token(value: Any, shape: tuple[int, int]) -> bool:
-    return isinstance(value, Tensor) and value.ndim > 1 and tuple(value.shape[:2]) == shape
-
-
-def _first_rows(outputs: Any, view: Batch, rows: int, real: int) -> tuple[Outputs, dict[str, Any]]:
-    """Return the first *real* of all *rows* of outputs and batch."""
-
-    def cut(values: Any) -> dict[str, Any]:
-        has_rows = {name for name, value in values if isinstance(value, Tensor) and value.shape[:1] == (rows,)}
-        return {name: value[:real] if name in has_rows else value for name, value in values}
-
-    return Outputs(cut(outputs.items())), cut(view.items())
-
-
-def _nothing(outputs: Outputs) -> tuple[Tensor, Tensor]:
-    """Return a loss of 0 that depends on the outputs, and a count of 0."""
-    floating = [value for _, value in outputs.items() if isinstance(value, Tensor) and value.is_floating_point()]
-    total = torch.stack([value.sum().float() for value in floating]).sum()
-    return total, torch.zeros_like(total).detach()

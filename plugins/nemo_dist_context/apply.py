@@ -44,7 +44,8 @@ def apply_context_parallelism(parts: Sequence[Any], mesh: MeshContext, config: C
 
 def runtime_part(part: Any, mesh: MeshContext, config: ContextConfig) -> RuntimePart:
     """Return what a step of the model that *part* belongs to needs: its batches, and what a loss reads, are split."""
-    proof, group = _proofs[part], mesh.group("cp")
+    proof = _proofs[part]
+    group: Any = mesh.group("cp")  # there is one, as cp is wider than 1
     layout = layout_of(proof, mesh, config)
 
     def join(tokens: Tensor, length: int) -> Tensor:

@@ -16,7 +16,8 @@ from nemo_dist.hf_model import class_name, inner_model
 from nemo_dist.plugin.hookspecs import Batch
 from nemo_dist.plugin.resharding import keep_gathered, reshard
 from nemo_dist.training.router_aux_loss import COUNTED
-from nemo_dist.training.step_loss import READS, ModelLoss, Outputs, OwnLoss
+from nemo_dist.training.step_loss import READS, ModelLoss, OwnLoss
+from nemo_dist.training.whole_rows import Outputs
 from nemo_dist_pipeline.partition.stage_model import PipelineInfo, StageInfo, set_hollow_dtype
 from nemo_dist_pipeline.runtime.forward_only import broadcast_tensors, forward_only
 from nemo_dist_pipeline.runtime.loss import MeanOfLabels
@@ -298,7 +299,8 @@ class AutoPipeline:
     def _mean(self, batch: Batch) -> Tensor:
         loss = self._loss_of_config or ModelLoss(inner_model(self.parts[-1]))
         total, count = self.measure([loss.model_inputs(batch) | loss.reads(batch)], loss)
-        return (total / count.clamp(min=1)).float()
+        mean: Tensor = (total / count.clamp(min=1)).float()
+        return mean
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Return the outputs for *batch* by name, one row per row, equal on all stages; without gradients."""

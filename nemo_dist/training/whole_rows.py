@@ -1,0 +1,123 @@
+"""Call a model without labels, and give its outputs for whole rows, whatever the plugins split."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from types import SimpleNamespace
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+from transformers.utils.generic import TransformersKwargs
+
+from nemo_dist.plugin.hookspecs import Batch, RuntimePart
+
+LABELS = ("labels", "shift_labels")
+
+
+@attrs.frozen(kw_only=True, eq=False, slots=False)
+class WholeRows:
+    """Calls of *model* without labels, and their outputs for whole rows, which ``parts`` of plugins may split."""
+
+    model: Any
+    parts: Sequence[RuntimePart] = ()
+
+    @cached_property
+    def _taken(self) -> frozenset[str]:
+        """The arguments that the model's forward takes, those for its own loss left out."""
+        parameters = inspect.signature(self.model.forward).parameters
+        names = {name for name, one in parameters.items() if one.kind is not one.VAR_KEYWORD}
+        if len(names) < len(parameters):
+            names |= set(TransformersKwargs.__annotations__)
+        return frozenset(names - {*LABELS, "num_items_in_batch"})
+
+    @cached_property
+    def splits(self) -> RuntimePart | None:
+        """What a plugin gives that splits sequences, if one does."""
+        return next((part for part in self.parts if part.join_tokens is not None), None)
+
+    def inputs(self, batch: Batch) -> dict[str, Any]:
+        """Return the arguments of the forward in *batch*, without labels; with those that a decoder gets for labels."""
+        inputs = {name: value for name, value in batch.items() if name in self._taken}
+        labels = batch.get("labels")
+        given = any(inputs.get(name) is not None for name in ("decoder_input_ids", "decoder_inputs_embeds"))
+        if self.model.config.is_encoder_decoder and labels is not None and not given:
+            shift = getattr(self.model, "prepare_decoder_input_ids_from_labels", None)
+            if shift is None:  # then the forward shifts them, and computes a loss that nobody reads
+                return {**inputs, "labels": labels}
+            inputs["decoder_input_ids"] = shift(labels=labels)
+        return inputs
+
+    def joined(self, outputs: Any, inputs: Batch, batch: Batch) -> Any:
+        """Return the *outputs* for whole rows, those of *batch*, where this rank was given a part, *inputs*."""
+        split: Any = self.splits
+        if split is None:
+            return outputs
+        here, (_, length) = rows_and_length(inputs), rows_and_length(batch)
+        values = {name: value for name, value in outputs.items() if is_per_token(value, here)}
+        return Outputs({name: split.join_tokens(value, length) for name, value in values.items()})
+
+
+class Outputs(SimpleNamespace):
+    """Outputs of a model by name, as attributes or as items."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        super().__init__(**values)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise AttributeError(
+            f"the outputs have no {name!r} here (they have {', '.join(vars(self))}): where ranks share sequences, only "
+            "values per token can be joined; make it from those"
+        )
+
+    def __getitem__(self, name: str) -> Any:
+        return getattr(self, name)
+
+    def __contains__(self, name: str) -> bool:
+        return name in vars(self)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return the output *name*, or *default*."""
+        return vars(self).get(name, default)
+
+    def items(self) -> Any:
+        """Return pairs of names and values."""
+        return vars(self).items()
+
+
+def rows_and_length(batch: Batch) -> tuple[int, int]:
+    """Return (rows, length) of the tokens in *batch*."""
+    for name in ("input_ids", "inputs_embeds"):
+        if isinstance(batch.get(name), Tensor):
+            rows, length = batch[name].shape[:2]
+            return rows, length
+    raise ValueError(f"the batch has neither input_ids nor inputs_embeds (it has {sorted(batch)}); add one")
+
+
+def is_per_token(value: Any, shape: tuple[int, int]) -> bool:
+    """Whether *value* is a tensor with a value, or more, for each token of rows of this *shape*."""
+    return isinstance(value, Tensor) and value.ndim > 1 and tuple(value.shape[:2]) == shape
+
+
+def first_rows(outputs: Any, view: Batch, rows: int, real: int) -> tuple[Outputs, dict[str, Any]]:
+    """Return the first *real* of all *rows* of outputs and batch."""
+
+    def cut(values: Any) -> dict[str, Any]:
+        has_rows = {name for name, value in values if isinstance(value, Tensor) and value.shape[:1] == (rows,)}
+        return {name: value[:real] if name in has_rows else value for name, value in values}
+
+    return Outputs(cut(outputs.items())), cut(view.items())
+
+
+def nothing(outputs: Outputs) -> tuple[Tensor, Tensor]:
+    """Return a loss of 0 that depends on the outputs, and a count of 0."""
+    floating = [value for _, value in outputs.items() if isinstance(value, Tensor) and value.is_floating_point()]
+    # Not a product with 0, which an infinite output would make NaN.
+    none = [torch.where(torch.zeros_like(value, dtype=torch.bool), value, 0).sum().float() for value in floating]
+    total = torch.stack(none).sum()
+    return total, torch.zeros_like(total).detach()
