@@ -59,7 +59,7 @@ _ELSEWHERE = {
     "sdpa_method": "torch.nn.attention.sdpa_kernel(...) around the step",
     "force_hf": "nothing, every model is transformers' own",
     "has_packed_sequence": "nothing, packed rows are found by their position_ids",
-    "peft_config": "peft.get_peft_model(model, ...) before setup.runtime(model)",
+    "peft_config": "setup.add_adapters(model, peft_config) before setup.runtime(model)",
     "freeze_config": "parameter.requires_grad_(False) before setup.runtime(model)",
     "compile_config": "DistributedSetup.build(strategy=...Config(enable_compile=True))",
     "fp8_config": "nothing, training in FP8 is not supported",

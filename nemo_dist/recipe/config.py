@@ -144,7 +144,7 @@ class TrainingSection:
     epochs: float | None = _field(None, _positive)
     batch_size: int = attrs.field(validator=_whole(1))
     accumulation: int = _field(1, _whole(1))
-    clip: float | None = attrs.field(default=1.0, validator=_optional(_positive))
+    clip: float | None = _field(1.0, _optional(_positive))
     seed: int = _field(0, _whole(0))
 
     def __attrs_post_init__(self) -> None:

@@ -174,7 +174,8 @@ class Job:
             values |= self.runtime.metrics()
         metrics.write(step, values)
         report(step, values)
-        if self.held_out and self._due(step, self.recipe.evaluate and self.recipe.evaluate.every):
+        evaluate = self.recipe.evaluate
+        if evaluate is not None and self._due(step, evaluate.every):
             found = {"held_out_loss": held_out_loss(self.runtime, self.held_out)}
             metrics.write(step, found)
             report(step, found)

@@ -34,7 +34,7 @@ def config_of(section: ModelSection) -> Any:
     from transformers import AutoConfig
 
     if section.config is None:
-        return AutoConfig.from_pretrained(section.path)
+        return AutoConfig.from_pretrained(str(section.path))
     fields = dict(section.config)
     return AutoConfig.for_model(fields.pop("model_type"), **fields)
 

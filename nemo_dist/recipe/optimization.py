@@ -42,7 +42,7 @@ def judge_schedule(section: SchedulerSection) -> None:
     """Raise UnknownNameError for a schedule that transformers lacks, and for options that it does not take."""
     from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
-    known = {kind.value: make for kind, make in TYPE_TO_SCHEDULER_FUNCTION.items()}
+    known: dict[str, Any] = {kind.value: make for kind, make in TYPE_TO_SCHEDULER_FUNCTION.items()}
     for name in ("reduce_lr_on_plateau", "greedy"):  # they follow a loss, and the recipe hands them none
         known.pop(name, None)
     if section.type not in known:

@@ -55,7 +55,7 @@ def operations_per_token(model: Any, length: int) -> float:
     for name, parameter in model.named_parameters():
         share = _share_of_experts(config) if ".experts." in name else 1.0
         weights += 0 if parameter is embedding and not tied else parameter.numel() * share
-    attention = _ATTENTION * config.num_hidden_layers * config.hidden_size * length / 2
+    attention: float = _ATTENTION * config.num_hidden_layers * config.hidden_size * length / 2
     return _FORWARD_AND_BACKWARD * weights + attention
 
 

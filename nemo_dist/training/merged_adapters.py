@@ -85,7 +85,7 @@ def _layers(model: nn.Module) -> dict[str, Any]:
     return found
 
 
-def _strange(name: str, module: nn.Module) -> str:
+def _strange(name: str, module: object) -> str:
     return f"{name} is a {type(module).__module__}.{type(module).__name__}"
 
 
