@@ -176,7 +176,8 @@ def pieces_of(state: Mapping[str, Tensor], plan: SavePlan) -> dict[str, Tensor]:
             if piece.local is None:
                 found[piece.label] = dict(chunks(tensor))[piece.chunk]
             else:
-                found[piece.label] = piece.local.of(local(tensor).detach())
+                part = local(tensor)
+                found[piece.label] = piece.local.of(part.detach() if part.requires_grad else part)
     return found
 
 

@@ -36,7 +36,9 @@ class Chunk:
         return math.prod(self.sizes)
 
     def of(self, whole: Tensor) -> Tensor:
-        """Return this chunk of the tensor *whole*, as a view."""
+        """Return this chunk of the tensor *whole*, as a view, or that tensor itself."""
+        if whole.shape == self.sizes:
+            return whole
         for dim, (start, size) in enumerate(zip(self.offsets, self.sizes, strict=True)):
             if size != whole.shape[dim]:
                 whole = whole.narrow(dim, start, size)
