@@ -188,7 +188,8 @@ def survey(
 
     Raises on all ranks when *state_of* fails on one, or the chunks of a tensor do not make the whole.
     """
-    planner, state = Planner(), {}
+    planner = Planner()
+    state: dict[str, Tensor] = {}
 
     def describe() -> str:
         state.update(state_of())
