@@ -179,7 +179,8 @@ def pieces_of(state: Mapping[str, Tensor], plan: SavePlan) -> dict[str, Tensor]:
             if piece.local is None:
                 found[piece.label] = dict(chunks(tensor))[piece.chunk]
             else:
-                found[piece.label] = piece.local.of(local(tensor).detach())
+                part = local(tensor)
+                found[piece.label] = piece.local.of(part.detach() if part.requires_grad else part)
     return found
 
 
@@ -190,7 +191,8 @@ def survey(
 
     Raises on all ranks when *state_of* fails on one, or the chunks of a tensor do not make the whole.
     """
-    planner, state = Planner(), {}
+    planner = Planner()
+    state: dict[str, Tensor] = {}
 
     def describe() -> str:
         state.update(state_of())

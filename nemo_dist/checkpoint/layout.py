@@ -36,7 +36,9 @@ class Chunk:
         return math.prod(self.sizes)
 
     def of(self, whole: Tensor) -> Tensor:
-        """Return this chunk of the tensor *whole*, as a view."""
+        """Return this chunk of the tensor *whole*, as a view, or that tensor itself."""
+        if whole.shape == self.sizes:
+            return whole
         for dim, (start, size) in enumerate(zip(self.offsets, self.sizes, strict=True)):
             if size != whole.shape[dim]:
                 whole = whole.narrow(dim, start, size)
@@ -194,7 +196,8 @@ def _meeting(size: int, cuts: tuple[Cut, ...], start: int, stop: int) -> tuple[t
 
 def _parts_meeting(spans: Spans, cut: Cut, start: int, stop: int) -> list[int]:
     """Return the coordinates on *cut* of the parts of *spans* that have indices in [start, stop)."""
-    total, before, found = sum(length for _, length in spans), 0, set()
+    total, before = sum(length for _, length in spans), 0
+    found: set[int] = set()
     wanted = []  # the places of those indices, counted within spans
     for first, length in spans:
         a, b = max(first, start), min(first + length, stop)

@@ -187,6 +187,8 @@ def alike(digests: Sequence[Sequence[Any]]) -> list[Any]:
 
     In the order of the first ranks that have them.
     """
+    if list(digests).count(digests[0]) == len(digests):
+        return [[[[0, len(digests), 1]], digests[0][1]]]
     found: dict[str, list[int]] = {}
     for rank, (digest, _) in enumerate(digests):
         found.setdefault(digest, []).append(rank)
