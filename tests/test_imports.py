@@ -17,7 +17,7 @@ HEAVY = {"torch", "transformers", "safetensors", "numpy"}
 # Each package (or module beside them) may import those that stand before it, never those after.
 ORDER = (
     *("errors", "hf_model", "torch_private", "planning", "mesh", "plugin", "hooks"),
-    *("loading", "checkpoint", "training", "setup", "models", "launcher", "testing", "cli"),
+    *("loading", "checkpoint", "training", "setup", "models", "dry_run", "launcher", "testing", "cli"),
 )
 # What a plugin may import of the core, besides the public names of nemo_dist itself.
 FOR_PLUGINS = {
