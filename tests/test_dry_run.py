@@ -44,11 +44,12 @@ def test_a_dry_run_says_the_bytes_that_real_ranks_hold(ranks, layout):
 
 
 def test_any_rank_of_sixteen_thousand_can_be_rehearsed():
-    options = {"parallelism_sizes": ParallelismSizes(tp_size=2, dp_replicate_size=4)}
+    options = {"parallelism_sizes": ParallelismSizes(cp_size=2, dp_replicate_size=4)}
     found = dry_run(options, checkpoint("llama"), 16384, 9001, checkpoint=False)
     plan = DistributedSetup.build(**options, world_size=16384).plan
-    assert found.coordinates == {axis: index for axis, index in plan.coordinates(9001).items() if plan.size(axis) > 1}
-    assert {"tp": 2, "dp_replicate": 4, "dp_shard": 2048, "dp": 8192}.items() <= found.groups.items()
+    place = plan.coordinates(9001)
+    assert found.coordinates == {axis: index for axis, index in place.items() if plan.size(axis) > 1}
+    assert {"cp": 2, "dp_replicate": 4, "dp_shard": 2048, "dp": 8192}.items() <= found.groups.items()
     assert found.holdings.parameter_bytes < 1e6 and "rank 9001 of 16384" in str(found)
     assert all(phase.peak_rss_bytes > 0 and phase.cpu_s >= 0 for phase in found.phases)
 

@@ -57,6 +57,7 @@ PRIVATE = {
     "nemo_dist.checkpoint.hf_side_files": ("_commit_hash",),
     "nemo_dist.checkpoint.scheduler_state": ("_schedulers", "_last_lr"),
     "nemo_dist.training.router_aux_loss": ("_can_record_outputs",),
+    "nemo_dist.dry_run.imagined_world": ("_internal", "_fully_shard", "_fsdp_param"),
     "nemo_dist.testing.comm_recorder": ("_resolve_process_group",),
     "nemo_dist.testing.fake_cuda": ("_coalescing_manager", "_dynamo"),
     "nemo_dist.testing.worker": ("_clear_sharding_prop_cache", "_world"),

@@ -67,7 +67,7 @@ def refuse_uneven(parts: Sequence[nn.Module]) -> None:
             if isinstance(parameter, DTensor) and any(hasattr(how, "split_factor") for how in parameter.placements):
                 own = parameter.to_local().shape
                 read = local_slice(torch.empty(parameter.shape, device="meta"), parameter).shape
-                if own != read:
+                if own != read or not own.numel():  # of nothing transformers cannot find the slice
                     problems.append(
                         f"{name} of shape {tuple(parameter.shape)} cannot be cut along one dim by axes of sizes "
                         f"{tuple(parameter.device_mesh.shape)}: this rank would hold {tuple(own)} and read "

@@ -74,9 +74,11 @@ def held_boxes(tensor: Tensor) -> tuple[Box, ...]:
     if key not in _boxes:
         if len(_boxes) >= _MOST_BOXES:
             _boxes.clear()
+        held = local(tensor)
         spans: Any = _Spans(tensor.shape)
-        DtensorShardOperation(tensor).shard_tensor(spans)
-        _boxes[key] = tuple(spans.taken)
+        if held.numel():
+            DtensorShardOperation(tensor).shard_tensor(spans)
+        _boxes[key] = tuple(spans.taken) or (tuple((0, size) for size in held.shape),)
     return _boxes[key]
 
 
