@@ -18,7 +18,7 @@ HEAVY = {"torch", "transformers", "safetensors", "numpy"}
 ORDER = (
     *("errors", "hf_model", "torch_private", "planning", "mesh", "plugin", "hooks"),
     "losses",
-    *("loading", "checkpoint", "training", "setup", "models", "launcher", "testing", "recipe", "cli"),
+    *("loading", "checkpoint", "training", "setup", "models", "dry_run", "launcher", "testing", "recipe", "cli"),
 )
 # What a plugin may import of the core, besides the public names of nemo_dist itself.
 FOR_PLUGINS = {
@@ -58,6 +58,7 @@ PRIVATE = {
     "nemo_dist.checkpoint.scheduler_state": ("_schedulers", "_last_lr"),
     "nemo_dist.models.other_loops": ("_is_distributed_loading_by_transformers", "_is_accelerate_prepared"),
     "nemo_dist.training.router_aux_loss": ("_can_record_outputs",),
+    "nemo_dist.dry_run.imagined_world": ("_internal", "_fully_shard", "_fsdp_param"),
     "nemo_dist.testing.comm_recorder": ("_resolve_process_group",),
     "nemo_dist.testing.fake_cuda": ("_coalescing_manager", "_dynamo"),
     "nemo_dist.testing.worker": ("_clear_sharding_prop_cache", "_world"),

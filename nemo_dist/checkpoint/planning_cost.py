@@ -116,7 +116,7 @@ def planning_cost(
             manifest.write(folder, _files(plan), made.tensors, _about(plan, made.tensors))
         nbytes = (folder / manifest.NAME).stat().st_size
         with _cpu() as load:
-            _plan_load(Manifest.read(folder), planner, rank)
+            plan_load(Manifest.read(folder), planner, rank)
     return PlanningCost(
         save_planning_cpu_s=first[0],
         repeated_planning_cpu_s=median(repeated),
@@ -135,7 +135,7 @@ def _starts(plan: MeshPlan, stages: int) -> Iterable[int]:
     return range(0, plan.world_size, plan.world_size // stages)
 
 
-def _plan_load(stored: Manifest, planner: Planner, rank: int) -> int:
+def plan_load(stored: Manifest, planner: Planner, rank: int) -> int:
     """Find all that *rank* verifies and reads of a checkpoint of its own topology; return how many slices it reads."""
     expected = sum(1 for tensor in stored.tensors.values() for _ in tensor.in_file(rank))
     wanted = [(name, chunk) for name, held in planner.held.items() for chunk in held.chunks_of(rank)]

@@ -292,6 +292,36 @@ def verify(
 
 
 @app.command(
+    "dry-run",
+    epilog=_examples(
+        "dry-run my_model --world-size 16384 --tp 8",
+        "dry-run my_model --world-size 16384 --tp 8 --pp 16 --rank 9000",
+        "dry-run my_model/config.json --world-size 64 --config recipe.yaml --json",
+    ),
+)
+@takes_setup
+def dry_run(
+    asked: SetupOptions,
+    model: Annotated[Path, typer.Argument(help="A folder with a config.json, or such a file.", show_default=False)],
+    world_size: WorldSize,
+    rank: Annotated[int, typer.Option(help="The rank to rehearse.")] = 0,
+    config: Config = None,
+    as_json: Json = False,
+) -> None:
+    """Rehearse a run as one of its ranks, in this process and without weights: what it holds, reads and writes.
+
+    The real functions run on torch's fake process group and the meta device: the mesh, the sharding, an optimizer's
+    step, the plans of a save and a load.
+    """
+    with _refusals():
+        from nemo_dist.dry_run.rehearsal import dry_run as rehearse
+
+        _silence_transformers()
+        found = rehearse(asked.keywords(config), model, world_size, rank)
+    typer.echo(json.dumps(found.data(), indent=2) if as_json else str(found))
+
+
+@app.command(
     epilog=_examples(
         "export runs/llama exported",
         "export runs/llama/step-00001000 exported --dtype bfloat16",

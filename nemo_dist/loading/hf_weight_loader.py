@@ -15,11 +15,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any, NoReturn, Protocol
 
 import attrs
 import torch
 import transformers.core_model_loading
+import transformers.distributed.sharding_utils
 import transformers.modeling_utils
 from safetensors import SafetensorError
 from torch import nn
@@ -65,7 +67,7 @@ def refuse_uneven(parts: Sequence[nn.Module]) -> None:
             if isinstance(parameter, DTensor) and any(hasattr(how, "split_factor") for how in parameter.placements):
                 own = parameter.to_local().shape
                 read = local_slice(torch.empty(parameter.shape, device="meta"), parameter).shape
-                if own != read:
+                if own != read or not own.numel():  # of nothing transformers cannot find the slice
                     problems.append(
                         f"{name} of shape {tuple(parameter.shape)} cannot be cut along one dim by axes of sizes "
                         f"{tuple(parameter.device_mesh.shape)}: this rank would hold {tuple(own)} and read "
@@ -267,7 +269,9 @@ def read_through(target: Target, source: Any, missing: Missing) -> Iterator[Read
     private: Any = PreTrainedModel
     reader: Any = transformers.modeling_utils
     converter: Any = transformers.core_model_loading
+    slicer: Any = transformers.distributed.sharding_utils
     converting, sharding = reader.convert_and_load_state_dict_in_model, reader._dtensor_from_local_like
+    placing = slicer.compute_local_shape_and_global_offset
 
     def convert(model: Any, state_dict: Any, load_config: Any, *others: Any, **more: Any) -> Any:
         return convert_and_load(lambda *args: converting(*args, **more), model, state_dict, load_config, *others)
@@ -278,6 +282,8 @@ def read_through(target: Target, source: Any, missing: Missing) -> Iterator[Read
     private._load_pretrained_model = staticmethod(load)
     reader.convert_and_load_state_dict_in_model = convert
     reader._dtensor_from_local_like = converter._dtensor_from_local_like = shard
+    # transformers asks for every parameter anew, which takes torch 30 ms each on thousands of ranks
+    slicer.compute_local_shape_and_global_offset = lru_cache(maxsize=None)(placing)
     try:
         yield reading
     except Exception as error:
@@ -285,6 +291,7 @@ def read_through(target: Target, source: Any, missing: Missing) -> Iterator[Read
     else:
         reading.finish()
     finally:
+        slicer.compute_local_shape_and_global_offset = placing
         reader.convert_and_load_state_dict_in_model = converting
         reader._dtensor_from_local_like = converter._dtensor_from_local_like = sharding
         private._load_pretrained_model = staticmethod(original)

@@ -29,7 +29,7 @@ from nemo_dist.loading.counted_draws import (
     runs,
 )
 from nemo_dist.loading.deferred_init import Call, DeferredInit, covers_its_storage, run, view_of
-from nemo_dist.mesh.dtensor import held_boxes, local, placed
+from nemo_dist.mesh.dtensor import dim_of_difference, held_boxes, local, placed
 from nemo_dist.torch_private import TorchDispatchMode, disable_current_modes, storage_id, tensors_in
 
 _aten = torch.ops.aten
@@ -91,7 +91,7 @@ class SliceInit(DeferredInit):
             return super().filled(name, parameter, device)
         own = torch.empty(local(parameter).shape, dtype=parameter.dtype)
         boxes, at = held_boxes(parameter), 0
-        dim = _dim_of_difference(boxes)
+        dim = dim_of_difference(boxes)
         for box in boxes:
             part = own
             if len(boxes) > 1:
@@ -139,11 +139,6 @@ class SliceInit(DeferredInit):
             digest = hashlib.blake2b(self._key(index).encode(), digest_size=8).digest()
             torch.manual_seed(int.from_bytes(digest, "little") >> 1)
         run(call, storages)
-
-
-def _dim_of_difference(boxes: list[tuple[tuple[int, int], ...]]) -> int:
-    """Return the dim in which *boxes* differ."""
-    return next((dim for dim, spans in enumerate(zip(*boxes, strict=True)) if len(set(spans)) > 1), 0)
 
 
 def _target(call: Call) -> Tensor:

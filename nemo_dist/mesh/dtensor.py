@@ -14,6 +14,8 @@ from transformers.distributed.sharding_utils import DtensorShardOperation
 from nemo_dist.torch_private import dtensor_of
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
+Box = tuple[tuple[int, int], ...]  # (start, stop) along each dim
+_MOST_BOXES = 4096
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -38,15 +40,16 @@ def local_slice(full: Tensor, shard: DTensor) -> Tensor:
     Handles strided shards too (packed projections, two mesh axes on one tensor dim). The result is a view of *full*
     where the slice is contiguous.
     """
-    found = DtensorShardOperation(shard).shard_tensor(full)
-    return full if found is None else found  # None is returned only for experts that are stored one by one
+    boxes = held_boxes(shard)
+    parts = [full[tuple(slice(start, stop) for start, stop in box)] for box in boxes]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim_of_difference(boxes))
 
 
 class _Spans:
     """Stands for a whole tensor that is sliced: keeps the spans, as (start, stop) for each dim."""
 
     def __init__(self, shape: Sequence[int]) -> None:
-        self.shape, self.taken = list(shape), list[tuple[tuple[int, int], ...]]()
+        self.shape, self.taken = list(shape), list[Box]()
 
     def get_shape(self) -> list[int]:
         return self.shape
@@ -58,17 +61,31 @@ class _Spans:
         return torch.empty([0] * len(self.shape))
 
 
-def held_boxes(tensor: Tensor) -> list[tuple[tuple[int, int], ...]]:
+_boxes: dict[Any, tuple[Box, ...]] = {}  # torch takes 30 ms for a strided shard on thousands of ranks
+
+
+def held_boxes(tensor: Tensor) -> tuple[Box, ...]:
     """Return the boxes of the global tensor that this rank holds of *tensor*: (start, stop) for each dim.
 
     Several ones, of a strided shard, lie one after the other along the dim in which they differ, in this order.
     """
     if not isinstance(tensor, DTensor):
-        return [tuple((0, size) for size in tensor.shape)]
-    spans: Any = _Spans(tensor.shape)
-    DtensorShardOperation(tensor).shard_tensor(spans)
-    found: list[tuple[tuple[int, int], ...]] = spans.taken
-    return found
+        return (tuple((0, size) for size in tensor.shape),)
+    key = (tensor.shape, tensor.device_mesh, tuple(tensor.placements))
+    if key not in _boxes:
+        if len(_boxes) >= _MOST_BOXES:
+            _boxes.clear()
+        held = local(tensor)
+        spans: Any = _Spans(tensor.shape)
+        if held.numel():
+            DtensorShardOperation(tensor).shard_tensor(spans)
+        _boxes[key] = tuple(spans.taken) or (tuple((0, size) for size in held.shape),)
+    return _boxes[key]
+
+
+def dim_of_difference(boxes: Sequence[Box]) -> int:
+    """Return the dim in which *boxes*, of one tensor, differ."""
+    return next((dim for dim, spans in enumerate(zip(*boxes, strict=True)) if len(set(spans)) > 1), 0)
 
 
 def filled(parameter: nn.Parameter, value: Tensor, device: torch.device) -> nn.Parameter:

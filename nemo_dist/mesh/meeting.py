@@ -18,6 +18,7 @@ from typing import Any
 import attrs
 import torch.distributed as dist
 
+DIGEST_SIZE = 16
 SOON = 1.0  # seconds after which a rank that waits says where it is
 _ENDED = 1 << 40  # added to the number of those that have come when the first rank gives the meeting up
 _NOTHING = "-"  # what `compare_set` returns for a key that is not there, as it is told to expect this
@@ -87,7 +88,7 @@ class Meeting:
     def come(self, mine: Any, word: Any = None) -> None:
         """Say the value of this rank, and on the first one the *word*."""
         self._value = json.dumps(mine)
-        self._digest = hashlib.blake2b(self._value.encode(), digest_size=16).hexdigest()
+        self._digest = hashlib.blake2b(self._value.encode(), digest_size=DIGEST_SIZE).hexdigest()
         if self.leads and word is not None:
             self.store.set(self._key("word"), json.dumps(word))
         self._first_to_say = self.store.add(self._key(self._digest), 1) == 1

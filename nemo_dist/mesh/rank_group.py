@@ -16,7 +16,7 @@ from nemo_dist.errors import CheckpointError, RankError
 from nemo_dist.mesh.live_groups import live
 from nemo_dist.mesh.process_group import has_cpu_backend
 from nemo_dist.mesh.rank_status import default_store, explained
-from nemo_dist.mesh.store_consensus import consensus, share
+from nemo_dist.mesh.store_consensus import consensus, is_imagined, share
 
 if TYPE_CHECKING:
     from nemo_dist.mesh.mesh_context import MeshContext
@@ -146,6 +146,8 @@ class RankGroup:
         """
         if self.size == 1:
             return [int(value) for value in values]
+        if is_imagined():
+            return [int(value) * self.size for value in values]
         group = _group(self.ranks)
         where = "cpu" if has_cpu_backend(group) else self.device
         sums = torch.tensor(list(values), dtype=torch.int64, device=where)

@@ -1,0 +1,142 @@
+"""Rehearse a run as one of its ranks, and say what that rank would hold, read and write."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig
+from transformers.initialization import no_init_weights
+from transformers.modeling_utils import local_torch_dtype as local_dtype
+
+from nemo_dist.dry_run.checkpoint_plan import CheckpointPlan
+from nemo_dist.dry_run.holdings import Holdings, stepped
+from nemo_dist.dry_run.imagined_world import imagined_world
+from nemo_dist.dry_run.phases import Phase, Phases
+from nemo_dist.errors import NemoDistError
+from nemo_dist.hf_model import class_name
+from nemo_dist.plugin.comm_estimate import readable
+from nemo_dist.setup.setup import DistributedSetup
+
+
+@attrs.frozen(kw_only=True)
+class DryRun:
+    """What one rank of a run would do; as a string it is what ``nemo-dist dry-run`` prints.
+
+    ``parameters``: elements of the whole model. ``groups``: the size of the process group of this rank along each axis
+    and flattened name of the mesh. ``plugins``: what each plugin does, a pipeline's schedule among it. ``checkpoint``
+    is None where a save could not be rehearsed, and ``why_no_checkpoint`` says why.
+    """
+
+    model: str
+    parameters: int
+    world_size: int
+    rank: int
+    coordinates: Mapping[str, int]
+    groups: Mapping[str, int]
+    plugins: tuple[str, ...]
+    holdings: Holdings
+    phases: tuple[Phase, ...]
+    checkpoint: CheckpointPlan | None = None
+    why_no_checkpoint: str = ""
+
+    def data(self) -> dict[str, Any]:
+        """Return everything as plain values."""
+        found: dict[str, Any] = attrs.asdict(self)
+        return {**found, "cpu_s": self.cpu_s, "peak_rss_bytes": self.peak_rss_bytes}
+
+    @property
+    def cpu_s(self) -> float:
+        """The CPU seconds of all phases."""
+        return sum(phase.cpu_s for phase in self.phases)
+
+    @property
+    def peak_rss_bytes(self) -> int:
+        """The most memory that any phase held."""
+        return max(phase.peak_rss_bytes for phase in self.phases)
+
+    def __str__(self) -> str:
+        place = ", ".join(f"{axis} {index}" for axis, index in self.coordinates.items())
+        held = self.holdings
+        lines = [
+            f"{self.model}, {self.parameters / 1e9:.4g} billion parameters, as rank {self.rank} of {self.world_size} "
+            f"({place or 'alone'})",
+            f"  parameters      {readable(held.parameter_bytes):>12}",
+            f"  gradients       {readable(held.gradient_bytes):>12}",
+            f"  AdamW           {readable(held.optimizer_bytes):>12}",
+            f"  read at load    {readable(held.read_bytes):>12}",
+            "  groups          " + ", ".join(f"{name} {size}" for name, size in self.groups.items()),
+            *(f"  {line}" for line in self.plugins),
+        ]
+        if self.checkpoint is not None:
+            lines += self.checkpoint.lines()
+        else:
+            lines.append(f"  a save was not rehearsed: {self.why_no_checkpoint}")
+        lines.append("what the rehearsal took:")
+        lines += [f"  {p.name:<28} {p.cpu_s:7.2f} s   {readable(p.peak_rss_bytes):>10}" for p in self.phases]
+        return "\n".join(lines)
+
+
+def dry_run(
+    options: Mapping[str, Any], model: str | os.PathLike[str], world_size: int, rank: int = 0, checkpoint: bool = True
+) -> DryRun:
+    """Rehearse ``DistributedSetup.build(**options, world_size=world_size)`` with *model*, as *rank*, and AdamW.
+
+    *model*: a folder with a ``config.json``, or such a file; no weights are read. Nothing is written but what a save
+    would tell the others, into a temporary folder. ``checkpoint``: whether to plan a save and a load.
+
+    Raises what ``build`` and loading raise for a setup or a model that they refuse.
+    """
+    phases = Phases()
+    with phases.measured("set up the mesh"):
+        setup = DistributedSetup.build(**options, world_size=world_size)
+        config = AutoConfig.from_pretrained(Path(model))
+    with imagined_world(world_size, rank):
+        with phases.measured("make the groups"):
+            mesh = setup.mesh_context
+        with phases.measured("build the model on meta"):
+            whole = _on_meta(config)
+            parameters = sum(parameter.numel() for parameter in whole.parameters())
+        with phases.measured("split and shard it"):
+            parts = setup.shard(whole)
+        with phases.measured("step AdamW"):
+            optimizer = stepped(parts, torch.optim.AdamW)
+        with phases.measured("plan what to read"):
+            holdings = Holdings.of(parts, optimizer)
+        plan, why = None, "it was not asked for"
+        if checkpoint:
+            try:
+                plan = CheckpointPlan.rehearse(setup.sharded(parts), optimizer, phases)
+            except NemoDistError as error:
+                why = str(error)
+        names = dict.fromkeys((*mesh.wide(), *mesh.flattened))
+        return DryRun(
+            model=class_name(whole),
+            parameters=parameters,
+            world_size=world_size,
+            rank=rank,
+            coordinates={axis: index for axis, index in setup.plan.coordinates(rank).items() if mesh.size(axis) > 1},
+            groups={name: mesh.size(name) for name in names if mesh.size(name) > 1},
+            plugins=tuple(setup.calls.explain(plan=setup.plan, model=whole)),
+            holdings=holdings,
+            phases=tuple(phases.done),
+            checkpoint=plan,
+            why_no_checkpoint="" if plan is not None else why,
+        )
+
+
+def _on_meta(config: Any) -> nn.Module:
+    """Return the model of *config* on the meta device, in the dtype in which its weights are stored."""
+    names = getattr(config, "architectures", None) or ()
+    kind: Any = getattr(transformers, names[0], None) if names else None
+    with local_dtype(getattr(config, "dtype", None) or torch.float32), no_init_weights(), torch.device("meta"):
+        if kind is not None:
+            made: nn.Module = kind(config)
+            return made
+        return transformers.AutoModelForCausalLM.from_config(config)
