@@ -1,4 +1,4 @@
-"""The loaders that users call: ``NeMoAutoModelFor*``, in ``auto_model``.
+"""The loaders that users call: ``NeMoAutoModelFor*``, in ``auto_model``; and ``meta_model``, a model without weights.
 
 Not here: how weights are read, which is in ``nemo_dist.loading``.
 """

@@ -30,7 +30,7 @@ def explanation(setup: Composition, own_mesh: DeviceMesh | None, model: Any, row
             )
     lines.append("plugins, in the order they act on the model:")
     lines += [f"  {line}" for line in setup.calls.explain(plan=plan, model=model)]
-    facts = _facts(setup, model, rows, length)
+    facts = facts_of(setup, model, rows, length)
     sent = [line for found in setup.calls.traffic(plan=plan, facts=facts, model=model) for line in found]
     if sent:
         lines.append("collectives of a step" + (", with the bytes that one rank sends:" if model is not None else ":"))
@@ -65,7 +65,8 @@ def _claimants(plugins: Iterable[Plugin], axis: str) -> str:
     return ", ".join(plugin.name for plugin in claimants(plugins, axis))
 
 
-def _facts(setup: Composition, model: Any, rows: int, length: int | None) -> ModelFacts | None:
+def facts_of(setup: Composition, model: Any, rows: int, length: int | None) -> ModelFacts | None:
+    """Return the numbers of *model* and of a batch of *rows* sequences of *length* tokens; None without a model."""
     if model is None:
         return None
     return ModelFacts.of(
