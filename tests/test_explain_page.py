@@ -140,7 +140,7 @@ def test_the_size_of_a_page_does_not_grow_with_the_ranks(count):
     assert len(setup_of(count, tp=8, dp_replicate=count // 8).explain_page().encode()) < 100_000
 
 
-@pytest.mark.parametrize(("pp", "batch"), [(64, 4096), (256, 1024)])
+@pytest.mark.parametrize(("pp", "batch"), [(32, 2048), pytest.param(64, 4096, marks=pytest.mark.slow)])
 def test_the_size_of_a_page_is_bounded_for_very_long_schedules(pp, batch):
     page = setup_of(pp * 8, schedule="interleaved_1f1b", batch=batch, pp=pp).explain_page()
     data = embedded(page)

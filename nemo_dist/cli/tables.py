@@ -161,7 +161,7 @@ def fitted(table: Table, console: Console) -> Table | str:
     lines = [str(table.title)] if table.title else []
     for cells in zip(*(column.cells for column in table.columns), strict=True):
         first, *others = (Text.from_markup(str(cell)).plain for cell in cells)
-        lines.append(first)
+        lines.append(f"{heads[0]} {first}")
         lines += [f"  {head}: {cell}" for head, cell in zip(heads[1:], others, strict=True) if cell]
     return "\n".join(_folded(line, console.width) for line in lines)
 

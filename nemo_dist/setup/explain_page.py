@@ -63,7 +63,7 @@ def page_data(setup: Composition, model: Any, rows: int, length: int | None, ran
         "ranks_per_node": ranks_per_node,
         "shape": _shape(plan),
         "strategy": setup.strategy.name if setup.strategy else None,
-        "recompute": setup.recompute_mode,
+        "recomputation": setup.recompute_mode,
         "layers_axis": next(iter(plan.dense.splitting(Role.LAYERS)), None),
         "views": [_view(setup, view) for view in (plan.dense, *plan.views)],
         "batch_axis": "dp",

@@ -44,7 +44,7 @@ class Page {
     const { data } = this;
     byId("title").textContent = `${plural(data.world_size, "rank")}: ${data.shape}`;
     const parts = [data.strategy ? `strategy ${data.strategy}` : "no strategy"];
-    if (data.recompute) parts.push(`${data.recompute} recomputation`);
+    if (data.recomputation) parts.push(`${data.recomputation} recomputation`);
     if (data.model) parts.unshift(`${data.model.name} with ${inWords(data.model.parameters)} parameters`);
     if (data.model) parts.push(`${plural(data.model.rows, "sequence")} of ${data.model.length.toLocaleString("en")} tokens on each data-parallel rank`);
     byId("subtitle").textContent = parts.join(" · ");

@@ -130,7 +130,7 @@ class MeshPicture {
       const holds = bands.name === this.page.data.layers_axis ? this.page.holds(band) : "";
       this.texts.append(drawn("text", { class: "label strong", x: 2, y: y + 13 }, `${bands.name} ${band}`));
       if (!holds) continue;
-      const at = left ? { x: 2, y: y + 28 } : { x: 9 * `${bands.name} ${band}`.length, y: y + 13 };
+      const at = left ? { x: 2, y: y + 28 } : { x: 10 + 9 * `${bands.name} ${band}`.length, y: y + 13 };
       const room = Math.floor((left ? left - 8 : this.layout.width - at.x) / 6.3); // letters
       this.texts.append(drawn("text", { class: "label", ...at }, cutTo(holds, room), drawn("title", {}, holds)));
     }

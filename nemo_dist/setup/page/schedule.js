@@ -27,7 +27,7 @@ class SchedulePicture {
         this.button("−", "Show more of the time", 0.5), this.button("+", "Show less of the time, larger", 2))),
       element("ul", { class: "legend" }, ...this.kinds.map((kind) => element("li", {},
         element("i", { class: `b${KIND_COLOURS[kind] ?? 4}` }), `${schedule.kinds[kind]} (${kind})`)),
-        element("li", {}, element("i", { class: "hollow" }), "idle"), this.several() ? this.palerNote() : null),
+        element("li", {}, element("i", { class: "hollow" }), "idle"), this.several() ? this.fainterNote() : null),
       this.lanes,
       element("ul", { class: "notes" }, ...schedule.notes.map((note) => element("li", {}, note))),
     );
@@ -43,8 +43,8 @@ class SchedulePicture {
       element("strong", {}, percent(idle)), " of the time in theory: equal stages, a backward of two forwards, free sends.");
   }
 
-  palerNote() {
-    return element("li", {}, "paler: a later stage of the rank");
+  fainterNote() {
+    return element("li", {}, "fainter: a later stage of the rank");
   }
 
   several() {
