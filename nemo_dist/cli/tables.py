@@ -106,7 +106,7 @@ def groups_table(plan: MeshPlan) -> Table:
         if size > 1:
             count = plan.world_size // size
             shown = [_shorten(group) for group in islice(plan.groups(name), _FEW)] + ["..."] * (count > _FEW)
-            table.add_row(name, str(count), str(size), _Groups(shown))
+            table.add_row(name, str(count), str(size), _Groups(tuple(shown)))
     if not table.row_count:
         table.add_row("-", "0", "-", "every rank is alone")
     return table
@@ -116,7 +116,7 @@ def groups_table(plan: MeshPlan) -> Table:
 class _Groups:
     """Groups of ranks in a cell of a table; a line ends between two groups only."""
 
-    groups: tuple[str, ...] = attrs.field(converter=tuple)
+    groups: tuple[str, ...]
 
     def __str__(self) -> str:
         return "  ".join(self.groups)
