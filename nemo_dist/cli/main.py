@@ -14,7 +14,16 @@ import typer
 
 from nemo_dist.cli.demo_config import DemoOptions
 from nemo_dist.cli.setup_options import Config, SetupOptions, WorldSize, takes_setup
-from nemo_dist.cli.tables import groups_table, plan_data, plan_table, plugin_rows, plugins_table, rank_lines
+from nemo_dist.cli.tables import (
+    fitted,
+    groups_table,
+    plan_data,
+    plan_table,
+    plugin_rows,
+    plugins_table,
+    rank_lines,
+    wrapped,
+)
 from nemo_dist.errors import NemoDistError, TopologyError
 from nemo_dist.plugin.registry import Registry
 
@@ -89,14 +98,34 @@ def plan(
         "explain --world-size 8",
         "explain --world-size 16 --dp-replicate 2",
         "explain --world-size 8 --config recipe.yaml",
+        "explain --world-size 64 --tp 8 --pp 2 --model my_model --rows 8 --html page.html",
     )
 )
 @takes_setup
-def explain(asked: SetupOptions, world_size: WorldSize, config: Config = None) -> None:
-    """Say who claims each axis and what every plugin will do, in order."""
+def explain(
+    asked: SetupOptions,
+    world_size: WorldSize,
+    model: Annotated[
+        str | None, typer.Option(help="Count bytes for this model: a folder, a config file, or a name on the hub.")
+    ] = None,
+    rows: Annotated[int, typer.Option(help="Sequences in the batch of one data-parallel rank.")] = 1,
+    length: Annotated[int | None, typer.Option(help="Tokens of a sequence; the model's longest by default.")] = None,
+    page: Annotated[Path | None, typer.Option("--html", help="Write a web page with pictures to this file.")] = None,
+    per_node: Annotated[int, typer.Option("--per-node", help="Ranks on a machine, for the page.")] = 8,
+    config: Config = None,
+) -> None:
+    """Say who claims each axis and what every plugin will do, in order; with --html, as one page with pictures.
+
+    The page shows the mesh, memory by stage, the schedule and the collectives of a step, and needs no network.
+    """
     with _refusals():
         setup = asked.build(world_size, config)
-        typer.echo(setup.explain())
+        found = None if model is None else _meta_model(model)
+        if page is None:
+            typer.echo(wrapped(setup.explain(found, rows, length)))
+            return
+        page.write_text(setup.explain_page(found, rows, length, per_node), encoding="utf-8")
+    typer.echo(f"wrote {page}")
 
 
 plugins = typer.Typer(rich_markup_mode=None)
@@ -371,6 +400,13 @@ def _refusals() -> Iterator[None]:
         raise typer.Exit(2) from None
 
 
+def _meta_model(source: str) -> Any:
+    from nemo_dist.models.meta_model import meta_model
+
+    _silence_transformers()
+    return meta_model(source)
+
+
 def _silence_transformers() -> None:
     from transformers.utils import logging
 
@@ -380,10 +416,12 @@ def _silence_transformers() -> None:
 
 def _show(*things: Any) -> None:
     from rich.console import Console
+    from rich.table import Table
 
     console = Console(highlight=False)
     for thing in things:
-        console.print(thing)
+        shown = fitted(thing, console) if isinstance(thing, Table) else thing
+        console.print(shown, soft_wrap=isinstance(shown, str) and shown is not thing, markup=False)
 
 
 def _show_cursor() -> None:

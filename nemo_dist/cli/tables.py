@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import os
+import shutil
+import sys
+import textwrap
 from collections.abc import Iterable
 from importlib.metadata import EntryPoint
 from itertools import islice
@@ -15,11 +19,16 @@ from nemo_dist.plugin.protocol import Stage, claimant, declared
 from nemo_dist.plugin.registry import Registry
 
 if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions
+    from rich.measure import Measurement
     from rich.table import Table
+    from rich.text import Text
 
     from nemo_dist.setup.setup import DistributedSetup
 
 _FEW = 4  # groups, and ranks of a group, that a table shows
+_BROKEN = "\N{HORIZONTAL ELLIPSIS}"  # what rich puts for the rest of a word
+_JOINED = "\N{NO-BREAK SPACE}"
 
 
 def plan_data(setup: DistributedSetup, rank: int | None = None) -> dict[str, Any]:
@@ -95,12 +104,34 @@ def groups_table(plan: MeshPlan) -> Table:
     for name in _names(plan):
         size = plan.size(name)
         if size > 1:
-            shown = [_shorten(group) for group in islice(plan.groups(name), _FEW)]
             count = plan.world_size // size
-            table.add_row(name, str(count), str(size), "  ".join(shown) + ("  ..." if count > _FEW else ""))
+            shown = [_shorten(group) for group in islice(plan.groups(name), _FEW)] + ["..."] * (count > _FEW)
+            table.add_row(name, str(count), str(size), _Groups(tuple(shown)))
     if not table.row_count:
         table.add_row("-", "0", "-", "every rank is alone")
     return table
+
+
+@attrs.frozen
+class _Groups:
+    """Groups of ranks in a cell of a table; a line ends between two groups only."""
+
+    groups: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return "  ".join(self.groups)
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        from rich.measure import Measurement
+
+        return Measurement(max(map(len, self.groups)), len(str(self)))
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
+        from rich.text import Text
+
+        whole = "  ".join(group.replace(" ", _JOINED) for group in self.groups)
+        for line in textwrap.wrap(whole, options.max_width, break_long_words=False):
+            yield Text(line.replace(_JOINED, " "))
 
 
 def _shorten(group: Iterable[int]) -> str:
@@ -116,6 +147,42 @@ def rank_lines(plan: MeshPlan, rank: int) -> list[str]:
     others = [other for other in plan.batch_ranks(rank) if other != rank]
     alike = f"like {_shorten(others)}" if others else "alone"
     return [f"rank {rank}: {place}", f"it reads batch {plan.dp_rank(rank)} of {plan.size('dp')}, {alike}"]
+
+
+def fitted(table: Table, console: Console) -> Table | str:
+    """Return *table* or, where the columns of *console* would break words in it, its rows one below the other."""
+    from rich.text import Text
+
+    with console.capture() as printed:
+        console.print(table)
+    if _BROKEN not in printed.get():
+        return table
+    heads = [str(column.header) for column in table.columns]
+    lines = [str(table.title)] if table.title else []
+    for cells in zip(*(column.cells for column in table.columns), strict=True):
+        first, *others = (Text.from_markup(str(cell)).plain for cell in cells)
+        lines.append(f"{heads[0]} {first}")
+        lines += [f"  {head}: {cell}" for head, cell in zip(heads[1:], others, strict=True) if cell]
+    return "\n".join(_folded(line, console.width) for line in lines)
+
+
+def wrapped(text: str) -> str:
+    """Break the lines of *text* between words where the terminal is narrower, with what follows indented; else as is.
+
+    Without a terminal lines stay whole, unless the environment says how many ``COLUMNS`` there are.
+    """
+    if not sys.stdout.isatty() and "COLUMNS" not in os.environ:
+        return text
+    columns = shutil.get_terminal_size().columns
+    return "\n".join(_folded(line, columns) for line in text.splitlines())
+
+
+def _folded(line: str, columns: int) -> str:
+    start = " " * (len(line) - len(line.lstrip()))
+    words = textwrap.TextWrapper(
+        columns, initial_indent=start, subsequent_indent=f"{start}    ", break_long_words=False, break_on_hyphens=False
+    )
+    return line if len(line) <= columns else words.fill(line.strip())
 
 
 def plugin_rows(registry: Registry) -> list[dict[str, Any]]:

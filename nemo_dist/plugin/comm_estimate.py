@@ -66,7 +66,7 @@ class ModelFacts:
         tied = head is not None and head.weight is weight
         stored = _BYTES[dtype_name(next(model.parameters()).dtype)]
         heads = config.num_attention_heads
-        fused = {module: found for module in model.modules() if (found := _experts(module))}
+        fused = {module: found for module in model.modules() if (found := stacked_experts(module))}
         return cls(
             parameters=sum(own.values()),
             block_parameters=sum(inside.values()),
@@ -89,7 +89,7 @@ class ModelFacts:
         )
 
 
-def _experts(module: Any) -> int:
+def stacked_experts(module: Any) -> int:
     """Return how many experts *module* holds as stacked 3-D parameters [experts, ...], as in transformers; else 0."""
     stacks = [len(p) for p in module.parameters(recurse=False) if p.ndim == 3] if hasattr(module, "num_experts") else []
     return max(stacks, default=0)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from nemo_dist.planning.views import View
     from nemo_dist.plugin.comm_estimate import ModelFacts, Traffic
     from nemo_dist.plugin.protocol import Plugin
+    from nemo_dist.plugin.step_schedule import StepSchedule
 
 hookspec = HookspecMarker("nemo_dist")
 hookimpl = HookimplMarker("nemo_dist")
@@ -183,7 +184,16 @@ class Hooks:
     def traffic(self, plan: MeshPlan, facts: ModelFacts | None, model: nn.Module | None) -> list[Traffic] | None:
         """Return the collectives that a step will run, one entry for each kind; with bytes where *facts* are known.
 
-        Called by ``setup.explain()``; *facts* are those of *model*, and both are None when it was given no model.
+        Called by ``setup.explain()`` and ``setup.explain_page()``; *facts* are those of *model*, and both are None when
+        there is no model.
+        """
+
+    @hookspec
+    def schedule(self, plan: MeshPlan, facts: ModelFacts | None, model: nn.Module | None) -> StepSchedule | None:
+        """Return which rank of your axis works on which microbatch when, for a picture of a step.
+
+        Called by ``setup.explain_page()``, with what ``traffic`` is given. Only one plugin may return one (the pipeline
+        does); without one every rank has the whole model and one microbatch.
         """
 
     @hookspec

@@ -35,7 +35,7 @@ def explanation(setup: Composition, own_mesh: DeviceMesh | None, model: Any, row
         for plugin in setup.plugins
         if not declared(plugin, "exact")
     ]
-    facts = _facts(setup, model, rows, length)
+    facts = facts_of(setup, model, rows, length)
     sent = [line for found in setup.calls.traffic(plan=plan, facts=facts, model=model) for line in found]
     if sent:
         lines.append("collectives of a step" + (", with the bytes that one rank sends:" if model is not None else ":"))
@@ -70,7 +70,8 @@ def _claimants(plugins: Iterable[Plugin], axis: str) -> str:
     return ", ".join(plugin.name for plugin in claimants(plugins, axis))
 
 
-def _facts(setup: Composition, model: Any, rows: int, length: int | None) -> ModelFacts | None:
+def facts_of(setup: Composition, model: Any, rows: int, length: int | None) -> ModelFacts | None:
+    """Return the numbers of *model* and of a batch of *rows* sequences of *length* tokens; None without a model."""
     if model is None:
         return None
     return ModelFacts.of(

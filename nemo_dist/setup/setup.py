@@ -291,6 +291,16 @@ class DistributedSetup(Composition):
 
         return explanation(self, self.own_mesh, model, rows, length)
 
+    def explain_page(self, model: Any = None, rows: int = 1, length: int | None = None, ranks_per_node: int = 8) -> str:
+        """Return one HTML page with pictures of the mesh, of memory by stage, of the schedule and of the collectives.
+
+        The page needs no network and no other file. ``model``, ``rows`` and ``length``: as for ``explain``; without a
+        model there are no bytes. ``ranks_per_node``: how many consecutive ranks share a machine.
+        """
+        from nemo_dist.setup.explain_page import page
+
+        return page(self, model, rows, length, ranks_per_node)
+
 
 def _plan(sizes: ParallelismSizes, world_size: int, selection: Selection, device_type: str | None) -> MeshPlan:
     """Return the plan; raise one TopologyError with the problems of the selection, the sizes and the plugins."""

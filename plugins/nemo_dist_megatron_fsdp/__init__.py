@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from nemo_dist.mesh.mesh_context import MeshContext
 
-_SHARDED = {1: "optimizer state", 2: "optimizer state and gradients", 3: "optimizer state, gradients and parameters"}
+_SHARDED = ("optimizer state", "gradients", "parameters")  # ZeRO 1 shards the first, 2 the second too, 3 all
 
 __all__ = ["MegatronFSDP", "MegatronFSDPConfig"]
 
@@ -37,6 +37,11 @@ class MegatronFSDP:
     }
 
     config: MegatronFSDPConfig = attrs.field(factory=MegatronFSDPConfig)
+
+    @property
+    def sharded(self) -> frozenset[str]:
+        """What the ranks that see different tokens divide between them."""
+        return frozenset(_SHARDED[: self.config.zero_dp_strategy])
 
     @hookimpl
     def validate(self, plan: MeshPlan, device_type: str | None) -> list[str]:
@@ -94,4 +99,5 @@ class MegatronFSDP:
     @hookimpl
     def explain(self, plan: MeshPlan) -> str:
         level, shards = self.config.zero_dp_strategy, plan.size("dp_shard_cp")
-        return f"megatron_fsdp: ZeRO {level}, {_SHARDED[level]} in {shards} shards; parameters gathered by block"
+        what = " and ".join(", ".join(_SHARDED[:level]).rsplit(", ", 1))
+        return f"megatron_fsdp: ZeRO {level}, {what} in {shards} shards; parameters gathered by block"

@@ -37,10 +37,13 @@ class Blocks:
         return [rule for rule in (*self.rules.modules, *self.rules.parameters) if f"{rule}.".startswith(f"{name}.")]
 
     def _regions(self) -> Iterator[tuple[str, nn.Module]]:
-        for block, module in self.blocks.items():
-            for child, inner in module.named_children():
-                if self.ruled(f"{block}.{child}"):
-                    yield f"{block}.{child}", inner
+        for block in self.blocks:
+            yield from self._regions_of(block)
+
+    def _regions_of(self, block: str) -> Iterator[tuple[str, nn.Module]]:
+        for child, inner in self.blocks[block].named_children():
+            if self.ruled(f"{block}.{child}"):
+                yield f"{block}.{child}", inner
 
     def between(self) -> Iterator[tuple[str, nn.Module]]:
         """Yield the modules of the blocks that have parameters and lie between the regions."""
@@ -62,9 +65,9 @@ class Blocks:
     def ends_its_block(self, region: str) -> bool:
         """Whether nothing after *region* in its block needs its output in the backward."""
         block = region.rpartition(".")[0]
-        regions = [name for name, _ in self._regions() if name.rpartition(".")[0] == block]
+        *_, (last, _) = self._regions_of(block)
         normed = any(name.startswith("post_feedforward") for name, _ in self.blocks[block].named_children())
-        return region == regions[-1] and not normed
+        return region == last and not normed
 
     def problems(self) -> list[str]:
         """Say why the tokens between the regions cannot be sharded, one sentence each."""

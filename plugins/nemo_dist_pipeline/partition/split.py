@@ -37,7 +37,7 @@ def split(
             "further stages would share; give it a stage after Stage.SPLIT"
         )
     structure = ModelStructure.of(model)
-    division = _division(model, structure, placement, config)
+    division = division_of(model, structure, placement, config)
     stages = stages_of(structure, division)
     require_exact(model, structure, stages)
     own = [stages[index] for index in placement.stage_ids(rank, len(division))]
@@ -46,9 +46,10 @@ def split(
         keep_stage(part, stage, structure, device)
 
 
-def _division(
+def division_of(
     model: Any, structure: ModelStructure, placement: StagePlacement, config: PipelineConfig
 ) -> tuple[tuple[str, ...], ...]:
+    """Return the names of the modules of each stage, as *config* asks."""
     if config.parts is not None:
         return structure.checked(model, config.parts)
     stages = placement.stage_count(config, len(structure.layers)) or 0

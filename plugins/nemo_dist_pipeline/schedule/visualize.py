@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from nemo_dist_pipeline.schedule.stage_placement import StagePlacement
 
 _FILL = {"F": "#4c78c8", "B": "#5aa469", "I": "#5aa469", "W": "#d9a441"}
-_WHAT = {"F": "forward", "B": "backward", "I": "backward, inputs", "W": "backward, weights"}
+WHAT = {"F": "forward", "B": "backward", "I": "backward, inputs", "W": "backward, weights"}
 
 
 def summary(division: Sequence[Sequence[str]], placement: StagePlacement, parts: Sequence[Any], order: Order) -> str:
@@ -97,7 +97,7 @@ def _svg(timeline: Timeline) -> str:
     for index, kind in enumerate(kinds):
         x = left + index * 150
         body.append(f'<rect x="{x}" y="{y}" width="12" height="12" fill="{_FILL[kind]}"/>')
-        body.append(f'<text x="{x + 18}" y="{y + 10}" font-size="11" fill="#555">{_WHAT[kind]} ({kind})</text>')
+        body.append(f'<text x="{x + 18}" y="{y + 10}" font-size="11" fill="#555">{WHAT[kind]} ({kind})</text>')
     body.append(
         f'<text x="{left + len(kinds) * 150}" y="{y + 10}" font-size="11" fill="#555">idle {timeline.bubble:.1%}</text>'
     )
