@@ -17,7 +17,7 @@ HEAVY = {"torch", "transformers", "safetensors", "numpy"}
 # Each package (or module beside them) may import those that stand before it, never those after.
 ORDER = (
     *("errors", "hf_model", "torch_private", "planning", "mesh", "plugin", "hooks"),
-    *("loading", "checkpoint", "training", "setup", "models", "launcher", "testing", "cli"),
+    *("loading", "checkpoint", "training", "setup", "models", "launcher", "testing", "search", "cli"),
 )
 # What a plugin may import of the core, besides the public names of nemo_dist itself.
 FOR_PLUGINS = {
@@ -26,7 +26,10 @@ FOR_PLUGINS = {
     *("nemo_dist.training.loss_weighting", "nemo_dist.training.router_aux_loss", "nemo_dist.training.rehearsal"),
 }
 # These plan: importing them, with every plugin, leaves torch unimported.
-WITHOUT_TORCH = ("nemo_dist", "nemo_dist.hf_model", "nemo_dist.hooks", "nemo_dist.cli.main")
+WITHOUT_TORCH = (
+    *("nemo_dist", "nemo_dist.hf_model", "nemo_dist.hooks", "nemo_dist.cli.main"),
+    *("nemo_dist.search.space", "nemo_dist.search.enumeration", "nemo_dist.search.hardware"),
+)
 WITHOUT_TORCH_PACKAGES = ("planning", "plugin", "setup")
 # The lazy tables of public names: not part of the graph, as they import nothing by themselves.
 LAZY = {"nemo_dist", "nemo_dist.distributed"}
@@ -36,7 +39,7 @@ PRIVATE = {
     "nemo_dist.torch_private": (
         *("_StridedShard", "_python_dispatch", "_disable_current_modes", "_get_current_dispatch_mode", "_pytree"),
         *("_cdata", "_execution_engine", "_functional_collectives", "_c10d_functional", "_current_graph_task_id", "_C"),
-        *("_version", "_dtensor_spec", "_assert_async"),
+        *("_version", "_dtensor_spec", "_assert_async", "_resolve_process_group", "_subclasses"),
     ),
     "nemo_dist.hf_model": (
         *("_no_split_modules", "_hf_peft_config_loaded", "_is_hf_initialized", "_attn_implementation"),
@@ -57,7 +60,6 @@ PRIVATE = {
     "nemo_dist.checkpoint.hf_side_files": ("_commit_hash",),
     "nemo_dist.checkpoint.scheduler_state": ("_schedulers", "_last_lr"),
     "nemo_dist.training.router_aux_loss": ("_can_record_outputs",),
-    "nemo_dist.testing.comm_recorder": ("_resolve_process_group",),
     "nemo_dist.testing.fake_cuda": ("_coalescing_manager", "_dynamo"),
     "nemo_dist.testing.worker": ("_clear_sharding_prop_cache", "_world"),
     "nemo_dist_ddp.replicas": ("_pre_forward", "_post_forward"),

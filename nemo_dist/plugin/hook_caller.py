@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import pluggy
 
@@ -15,6 +16,22 @@ from nemo_dist.plugin.protocol import Plugin
 _REVERSED = frozenset({"import_state"})
 
 
+class _Manager(pluggy.PluginManager):
+    """Reads the hooks of a plugin class once, however many of its instances are registered."""
+
+    def parse_hookimpl_opts(self, plugin: Any, name: str) -> Any:
+        """Return the options of the hook *name* of *plugin*, or None where it is none."""
+        if name in getattr(plugin, "__dict__", ()):
+            return super().parse_hookimpl_opts(plugin, name)
+        known = _IMPLEMENTED.setdefault(type(plugin), {})
+        if name not in known:
+            known[name] = super().parse_hookimpl_opts(plugin, name)
+        return known[name]
+
+
+_IMPLEMENTED: WeakKeyDictionary[type, dict[str, Any]] = WeakKeyDictionary()
+
+
 class PluginCalls:
     """Calls the hooks of *plugins*, given in stage order: ``calls.shard(...)`` calls all their ``shard`` hooks.
 
@@ -24,7 +41,7 @@ class PluginCalls:
     """
 
     def __init__(self, plugins: Sequence[Plugin]) -> None:
-        self._manager = pluggy.PluginManager("nemo_dist")
+        self._manager = _Manager("nemo_dist")
         self._manager.add_hookspecs(Hooks)
         for plugin in reversed(plugins):  # pluggy calls the last registered plugin first
             try:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from nemo_dist.planning.sizes import ParallelismSizes
     from nemo_dist.planning.views import View
     from nemo_dist.plugin.comm_estimate import ModelFacts, Traffic
+    from nemo_dist.plugin.memory_estimate import RankShare
     from nemo_dist.plugin.protocol import Plugin
 
 hookspec = HookspecMarker("nemo_dist")
@@ -160,6 +161,16 @@ class Hooks:
         """Return the collectives that a step will run, one entry for each kind; with bytes where *facts* are known.
 
         Called by ``setup.explain()``; *facts* are those of *model*, and both are None when it was given no model.
+        """
+
+    @hookspec
+    def memory(self, ranks: list[RankShare], plan: MeshPlan, facts: ModelFacts, model: nn.Module) -> None:
+        """Edit in *ranks* what a rank holds under *plan*, as your ``shard`` divides the model.
+
+        *ranks* has one entry for all ranks alike, until a plugin replaces it by one for each rank along an axis that
+        splits layers. Called by a search, without a process group and often, in the order of ``shard``; *model* is
+        whole, on the meta device, and must not change. Raise TopologyError, or ValueError, with what ``shard`` would
+        refuse. A strategy without this hook cannot be searched.
         """
 
     @hookspec
