@@ -16,7 +16,7 @@ from nemo_dist.planning.validation import near, shown
 from nemo_dist.plugin.options import from_mapping
 
 FILE = Path(__file__).with_name("hardware.yaml")
-_UNITS = {"": 1, "b": 1} | {
+_UNITS: dict[str, int] = {"": 1, "b": 1} | {
     f"{letter}{kind}": base**power
     for power, letter in enumerate("kmgt", 1)
     for kind, base in (("b", 1000), ("ib", 1024))

@@ -67,9 +67,7 @@ class Inner:
         asked, plan = topology.parallelism_sizes, topology.plan
         layers = {"pp", *asked.own_axes(Role.LAYERS)}
         kept = {axis: size for axis, size in asked.extra.items() if axis not in layers}
-        sizes = ParallelismSizes(
-            tp_size=asked.tp_size, cp_size=asked.cp_size, ep_size=asked.ep_size, **({"extra": kept} if kept else {})
-        )
+        sizes = ParallelismSizes(tp_size=asked.tp_size, cp_size=asked.cp_size, ep_size=asked.ep_size, extra=kept)
         sizes = sizes.with_roles(asked.roles)
         ranks = sizes.model_size * (asked.ep_size // math.gcd(asked.ep_size, sizes.model_size))
         gone = {

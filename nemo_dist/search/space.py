@@ -133,7 +133,8 @@ class Space:
     def _as_sizes(self, sizes: Mapping[str, int]) -> ParallelismSizes:
         own = {f"{axis}_size": size for axis, size in sizes.items() if axis in OWN and size > 1}
         extra = {axis: size for axis, size in sizes.items() if axis not in OWN and size > 1}
-        return ParallelismSizes(**own, **({"extra": extra} if extra else {}))
+        found = ParallelismSizes(**own)
+        return attrs.evolve(found, extra=extra) if extra else found
 
 
 def divisors(whole: int) -> list[int]:

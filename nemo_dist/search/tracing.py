@@ -41,6 +41,12 @@ def _grouped(a: Tensor, b: Tensor, *args: Any, out_val: Any = None, **kwargs: An
     return 2 * a.shape[-2] * a.shape[-1] * b.shape[-1]
 
 
+def _grouped_shape(a: Tensor, b: Tensor, offs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Return the result of matrix products by group without values, of any dtype; torch's rule is for bfloat16 only."""
+    shape = (a.shape[0], b.shape[-1]) if b.dim() == 3 else (len(offs), a.shape[0], b.shape[-1])
+    return a.new_empty(shape)
+
+
 def _attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, out_val: Any = None, **kwargs: Any) -> int:
     return int(flop_registry[_aten(_FLASH)](query, key, value, out_val=out_val))
 
@@ -115,12 +121,8 @@ class OperatorCounter(TorchDispatchMode):
             return NotImplemented  # it comes back with the operators on its local tensors
         if function.overloadpacket is _SCALAR:
             return self._number(args[0])
-        if function.overloadpacket is _GROUPED and args[0].dtype != torch.bfloat16:  # the only dtype of its shape rule
-            found = function(*(one.to(torch.bfloat16) for one in args[:2]), *args[2:], **(kwargs or {})).to(
-                args[0].dtype
-            )
-        else:
-            found = function(*args, **(kwargs or {}))
+        grouped = function.overloadpacket is _GROUPED and args[0].dim() == 2
+        found = _grouped_shape(*args, **(kwargs or {})) if grouped else function(*args, **(kwargs or {}))
         self._count(function, args, kwargs or {}, found)
         return found
 
