@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed._functional_collectives as _functional_collectives
 from torch import Tensor
+from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
@@ -30,7 +31,9 @@ __all__ = [
     "current_dispatch_mode",
     "disable_current_modes",
     "dtensor_of",
+    "fake_tensors",
     "functional_collectives",
+    "group_named",
     "in_backward",
     "reduce_scatter_single",
     "run_after_backward",
@@ -75,6 +78,19 @@ def dtensor_of(part: Tensor, mesh: DeviceMesh, placements: Sequence[Any], like: 
 def storage_id(tensor: Tensor) -> int:
     """Return an id of the storage of *tensor*; works on the meta device too, where storages have no address."""
     return int(tensor.untyped_storage()._cdata)
+
+
+def fake_tensors() -> Any:
+    """Return a mode in which tensors have shapes and devices but no storage, so that a model of any size runs."""
+    from torch._subclasses import FakeTensorMode
+
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def group_named(name: str) -> Any:
+    """Return the process group that the functional collectives know by *name*."""
+    resolve: Any = distributed_c10d._resolve_process_group
+    return resolve(name)
 
 
 def run_after_backward(function: Callable[[], None]) -> None:

@@ -18,7 +18,8 @@ HEAVY = {"torch", "transformers", "safetensors", "numpy"}
 ORDER = (
     *("errors", "hf_model", "torch_private", "planning", "mesh", "plugin", "hooks"),
     "losses",
-    *("loading", "checkpoint", "training", "setup", "models", "dry_run", "launcher", "testing", "recipe", "cli"),
+    *("loading", "checkpoint", "training", "setup", "models", "dry_run", "launcher", "testing", "recipe"),
+    *("search", "cli"),
 )
 # What a plugin may import of the core, besides the public names of nemo_dist itself.
 FOR_PLUGINS = {
@@ -28,7 +29,10 @@ FOR_PLUGINS = {
     *("nemo_dist.training.step_loss", "nemo_dist.training.whole_rows", "nemo_dist.losses"),
 }
 # These plan: importing them, with every plugin, leaves torch unimported.
-WITHOUT_TORCH = ("nemo_dist", "nemo_dist.hf_model", "nemo_dist.hooks", "nemo_dist.cli.main")
+WITHOUT_TORCH = (
+    *("nemo_dist", "nemo_dist.hf_model", "nemo_dist.hooks", "nemo_dist.cli.main"),
+    *("nemo_dist.search.space", "nemo_dist.search.enumeration", "nemo_dist.search.hardware"),
+)
 WITHOUT_TORCH_PACKAGES = ("planning", "plugin", "setup")
 # The lazy tables of public names: not part of the graph, as they import nothing by themselves.
 LAZY = {"nemo_dist", "nemo_dist.distributed"}
@@ -38,7 +42,7 @@ PRIVATE = {
     "nemo_dist.torch_private": (
         *("_StridedShard", "_python_dispatch", "_disable_current_modes", "_get_current_dispatch_mode", "_pytree"),
         *("_cdata", "_execution_engine", "_functional_collectives", "_c10d_functional", "_current_graph_task_id", "_C"),
-        *("_version", "_dtensor_spec", "_assert_async"),
+        *("_version", "_dtensor_spec", "_assert_async", "_resolve_process_group", "_subclasses"),
     ),
     "nemo_dist.hf_model": (
         *("_no_split_modules", "_hf_peft_config_loaded", "_is_hf_initialized", "_attn_implementation"),
@@ -59,7 +63,6 @@ PRIVATE = {
     "nemo_dist.models.other_loops": ("_is_distributed_loading_by_transformers", "_is_accelerate_prepared"),
     "nemo_dist.training.router_aux_loss": ("_can_record_outputs",),
     "nemo_dist.dry_run.imagined_world": ("_internal", "_fully_shard", "_fsdp_param"),
-    "nemo_dist.testing.comm_recorder": ("_resolve_process_group",),
     "nemo_dist.testing.fake_cuda": ("_coalescing_manager", "_dynamo"),
     "nemo_dist.testing.worker": ("_clear_sharding_prop_cache", "_world"),
     "nemo_dist_ddp.replicas": ("_pre_forward", "_post_forward"),

@@ -352,6 +352,62 @@ def dry_run(
 
 @app.command(
     epilog=_examples(
+        "search --model meta-llama/Llama-3.1-70B --gpus 64 --memory 80GiB --seq 8192 --batch 512",
+        "search --model my_model/config.json --gpus 16 --seq 4096 --batch 64 --tp 8 --hardware a100-8x",
+    )
+)
+def search(
+    model: Annotated[str, typer.Option(help="A folder, a config file, or a name on the hub.", show_default=False)],
+    gpus: Annotated[int, typer.Option(help="How many ranks.", show_default=False)],
+    seq: Annotated[int, typer.Option(help="Tokens in a sequence.", show_default=False)],
+    batch: Annotated[int, typer.Option(help="Sequences in a step, over all ranks.", show_default=False)],
+    memory: Annotated[str | None, typer.Option(help="Of one device, as 80GiB; that of the hardware.")] = None,
+    hardware: Annotated[str, typer.Option(help="A name, or my.yaml:NAME with numbers of your own.")] = "h100-8x",
+    dtype: Annotated[str, typer.Option(help="The dtype that parameters are stored in.")] = "float32",
+    strategy: Annotated[list[str] | None, typer.Option(help="Only these strategies; may be repeated.")] = None,
+    tp: Annotated[int | None, typer.Option("--tp", help="Only this tensor-parallel size.")] = None,
+    pp: Annotated[int | None, typer.Option("--pp", help="Only this pipeline-parallel size.")] = None,
+    cp: Annotated[int | None, typer.Option("--cp", help="Only this context-parallel size.")] = None,
+    ep: Annotated[int | None, typer.Option("--ep", help="Only this expert-parallel size.")] = None,
+    dp: Annotated[int | None, typer.Option("--dp", help="Only this data-parallel size.")] = None,
+    dp_replicate: Annotated[int | None, typer.Option("--dp-replicate", help="Only so many replicas.")] = None,
+    across_nodes: Annotated[bool, typer.Option("--across-nodes", help="Let tp and ep leave a node, too.")] = False,
+    imbalance: Annotated[float, typer.Option(help="Tokens of the fullest experts, over their even share.")] = 1.25,
+    top: Annotated[int, typer.Option(help="How many topologies to list.")] = 15,
+    best: Annotated[int, typer.Option(help="For how many of them to print what to paste.")] = 1,
+    as_json: Json = False,
+) -> None:
+    """Rank every topology that fits a model: estimated memory and time of a step, and the call to paste.
+
+    Needs no GPU and no other machine. Choosing stays yours: the command prints, and changes nothing.
+    """
+    sizes = {"tp": tp, "pp": pp, "cp": cp, "ep": ep, "dp": dp, "dp_replicate": dp_replicate}
+    from nemo_dist.cli import search as command
+
+    with _refusals():
+        from nemo_dist.search.ranking import search as run
+
+        question = command.SearchOptions(
+            model=model, gpus=gpus, memory=memory, seq=seq, batch=batch, hardware=hardware, dtype=dtype,
+            strategies=tuple(strategy or ()), sizes={axis: size for axis, size in sizes.items() if size is not None},
+            across=across_nodes, imbalance=imbalance,
+        ).question()  # fmt: skip
+        _silence_transformers()
+        answer = run(question)
+        if not answer.ranked:
+            raise ValueError(command.nothing_fits(question, answer))
+    if as_json:
+        typer.echo(command.as_data(answer, top))
+        return
+    typer.echo(command.summary(answer))
+    _show(command.table(answer.ranked[:top]))
+    for place, estimate in enumerate(answer.ranked[:best], 1):
+        typer.echo("\n".join(command.details(place, estimate)))
+    typer.echo("\n".join(command.explained(question)))
+
+
+@app.command(
+    epilog=_examples(
         "export runs/llama exported",
         "export runs/llama/step-00001000 exported --dtype bfloat16",
         "export checkpoint exported --max-shard-size 2GB",

@@ -26,7 +26,8 @@ class ModelFacts:
     ``tied_parameters`` has them. ``blocks``: the repeated blocks that hold attention. ``stored``, ``computed``: bytes
     per parameter element as stored and as used in a forward. ``rows``, ``length``: the batch of one data-parallel rank,
     in sequences and tokens per sequence. ``recomputes``: activation checkpointing runs the forward of every block
-    twice. ``experts``: in each of the ``expert_layers``; a token is routed to ``experts_per_token`` of them.
+    twice. ``batches``: in how many forwards, one after the other, the rows are passed. ``experts``: in each of the
+    ``expert_layers``; a token is routed to ``experts_per_token`` of them.
     """
 
     parameters: int
@@ -47,6 +48,7 @@ class ModelFacts:
     expert_layers: int = 0
     expert_parameters: int = 0
     experts_per_token: int = 0
+    batches: int = 1
 
     @property
     def tokens(self) -> int:

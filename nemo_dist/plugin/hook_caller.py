@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import pluggy
 
@@ -40,6 +41,22 @@ def _is_marked(method: Any) -> bool:
     return getattr(method, f"{hookimpl.project_name}_impl", None) is not None
 
 
+class _Manager(pluggy.PluginManager):
+    """Reads the hooks of a plugin class once, however many of its instances are registered."""
+
+    def parse_hookimpl_opts(self, plugin: Any, name: str) -> Any:
+        """Return the options of the hook *name* of *plugin*, or None where it is none."""
+        if name in getattr(plugin, "__dict__", ()):
+            return super().parse_hookimpl_opts(plugin, name)
+        known = _IMPLEMENTED.setdefault(type(plugin), {})
+        if name not in known:
+            known[name] = super().parse_hookimpl_opts(plugin, name)
+        return known[name]
+
+
+_IMPLEMENTED: WeakKeyDictionary[type, dict[str, Any]] = WeakKeyDictionary()
+
+
 class PluginCalls:
     """Calls the hooks of *plugins*, given in stage order: ``calls.shard(...)`` calls all their ``shard`` hooks.
 
@@ -50,7 +67,7 @@ class PluginCalls:
     """
 
     def __init__(self, plugins: Sequence[Plugin]) -> None:
-        self._manager = pluggy.PluginManager("nemo_dist")
+        self._manager = _Manager("nemo_dist")
         self._manager.add_hookspecs(Hooks)
         for plugin in plugins:
             _judge_hooks(plugin)

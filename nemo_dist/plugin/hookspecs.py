@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from nemo_dist.planning.sizes import ParallelismSizes
     from nemo_dist.planning.views import View
     from nemo_dist.plugin.comm_estimate import ModelFacts, Traffic
+    from nemo_dist.plugin.memory_estimate import RankShare
     from nemo_dist.plugin.protocol import Plugin
     from nemo_dist.plugin.step_schedule import StepSchedule
 
@@ -194,6 +195,16 @@ class Hooks:
 
         Called by ``setup.explain_page()``, with what ``traffic`` is given. Only one plugin may return one (the pipeline
         does); without one every rank has the whole model and one microbatch.
+        """
+
+    @hookspec
+    def memory(self, ranks: list[RankShare], plan: MeshPlan, facts: ModelFacts, model: nn.Module) -> None:
+        """Edit in *ranks* what a rank holds under *plan*, as your ``shard`` divides the model.
+
+        *ranks* has one entry for all ranks alike, until a plugin replaces it by one for each rank along an axis that
+        splits layers. Called by a search, without a process group and often, in the order of ``shard``; *model* is
+        whole, on the meta device, and must not change. Raise TopologyError, or ValueError, with what ``shard`` would
+        refuse. A strategy without this hook cannot be searched.
         """
 
     @hookspec

@@ -18,6 +18,7 @@ from nemo_dist.plugin.protocol import Plugin, Stage, claimant, claimants, declar
 from nemo_dist.plugin.registry import STRATEGY, Registry
 
 Choice = Any  # a plugin name, a config object, or a plugin instance
+AUTO = "auto"  # refused as a strategy: to choose stays explicit
 DEFAULT = "default"  # means the default strategy, which fills the role "strategy"
 RECOMPUTE = "activation_checkpointing"
 _KEYWORDS = (RECOMPUTE,)  # keywords of build whose options a strategy may delegate, besides those of axes
@@ -34,6 +35,12 @@ class Selection:
 
     def strategy(self, choice: Choice = DEFAULT) -> Plugin:
         """Select the strategy by a name, a config object, or a plugin instance, which need not be installed."""
+        if same(choice, AUTO):
+            raise UnknownNameError(
+                "strategy 'auto' is refused, as what fits a model must be chosen where it can be read; "
+                "`nemo-dist search --model CONFIG --gpus N --memory 80GiB --seq LENGTH --batch ROWS` ranks every "
+                "topology and prints the call to paste"
+            )
         plugin = self._plugin(self._default_strategy() if same(choice, DEFAULT) else choice, "strategy")
         if plugin.stage != Stage.DATA:
             self.problems.append(

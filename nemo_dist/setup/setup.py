@@ -9,19 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from nemo_dist.errors import TopologyError
 from nemo_dist.hf_model import inner_model
-from nemo_dist.planning.mesh_plan import MeshPlan, Role, View
+from nemo_dist.planning.mesh_plan import Role
 from nemo_dist.planning.sizes import ParallelismSizes
 from nemo_dist.planning.validation import shown
-from nemo_dist.plugin.hook_caller import PluginCalls
 from nemo_dist.plugin.hookspecs import RuntimePart
 from nemo_dist.plugin.parts import judge_parts
 from nemo_dist.plugin.protocol import declared
 from nemo_dist.plugin.registry import Registry
-from nemo_dist.setup.build_arguments import judge_runtime_options, launched_ranks, mesh_ranks, select_recompute
+from nemo_dist.setup.build_arguments import judge_runtime_options, launched_ranks, mesh_ranks
 from nemo_dist.setup.composition import Composition
-from nemo_dist.setup.composition import in_order as in_plugin_order
+from nemo_dist.setup.request import Request
 from nemo_dist.setup.selection import DEFAULT, Choice, Selection
 
 if TYPE_CHECKING:
@@ -78,30 +76,26 @@ class DistributedSetup(Composition):
                 f"parallelism_sizes must be a ParallelismSizes (got {shown(sizes)}); write ParallelismSizes(tp_size=2)"
             )
         total = launched_ranks() if world_size is None else world_size
-        selection = Selection(registry or Registry())
-        members, total = mesh_ranks(ranks, total, selection.problems)
-        chosen = selection.strategy(strategy)
-        selection.extras(plugins)
-        for role, keyword, value, size in (
-            ("pp", "pipeline_config", pipeline_config, sizes.pp_size),
-            ("ep", "moe_parallel_config", moe_parallel_config, sizes.ep_size),
-        ):
-            if value is not None and size == 1:
-                selection.problems.append(
-                    f"{keyword} was given, but {role}_size is 1; set {role}_size > 1 or leave it out"
-                )
-            elif value is not None:
-                selection.option(role, keyword, value)
-        sizes = selection.own_axes(sizes)
-        selection.axes(sizes, total)
-        recompute = select_recompute(activation_checkpointing, chosen, selection)
-        selection.judge_composition(chosen, sizes, total)
-        judge_runtime_options(device_type, timeout_minutes, selection.problems)
+        problems: list[str] = []
+        members, total = mesh_ranks(ranks, total, problems)
+        request = Request.select(
+            sizes,
+            total,
+            registry or Registry(),
+            strategy=strategy,
+            pipeline_config=pipeline_config,
+            moe_parallel_config=moe_parallel_config,
+            activation_checkpointing=activation_checkpointing,
+            plugins=plugins,
+            problems=problems,
+        )
+        late: list[str] = []
+        judge_runtime_options(device_type, timeout_minutes, late)
         return cls(
-            plan=_plan(sizes, total, selection, device_type),
-            plugins=selection.plugins,
-            parallelism_sizes=sizes,
-            activation_checkpointing=recompute,
+            plan=request.plan(request.sizes, total, device_type, late),
+            plugins=request.plugins,
+            parallelism_sizes=request.sizes,
+            activation_checkpointing=request.recompute,
             device_type=device_type,
             timeout_minutes=timeout_minutes,
             ranks=members,
@@ -131,7 +125,7 @@ class DistributedSetup(Composition):
         selection.axes(sizes, device_mesh.size())
         if strategy is not None:
             selection.judge_composition(strategy, sizes, device_mesh.size())
-        plan = _plan(sizes, device_mesh.size(), selection, device_mesh.device_type)
+        plan = Request.of(selection, sizes).plan(sizes, device_mesh.size(), device_mesh.device_type)
         return cls(plan=plan, plugins=selection.plugins, parallelism_sizes=sizes, live_mesh=device_mesh)
 
     @classmethod
@@ -300,23 +294,3 @@ class DistributedSetup(Composition):
         from nemo_dist.setup.explain_page import page
 
         return page(self, model, rows, length, ranks_per_node)
-
-
-def _plan(sizes: ParallelismSizes, world_size: int, selection: Selection, device_type: str | None) -> MeshPlan:
-    """Return the plan; raise one TopologyError with the problems of the selection, the sizes and the plugins."""
-    plugins = in_plugin_order(selection.plugins)
-    calls = PluginCalls(plugins)
-    problems = [*selection.problems, *sizes.problems(world_size)]
-    nearest = MeshPlan.nearest(sizes, world_size)
-    plan = nearest
-    if not sizes.problems(world_size):
-        views: list[View] = [view for found in calls.views(sizes=sizes, world_size=world_size) for view in found]
-        try:
-            plan = MeshPlan.resolve(sizes, world_size, tuple(views))
-        except TopologyError as error:
-            problems += error.problems
-    for found in calls.validate(plan=plan, sizes=sizes, plugins=plugins, device_type=device_type):
-        problems += found
-    if problems:
-        raise TopologyError(problems)
-    return plan

@@ -26,7 +26,7 @@ from nemo_dist.testing.equivalence import MAX_NORM, Task, checkpoint
 from nemo_dist.testing.temp_folders import scratch
 from nemo_dist.testing.tensors import rows_of_rank
 from nemo_dist.testing.tiny_models import SPECIMENS
-from nemo_dist.torch_private import FUNCTIONAL_COLLECTIVES, TorchDispatchMode, tensors_in
+from nemo_dist.torch_private import FUNCTIONAL_COLLECTIVES, TorchDispatchMode, group_named, tensors_in
 
 # Operators of the namespace c10d that are no collectives; messages are recorded above them, where batches show.
 _NO_COLLECTIVES = ("send", "recv_", "recv_any_source_")
@@ -130,8 +130,7 @@ class _Collectives(TorchDispatchMode):
             boxed = next(arg for arg in args if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in str(arg))
             self._add(name, dist.ProcessGroup.unbox(boxed), args)
         elif function.namespace == FUNCTIONAL_COLLECTIVES and (named := [arg for arg in args if isinstance(arg, str)]):
-            resolve: Any = distributed_c10d._resolve_process_group
-            self._add(name, resolve(named[-1]), args)
+            self._add(name, group_named(named[-1]), args)
         return function(*args, **(kwargs or {}))
 
     def _add(self, name: str, group: dist.ProcessGroup, args: Any) -> None:

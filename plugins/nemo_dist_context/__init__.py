@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from nemo_dist import MeshContext
     from nemo_dist.plugin.comm_estimate import ModelFacts, Traffic
+    from nemo_dist.plugin.memory_estimate import RankShare
 
 __all__ = ["Context", "ContextConfig"]
 
@@ -58,3 +59,17 @@ class Context:
         from nemo_dist_context.comm_estimate import traffic
 
         return traffic(plan, facts, self.config)
+
+    @hookimpl
+    def memory(self, ranks: list[RankShare], plan: MeshPlan, model: nn.Module) -> None:
+        size = plan.size("cp")
+        if size == 1:
+            return
+        from nemo_dist_context.apply import require_fit
+        from nemo_dist_context.sequence_layout import SequenceLayout
+
+        proof = require_fit(model, self.config.method, size, plan.size("tp"))
+        balanced = proof.causal if self.config.balance is None else self.config.balance
+        layout = SequenceLayout(size=size, rank=0, balanced=balanced)
+        for rank in ranks:
+            rank.length = layout.padded(rank.length) // size

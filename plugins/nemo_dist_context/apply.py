@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 
 from nemo_dist import RuntimePart
 from nemo_dist.hf_model import accepts, attention_of, class_name, predicts_next_token
+from nemo_dist.plugin.memory_estimate import once_per_model
 from nemo_dist.training.router_aux_loss import COUNTED
 from nemo_dist_context.attention import SharedAttention
 from nemo_dist_context.batch import SEQUENCES, split_tokens
@@ -40,6 +41,12 @@ def apply_context_parallelism(parts: Sequence[Any], mesh: MeshContext, config: C
         _proofs[part] = proof
         layout = layout_of(proof, mesh, config)
         _prepare(part, SharedAttention(layout=layout, group=group, method=config.method, base=attention_of(part)))
+
+
+@once_per_model
+def require_fit(model: Any, method: str, ranks: int, tensor_ranks: int) -> Proof:
+    """Raise ValueError with every reason why *model* cannot be split over *ranks*; nothing is changed."""
+    return require_splittable(model, _prepare, method, ranks, tensor_ranks)
 
 
 def runtime_part(part: Any, mesh: MeshContext, config: ContextConfig) -> RuntimePart:

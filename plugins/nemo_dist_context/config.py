@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import attrs
 
@@ -32,6 +33,8 @@ class ContextConfig:
     heads (DeepSpeed-Ulysses, arXiv:2309.14509); heads must divide. ``balance``: give every rank a chunk from the start
     and one from the end of a sequence, so that causal attention is equal work for all; None is True for causal models.
     """
+
+    worth_trying: ClassVar[Mapping[str, tuple[Any, ...]]] = {"method": tuple(EXCHANGES)}
 
     method: str = attrs.field(default="all_gather", validator=_method)
     balance: bool | None = attrs.field(default=None, validator=attrs.validators.optional(boolean))

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from nemo_dist.mesh.mesh_context import MeshContext
     from nemo_dist.plugin.comm_estimate import ModelFacts, Traffic
+    from nemo_dist.plugin.memory_estimate import RankShare
 
 __all__ = ["DDP", "DDPConfig"]
 
@@ -75,6 +76,11 @@ class DDP:
 
         sent = None if facts is None else 2 * shared(replicas, facts.parameters * facts.stored)
         return [Traffic(axis="dp", collective="all-reduce", of="gradients, by bucket", often="once", sent=sent)]
+
+    @hookimpl
+    def memory(self, ranks: list[RankShare]) -> None:
+        for rank in ranks:  # torch keeps buckets for all gradients, and with views none beside them
+            rank.bytes["gradient buckets"] = 0 if self.config.gradient_as_bucket_view else rank.stored_bytes
 
     def _torch_options(self) -> dict[str, Any]:
         names = (

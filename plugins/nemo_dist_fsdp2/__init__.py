@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from nemo_dist.mesh.mesh_context import MeshContext
     from nemo_dist.plugin.comm_estimate import ModelFacts, Traffic
+    from nemo_dist.plugin.memory_estimate import RankShare
 
 _POLICY = ("param_dtype", "reduce_dtype")
 
@@ -132,3 +133,9 @@ class FSDP2:
         from nemo_dist_fsdp2.comm_estimate import traffic
 
         return traffic(plan, facts, self.config.reshard_after_forward, self._dtypes[1])
+
+    @hookimpl
+    def memory(self, ranks: list[RankShare], plan: MeshPlan, model: nn.Module) -> None:
+        from nemo_dist_fsdp2.memory_estimate import hold
+
+        hold(ranks, plan, self.config, self._dtypes, model)

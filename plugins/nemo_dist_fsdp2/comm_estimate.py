@@ -21,7 +21,7 @@ def traffic(
         elsewhere = facts.expert_parameters if any("ep" in view for view in plan.views) else 0  # counted there
         here = facts.parameters - elsewhere
         twice = facts.block_parameters - elsewhere + facts.embedding_parameters if reshard else 0
-        gathered = shared(shards, (here + twice) * facts.computed / part)
+        gathered = facts.batches * shared(shards, (here + twice) * facts.computed / part)  # a backward frees all
         size = bytes_of(reduction) if reduction else facts.stored
         reduced = shared(shards, here * size / part)
         averaged = 2 * shared(replicas, here * size / part / shards)

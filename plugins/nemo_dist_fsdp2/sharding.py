@@ -44,17 +44,17 @@ def shard(model: nn.Module, mesh: MeshContext, config: FSDP2Config) -> None:
     # A pipeline stage runs several forwards before the first backward: gather its blocks once for all of them.
     block_reshard = mesh.size(Role.LAYERS) == 1 if reshard is None else reshard
     _shard_placed(model, options, bool(block_reshard))
-    blocks = _untied(model, hf_model.blocks(model).values())
+    blocks = untied(model, hf_model.blocks(model).values())
     for block in blocks:
         if config.enable_compile:
             block.compile()
         fully_shard(block, reshard_after_forward=block_reshard, **options)
-    for embedding in _untied(model, _embeddings(model)):
+    for embedding in untied(model, embeddings(model)):
         fully_shard(embedding, reshard_after_forward=block_reshard, **options)
     # The backward starts where the forward ends, so freeing norm and head in between would only gather them twice.
-    tail = _untied(model, _tail(model))
-    if tail:
-        fully_shard(tail, reshard_after_forward=bool(reshard), **options)
+    end = untied(model, tail(model))
+    if end:
+        fully_shard(end, reshard_after_forward=bool(reshard), **options)
     fully_shard(model, reshard_after_forward=bool(reshard), **options)
     follow_compute_dtype(model, options["mp_policy"].param_dtype)
     _prefetch([block for block in blocks if isinstance(block, FSDPModule)], config)
@@ -75,10 +75,10 @@ def refuse_offload_without_cpu_backend() -> None:
 def described(model: nn.Module) -> str:
     """Return the classes of the modules that are gathered one by one, and how many of each there are."""
     sharded: list[nn.Module] = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    ends = [*_untied(model, _embeddings(model)), *_untied(model, _tail(model))]
+    ends = [*untied(model, embeddings(model)), *untied(model, tail(model))]
     names = Counter(
         hf_model.class_name(module)
-        for module in sharded or [*_untied(model, hf_model.blocks(model).values()), *ends, model]
+        for module in sharded or [*untied(model, hf_model.blocks(model).values()), *ends, model]
     )
     return ", ".join(f"{count} {name}" for name, count in names.items())
 
@@ -136,12 +136,13 @@ def unsynchronised(parts: list[nn.Module]) -> Iterator[None]:
             part.set_requires_gradient_sync(True)
 
 
-def _embeddings(model: Any) -> list[nn.Module]:
+def embeddings(model: Any) -> list[nn.Module]:
+    """Return the input embedding of *model*, if it is a module."""
     embedding = model.get_input_embeddings()
     return [embedding] if isinstance(embedding, nn.Module) else []
 
 
-def _tail(model: Any) -> list[nn.Module]:
+def tail(model: Any) -> list[nn.Module]:
     """Return the modules at the end of the forward: final norm and output head, as transformers' plan names them."""
     plan = {name for name, style in (model.fsdp_plan or {}).items() if style == "keep_full_weight"}
     named = [module for name, module in model.named_modules() if name in plan]
@@ -149,7 +150,7 @@ def _tail(model: Any) -> list[nn.Module]:
     return list(dict.fromkeys([*named, *([head] if isinstance(head, nn.Module) else [])]))
 
 
-def _untied(model: nn.Module, modules: Iterable[nn.Module]) -> list[nn.Module]:
+def untied(model: nn.Module, modules: Iterable[nn.Module]) -> list[nn.Module]:
     """Leave out modules that are sharded already, have no parameters, or have one that is used outside of them too.
 
     Another module shares it, or code elsewhere reads it by itself, as Gemma 4 does with the embedding of padding.

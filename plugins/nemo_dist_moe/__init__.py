@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from nemo_dist.mesh.mesh_context import MeshContext
     from nemo_dist.plugin.comm_estimate import ModelFacts, Traffic
+    from nemo_dist.plugin.memory_estimate import RankShare
 
 __all__ = ["MoE", "MoEParallelizerConfig"]
 
@@ -106,6 +107,12 @@ class MoE:
         from nemo_dist_moe.comm_estimate import dispatch, shards
 
         return [*dispatch(plan, facts, self.config), *shards(plan, facts, self.config)]
+
+    @hookimpl
+    def memory(self, ranks: list[RankShare], plan: MeshPlan, model: nn.Module) -> None:
+        from nemo_dist_moe.memory_estimate import hold
+
+        hold(ranks, plan, model)
 
     @hookimpl
     def explain(self, plan: MeshPlan) -> str:

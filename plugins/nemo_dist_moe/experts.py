@@ -32,14 +32,15 @@ def shard_experts(
     """
     ep = mesh.size("ep")
     for part in parts:
-        plan = _plan(part, ep, experts_everywhere)
-        experts = {name: part.get_submodule(name) for name, style in plan.items() if style == _DISPATCH}
-        _refuse_misfits(part, experts, ep)
+        plan, experts = expert_modules(part, ep, experts_everywhere)
         apply_expert_parallelism(part, mesh["ep"], mesh["tp"], plan, config.dispatcher)
         shard_mesh = _shard_mesh(mesh)
         for name, module in experts.items():
             wrap_forward(module, _not_a_view)
-            dims = {key: _dim(f"{name}.{key}", p, part, shard_mesh.size(-1)) for key, p in module.named_parameters()}
+            dims = {
+                key: shard_dim(f"{name}.{key}", tuple(local(p).shape), part, shard_mesh.size(-1))
+                for key, p in module.named_parameters()
+            }
             override_sharding(
                 module,
                 ShardingOverride(
@@ -52,6 +53,14 @@ def shard_experts(
                     mp_policy=config.mp_policy,
                 ),
             )
+
+
+def expert_modules(part: Any, ep: int, experts_everywhere: bool = True) -> tuple[dict[str, str], dict[str, nn.Module]]:
+    """Return the style of everything that belongs to experts of *part*, and the modules that dispatch; see above."""
+    plan = _plan(part, ep, experts_everywhere)
+    experts = {name: part.get_submodule(name) for name, style in plan.items() if style == _DISPATCH}
+    _refuse_misfits(part, experts, ep)
+    return plan, experts
 
 
 def shard_head(parts: list[nn.Module], precision: str) -> None:
@@ -116,19 +125,18 @@ def _shard_mesh(mesh: MeshContext) -> DeviceMesh:
     return mesh["ep_shard"]
 
 
-def _dim(name: str, parameter: nn.Parameter, part: Any, shards: int) -> int:
-    """Return the dim along which to shard an expert parameter [experts, ...] over *shards* ranks.
+def shard_dim(name: str, shape: tuple[int, ...], part: Any, shards: int) -> int:
+    """Return the dim along which to shard this rank's experts, of *shape* [experts, ...], over *shards* ranks.
 
     This is dim 0, the experts, where they divide evenly; else the hidden size, as the intermediate size may be a
     concatenation of gate and up, which checkpoints may store as two tensors.
     """
-    own = local(parameter)
     hidden = part.config.get_text_config().hidden_size
-    even = [dim for dim, size in enumerate(own.shape) if size % shards == 0 and (dim == 0 or size == hidden)]
+    even = [dim for dim, size in enumerate(shape) if size % shards == 0 and (dim == 0 or size == hidden)]
     if not even:
         raise TopologyError(
             [
-                f"{shards} ranks share {name} of shape {tuple(own.shape)}, but neither its experts nor the hidden "
+                f"{shards} ranks share {name} of shape {shape}, but neither its experts nor the hidden "
                 f"size {hidden} divide evenly; use a larger ep_size, which leaves fewer ranks to share them"
             ]
         )

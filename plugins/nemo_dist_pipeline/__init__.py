@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from nemo_dist.mesh.mesh_context import MeshContext
     from nemo_dist.plugin.comm_estimate import ModelFacts, Traffic
+    from nemo_dist.plugin.memory_estimate import RankShare
     from nemo_dist.plugin.step_schedule import StepSchedule
     from nemo_dist_pipeline.runtime.auto_pipeline import AutoPipeline
 
@@ -76,6 +77,12 @@ class Pipeline:
         from nemo_dist_pipeline.step_schedule import step_schedule
 
         return step_schedule(facts, model, StagePlacement.of(self.config, plan.size("pp"))[0], self.config)
+
+    @hookimpl
+    def memory(self, ranks: list[RankShare], plan: MeshPlan, facts: ModelFacts, model: nn.Module) -> None:
+        from nemo_dist_pipeline.memory_estimate import hold
+
+        hold(ranks, plan, facts, StagePlacement.of(self.config, plan.size("pp"))[0], self.config, model)
 
     @hookimpl
     def agree(self, plan: MeshPlan) -> Mapping[str, str]:

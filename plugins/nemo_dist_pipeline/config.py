@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar
 
 import attrs
 
@@ -73,6 +73,12 @@ class PipelineConfig:
     microbatches; another shape drops the one that was used longest ago. ``scale_grads_in_schedule``: sum gradients over
     microbatches and divide once at the end, not in the loss; the gradients come out the same.
     """
+
+    # GPipe and LoopedBFS idle as long as the first two and hold more.
+    worth_trying: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "pp_schedule": (None, "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"),
+    }
+    rows_option: ClassVar[str] = "pp_microbatch_size"  # says how many rows a forward takes
 
     pp_schedule: str | None = attrs.field(default=None, validator=_schedule)
     pp_schedule_csv: str | None = attrs.field(default=None, converter=_path)

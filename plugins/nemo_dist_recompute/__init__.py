@@ -48,6 +48,12 @@ class Recompute:
             recompute(inner_model(part), self.config)
 
     @hookimpl
+    def memory(self, model: nn.Module) -> None:
+        from nemo_dist_recompute.apply import recomputable
+
+        recomputable(model)  # raises where there is nothing to recompute; what is kept is counted in a trace
+
+    @hookimpl
     def explain(self, model: nn.Module | None) -> str:
         scope = "" if self.config.scope == ("all",) else f" in the {' and '.join(self.config.scope)} layers"
         layers = ""

@@ -28,12 +28,7 @@ def recompute(model: Any, config: RecomputeConfig) -> None:
 
     Raises ValueError for a model without such layers, and for a scope that it does not have.
     """
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    if not model.supports_gradient_checkpointing or not layers:
-        raise ValueError(
-            f"{type(model).__name__} has no layers that transformers can recompute; "
-            "leave activation_checkpointing out for this model"
-        )
+    layers = recomputable(model)
     chosen = _in_scope(model, layers, config.scope)
     routed = any("expert" in name for name in model.config.get_text_config().to_dict())
     context = {"context_fn": partial(selective_contexts, routed)} if config.mode == "selective" else {}
@@ -44,6 +39,17 @@ def recompute(model: Any, config: RecomputeConfig) -> None:
         layer.gradient_checkpointing = False  # transformers' own, which only knows the forward of the class
         if layer in chosen:
             wrap_forward(layer, partial(_recomputed, layer))
+
+
+def recomputable(model: Any) -> list[nn.Module]:
+    """Return the layers of *model* that can recompute; raise ValueError for a model without any."""
+    layers: list[nn.Module] = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not model.supports_gradient_checkpointing or not layers:
+        raise ValueError(
+            f"{type(model).__name__} has no layers that transformers can recompute; "
+            "leave activation_checkpointing out for this model"
+        )
+    return layers
 
 
 def kinds(model: nn.Module) -> str:

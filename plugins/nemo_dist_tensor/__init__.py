@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from nemo_dist.mesh.mesh_context import MeshContext
     from nemo_dist.plugin.comm_estimate import ModelFacts, Traffic
+    from nemo_dist.plugin.memory_estimate import RankShare
     from nemo_dist_tensor.tp_plan import Rules
 
 __all__ = ["TensorConfig", "TensorParallel"]
@@ -87,6 +88,15 @@ class TensorParallel:
         if facts is None or model is None:
             return unmeasured(self.config.sequence_parallel)
         return measured(model, self._rules(model, plan), plan, facts, self.config.sequence_parallel)
+
+    @hookimpl
+    def memory(self, ranks: list[RankShare], plan: MeshPlan, model: nn.Module) -> None:
+        if plan.size("tp") == 1:
+            return
+        from nemo_dist_tensor.memory_estimate import hold
+
+        experts = not any("ep" in view for view in plan.views)
+        hold(ranks, model, plan.size("tp"), self.config.tp_plan or {}, self.config.sequence_parallel, experts)
 
     def _rules(self, model: nn.Module, plan: MeshPlan) -> Rules:
         from nemo_dist_tensor.tp_plan import match

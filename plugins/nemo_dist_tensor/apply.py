@@ -78,23 +78,38 @@ class Parallelizer:
 
     def run(self) -> None:
         """Change the model in place; raise TopologyError with every reason before anything is changed."""
-        blocks = Blocks.of(self.model, self.rules)
-        installer = Installer(self.model, self.model.config, self.rules, self.peers)
-        placements = installer.placements()
-        problems = [
-            *self._misfits(),
-            *self._packed(placements),
-            *parameter_sharding.tie_problems(self.model, placements),
-            *self._random(),
-            *(blocks.problems() if self.sequence else ()),
-        ]
+        problems = self.problems()
         if problems:
             raise TopologyError(problems)
+        blocks, installer, placements = self._blocks, self._installer, self.placements()
         regions = blocks.install(self.peers, self.sequence)
         parameter_sharding.shard(self.model, placements, self.peers)
         state = self._keep_logits_cut()
         installer.install(regions, state)
         self.model.register_forward_pre_hook(self._refuse_sharded_outputs, with_kwargs=True)
+
+    @property
+    def _blocks(self) -> Blocks:
+        return Blocks.of(self.model, self.rules)
+
+    @property
+    def _installer(self) -> Installer:
+        return Installer(self.model, self.model.config, self.rules, self.peers)
+
+    def placements(self) -> dict[str, Placement | None]:
+        """Return how every parameter that a rule names is sharded; None leaves it whole."""
+        return self._installer.placements()
+
+    def problems(self) -> list[str]:
+        """Say why the rules do not fit the model on this number of ranks, one sentence each; nothing is changed."""
+        placements = self.placements()
+        return [
+            *self._misfits(),
+            *self._packed(placements),
+            *parameter_sharding.tie_problems(self.model, placements),
+            *self._random(),
+            *(self._blocks.problems() if self.sequence else ()),
+        ]
 
     def _module(self, name: str) -> Any:
         return self.model.get_submodule(name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import attrs
 
@@ -25,6 +25,8 @@ class TensorConfig:
     rank holds only its own tokens. ``enable_async_tensor_parallel``: overlap its collectives with the matrix products
     around them; refused, with the reason, where that is not proven.
     """
+
+    worth_trying: ClassVar[Mapping[str, tuple[Any, ...]]] = {"sequence_parallel": (False, True)}
 
     tp_plan: Mapping[str, str] | None = attrs.field(default=None, converter=_rules)
     sequence_parallel: bool = attrs.field(default=False, validator=boolean)

@@ -1,0 +1,92 @@
+"""Describe devices and the network between them: numbers from a small file that a user can copy and edit; no torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+import yaml
+
+from nemo_dist.errors import UnknownNameError
+from nemo_dist.planning.mesh_plan import MeshPlan
+from nemo_dist.planning.validation import near, shown
+from nemo_dist.plugin.options import from_mapping
+
+FILE = Path(__file__).with_name("hardware.yaml")
+_UNITS: dict[str, int] = {"": 1, "b": 1} | {
+    f"{letter}{kind}": base**power
+    for power, letter in enumerate("kmgt", 1)
+    for kind, base in (("b", 1000), ("ib", 1024))
+}
+_SPELLED = ("B", "KB", "MB", "GB", "TB", "KiB", "MiB", "GiB", "TiB")
+
+
+def parse_bytes(text: Any, what: str = "memory") -> int:
+    """Return the number of bytes that *text* says, as ``80GiB`` or ``80GB``; raise ValueError that names the units."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
+    if found is None or found[2].lower() not in _UNITS:
+        unit = found[2] if found else ""
+        hint = near(unit, _SPELLED) if unit else ""
+        raise ValueError(
+            f"{what} must be a number with a unit, as 80GiB (got {shown(text)}){hint}; units: {', '.join(_SPELLED)}"
+        )
+    amount = round(float(found[1]) * _UNITS[found[2].lower()])
+    if amount < 1:
+        raise ValueError(f"{what} must be more than nothing (got {shown(text)})")
+    return amount
+
+
+@attrs.frozen(kw_only=True)
+class Hardware:
+    """One kind of device in nodes; the file ``hardware.yaml`` says what each number is, and its unit."""
+
+    name: str = ""
+    flops: Mapping[str, float]
+    compute_efficiency: float
+    memory: int = attrs.field(converter=parse_bytes)
+    memory_bandwidth: float
+    memory_efficiency: float
+    node: int
+    inside: float
+    between: float
+    network_efficiency: float
+    latency_inside: float
+    latency_between: float
+
+    @classmethod
+    def named(cls, name: str) -> Hardware:
+        """Return the hardware called *name*, of the file that ships or, as ``my.yaml:NAME``, of the user's own.
+
+        Raises UnknownNameError (a ValueError) with the nearest match, and OSError for a file that cannot be read.
+        """
+        path, _, own = name.rpartition(":")
+        file = Path(path) if path else FILE
+        found = yaml.safe_load(file.read_text())
+        if not isinstance(found, dict) or not found:
+            raise ValueError(f"{file} must map names of hardware to numbers; see {FILE}")
+        if own not in found:
+            raise UnknownNameError(f"unknown hardware {shown(own)}{near(own, found)} (known: {', '.join(found)})")
+        return from_mapping(cls, {**found[own], "name": own}, f"hardware {own!r}")
+
+    def matrix_flops(self, dtype: str | None) -> float:
+        """Return the FLOP/s that matrix products reach in *dtype*."""
+        return self.peak(dtype) * self.compute_efficiency
+
+    def peak(self, dtype: str | None) -> float:
+        """Return the FLOP/s of the data sheet in *dtype*; None is float32."""
+        return self.flops.get(dtype or "float32", min(self.flops.values()))
+
+    def seconds(self, plan: MeshPlan, axis: str, sent: float, times: float) -> float:
+        """Return how long *times* collectives along *axis* take in which a rank sends *sent* bytes in all.
+
+        A group that is not within one node sends at the rate of the ports that its ranks in a node have together, but
+        no faster than within the node.
+        """
+        size, step = plan.view_of(axis).span(axis)
+        if size * step <= self.node:
+            return sent / (self.inside * self.network_efficiency) + times * self.latency_inside
+        here = max(1, self.node // step)
+        return sent / (min(self.inside, self.between * here) * self.network_efficiency) + times * self.latency_between
