@@ -117,9 +117,9 @@ AXES = [
     (2, "llama", "dora", {"cp_size": 2}),
     (2, "llama", "rslora", {"cp_size": 2}),
     (2, "llama", "embedding", {}),
-    (4, "llama", "lora", {"dp_replicate_size": 2}),
     (4, "qwen3-moe", "ia3", {"ep_size": 2, "cp_size": 2}),
     (2, "qwen3-moe", "lora", {"ep_size": 2}),
+    (4, "llama", "lora", {"dp_replicate_size": 2}),
 ]
 
 
