@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import venv
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def steps():
 
 @pytest.fixture
 def clean(tmp_path):
-    """Return the variables of an environment of its own, with nothing in it but what the tests run with.
+    """Yield the variables of an environment of its own, with nothing in it but what the tests run with.
 
     pip installs into it, and finds no network.
     """
@@ -43,12 +44,11 @@ def clean(tmp_path):
     script = python.with_name("nemo-dist")
     script.write_text(f'#!/bin/sh\nexec "{python}" -m nemo_dist.cli "$@"\n')
     script.chmod(0o755)
-    temporary = tmp_path / "temporary"
-    temporary.mkdir()
     (tmp_path / "work").mkdir()
     offline = {"PIP_NO_INDEX": "1", "PIP_NO_BUILD_ISOLATION": "0", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     path = os.pathsep.join([str(python.parent), os.environ["PATH"]])
-    return {**os.environ, **offline, "PATH": path, "COLUMNS": "200", "OMP_NUM_THREADS": "1", "TMPDIR": str(temporary)}
+    with tempfile.TemporaryDirectory() as short:  # sockets in it must have names of at most some 100 characters
+        yield {**os.environ, **offline, "PATH": path, "COLUMNS": "200", "OMP_NUM_THREADS": "1", "TMPDIR": short}
 
 
 def follow(clean, folder, left_out=()):
