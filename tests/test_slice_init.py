@@ -60,7 +60,7 @@ SIZE = 1 << 18
         (TruncatedNormal(0.0, 1.0, 3.0, 5.0), lambda t: nn.init.trunc_normal_(t, 0.0, 1.0, 3.0, 5.0)),
         (TruncatedNormal(1.0, 2.0, -9.0, 0.5), lambda t: nn.init.trunc_normal_(t, 1.0, 2.0, -9.0, 0.5)),
     ],
-    ids=str,
+    ids=lambda value: value.__class__.__name__ if callable(value) else str(value),
 )
 @pytest.mark.filterwarnings("ignore:mean is more than 2 std")
 def test_draws_have_the_distribution_of_torch(distribution, reference):

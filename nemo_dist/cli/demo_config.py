@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,10 @@ _BATCH = 16  # windows of a step over all ranks, unless the data-parallel size d
 _EXACT = {"param_dtype": "float32", "reduce_dtype": "float32", "output_dtype": "float32"}
 
 
+def _listed(names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(names)
+
+
 @attrs.frozen(kw_only=True)
 class DemoOptions:
     """The demo's settings: ranks, strategy, sizes by the names of :class:`ParallelismSizes`, steps, folder and seed.
@@ -30,7 +35,7 @@ class DemoOptions:
     nproc: int = 4
     strategy: str = DEFAULT
     sizes: dict[str, Any] = attrs.field(factory=dict)
-    plugins: tuple[str, ...] = attrs.field(default=(), converter=tuple)
+    plugins: tuple[str, ...] = attrs.field(default=(), converter=_listed)
     steps: int = 160
     out: Path = attrs.field(default=Path("nemo_dist_demo"), converter=Path)
     seed: int = 0

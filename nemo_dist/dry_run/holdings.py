@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import attrs
@@ -38,7 +38,7 @@ class Holdings:
         )
 
 
-def stepped(parts: Sequence[nn.Module], optimizer_type: type[Optimizer]) -> Optimizer:
+def stepped(parts: Sequence[nn.Module], optimizer_type: Callable[..., Optimizer]) -> Optimizer:
     """Return an optimizer of that type that has stepped *parts*, which are on meta, with gradients of no value."""
     parameters = _once(p for part in parts for p in part.parameters() if p.requires_grad)
     optimizer = optimizer_type(one_mesh_per_group(parameters))

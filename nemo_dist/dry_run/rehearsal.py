@@ -136,7 +136,5 @@ def _on_meta(config: Any) -> nn.Module:
     names = getattr(config, "architectures", None) or ()
     kind: Any = getattr(transformers, names[0], None) if names else None
     with local_dtype(getattr(config, "dtype", None) or torch.float32), no_init_weights(), torch.device("meta"):
-        if kind is not None:
-            made: nn.Module = kind(config)
-            return made
-        return transformers.AutoModelForCausalLM.from_config(config)
+        made: nn.Module = transformers.AutoModelForCausalLM.from_config(config) if kind is None else kind(config)
+        return made

@@ -45,7 +45,7 @@ class Uniform:
 
     def of(self, bits: Bits) -> Tensor:
         """Return the values of the elements that have the random *bits*."""
-        return _float(bits >> 8).mul_(2.0**-24 * (self.high - self.low)).add_(self.low)
+        return _float((bits >> 8).astype(np.uint32)).mul_(2.0**-24 * (self.high - self.low)).add_(self.low)
 
 
 @attrs.frozen
@@ -85,7 +85,8 @@ class TruncatedNormal:
             torch.from_numpy(bits.astype(np.float64)).add_(0.5).mul_(2.0**-32 * (last - first)).add_(first)
         )
         scaled = found.mul_(-self.std if mirrored else self.std).add_(self.mean)
-        return scaled.clamp_(self.low, self.high).float()
+        inside: Tensor = scaled.clamp_(self.low, self.high).float()
+        return inside
 
 
 Distribution = Constant | Uniform | Normal | TruncatedNormal

@@ -39,7 +39,8 @@ _SAMPLE = 1 << 20
 
 def refuse_long_draws(build: Callable[[], object]) -> None:
     """Raise ValueError when to draw all weights of the model that *build* returns takes more than some minutes."""
-    with torch.random.fork_rng([]), SliceInit(0) as init:
+    init = SliceInit(0)
+    with torch.random.fork_rng([]), init:
         build()
     seconds = init.drawn * _seconds_per_draw()
     if seconds > _MOST_SECONDS:
@@ -225,7 +226,8 @@ def _element_step(call: Call, shape: tuple[int, ...]) -> Callable[[Tensor, Box],
         constant = _constant(call)
         if constant is None:
             return None
-        begin, end = target.storage_offset(), target.storage_offset() + target.numel()
+        begin = int(target.storage_offset())
+        end = begin + target.numel()
         return lambda part, box: _fill_range(part, box, shape, begin, end, constant)
     alone = not any(tensor.is_meta or tensor.dim() for tensor in tensors_in((rest, dict(call.kwargs))))
     function: Any = call.function

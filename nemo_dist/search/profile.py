@@ -163,7 +163,7 @@ class _Run:
 
     def _axes(self) -> dict[str, str]:
         """Return the axis of every process group, by the group's name."""
-        found = {}
+        found: dict[str, str] = {}
         for axis in self.plan.wide:
             group = self.mesh.group(axis.name)
             if group is not None:

@@ -241,7 +241,10 @@ class PluginConformance:
         with laws.OWN_LOOP.judging(self.plugin):
             found = ranks(self.world).run(runs.on_rank_own_loop, task, checkpoint(task.specimen), self.selecting())
         lines = [
-            line for one in found if one is not None for line in tensor_differences("gradients", *one, self._error)
+            line
+            for one in found
+            if one is not None
+            for line in tensor_differences("gradients", one[0], one[1], self._error)
         ]
         laws.OWN_LOOP.hold(self.plugin, list(dict.fromkeys(lines)))
 

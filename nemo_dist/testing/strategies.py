@@ -131,8 +131,9 @@ def _axes_of(plugins: Iterable[Any]) -> dict[str, Role | None]:
 
 def _plugin(choice: Any) -> Any:
     """Return the plugin instance of a name, a class or an instance."""
-    found = Registry().load(choice) if isinstance(choice, str) else choice
-    return found(found.config_type()) if isinstance(found, type) else found
+    found: Any = Registry().load(choice) if isinstance(choice, str) else choice
+    is_class = isinstance(found, type)
+    return found(found.config_type()) if is_class else found
 
 
 def _allowed(axes: Collection[str] | None, own: Mapping[str, Any]) -> list[str]:

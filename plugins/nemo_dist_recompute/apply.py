@@ -35,6 +35,7 @@ def recompute(model: Any, config: RecomputeConfig) -> None:
     model.activation_checkpointing_enable({"use_reentrant": False, **context})
     model.disable_input_require_grads()  # only reentrant checkpointing needs inputs that require gradients
     model.register_forward_pre_hook(_without_cache, with_kwargs=True)
+    layer: Any
     for layer in layers:
         layer.gradient_checkpointing = False  # transformers' own, which only knows the forward of the class
         if layer in chosen:
