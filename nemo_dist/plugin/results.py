@@ -17,6 +17,7 @@ from nemo_dist.planning.validation import shown
 from nemo_dist.planning.views import View
 from nemo_dist.plugin.comm_estimate import Traffic
 from nemo_dist.plugin.hookspecs import PluginState, RuntimePart
+from nemo_dist.plugin.step_schedule import StepSchedule
 
 Test = Callable[[Any], bool]
 
@@ -43,6 +44,8 @@ _HOOKS: Mapping[str, tuple[str, Test]] = {
     "validate": ("a list of sentences", _listing(str)),
     "explain": ("one line of text", lambda found: isinstance(found, str)),
     "traffic": ("a list of nemo_dist.plugin.comm_estimate.Traffic", _listing(Traffic)),
+    "schedule": ("a nemo_dist.plugin.step_schedule.StepSchedule", lambda found: isinstance(found, StepSchedule)),
+    "memory": _NOTHING,
     "agree": ("a mapping from names to text", _naming(str)),
     "shard": _NOTHING,
     "wrap": _NOTHING,

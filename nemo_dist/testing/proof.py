@@ -136,7 +136,10 @@ class _Proof:
         comparison = self._compared(results)
         export, wrong = comparison.exported(self.work.folder / "export", self.work.load)
         culprit = self._culprit(comparison) or wrong
-        return Report(topology=shown, checks=(*comparison.checks(), export), culprit=culprit)
+        unsaved = [
+            Check(what="save", ok=False, found=error) for error in {result.unsaved for result in results} if error
+        ]
+        return Report(topology=shown, checks=(*comparison.checks(), *unsaved, export), culprit=culprit)
 
     def _on_ranks(self, work: Work) -> list[Result]:
         world = self.topology.setup.plan.world_size

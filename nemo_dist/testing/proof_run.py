@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import nemo_dist
-from nemo_dist.errors import NemoDistError
+from nemo_dist.errors import CheckpointError, NemoDistError
 from nemo_dist.hf_model import inner_model
 from nemo_dist.setup.setup import DistributedSetup
 from nemo_dist.testing.equivalence import MAX_NORM, OPTIMIZER, whole_state
@@ -56,7 +56,8 @@ class Result:
 
     ``loaded`` are the parameters before the first step.
     ``gradients`` and ``parameters`` are those after each step, whole and by name. ``tokens``, with ``traces``, are the
-    numbers of the tokens that this rank computed on. ``refused``: why there is nothing else.
+    numbers of the tokens that this rank computed on. ``refused``: why there is nothing else; ``unsaved``: why the run
+    went on without a save and a load in between.
     """
 
     loaded: dict[str, Tensor] = attrs.field(factory=dict)
@@ -67,6 +68,7 @@ class Result:
     traces: list[Trace] = attrs.field(factory=list)
     tokens: Tensor | None = None
     refused: str | None = None
+    unsaved: str | None = None
 
 
 def run_alone(work: Work, dtype: torch.dtype = torch.float32, nudged: bool = False) -> Result:
@@ -132,7 +134,10 @@ class _RankRun:
         self.result.loaded = whole_state(self.runtime, dict(self.runtime.named_parameters()))
         for step in self.work.steps:
             if step == STEPS:
-                self._reload(out)
+                try:
+                    self._reload(out)
+                except CheckpointError as error:  # on all ranks alike, such as for copies that differ
+                    self.result.unsaved = str(error)
             self._step(step)
         if self.work.traced is None:
             self.runtime.export(out / "export")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 from functools import partial
 from typing import Any
 
@@ -172,11 +171,14 @@ class Bare(Beside):
 
 @planted("moody")
 class Moody(Beside):
-    """Judge the same plan differently each time."""
+    """Judge the same plan differently each second time."""
+
+    asked = 0
 
     @hookimpl
     def validate(self):
-        return ["not today"] if random.random() < 0.5 else []
+        Moody.asked += 1
+        return [] if Moody.asked % 2 else ["not today"]
 
     @hookimpl
     def explain(self):
