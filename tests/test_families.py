@@ -51,7 +51,7 @@ SAMPLE = [
     ("sequence", "bert", "recompute"),
     ("causal", "openai-gpt", "fsdp2"),  # fills a buffer again
     ("causal", "gemma4", "fsdp2"),  # reads the embedding of padding by itself
-    ("causal", "gemma3n_text", "tp"),  # layers hand keys to later ones
+    pytest.param("causal", "gemma3n_text", "tp", marks=pytest.mark.slow),  # layers hand keys to later ones
 ]
 
 

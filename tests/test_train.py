@@ -422,6 +422,7 @@ def wait_for_steps(process, folder, count):
         time.sleep(0.005)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_and_started_again_has_the_losses_of_one_that_is_not(tmp_path):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     through = sft(whole)
