@@ -16,7 +16,6 @@ from nemo_dist.checkpoint.run_folder import RunFolder
 from nemo_dist.mesh.process_group import DistEnv, initialize_distributed
 from nemo_dist.planning.mesh_plan import Role
 from nemo_dist.recipe.config import DataSection, Recipe
-from nemo_dist.recipe.evaluation import held_out_loss
 from nemo_dist.recipe.metrics import Metrics, judge_logging
 from nemo_dist.recipe.model import adapter_config, config_of, load_model
 from nemo_dist.recipe.optimization import judge_schedule, make_optimizer, make_schedule, optimizer_type
@@ -176,7 +175,7 @@ class Job:
         report(step, values)
         evaluate = self.recipe.evaluate
         if evaluate is not None and self._due(step, evaluate.every):
-            found = {"held_out_loss": held_out_loss(self.runtime, self.held_out)}
+            found = {"held_out_loss": self.runtime.evaluate(self.held_out).item()}
             metrics.write(step, found)
             report(step, found)
         self._save(step)
