@@ -1,14 +1,15 @@
 """How Hypothesis runs here, and which cases of a test on ranks the default run takes.
 
-No deadline, since a slow machine is no failure, and the same examples on every CI run.
+No deadline, and no check of how long drawing takes, since a slow machine is no failure; the same examples on every CI
+run.
 """
 
 import os
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
-settings.register_profile("here", deadline=None)
+settings.register_profile("here", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("ci", parent=settings.get_profile("here"), derandomize=True, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "here")
 

@@ -89,7 +89,8 @@ def test_the_command_writes_one_page_with_the_data_of_the_setup(tmp_path):
     assert embedded(page)["views"] == expected["views"] and "<title>16 ranks: dp_replicate 2" in page
 
 
-def test_the_command_counts_bytes_for_a_model_in_text_and_on_the_page(tmp_path, model_of):
+def test_the_command_counts_bytes_for_a_model_in_text_and_on_the_page(tmp_path, model_of, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)  # lines are whole where nothing says how wide a terminal is
     model_of("llama").config.save_pretrained(tmp_path)
     asked = ["explain", "-n", "8", "--model", str(tmp_path), "--rows", "2", "--length", "256"]
     text = CliRunner().invoke(app, asked).stdout

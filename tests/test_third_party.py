@@ -34,7 +34,7 @@ def installed(tmp_path_factory):
     temporary = folder / "temporary"  # torchrun leaves its logs there
     temporary.mkdir()
     path = os.pathsep.join([str(folder / "site"), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TMPDIR": str(temporary)}
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TMPDIR": str(temporary), "CI": "1"}
 
 
 def run(installed, *command, cwd=None, timeout=300):

@@ -48,7 +48,15 @@ def clean(tmp_path):
     offline = {"PIP_NO_INDEX": "1", "PIP_NO_BUILD_ISOLATION": "0", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     path = os.pathsep.join([str(python.parent), os.environ["PATH"]])
     with tempfile.TemporaryDirectory() as short:  # sockets in it must have names of at most some 100 characters
-        yield {**os.environ, **offline, "PATH": path, "COLUMNS": "200", "OMP_NUM_THREADS": "1", "TMPDIR": short}
+        yield {
+            **os.environ,
+            **offline,
+            "PATH": path,
+            "COLUMNS": "200",
+            "OMP_NUM_THREADS": "1",
+            "TMPDIR": short,
+            "CI": "1",
+        }
 
 
 def follow(clean, folder, left_out=()):
