@@ -77,6 +77,13 @@ def on_rank_make_groups(count: int) -> int:
     return os.getpid()
 
 
+def on_rank_count_devices(count: int) -> int:
+    for _ in range(count):
+        dist.all_reduce(torch.ones(()), group=dist.new_group())
+    tasks = Path("/proc/self/task")
+    return sum((task / "comm").read_text().startswith("gloo_tcp") for task in tasks.iterdir())
+
+
 def alive(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
@@ -187,9 +194,14 @@ def test_a_function_of_a_module_that_cannot_be_imported_is_found(
 
 
 def test_ranks_that_hold_many_process_groups_are_replaced(pool: RankPool) -> None:
-    first = pool.run(on_rank_make_groups, 150)
+    first = pool.run(on_rank_make_groups, 300)
     second = pool.run(on_rank_make_groups, 1)
     assert set(first).isdisjoint(second)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are listed in /proc")
+def test_all_groups_of_a_rank_share_the_thread_that_polls_their_connections(pool: RankPool) -> None:
+    assert pool.run(on_rank_count_devices, 20) == [1, 1]
 
 
 def test_the_least_recently_used_pool_is_closed() -> None:
