@@ -16,7 +16,7 @@ settings.load_profile("ci" if os.environ.get("CI") else "here")
 _ON_RANKS = {"ranks", "rank_pools", "on_ranks"}
 # Of the laws of the conformance kit that need ranks, those that the default run holds our own plugins to.
 _LAWS = {"test_it_computes_what_one_process_computes", "test_it_accumulates_what_one_process_computes"}
-_ONE = 3  # of up to this many cases one is taken, else two
+_ONE = 8  # of up to this many cases one is taken, else two
 
 
 @pytest.hookimpl(tryfirst=True)

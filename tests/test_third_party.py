@@ -73,7 +73,7 @@ def test_the_catalogue_lists_the_examples(installed):
 
 
 # In one process, as each starts ranks of its own: torch and transformers are imported once for all.
-@pytest.mark.parametrize("examples", [("averaging", "zero1"), slow(tuple(NAMES))], ids=["some", "all"])
+@pytest.mark.parametrize("examples", [("averaging",), slow(tuple(NAMES))], ids=["one", "all"])
 def test_the_tests_of_the_examples_pass(installed, examples, tmp_path):
     source = Path(installed["TMPDIR"]).parent / "source"
     folders = [str(source / f"nemo-dist-{name}" / "tests") for name in examples]
