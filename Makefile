@@ -1,7 +1,7 @@
 # make demo                         train a small Llama on several ranks of this machine
 # make demo ARGS="--strategy ddp"   the same, with options of `nemo-dist demo`
 # make test                         lint, type check and test, as CI does
-# make matrix                       the full matrices of compositions, which take long
+# make matrix                       the full matrices of compositions, which take long; ARGS="--one-in 40" samples them
 # make models                       every family of transformers under every kind of parallelism; goes on where it stopped
 # make gpu                          every check that needs a CUDA device, within 8 minutes; ARGS=--check runs them without one
 # make lint | bench | clean
@@ -13,6 +13,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 ARGS ?=
+WORKERS ?= 4
 
 .PHONY: help demo test matrix models lint bench gpu clean
 help:
@@ -22,10 +23,10 @@ demo: $(INSTALLED)
 	$(BIN)/nemo-dist demo $(ARGS)
 
 test: lint
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
 
 matrix: $(INSTALLED)
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(BIN)/python -m pytest -m slow --numprocesses $(WORKERS) --dist loadfile $(ARGS)
 
 models: $(INSTALLED)
 	$(BIN)/python -m nemo_dist.testing.families $(ARGS)

@@ -17,7 +17,6 @@ settings.load_profile("ci" if os.environ.get("CI") else "here")
 _ON_RANKS = {"ranks", "rank_pools", "on_ranks"}
 # Of the laws of the conformance kit that need ranks, those that the default run holds our own plugins to.
 _LAWS = {"test_it_computes_what_one_process_computes", "test_it_accumulates_what_one_process_computes"}
-_ONE = 8  # of up to this many cases one is taken, else two
 
 
 def pytest_addoption(parser):
@@ -26,7 +25,7 @@ def pytest_addoption(parser):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """Of each test on ranks take the first case, of one with many the last one too; `make matrix` takes the others.
+    """Of each test on ranks take the first case; `make matrix` takes the others.
 
     Of the conformance kit on our own plugins it takes two laws. A case that is named on the command line runs. Those
     that are marked `slow` do not count.
@@ -41,7 +40,7 @@ def pytest_collection_modifyitems(config, items):
         if of_kit and item.name not in _LAWS and item.nodeid not in config.args:
             item.add_marker("slow")
     for found in cases.values():
-        for item in found[1:] if len(found) <= _ONE else found[1:-1]:
+        for item in found[1:]:
             if not any(argument.endswith(item.nodeid.rpartition("/")[2]) for argument in asked):
                 item.add_marker("slow")
     kept = [item for item in items if crc32(item.nodeid.encode()) % config.option.one_in == 0]

@@ -20,7 +20,7 @@ def campaign(*arguments):
 @cases(
     ("count", "names"),
     [
-        (1, ["rivals", "manifests", "flips"]),
+        slow(1, ["rivals", "manifests", "flips"]),
         slow(20, ["disks"]),
         slow(100, ["kills"]),
         slow(1000, ["manifests"]),
