@@ -8,7 +8,7 @@ import os
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -142,7 +142,8 @@ class Collected:
     ``own``: parameters and persistent buffers by name. ``layers``: tensors that are laid out like parameters (an
     optimizer's moments, a plugin's tensors), by the prefix of their names in the checkpoint and parameter name.
     The others are JSON: what is different on every rank, what belongs to parameters that a rank has, as a text, and
-    what is equal on all. ``common`` is what ``_reconciled`` returns.
+    what is equal on all. ``common`` is what ``_reconciled`` returns. ``weights`` are the names, in the checkpoint, of
+    what must be finite; ``buffers`` those of the rest of the model, which may differ on ranks with different batches.
     """
 
     own: Mapping[str, Tensor] = attrs.field(factory=dict)
@@ -152,6 +153,8 @@ class Collected:
     dp_rank: int = 0
     of_all: dict[str, Any] = attrs.field(factory=dict)
     common: Mapping[str, Any] = attrs.field(factory=dict)
+    weights: Set[str] = frozenset()
+    buffers: Set[str] = frozenset()
 
     def take(
         self,
@@ -170,6 +173,8 @@ class Collected:
         """
         refuse_unplain(sharded.model)
         self.own, self.dp_rank = own_state(sharded), sharded.batch
+        self.weights = {MODEL + name for name, tensor in self.own.items() if isinstance(tensor, torch.nn.Parameter)}
+        self.buffers = {MODEL + name for name in self.own} - self.weights
         self.of_rank = {
             "generators": to_json(rng_state.capture(), "the generators"),
             "data": None if data is None else to_json(data.state_dict(), "the state of data"),
@@ -219,18 +224,6 @@ class Collected:
     def about(self, of_parameters: Sequence[str]) -> dict[str, Any]:
         """Return what the manifest contains besides files and tensors, with what all ranks have of parameters."""
         return {**self.of_all, **_joined([json.loads(text) for text in of_parameters]), "data": self.common["data"]}
-
-    @property
-    def weights(self) -> frozenset[str]:
-        """The names, in the checkpoint, of what must be finite: all tensors of the model but its buffers."""
-        return frozenset(MODEL + name for name, tensor in self.own.items() if isinstance(tensor, torch.nn.Parameter))
-
-    @property
-    def buffers(self) -> frozenset[str]:
-        """The names, in the checkpoint, of buffers; those of ranks with different batches may differ."""
-        return frozenset(
-            MODEL + name for name, tensor in self.own.items() if not isinstance(tensor, torch.nn.Parameter)
-        )
 
     def canonical(self, sharded: ShardedModel) -> dict[str, Tensor]:
         """Return the canonical state; every rank exports all prefixes, as a plugin may run a collective for each."""
@@ -341,7 +334,7 @@ class Work:
     ) -> Work:
         """Return the work for *plan* of *state*; ``about`` as above, the rest from *found*."""
         mine = pieces_of(state, plan)
-        checked = found.weights if check_finite else frozenset()
+        checked = found.weights if check_finite else ()
         return cls(
             ranks=sharded.ranks,
             model=sharded.model,

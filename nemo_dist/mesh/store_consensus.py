@@ -292,6 +292,8 @@ def decide_and_hear(
     """
 
     def judged(answers: list[Any]) -> list[Any]:
+        if not answers[0][0] and answers.count(answers[0]) == len(answers):  # nothing is made for each of many ranks
+            return [[], decide([answers[0][1]] * len(answers))]
         failed = [[index, error] for index, (error, _) in enumerate(answers) if error]
         return [failed, None if failed else decide([value for _, value in answers])]
 
@@ -306,4 +308,4 @@ def decide_and_hear(
 
 
 def _unless_none(values: list[Any]) -> list[Any]:
-    return [] if all(value is None for value in values) else values
+    return [] if values.count(None) == len(values) else values
