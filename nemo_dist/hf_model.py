@@ -56,10 +56,15 @@ def plain_class(module: nn.Module) -> type[Any]:
 
     torch's ``fully_shard`` and ``replicate`` replace the class of a module by a subclass of it.
     """
-    for kind in type(module).__mro__:
-        if not any(base.__module__.startswith("torch.distributed") for base in kind.__mro__):
-            return kind
-    return type(module)
+    return _unsharded(type(module))
+
+
+@lru_cache(maxsize=4096)
+def _unsharded(kind: type[Any]) -> type[Any]:
+    for base in kind.__mro__:
+        if not any(other.__module__.startswith("torch.distributed") for other in base.__mro__):
+            return base
+    return kind
 
 
 def class_name(module: nn.Module) -> str:

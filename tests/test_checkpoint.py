@@ -7,8 +7,10 @@ import pytest
 import torch
 from cases import case_id, cases, slow
 
-from nemo_dist import DistributedSetup, NeMoAutoModelForCausalLM
+from nemo_dist import DistributedSetup, NeMoAutoModelForCausalLM, ParallelismSizes
+from nemo_dist.mesh.dtensor import local
 from nemo_dist.testing.equivalence import Task
+from nemo_dist.testing.tiny_models import SPECIMENS
 
 
 class Feed:
@@ -208,3 +210,33 @@ def test_extra_that_would_need_pickle_is_refused_with_its_path(ranks, tmp_path):
     with pytest.raises(Exception, match=r"extra\['deep'\]\[1\] is a Task, which cannot be saved without pickle"):
         ranks(1).run(on_rank_save_extra, runs.folders("llama"), tmp_path / "c", {"deep": [0, Task()]})
     assert list(tmp_path.iterdir()) == []
+
+
+def on_rank_train_narrow(folder, path, sizes):
+    """Train, save, go on and load; return the elements on this rank of the narrowest weight, and all that was saved."""
+    setup = DistributedSetup.build(strategy=runs.FSDP2, parallelism_sizes=ParallelismSizes(**sizes))
+    model = NeMoAutoModelForCausalLM.from_pretrained(folder, distributed_setup=setup, dtype=torch.float32)
+    runtime = setup.runtime(model)
+    optimizer = runtime.optimizer(torch.optim.AdamW, **runs.OPTIMIZER)
+    runs.steps(runtime, optimizer, runs.Task(), range(2))
+    runtime.save(path, optimizer)
+    saved = runs.everything(runtime, optimizer)
+    runs.steps(runtime, optimizer, runs.Task(), range(2, 3))
+    runtime.load(path, optimizer)
+    assert runs.digests(runs.everything(runtime, optimizer)) == runs.digests(saved)
+    return local(model.get_parameter("model.layers.0.mlp.up_proj.weight")).numel(), saved
+
+
+def test_ranks_that_hold_nothing_of_a_weight_load_train_and_save(ranks, tmp_path):
+    """Thousands of data-parallel ranks share the rows that tensor parallelism leaves of a small matrix; here one."""
+    config = SPECIMENS["llama"].config()
+    config.intermediate_size = 2
+    torch.manual_seed(0)
+    SPECIMENS["llama"].load.from_config(config).save_pretrained(tmp_path / "model")
+    ((_, expected),) = ranks(1).run(on_rank_train_narrow, tmp_path / "model", tmp_path / "one", {})
+    found = ranks(4).run(on_rank_train_narrow, tmp_path / "model", tmp_path / "four", {"tp_size": 2})
+    assert [held for held, _ in found] == [config.hidden_size, config.hidden_size, 0, 0]
+    for _, saved in found:
+        assert saved.keys() == expected.keys()
+        for name, tensor in saved.items():
+            assert (tensor - expected[name]).norm() <= 1e-5 * expected[name].norm(), name

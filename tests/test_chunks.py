@@ -7,7 +7,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from nemo_dist.checkpoint.chunks import assemble, chunks, described, survey
+from nemo_dist.checkpoint.chunks import Planner, assemble, chunks, described, survey
+from nemo_dist.dry_run.imagined_world import imagined_world
 from nemo_dist.errors import PluginError
 from nemo_dist.mesh.rank_group import RankGroup
 
@@ -127,3 +128,33 @@ def test_a_tensor_that_does_not_match_its_layout_is_refused(ranks, make, message
     with pytest.raises(Exception, match=message) as caught:
         ranks(2).run(on_rank_survey, make)
     assert PluginError.__name__ in str(caught.value)
+
+
+def test_what_a_rank_holds_is_described_anew_when_anything_of_a_tensor_changes():
+    """A planner keeps the last description; each of these states differs from the one before in one thing."""
+
+    def sharded(placement, mesh, sizes=(8, 16), dtype=torch.float32):
+        whole, local = torch.empty(32, 16, device="meta"), torch.empty(sizes, dtype=dtype, device="meta")
+        return DTensor.from_local(local, mesh, [placement], run_check=False, shape=whole.shape, stride=whole.stride())
+
+    with imagined_world(4, 1):
+        mesh, pairs = init_device_mesh("cpu", (4,)), init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner"))
+        planner = Planner()
+        states = [
+            {"a": torch.empty(32, 16)},
+            {"b": torch.empty(32, 16)},
+            {"b": torch.empty(16, 32)},
+            {"b": torch.empty(16, 32, dtype=torch.bfloat16)},
+            {"b": torch.empty(16, 32, dtype=torch.bfloat16), "c": torch.empty(1)},
+            {"b": sharded(Shard(0), mesh)},
+            {"b": sharded(Shard(0), mesh, dtype=torch.bfloat16)},
+            {"b": sharded(Shard(0), pairs["outer"], (16, 16), torch.bfloat16)},
+            {"b": sharded(Shard(1), pairs["outer"], (32, 8), torch.bfloat16)},
+            {"b": sharded(Replicate(), pairs["outer"], (32, 16), torch.bfloat16)},
+        ]
+        texts = [planner.describe(state, RankGroup()) for state in states]
+        assert texts == [Planner().describe(state, RankGroup()) for state in states]
+        assert len(set(texts)) == len(states)
+        assert planner.describe(dict(states[-1]), RankGroup()) == texts[-1]
+        with pytest.raises(PluginError, match="should have 16 of dim 0 on this rank, but has 9"):
+            planner.describe({"b": sharded(Shard(0), pairs["outer"], (9, 16), torch.bfloat16)}, RankGroup())

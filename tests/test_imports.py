@@ -52,6 +52,7 @@ PRIVATE = {
     "nemo_dist.mesh.rank_status": ("_get_default_store",),
     "nemo_dist.loading.hf_weight_loader": (
         *("_load_pretrained_model", "_finalize_model_loading", "_initialize_missing_keys", "_dtensor_from_local_like"),
+        "_slice_and_cat",
     ),
     "nemo_dist.loading.deferred_init": ("_no_grad_trunc_normal_", "_schema"),
     "nemo_dist.checkpoint.hf_weight_conversion": (

@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 
 from nemo_dist import DistributedSetup, NeMoAutoModelForCausalLM, RunFolder
+from nemo_dist.checkpoint.equal_copies import Copies
+from nemo_dist.checkpoint.save_plan import Copy, SavePlan
 from nemo_dist.errors import CheckpointError, RankError
 from nemo_dist.mesh.rank_group import RankGroup
 
@@ -50,6 +52,19 @@ def test_some_of_the_ranks_save_and_any_other_ranks_resume(ranks, tmp_path):
     ):
         assert [found for found, _ in reports] == [saved, saved]
         assert exported == {name: text for name, text in saved.items() if name.startswith("model/")}
+
+
+def on_rank_compare_copies():
+    """Compare two copies on the first rank; the other holds nothing."""
+    state = {"w": torch.ones(2)} if dist.get_rank() == 0 else {}
+    copies = [Copy(name, name, None, replica, 2) for name in state for replica in range(2)]
+    found = Copies.of(SavePlan({}, [], replicated=True, copies=copies), state)
+    return found.compared, found.compare(RankGroup(), [])
+
+
+def test_a_rank_that_holds_nothing_takes_part_when_others_compare_copies(ranks):
+    """Else the others would wait for it."""
+    assert ranks(2).run(on_rank_compare_copies) == [(True, None)] * 2
 
 
 def on_rank_find_different_texts(texts):

@@ -131,8 +131,7 @@ class Planner:
     def describe(self, state: Mapping[str, Tensor], ranks: RankGroup) -> str:
         """Return in a text what this rank holds of *state*; errors as of ``described``."""
         with torch.no_grad():  # so that to_local makes no new tensor
-            looks = [_seen(name, tensor) for name, tensor in state.items()]
-            return self.describe_as((ranks, looks), lambda: described(state, ranks))
+            return self.describe_as((ranks, *_seen(state)), lambda: described(state, ranks))
 
     def describe_as(self, looks: Any, describe: Callable[[], dict[str, Held]]) -> str:
         """Return in a text what *describe* returns; it is not called where *looks* equals that of the last time."""
@@ -163,11 +162,19 @@ class Planner:
         return [Holding(ranks, held if text == own else holdings.from_json(json.loads(text))) for ranks, text in shares]
 
 
-def _seen(name: str, tensor: Tensor) -> tuple[Any, ...]:
-    """Return all that ``described`` looks at."""
-    if not isinstance(tensor, DTensor):
-        return name, tensor.shape, tensor.dtype
-    return name, tensor.shape, tensor.dtype, tensor.device_mesh, tensor.placements, tensor.to_local().shape
+def _seen(state: Mapping[str, Tensor]) -> tuple[list[Any], ...]:
+    """Return all that ``described`` looks at, of all tensors at once: it is asked at every save."""
+    tensors = list(state.values())
+    sharded = [tensor for tensor in tensors if isinstance(tensor, DTensor)]
+    return (
+        list(state),
+        [tensor.shape for tensor in tensors],
+        [tensor.dtype for tensor in tensors],
+        [isinstance(tensor, DTensor) for tensor in tensors],
+        [tensor.device_mesh for tensor in sharded],
+        [tensor.placements for tensor in sharded],
+        [tensor.to_local().shape for tensor in sharded],
+    )
 
 
 def pieces_of(state: Mapping[str, Tensor], plan: SavePlan) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ from nemo_dist.checkpoint.save_plan import Copy, SavePlan
 from nemo_dist.errors import CheckpointError
 from nemo_dist.mesh.dtensor import digest
 from nemo_dist.mesh.rank_group import RankGroup
+from nemo_dist.mesh.store_consensus import is_imagined
 
 _NAMED = 5  # tensors that an error names
 _PRIME = (1 << 47) - 115  # so that the sum over 65,536 ranks fits an int64
@@ -33,8 +34,8 @@ class Copies:
 
     @classmethod
     def of(cls, plan: SavePlan, state: Mapping[str, Tensor], but: Collection[str] = ()) -> Copies:
-        """Digest the copies of *plan* in *state*, but those of the names in *but*; nothing where all is on meta."""
-        if all(tensor.is_meta for tensor in state.values()):
+        """Digest the copies of *plan* in *state*, but those of the names in *but*; nothing in a dry run."""
+        if is_imagined():
             return cls(compared=False, digests={})
         copies = [copy for copy in plan.copies if copy.name not in but]
         return cls(compared=plan.replicated, digests=_digests(copies, state))

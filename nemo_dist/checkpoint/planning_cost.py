@@ -113,7 +113,7 @@ def planning_cost(
     with tempfile.TemporaryDirectory(prefix="nemo_dist_plan_") as name:
         folder = Path(name)
         with _cpu() as written:
-            manifest.write(folder, _files(plan), made.tensors, _about(plan, made.tensors))
+            manifest.write(folder, files_of(plan, 1 << 33), made.tensors, _about(plan, made.tensors))
         nbytes = (folder / manifest.NAME).stat().st_size
         with _cpu() as load:
             plan_load(Manifest.read(folder), planner, rank)
@@ -145,11 +145,11 @@ def plan_load(stored: Manifest, planner: Planner, rank: int) -> int:
     return len(read)
 
 
-def _files(plan: MeshPlan) -> list[dict[str, Any]]:
-    """Return lines of files as long as those of real ones."""
+def files_of(plan: MeshPlan, nbytes: int) -> list[dict[str, Any]]:
+    """Return the lines of the files of all ranks, as long as real ones, for files of *nbytes* that need not exist."""
     names = map(manifest.file_name, range(plan.world_size))
     return [
-        {"name": name, "bytes": 1 << 33, "crc32": zlib.crc32(name.encode()), "dp_rank": plan.dp_rank(rank)}
+        {"name": name, "bytes": nbytes, "crc32": zlib.crc32(name.encode()), "dp_rank": plan.dp_rank(rank)}
         for rank, name in enumerate(names)
     ]
 

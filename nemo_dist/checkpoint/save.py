@@ -8,7 +8,7 @@ import os
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -66,56 +66,95 @@ def save(
     in common; then each writes its share.
     """
     async_save.finish()
-    ranks, planner = sharded.ranks, sharded.planner
-    found = _Collected()
-    state: dict[str, Tensor] = {}
-    common = ranks.decide(
-        "collecting the state of the run",
-        lambda: found.take(sharded, path, optimizer, data, extra, schedulers, step),
-        _reconciled,
+    found = collect(sharded, path, optimizer, data=data, extra=extra, schedulers=schedulers, step=step)
+    work, copies_here = plan_save(
+        sharded, path, found, lambda: found.canonical(sharded), check_finite=check_finite, asynchronous=asynchronous
     )
-    made = makers(optimizer)
-    if common["hidden"]:
-        refuse_hidden_state(made)
-    if common["unequal"]:
-        raise CheckpointError(common["unequal"])
-
-    def describe() -> str:
-        state.update(found.canonical(sharded, common["prefixes"]))
-        return json.dumps([planner.describe(state, ranks), found.of_parameters])
-
-    shares = [(of, *json.loads(text)) for of, text in ranks.distinct("collecting what to save", describe)]
-    with ranks.agreed("planning the save"):
-        plan = planner.plan([(of, text) for of, text, _ in shares], ranks.rank, even=not sharded.differing)
-        copies_here = Copies.of(plan, state, but=found.buffers)
-        about = {**found.of_all, **_joined([parameters for *_, parameters in shares]), "data": common["data"]}
-        work = _Work.of(sharded, path, state, plan, about, found, check_finite)
-        if asynchronous:
-            work = work.copied()
-        settle(work.mine)  # the thread has a stream of its own
-    copies_here.compare(ranks, made)
+    copies_here.compare(sharded.ranks, makers(optimizer))
     under_way = async_save.begin(lambda: work.run(prepare, committed))
     if not asynchronous:
         under_way.wait()
     return under_way
 
 
+def collect(
+    sharded: ShardedModel,
+    path: str | os.PathLike[str],
+    optimizer: Any,
+    *,
+    data: Any = None,
+    extra: Any = None,
+    schedulers: Sequence[Any] = (),
+    step: int | None = None,
+) -> Collected:
+    """Return the state of the run on this rank, as ``save`` gets it; collective.
+
+    Raises RankError for arguments that differ, CheckpointError for what cannot be saved.
+    """
+    found = Collected()
+    found.common = sharded.ranks.decide(
+        "collecting the state of the run",
+        lambda: found.take(sharded, path, optimizer, data, extra, schedulers, step),
+        _reconciled,
+    )
+    if found.common["hidden"]:
+        refuse_hidden_state(makers(optimizer))
+    if found.common["unequal"]:
+        raise CheckpointError(found.common["unequal"])
+    return found
+
+
+def plan_save(
+    sharded: ShardedModel,
+    path: str | os.PathLike[str],
+    found: Collected,
+    canonical: Callable[[], Mapping[str, Tensor]],
+    *,
+    check_finite: bool = True,
+    asynchronous: bool = False,
+) -> tuple[Work, Copies]:
+    """Return what this rank writes of the state that *canonical* returns, and its part of what several ranks have.
+
+    Collective: ranks compare what they hold, and each then plans alone.
+    """
+    ranks, planner = sharded.ranks, sharded.planner
+    state: dict[str, Tensor] = {}
+
+    def describe() -> str:
+        state.update(canonical())
+        return f"{planner.describe(state, ranks)}\n{found.of_parameters}"
+
+    shares = [(of, *text.split("\n")) for of, text in ranks.distinct("collecting what to save", describe)]
+    with ranks.agreed("planning the save"):
+        plan = planner.plan([(of, text) for of, text, _ in shares], ranks.rank, even=not sharded.differing)
+        copies_here = Copies.of(plan, state, but=found.buffers)
+        work = Work.of(sharded, path, state, plan, found.about([text for *_, text in shares]), found, check_finite)
+        if asynchronous:
+            work = work.copied()
+        settle(work.mine)  # the thread has a stream of its own
+    return work, copies_here
+
+
 @attrs.define
-class _Collected:
+class Collected:
     """The state of the run on this rank.
 
     ``own``: parameters and persistent buffers by name. ``layers``: tensors that are laid out like parameters (an
     optimizer's moments, a plugin's tensors), by the prefix of their names in the checkpoint and parameter name.
-    The others are JSON: what is different on every rank, what belongs to parameters that a rank has, and what is equal
-    on all.
+    The others are JSON: what is different on every rank, what belongs to parameters that a rank has, as a text, and
+    what is equal on all. ``common`` is what ``_reconciled`` returns. ``weights`` are the names, in the checkpoint, of
+    what must be finite; ``buffers`` those of the rest of the model, which may differ on ranks with different batches.
     """
 
     own: Mapping[str, Tensor] = attrs.field(factory=dict)
     layers: dict[str, Mapping[str, Tensor]] = attrs.field(factory=dict)
     of_rank: dict[str, Any] = attrs.field(factory=dict)
-    of_parameters: dict[str, Any] = attrs.field(factory=dict)
+    of_parameters: str = "{}"
     dp_rank: int = 0
     of_all: dict[str, Any] = attrs.field(factory=dict)
+    common: Mapping[str, Any] = attrs.field(factory=dict)
+    weights: Set[str] = frozenset()
+    buffers: Set[str] = frozenset()
 
     def take(
         self,
@@ -134,6 +173,8 @@ class _Collected:
         """
         refuse_unplain(sharded.model)
         self.own, self.dp_rank = own_state(sharded), sharded.batch
+        self.weights = {MODEL + name for name, tensor in self.own.items() if isinstance(tensor, torch.nn.Parameter)}
+        self.buffers = {MODEL + name for name in self.own} - self.weights
         self.of_rank = {
             "generators": to_json(rng_state.capture(), "the generators"),
             "data": None if data is None else to_json(data.state_dict(), "the state of data"),
@@ -150,10 +191,8 @@ class _Collected:
 
     def _take_optimizer(self, sharded: ShardedModel, optimizer: Any) -> None:
         parameters = named(optimizer, self.own, copies(sharded, self.own))
-        self.of_parameters = {
-            "counts": by_value([_turned(counts(optimizer, parameters))]),
-            "options": group_options(optimizer, parameters),
-        }
+        turned = by_value([_turned(counts(optimizer, parameters))])
+        self.of_parameters = json.dumps({"counts": turned, "options": group_options(optimizer, parameters)})
         self.layers |= {f"{OPTIMIZER}{kind}/": found for kind, found in moments(optimizer, parameters).items()}
 
     def _take_plugins(self, sharded: ShardedModel) -> dict[str, int]:
@@ -182,22 +221,14 @@ class _Collected:
             self.of_rank["plugin_states"], self.of_all["plugin_states"] = own, shared
         return {name: zlib.crc32(json.dumps(value, sort_keys=True).encode()) for name, value in shared.items()}
 
-    @property
-    def weights(self) -> frozenset[str]:
-        """The names, in the checkpoint, of what must be finite: all tensors of the model but its buffers."""
-        return frozenset(MODEL + name for name, tensor in self.own.items() if isinstance(tensor, torch.nn.Parameter))
+    def about(self, of_parameters: Sequence[str]) -> dict[str, Any]:
+        """Return what the manifest contains besides files and tensors, with what all ranks have of parameters."""
+        return {**self.of_all, **_joined([json.loads(text) for text in of_parameters]), "data": self.common["data"]}
 
-    @property
-    def buffers(self) -> frozenset[str]:
-        """The names, in the checkpoint, of buffers; those of ranks with different batches may differ."""
-        return frozenset(
-            MODEL + name for name, tensor in self.own.items() if not isinstance(tensor, torch.nn.Parameter)
-        )
-
-    def canonical(self, sharded: ShardedModel, prefixes: Sequence[str]) -> dict[str, Tensor]:
-        """Return the canonical state; every rank exports all *prefixes*, as a plugin may run a collective for each."""
+    def canonical(self, sharded: ShardedModel) -> dict[str, Tensor]:
+        """Return the canonical state; every rank exports all prefixes, as a plugin may run a collective for each."""
         state = {MODEL + name: tensor for name, tensor in exported(sharded, self.own).items()}
-        for prefix in prefixes:
+        for prefix in self.common["prefixes"]:
             tensors = exported(sharded, self.layers.get(prefix, {}))
             state |= {prefix + name: tensor for name, tensor in tensors.items()}
         return state
@@ -272,7 +303,7 @@ def _version(package: str) -> str | None:
 
 
 @attrs.frozen(kw_only=True)
-class _Work:
+class Work:
     """The part of a save that can run in the background: it runs no torch collective, ranks meet through the store.
 
     ``tensors``: where the chunks of all tensors will be. ``mine``: the chunks that this rank writes, by their names in
@@ -298,11 +329,12 @@ class _Work:
         state: Mapping[str, Tensor],
         plan: SavePlan,
         about: Mapping[str, Any],
-        found: _Collected,
+        found: Collected,
         check_finite: bool,
-    ) -> _Work:
+    ) -> Work:
+        """Return the work for *plan* of *state*; ``about`` as above, the rest from *found*."""
         mine = pieces_of(state, plan)
-        checked = found.weights if check_finite else frozenset()
+        checked = found.weights if check_finite else ()
         return cls(
             ranks=sharded.ranks,
             model=sharded.model,
@@ -317,7 +349,7 @@ class _Work:
             ),
         )
 
-    def copied(self) -> _Work:
+    def copied(self) -> Work:
         """Return this work with copies of its tensors in host memory, which training does not change."""
         return attrs.evolve(self, mine=to_host(self.mine), ranks=self.ranks.in_background())
 
@@ -328,7 +360,7 @@ class _Work:
             self.path,
             "the checkpoint",
             write=self._write_file,
-            finish=self._write_manifest,
+            finish=self.write_manifest,
             stale=manifest.is_entry,
             refuse=manifest.refuse_others,
             prepare=prepare,
@@ -346,7 +378,8 @@ class _Work:
         few = {"not_finite": sorted(odd)[:_FEW]} if odd else {}
         return {"name": name, "bytes": file.nbytes, "crc32": file.checksum, "dp_rank": self.dp_rank, **few}
 
-    def _write_manifest(self, folder: Path, files: Sequence[Mapping[str, Any]]) -> None:
+    def write_manifest(self, folder: Path, files: Sequence[Mapping[str, Any]]) -> None:
+        """Write the manifest of *files*, the lines that all ranks return of theirs."""
         if odd := [piece for file in files for piece in file.get("not_finite", ())]:
             warnings.warn(
                 f"the checkpoint {self.path} has weights that are not finite: {', '.join(odd[:_FEW])}", stacklevel=2

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import tempfile
-import zlib
 from pathlib import Path
-from typing import Any
-from unittest.mock import patch
 
 import attrs
 from torch.optim import Optimizer
 
-from nemo_dist.checkpoint.manifest import NAME, Manifest, file_name
-from nemo_dist.checkpoint.planning_cost import plan_load
-from nemo_dist.checkpoint.save import _Work, save
+from nemo_dist.checkpoint.manifest import NAME, Manifest
+from nemo_dist.checkpoint.planning_cost import files_of, plan_load
+from nemo_dist.checkpoint.save import Work, collect, plan_save
 from nemo_dist.checkpoint.sharded_model import ShardedModel
 from nemo_dist.dry_run.phases import Phases
 from nemo_dist.mesh.store_consensus import imagined
+from nemo_dist.planning.mesh_plan import MeshPlan
 from nemo_dist.plugin.comm_estimate import readable
+
+_FIRST, _AGAIN, _LOAD = "plan a save", "plan it again", "plan a load"
 
 
 @attrs.frozen(kw_only=True)
@@ -38,31 +38,35 @@ class CheckpointPlan:
     written_bytes: int
 
     @classmethod
-    def rehearse(cls, sharded: ShardedModel, optimizer: Optimizer, phases: Phases) -> CheckpointPlan:
-        """Plan two saves of the run, write the manifest of one, and plan to load it."""
+    def rehearse(cls, plan: MeshPlan, sharded: ShardedModel, optimizer: Optimizer, phases: Phases) -> CheckpointPlan:
+        """Plan two saves of the run on *plan*, write the manifest of the second, and plan to load it."""
         with tempfile.TemporaryDirectory() as folder:
-            target = Path(folder) / "checkpoint"
+            target = Path(folder)
+
+            def planned(collecting: str, planning: str) -> Work:
+                with phases.measured(collecting):
+                    found = collect(sharded, target, optimizer)
+                    canonical = found.canonical(sharded)
+                with phases.measured(planning):
+                    return plan_save(sharded, target, found, lambda: canonical)[0]
+
             sent = imagined.sent
-            with phases.measured("plan a save"):
-                work = _planned(sharded, target, optimizer)
+            planned("collect the state", _FIRST)
             exchanged = imagined.sent - sent
-            with phases.measured("plan it again"):
-                work = _planned(sharded, target, optimizer)
+            work = planned("collect it again", _AGAIN)
             with phases.measured("write the manifest"):
-                target.mkdir()
                 written = sum(tensor.nbytes for tensor in work.mine.values())
-                files = _files(target, sharded.ranks.size, written)
-                work._write_manifest(target, files)
-            with phases.measured("plan a load"):
+                work.write_manifest(target, files_of(plan, written))
+            with phases.measured(_LOAD):
                 plan_load(Manifest.read(target), sharded.planner, sharded.ranks.rank)
             return cls(
-                save_planning_cpu_s=phases.cpu("plan a save"),
-                repeated_planning_cpu_s=phases.cpu("plan it again"),
+                save_planning_cpu_s=phases.cpu(_FIRST),
+                repeated_planning_cpu_s=phases.cpu(_AGAIN),
                 exchanged_bytes=exchanged,
                 manifest_bytes=(target / NAME).stat().st_size,
-                load_planning_cpu_s=phases.cpu("plan a load"),
+                load_planning_cpu_s=phases.cpu(_LOAD),
                 peak_rss_bytes=max(phase.peak_rss_bytes for phase in phases.done),
-                files=len(files),
+                files=plan.world_size,
                 written_bytes=written,
             )
 
@@ -73,22 +77,3 @@ class CheckpointPlan:
             f"{readable(self.manifest_bytes)}",
             f"  ranks exchange  {readable(self.exchanged_bytes):>12}  of metadata each",
         ]
-
-
-def _planned(sharded: ShardedModel, target: Path, optimizer: Optimizer) -> Any:
-    """Return the work of a save of this rank, which ``save`` would run next."""
-    kept: list[Any] = []
-    with patch.object(_Work, "run", lambda work, *_: kept.append(work)):
-        save(sharded, target, optimizer)
-    return kept[0]
-
-
-def _files(folder: Path, count: int, nbytes: int) -> list[dict[str, Any]]:
-    """Make the files of *count* ranks, without content but of the size *nbytes*, and return what ranks say of them."""
-    found = []
-    for rank in range(count):
-        name = file_name(rank)
-        with (folder / name).open("wb") as file:
-            file.truncate(nbytes)
-        found.append({"name": name, "bytes": nbytes, "crc32": zlib.crc32(name.encode()), "dp_rank": 0})
-    return found

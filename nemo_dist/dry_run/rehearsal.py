@@ -112,7 +112,7 @@ def dry_run(
         plan, why = None, "it was not asked for"
         if checkpoint:
             try:
-                plan = CheckpointPlan.rehearse(setup.sharded(parts), optimizer, phases)
+                plan = CheckpointPlan.rehearse(setup.plan, setup.sharded(parts), optimizer, phases)
             except NemoDistError as error:
                 why = str(error)
         names = dict.fromkeys((*mesh.wide(), *mesh.flattened))

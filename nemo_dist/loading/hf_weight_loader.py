@@ -67,7 +67,7 @@ def refuse_uneven(parts: Sequence[nn.Module]) -> None:
             if isinstance(parameter, DTensor) and any(hasattr(how, "split_factor") for how in parameter.placements):
                 own = parameter.to_local().shape
                 read = local_slice(torch.empty(parameter.shape, device="meta"), parameter).shape
-                if own != read or not own.numel():  # of nothing transformers cannot find the slice
+                if own != read:
                     problems.append(
                         f"{name} of shape {tuple(parameter.shape)} cannot be cut along one dim by axes of sizes "
                         f"{tuple(parameter.device_mesh.shape)}: this rank would hold {tuple(own)} and read "
@@ -271,7 +271,7 @@ def read_through(target: Target, source: Any, missing: Missing) -> Iterator[Read
     converter: Any = transformers.core_model_loading
     slicer: Any = transformers.distributed.sharding_utils
     converting, sharding = reader.convert_and_load_state_dict_in_model, reader._dtensor_from_local_like
-    placing = slicer.compute_local_shape_and_global_offset
+    placing, cutting = slicer.compute_local_shape_and_global_offset, slicer.DtensorShardOperation._slice_and_cat
 
     def convert(model: Any, state_dict: Any, load_config: Any, *others: Any, **more: Any) -> Any:
         return convert_and_load(lambda *args: converting(*args, **more), model, state_dict, load_config, *others)
@@ -279,7 +279,12 @@ def read_through(target: Target, source: Any, missing: Missing) -> Iterator[Read
     def shard(part: Any, like: Any) -> DTensor:
         return from_local(part.contiguous().to(target.device), like.device_mesh, like.placements, like=like)
 
+    def cut(operation: Any, source: Any, intervals: Any, *others: Any) -> Any:
+        """Cut as transformers does, also for a rank without a part, where more ranks share a dim than it is long."""
+        return cutting(operation, source, [several or [(0, 0)] for several in intervals], *others)
+
     private._load_pretrained_model = staticmethod(load)
+    slicer.DtensorShardOperation._slice_and_cat = cut
     reader.convert_and_load_state_dict_in_model = convert
     reader._dtensor_from_local_like = converter._dtensor_from_local_like = shard
     # transformers asks for every parameter anew, which takes torch 30 ms each on thousands of ranks
@@ -291,6 +296,7 @@ def read_through(target: Target, source: Any, missing: Missing) -> Iterator[Read
     else:
         reading.finish()
     finally:
+        slicer.DtensorShardOperation._slice_and_cat = cutting
         slicer.compute_local_shape_and_global_offset = placing
         reader.convert_and_load_state_dict_in_model = converting
         reader._dtensor_from_local_like = converter._dtensor_from_local_like = sharding

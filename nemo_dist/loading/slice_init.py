@@ -174,13 +174,20 @@ def _distribution(call: Call) -> Distribution | None:
 
 def _of_init_function(call: Call) -> Distribution | None:
     """Return what a function of ``torch.nn.init`` draws, by the one operator that it calls; None if it calls others."""
-    scratch = torch.empty(call.args[0].shape, device="meta")
+    return _drawn(call.function, call.args[0].shape, tuple(call.args[1:]), tuple(call.kwargs.items()))
+
+
+@lru_cache(maxsize=1024)  # most layers of a model draw the same
+def _drawn(
+    function: Any, shape: torch.Size, rest: tuple[Any, ...], named: tuple[tuple[str, Any], ...]
+) -> Distribution | None:
+    scratch = torch.empty(shape, device="meta")
     with disable_current_modes(), _Seen() as seen:
-        call.function(scratch, *call.args[1:], **call.kwargs)
+        function(scratch, *rest, **dict(named))
     if len(seen.calls) != 1:
         return None
-    function, args, kwargs = seen.calls[0]
-    return _of_operator(function, args[1:], kwargs) if args[0].shape == scratch.shape else None
+    operator, args, kwargs = seen.calls[0]
+    return _of_operator(operator, args[1:], kwargs) if args[0].shape == shape else None
 
 
 class _Seen(TorchDispatchMode):

@@ -12,11 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nemo_dist.errors import CheckpointError, RankError
+from nemo_dist.errors import CheckpointError
 from nemo_dist.mesh.live_groups import live
 from nemo_dist.mesh.process_group import has_cpu_backend
 from nemo_dist.mesh.rank_status import default_store, explained
-from nemo_dist.mesh.store_consensus import consensus, is_imagined, share
+from nemo_dist.mesh.store_consensus import decide_and_hear, is_imagined, share
 
 if TYPE_CHECKING:
     from nemo_dist.mesh.mesh_context import MeshContext
@@ -91,24 +91,12 @@ class RankGroup:
         return share(occasion, value, failure, self.ranks, self.store, self.here)
 
     def decide(self, occasion: str, value_of: Callable[[], Any], decision: Callable[[list[Any]], Any]) -> Any:
-        """As ``collect``, but return on every rank what *decision* makes of the values, on the first: a small result.
+        """As ``collect``, but return on every rank what *decision* makes of the values of all, in rank order: JSON.
 
-        *decision* gets the values of all ranks in rank order, and raises nothing but RankError.
+        *decision* runs on every rank where all values are equal, else on the first only; it raises only RankError.
         """
         value, failure = _tried(occasion, value_of)
-
-        def judged(answers: list[Any]) -> list[Any]:
-            failed = [[rank, error] for rank, (error, _) in enumerate(answers) if error]
-            return [failed, None if failed else decision([value for _, value in answers])]
-
-        error = "" if failure is None else f"{type(failure).__name__}: {failure}"
-        failed, decided = consensus(occasion, [error, value], judged, self.ranks, self.store, self.here)
-        if failure is not None:
-            raise failure
-        if failed:
-            lines = "\n".join(f"- rank {self.ranks[rank] if self.ranks else rank}: {text}" for rank, text in failed)
-            raise RankError(f"{occasion} failed on {len(failed)} of the ranks:\n{lines}")
-        return decided
+        return decide_and_hear(occasion, value, failure, decision, self.ranks, self.store, self.here)[0]
 
     def distinct(self, occasion: str, text_of: Callable[[], str]) -> list[tuple[list[range], str]]:
         """Call *text_of* on every rank; return each different text once, with the ranks that have it, ascending.

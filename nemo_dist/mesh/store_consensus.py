@@ -273,17 +273,39 @@ def share_and_hear(
     word: Any = None,
 ) -> tuple[list[Any], Any]:
     """Return what ``share`` does, and the *word* of the first of *ranks*; the words, JSON values, may differ."""
+    return decide_and_hear(occasion, value, failure, _unless_none, ranks, store, here, word)
+
+
+def decide_and_hear(
+    occasion: str,
+    value: Any,
+    failure: BaseException | None,
+    decide: Callable[[list[Any]], Any],
+    ranks: Sequence[int] | None = None,
+    store: dist.Store | None = None,
+    here: int | None = None,
+    word: Any = None,
+) -> tuple[Any, Any]:
+    """Return ``decide(values)`` as ``consensus`` does, and the *word*; when any rank has a *failure*, raise on all.
+
+    Where a rank has failed, *decide* is not called. Arguments and errors as for ``share_and_hear``.
+    """
+
+    def judged(answers: list[Any]) -> list[Any]:
+        if not answers[0][0] and answers.count(answers[0]) == len(answers):  # nothing is made for each of many ranks
+            return [[], decide([answers[0][1]] * len(answers))]
+        failed = [[index, error] for index, (error, _) in enumerate(answers) if error]
+        return [failed, None if failed else decide([value for _, value in answers])]
+
     error = "" if failure is None else f"{type(failure).__name__}: {failure}"
-    (failed, values), heard = _held_meeting(occasion, [error, value], _failed_or_values, ranks, store, here, word)
+    (failed, decided), heard = _held_meeting(occasion, [error, value], judged, ranks, store, here, word)
     if failure is not None:
         raise failure
     if failed:
         lines = "\n".join(f"- rank {ranks[index] if ranks else index}: {text}" for index, text in failed)
         raise RankError(f"{occasion} failed on {len(failed)} of the ranks:\n{lines}")
-    return list(values), heard
+    return decided, heard
 
 
-def _failed_or_values(answers: Sequence[Sequence[Any]]) -> list[Any]:
-    failed = [[index, error] for index, (error, _) in enumerate(answers) if error]
-    values = [value for _, value in answers]
-    return [failed, [] if failed or all(value is None for value in values) else values]
+def _unless_none(values: list[Any]) -> list[Any]:
+    return [] if values.count(None) == len(values) else values
