@@ -40,7 +40,7 @@ def test_planning_explaining_and_listing_plugins_import_no_torch() -> None:
         "    assert CliRunner().invoke(app, command).exit_code == 0, command\n"
         "sys.exit('torch' in sys.modules)"
     )
-    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], timeout=240).returncode == 0
 
 
 def test_plan_shows_the_axes_and_the_groups() -> None:
@@ -177,7 +177,7 @@ def test_the_demo_data_is_the_same_in_every_process(tmp_path: Path) -> None:
         "from nemo_dist.cli.demo_dataset import Windows\n"
         "print([w['input_ids'].tolist() for w in map(Windows(4, 16, 3).__getitem__, range(4))])"
     )
-    elsewhere = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    elsewhere = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240, cwd=tmp_path)
     windows = Windows(4, 16, 3)
     assert json.loads(elsewhere.stdout) == [windows[index]["input_ids"].tolist() for index in range(4)]
     assert collate([windows[0], windows[1]])["labels"].shape == (2, 16)

@@ -305,12 +305,12 @@ def _parse(where: Path) -> tuple[bytes, dict[str, Any]]:
     if not where.is_dir():
         raise CheckpointError(f"there is no checkpoint at {where}")
     path = where / NAME
+    if not path.is_file():
+        other = way_in(where) or f"{where} is no checkpoint, or not a complete one"
+        raise CheckpointError(f"{path} is missing; {other}")
     try:
         text = path.read_bytes()
         content = json.loads(text)
-    except FileNotFoundError:
-        other = way_in(where) or f"{where} is no checkpoint, or not a complete one"
-        raise CheckpointError(f"{path} is missing; {other}") from None
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
     if not isinstance(content, dict):
