@@ -290,7 +290,7 @@ def job(rng, file):
 
 def job_value(rng, values, file):
     chance = rng.random()
-    value = values[0] if chance < 0.92 else rng.choice(values) if chance < 0.98 else junk(rng)
+    value = values[0] if chance < 0.96 else rng.choice(values) if chance < 0.99 else junk(rng)
     if value is MODEL and rng.random() < 0.1:
         value = MODEL | {rng.choice((*MODEL, "rope_scaling", "dtype", "layer_types", "pad_token_id")): junk(rng)}
     return str(file) if value is FILE else value
@@ -369,7 +369,8 @@ def question(rng, file, model):
 
 
 def number(rng):
-    return rng.choice((1, 2, 2, 4, 4, 8, 8, 8, 3, 0, -1, 10**9, 10**30)) if rng.random() < 0.95 else rng.choice(WORDS)
+    chance = rng.random()
+    return rng.choice((1, 2, 4, 8, 8) if chance < 0.9 else (3, 0, -1, 10**9, 10**30) if chance < 0.95 else WORDS)
 
 
 def keywords(rng):
@@ -502,10 +503,9 @@ def invoked(given):
 
 
 def refusal(error):
-    """Return the error of ours that the command line made the exit *error* of, or None."""
-    while error is not None and not isinstance(error, ValueError | TypeError | NemoDistError | OSError):
-        error = error.__context__
-    return error
+    """Return the error of ours that the command line made the exit *error* of; None for one that it found itself."""
+    ended = error.__context__
+    return ended.__context__ if type(ended).__name__ == "Exit" else None
 
 
 def recipe(rng, folder):

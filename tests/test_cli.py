@@ -158,6 +158,9 @@ def test_a_new_plugin_is_refused_where_its_name_or_folder_is_taken(tmp_path: Pat
 
 def test_a_check_of_a_plugin_that_is_not_there_starts_nothing() -> None:
     assert "no plugin 'fsdp3' is installed; did you mean 'fsdp2'?" in refused("plugins", "check", "fsdp3")
+    assert "there is no tiny model 'lama'; did you mean 'llama'?" in refused(
+        "plugins", "check", "ddp", "--model", "lama"
+    )
 
 
 def test_an_axis_of_a_plugin_is_asked_for_by_name_and_size() -> None:

@@ -64,7 +64,7 @@ PRIVATE = {
     "nemo_dist.training.router_aux_loss": ("_can_record_outputs",),
     "nemo_dist.dry_run.imagined_world": ("_internal", "_fully_shard", "_fsdp_param"),
     "nemo_dist.testing.fake_cuda": ("_coalescing_manager", "_dynamo"),
-    "nemo_dist.testing.worker": ("_clear_sharding_prop_cache", "_world"),
+    "nemo_dist.testing.worker": ("_Options", "_clear_sharding_prop_cache", "_devices", "_timeout", "_world"),
     "nemo_dist_ddp.replicas": ("_pre_forward", "_post_forward"),
     "nemo_dist_moe.experts": ("_expand_parallel_plan", "_is_view"),
     "nemo_dist_recompute.apply": ("_can_checkpoint_with_cache", "_gradient_checkpointing_func"),

@@ -13,7 +13,7 @@ from nemo_dist.checkpoint import async_save, atomic_dir
 from nemo_dist.checkpoint import load as load_module
 from nemo_dist.checkpoint import save as save_module
 from nemo_dist.checkpoint.atomic_dir import Staging
-from nemo_dist.checkpoint.folder_lock import locked
+from nemo_dist.checkpoint.folder_lock import claim, locked
 from nemo_dist.checkpoint.manifest import Manifest
 
 
@@ -55,6 +55,23 @@ def test_a_folder_is_written_by_one_thread_at_a_time(tmp_path):
         assert lock.exists()
     with locked(lock, tmp_path / "c"):
         pass
+
+
+def test_a_child_of_the_process_that_has_a_folder_is_another_run(tmp_path):
+    claim(tmp_path / ".lock", tmp_path)
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            claim(tmp_path / ".lock", tmp_path)
+            os.write(writing, b"claimed")
+        except CheckpointError as error:
+            os.write(writing, str(error).encode())
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    assert "another run writes to" in os.read(reading, 1000).decode()
+    claim(tmp_path / ".lock", tmp_path)
 
 
 def test_threads_that_save_to_one_path_leave_a_whole_checkpoint(one, tmp_path):

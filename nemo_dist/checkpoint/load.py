@@ -11,7 +11,6 @@ from typing import Any
 
 import attrs
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from nemo_dist.checkpoint import async_save, rng_state
@@ -19,7 +18,7 @@ from nemo_dist.checkpoint.atomic_dir import Staging
 from nemo_dist.checkpoint.chunks import chunks
 from nemo_dist.checkpoint.json_state import from_json
 from nemo_dist.checkpoint.layout import Chunk
-from nemo_dist.checkpoint.manifest import Manifest
+from nemo_dist.checkpoint.manifest import Manifest, open_file
 from nemo_dist.checkpoint.optimizer_state import copy_state, count_of, named, options_of_groups, place
 from nemo_dist.checkpoint.safetensors_writer import DTYPE_OF
 from nemo_dist.checkpoint.save import MODEL, OPTIMIZER, PLUGIN
@@ -195,7 +194,7 @@ class Reader:
     def _open(self, index: int) -> Any:
         if index not in self._files:
             path = self.manifest.folder / self.manifest.files[index]["name"]
-            self._files[index] = self._stack.enter_context(safe_open(path, framework="pt"))
+            self._files[index] = self._stack.enter_context(open_file(path))
         return self._files[index]
 
 

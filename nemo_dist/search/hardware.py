@@ -34,10 +34,10 @@ def parse_bytes(text: Any, what: str = "memory") -> int:
         raise ValueError(
             f"{what} must be a number with a unit, as 80GiB (got {shown(text)}){hint}; units: {', '.join(_SPELLED)}"
         )
-    amount = round(float(found[1]) * _UNITS[found[2].lower()])
-    if amount < 1:
-        raise ValueError(f"{what} must be more than nothing (got {shown(text)})")
-    return amount
+    amount = float(found[1]) * _UNITS[found[2].lower()]
+    if not 1 <= amount < math.inf:
+        raise ValueError(f"{what} must be more than nothing, and less than everything (got {shown(text)})")
+    return round(amount)
 
 
 def _above_0(_: object, field: attrs.Attribute[Any], value: object) -> None:
