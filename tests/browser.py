@@ -86,7 +86,7 @@ class Browser:
             self.call("", method="DELETE")
         finally:
             self._driver.terminate()
-            self._driver.wait(30)
+            self._driver.wait(120)
 
     def open(self, page: Path, hash: str = "", size: tuple[int, int] = (1280, 900)) -> None:
         """Open the file *page* in a window of *size*; anything that was logged before is forgotten."""

@@ -1,15 +1,19 @@
-"""Random input for ``build``, ``from_dict``, ``from_yaml`` and the command line, and what may come of it.
+"""Random input for ``build``, ``from_dict``, ``from_yaml``, recipes and the command line, and what may come of it.
 
 Half of what is drawn is valid, so that a wrong value meets code that has accepted the others.
 """
 
+import json
 import linecache
+import os
 import string
 
 import yaml
 
 from nemo_dist import DistributedSetup, NemoDistError, ParallelismSizes, Registry
 from nemo_dist.plugin.options import accepted_names
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # a drawn name of a model is not looked for on the hub
 
 LONGEST = 10_000  # characters of a message
 SIZES = ("tp_size", "pp_size", "cp_size", "ep_size", "dp_size", "dp_replicate_size")
@@ -159,9 +163,9 @@ def section(rng):
     return found if rng.random() < 0.98 else junk(rng)
 
 
-def text(rng):
-    """Return the bytes of a YAML file, mostly one with a section."""
-    content = {"model": {"name": "x"}, "distributed": plain(section(rng))}
+def text(rng, content=None):
+    """Return the bytes of a YAML file, mostly one with a section; *content* is by default one that is no recipe."""
+    content = content or {"model": {"name": "x"}, "distributed": plain(section(rng))}
     written = yaml.safe_dump(content, default_flow_style=rng.choice((True, False, None)), sort_keys=False)
     lines = written.splitlines()
     for _ in range(rng.choice((0, 0, 0, 1, 2))):
@@ -210,20 +214,163 @@ def plain(value, level=0):
     return value if isinstance(value, str | float | bool | None) else "object"
 
 
-ODD = ("plugins", "paln", "export", "verify", "demo", "")
+MODEL = {"model_type": "llama", "vocab_size": 264, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+MODEL |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+TEXT = "A few words to train on, and a few more.\n" * 40
+FILE = "the file with that text"
+# Values of a recipe by section and key, the first ones right.
+RECIPE = {
+    "model": {
+        "config": (MODEL, MODEL, MODEL, {"model_type": "llam"}, {**MODEL, "hidden_size": -1}, {}),
+        "tokenizer": ("bytes", "bytes", "bytes", "no/such", 3),
+        "dtype": ("float32", "bfloat16", "torch.float16", "Tensor", "float31"),
+        "attn_implementation": (None, "sdpa", "eager", "flash", 1),
+        "peft": (None, None, {"peft_type": "LORA", "r": 4}, {"peft_type": "LORRA"}, {"peft_type": "lora", "rr": 1}, {}),
+        "options": ({}, {"use_cache": False}, [], {"config": 1}),
+    },
+    "data": {
+        "path": (FILE, FILE, FILE, "/gone", "", "."),
+        "length": (16, 64, 1, "16", 1.5),
+        "packing": (True, False, "yes"),
+        "shuffle": (True, False, 0),
+        "text": ("text", None),
+        "train_on": ("all", "answers", "answer"),
+        "chat_template": (None, "/gone", 1),
+    },
+    "training": {
+        "steps": (3, 1, 0, None, "3"),
+        "epochs": (None, None, 1.5, float("nan"), float("inf"), -1),
+        "batch_size": (48, 16, 8, 5, 0, 10**30),
+        "accumulation": (1, 2, 0),
+        "clip": (1.0, None, 0, "1", "1e-2"),
+        "seed": (0, 1, -1, 10**30),
+    },
+    "optimizer": {
+        "type": ("AdamW", "SGD", "Adam", "adamw", "Optimizer", 1),
+        "lr": ("1e-3", 0.1, -1, "x", [1]),
+        "betas": ([0.9, 0.95], [2, 3], [0.9], "0.9"),
+        "options": ({}, {"lr": 0.1}, 3),
+    },
+    "scheduler": {
+        "type": ("cosine", "constant", "linear", "greedy", "cosin"),
+        "warmup": (0, 2, -1, 10**6),
+        "num_cycles": (1, 0.5, "x"),
+    },
+    "checkpoint": {
+        "folder": ("runs", None, "", "\x00", 3),
+        "every": (2, None, 0),
+        "keep_last": (1, None, 0, True),
+        "asynchronous": (True, False, 1),
+        "export": (None, "out", 3),
+        "grace_seconds": (5, 0),
+    },
+    "evaluate": {"path": (FILE, "/gone"), "every": (None, 2, -1), "rows": (None, 1, 0)},
+    "logging": {"every": (2, 0), "folder": (None, "logs", 1), "tensorboard": (False, 1), "wandb": (None, {}, [])},
+}
+NEEDED = ("model", "data", "training")
+
+
+def job(rng, file):
+    """Return the sections of a recipe that trains on *file*."""
+    found = {}
+    for name, keys in RECIPE.items():
+        if name in NEEDED or rng.random() < 0.4:
+            first = {"model": ("config", "tokenizer"), "data": ("path",), "training": ("steps", "batch_size")}
+            chosen = {*first.get(name, ()), *some(rng, list(keys), most=3)}
+            found[name] = {one: job_value(rng, keys[one], file) for one in keys if one in chosen}
+    if rng.random() < 0.4:
+        found["distributed"] = section(rng)
+    if rng.random() < 0.1:
+        where = rng.choice([found, *(part for part in found.values() if isinstance(part, dict))])
+        where[key(rng)] = junk(rng)
+    if rng.random() < 0.05:
+        found.pop(rng.choice(list(found)))
+    return plain(found)
+
+
+def job_value(rng, values, file):
+    chance = rng.random()
+    value = values[0] if chance < 0.96 else rng.choice(values) if chance < 0.99 else junk(rng)
+    if value is MODEL and rng.random() < 0.1:
+        value = MODEL | {rng.choice((*MODEL, "rope_scaling", "dtype", "layer_types", "pad_token_id")): junk(rng)}
+    return str(file) if value is FILE else value
+
+
+def change(rng):
+    """Return an argument of ``--set``."""
+    name = rng.choice(list(RECIPE))
+    where = rng.choice(
+        (f"{name}.{rng.choice(list(RECIPE[name]))}", f"{name}.{rng.choice(WORDS)}", name, "distributed.tp_size")
+    )
+    value = rng.choice((*(str(one) for one in rng.choice(list(RECIPE[name].values()))), *LINES, *WORDS))
+    return f"{where}{rng.choice(('=', '=', '=', '=', ''))}{value}"
+
+
+ODD = ("plugins", "paln", "export", "verify", "demo", "new-plugin", "check", "")
 
 
 def arguments(rng, file):
     """Return a command line; *file* holds a section."""
     found = ["explain" if rng.random() < 0.3 else "plan" if rng.random() < 0.9 else rng.choice(ODD)]
-    if found[0] in ("export", "verify", "demo"):  # only what is refused before torch is imported
+    if found[0] in ("verify", "demo"):  # only what is refused before torch is imported
         return [found[0], "--tp", rng.choice(("x", "1.5", "")), rng.choice(("--nproc", "--seed", "--gone"))]
+    if found[0] == "export":
+        paths = (*("", ".", "/", "\x00", "/etc/passwd", str(file)), *WORDS)
+        return ["export", rng.choice(paths), rng.choice(paths), *some(rng, ("--dtype=x", "--max-shard-size=x"), most=1)]
+    if found[0] == "new-plugin":
+        return [
+            "new-plugin",
+            rng.choice((*WORDS, *PLUGINS, "token_meter", "--strategy")),
+            "--into",
+            str(file.parent / "new"),
+        ]
+    if found[0] == "check":  # only what is refused before pytest runs
+        return ["plugins", "check", rng.choice(WORDS), *some(rng, ("--model", "llama", "x"), most=2)]
     for name in some(rng, ("--tp", "--pp", "--cp", "--ep", "--dp", "--dp-replicate", "--rank"), most=3):
         found += [name, str(rng.choice((1, 2, 2, 4, 3, 0, -1, 10**9))) if rng.random() < 0.9 else rng.choice(WORDS)]
     found += ["-n", str(rng.choice((1, 2, 4, 8, 16, 48, 16384, 10**30)))] if rng.random() < 0.8 else []
     found += ["--strategy", rng.choice((*STRATEGIES, *WORDS))] if rng.random() < 0.4 else []
     found += ["--config", str(rng.choice((file, file, f"{file}.gone", "/", "")))] if rng.random() < 0.3 else []
     return found + some(rng, ("--json", "--help", "--verison", "x"), most=1) * (rng.random() < 0.2)
+
+
+def question(rng, file, model):
+    """Return a command line of ``search``, ``dry-run`` or ``train``; *file* holds a recipe, *model* a config."""
+    command, given = rng.choice(("search", "dry-run", "train")), rng.random
+    if command == "train":
+        found = [command, str(rng.choice((file, file, file, f"{file}.gone", "/"))), "--dry-run", "-n", str(number(rng))]
+        return found + [word for _ in range(rng.randrange(3)) for word in ("--set", change(rng))]
+    where = str(model) if given() < 0.8 else rng.choice((f"{model}x", str(file), "/", "", "a/b", *WORDS))
+    sizes = [word for name in some(rng, ("--tp", "--pp", "--cp", "--ep", "--dp")) for word in (name, str(number(rng)))]
+    if command == "dry-run":
+        found = [command, where, "-n", str(number(rng)), *sizes]
+        found += ["--rank", str(rng.choice((0, 1, 7, -1, 10**9)))] if given() < 0.4 else []
+        found += ["--strategy", rng.choice((*STRATEGIES, *WORDS))] if given() < 0.3 else []
+        return found + (["--config", str(file)] if given() < 0.3 else [])
+    found = [
+        command,
+        "--model",
+        where,
+        "--gpus",
+        str(number(rng)),
+        "--seq",
+        str(number(rng)),
+        "--batch",
+        str(number(rng)),
+    ]
+    found += ["--memory", rng.choice(("80GiB", "80GB", "1KB", "0", "1e9GB", "x", *WORDS))] if given() < 0.5 else []
+    found += ["--hardware", rng.choice(("h100-8x", "h100", f"{file}:x", "/:x", *WORDS))] if given() < 0.3 else []
+    found += ["--dtype", rng.choice((*DTYPES, "int8"))] if given() < 0.3 else []
+    found += ["--imbalance", rng.choice(("1.25", "0", "-1", "nan", "inf", "x"))] if given() < 0.3 else []
+    found += ["--top", str(number(rng))] if given() < 0.2 else []
+    found += ["--best", str(number(rng))] if given() < 0.2 else []
+    found += ["--strategy", rng.choice((*STRATEGIES, *WORDS))] if given() < 0.5 else []
+    return found + sizes + (["--json"] if given() < 0.2 else [])
+
+
+def number(rng):
+    chance = rng.random()
+    return rng.choice((1, 2, 4, 8, 8) if chance < 0.9 else (3, 0, -1, 10**9, 10**30) if chance < 0.95 else WORDS)
 
 
 def keywords(rng):
@@ -268,9 +415,10 @@ def outcome(call, allowed):
         words = str(error)
         if len(words) > LONGEST:
             return f"a message of {len(words)} characters: {words[:300]}"
-        return (
-            "refused" if on_purpose(error) else f"raised by chance: {type(error).__name__}: {words[:300]}{where(error)}"
-        )
+        if on_purpose(error):
+            return "refused"
+        error = error.__cause__ if isinstance(error, Refused) else error
+        return f"raised by chance: {type(error).__name__}: {words[:300]}{where(error)}"
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt):
             raise
@@ -291,7 +439,9 @@ def where(error):
 
 def on_purpose(error):
     """Whether the error comes from a ``raise`` of ours, and not from Python or a library on our data."""
-    if isinstance(error, OSError | Refused):
+    if isinstance(error, Refused):
+        return error.__cause__ is None or on_purpose(error.__cause__)  # without one, click has refused it
+    if isinstance(error, OSError):
         return True
     file, line = last(error)
     return "nemo_dist" in file and linecache.getline(file, line).strip().startswith("raise ")
@@ -313,13 +463,28 @@ def from_yaml(rng, folder):
 
 
 def command(rng, folder):
+    file = folder / "recipe.yaml"
+    file.write_bytes(text(rng))
+    return invoked(arguments(rng, file))
+
+
+def tools(rng, folder):
+    """``search``, ``dry-run`` and ``train --dry-run``, which make models."""
+    files = {name: folder / name for name in ("job.yaml", "text.txt", "config.json")}
+    files["text.txt"].write_text(TEXT)
+    files["job.yaml"].write_bytes(text(rng, job(rng, files["text.txt"])))
+    config = (
+        MODEL if rng.random() < 0.8 else plain({**MODEL, rng.choice((*MODEL, "architectures", "dtype")): junk(rng)})
+    )
+    files["config.json"].write_text(json.dumps({"architectures": ["LlamaForCausalLM"], **config}))
+    return invoked(question(rng, files["job.yaml"], files["config.json"]))
+
+
+def invoked(given):
+    """Return a call of the command line with the arguments *given*."""
     from typer.testing import CliRunner
 
     from nemo_dist.cli.main import app
-
-    file = folder / "recipe.yaml"
-    file.write_bytes(text(rng))
-    given = arguments(rng, file)
 
     def call():
         result = CliRunner().invoke(app, given)
@@ -332,9 +497,43 @@ def command(rng, folder):
         ):
             raise RuntimeError(f"{given} ended with {result.exit_code}: {result.stderr[:300]}")
         if result.exit_code:
-            raise Refused(result.stderr)
+            raise Refused(result.stderr) from refusal(result.exception)
 
     return call, (Refused,)
 
 
-WAYS = {"build": build, "from_dict": from_dict, "from_yaml": from_yaml, "command": command}
+def refusal(error):
+    """Return the error of ours that the command line made the exit *error* of; None for one that it found itself."""
+    ended = error.__context__
+    return ended.__context__ if type(ended).__name__ == "Exit" else None
+
+
+def recipe(rng, folder):
+    """What ``nemo-dist train`` does with a recipe before a rank starts."""
+    from nemo_dist.recipe.config import Recipe
+    from nemo_dist.recipe.job import judge
+
+    (folder / "text.txt").write_text(TEXT)
+    file, world = folder / "job.yaml", rng.choice((4, 8, 8, 16, 48))
+    file.write_bytes(text(rng, job(rng, folder / "text.txt")))
+    changes = [change(rng) for _ in range(rng.choice((0, 0, 1, 2)))]
+
+    def call():
+        asked = Recipe.from_yaml(file, changes)
+        again = Recipe.from_json(asked.to_json())
+        asked.setup(world)
+        judge(asked)
+        if repr(again) != repr(asked):  # with NaN, which equals nothing
+            raise RuntimeError(f"the ranks are given another recipe: {again}, not {asked}")
+
+    return call, (ValueError, TypeError, NemoDistError, OSError)
+
+
+WAYS = {
+    "build": build,
+    "from_dict": from_dict,
+    "from_yaml": from_yaml,
+    "recipe": recipe,
+    "command": command,
+    "tools": tools,
+}

@@ -74,7 +74,7 @@ def kill_while_saving(pool, folders, path, pids, first, delay, everybody):
     """Let the ranks save until *delay* seconds after the first save, then kill one or all."""
 
     def kill():
-        deadline = time.monotonic() + 100
+        deadline = time.monotonic() + 240
         while not saved_steps(pids) and time.monotonic() < deadline:
             time.sleep(0.005)
         time.sleep(delay)
@@ -85,7 +85,7 @@ def kill_while_saving(pool, folders, path, pids, first, delay, everybody):
     killer = threading.Thread(target=kill)
     killer.start()
     with pytest.raises(RankFailure):
-        pool.run(on_rank_save_until_killed, folders, path, pids, first)
+        pool.run(on_rank_save_until_killed, folders, path, pids, first, timeout=300.0)
     killer.join()
 
 
@@ -267,7 +267,7 @@ async_save.begin(work)
 def test_an_unawaited_background_error_makes_the_process_fail():
     import sys
 
-    done = subprocess.run([sys.executable, "-c", EXIT], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", EXIT], capture_output=True, text=True, timeout=240)
     assert done.returncode == 1
     assert "an asynchronous save failed" in done.stderr
     assert "the disk is gone" in done.stderr

@@ -40,7 +40,7 @@ def test_planning_explaining_and_listing_plugins_import_no_torch() -> None:
         "    assert CliRunner().invoke(app, command).exit_code == 0, command\n"
         "sys.exit('torch' in sys.modules)"
     )
-    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], timeout=240).returncode == 0
 
 
 def test_plan_shows_the_axes_and_the_groups() -> None:
@@ -158,6 +158,9 @@ def test_a_new_plugin_is_refused_where_its_name_or_folder_is_taken(tmp_path: Pat
 
 def test_a_check_of_a_plugin_that_is_not_there_starts_nothing() -> None:
     assert "no plugin 'fsdp3' is installed; did you mean 'fsdp2'?" in refused("plugins", "check", "fsdp3")
+    assert "there is no tiny model 'lama'; did you mean 'llama'?" in refused(
+        "plugins", "check", "ddp", "--model", "lama"
+    )
 
 
 def test_an_axis_of_a_plugin_is_asked_for_by_name_and_size() -> None:
@@ -177,7 +180,7 @@ def test_the_demo_data_is_the_same_in_every_process(tmp_path: Path) -> None:
         "from nemo_dist.cli.demo_dataset import Windows\n"
         "print([w['input_ids'].tolist() for w in map(Windows(4, 16, 3).__getitem__, range(4))])"
     )
-    elsewhere = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    elsewhere = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240, cwd=tmp_path)
     windows = Windows(4, 16, 3)
     assert json.loads(elsewhere.stdout) == [windows[index]["input_ids"].tolist() for index in range(4)]
     assert collate([windows[0], windows[1]])["labels"].shape == (2, 16)

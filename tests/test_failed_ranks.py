@@ -10,23 +10,27 @@ import checkpoint_runs as runs
 import pytest
 import torch
 import torch.distributed as dist
-from cases import slow
+from cases import cases, slow
 from scripts import START
 from test_launchers import clean
 
 from nemo_dist import RankError
-from nemo_dist.mesh.rank_status import explained
+from nemo_dist.mesh.rank_status import explained, tell_uncaught
 from nemo_dist.testing.pool import RankPool
 
 
-def on_rank_wait_at_a_meeting(folders, path):
+def on_rank_wait_at_a_meeting(folders, path, how):
     """The second rank fails in its step, which the other does not take, and does not come to the save."""
     runs.FOLDERS.update(folders)
     runtime, optimizer = runs.start("fsdp2")
     start = time.monotonic()
     if dist.get_rank() == 1:
-        with pytest.raises(ValueError, match="has no labels"):
-            runtime.forward_backward({"input_ids": torch.ones(1, 4, dtype=torch.long)})
+        if how == "raises":
+            with pytest.raises(ValueError, match="has no labels"):
+                runtime.forward_backward({"input_ids": torch.ones(1, 4, dtype=torch.long)})
+        else:  # as the interpreter ends
+            tell_uncaught()
+            sys.excepthook(KeyboardInterrupt, KeyboardInterrupt(), None)
         time.sleep(15)
         return "", 0.0
     with pytest.raises(RankError) as caught:
@@ -34,12 +38,20 @@ def on_rank_wait_at_a_meeting(folders, path):
     return str(caught.value), time.monotonic() - start
 
 
-def test_a_rank_that_waits_at_a_save_names_the_one_that_failed(tmp_path):
+@cases(
+    ("how", "words"),
+    [
+        ("raises", "rank 1 failed in step 1: ValueError: the batch has no labels"),
+        slow("is interrupted", "rank 1 failed in step 0: KeyboardInterrupt"),
+    ],
+    lambda how, _: how,
+)
+def test_a_rank_that_waits_at_a_save_names_the_one_that_failed(tmp_path, how, words):
     with RankPool(2) as pool:  # of its own, as its ranks have not come to the same meetings in the end
-        (message, seconds), _ = pool.run(on_rank_wait_at_a_meeting, runs.folders("llama"), tmp_path / "c")
+        (message, seconds), _ = pool.run(on_rank_wait_at_a_meeting, runs.folders("llama"), tmp_path / "c", how)
     assert "ranks failed while this one waited for them at 'collecting the state of the run'" in message
-    assert "rank 1 failed in step 1: ValueError: the batch has no labels" in message
-    assert seconds < 20
+    assert words in message
+    assert seconds < 50  # far below the half hour that ranks wait for each other
 
 
 def on_rank_go_on(folders, path):
@@ -90,18 +102,16 @@ LOSE = (
 def test_ranks_that_lose_another_say_which_and_why(tmp_path, what, words):
     (tmp_path / "lose.py").write_text(textwrap.dedent(LOSE))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    start = time.monotonic()
     ended = subprocess.run(
         [*command, tmp_path / "lose.py", what, tmp_path / "c"],
         env=clean() | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=300,  # far below that half hour, too
     )
     assert ended.returncode
     for text in words:
         assert text in ended.stderr, ended.stderr[-5000:]
-    assert time.monotonic() - start < 120
     assert not os.path.exists(tmp_path / "c")
 
 

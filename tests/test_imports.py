@@ -223,7 +223,7 @@ asked = [plan.size("dp"), plan.dp_rank(16383), len(plan.batch_ranks(9)), len(lis
 heavy = [name for name in ("torch", "transformers", "numpy") if name in sys.modules]
 print(json.dumps({"loaded": loaded, "asked": asked, "heavy": heavy}))
 """
-    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=240, cwd=ROOT)
     assert ran.returncode == 0, ran.stderr
     said = json.loads(ran.stdout)
 

@@ -186,7 +186,7 @@ def test_processes_of_a_launcher_join_one_group(tmp_path, launcher):
         values = {launcher.rank: str(rank), launcher.world_size: "2", launcher.local_rank: str(rank)}
         command, environment = [sys.executable, tmp_path / "join.py"], clean() | master | values
         started.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
-    lines = [process.communicate(timeout=120)[0].split() for process in started]
+    lines = [process.communicate(timeout=240)[0].split() for process in started]
     assert lines == [["0", "2", "0", "2", "2"], ["1", "2", "1", "2", "2"]]
 
 

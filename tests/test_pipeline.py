@@ -381,8 +381,11 @@ def on_rank_die_in_the_middle(folder, batch, how):
 )
 def test_a_rank_that_dies_in_a_schedule_ends_all_ranks_and_is_named(how, says):
     started = time.monotonic()
-    with RankPool(2, collective_timeout=30) as pool, pytest.raises(RankError, match="rank 1 of 2 failed") as caught:
+    with (
+        RankPool(2, timeout=300, collective_timeout=200) as pool,
+        pytest.raises(RankError, match="rank 1 of 2 failed") as caught,
+    ):
         pool.run(on_rank_die_in_the_middle, checkpoint("llama-deep"), batch_of("llama-deep"), how)
 
     assert says in str(caught.value)
-    assert time.monotonic() - started < 60
+    assert time.monotonic() - started < 150  # no rank waits for a collective to end by its timeout

@@ -20,7 +20,7 @@ from nemo_dist.testing.pool import RankPool, RankPools
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[RankPool]:
-    with RankPool(2, timeout=60) as pool:
+    with RankPool(2, timeout=240) as pool:
         yield pool
 
 
@@ -91,7 +91,7 @@ def alive(pid: int) -> bool:
         return False
 
 
-def gone(pids: list[int], seconds: float = 10.0) -> bool:
+def gone(pids: list[int], seconds: float = 60.0) -> bool:
     deadline = time.monotonic() + seconds
     while any(alive(pid) for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -131,7 +131,7 @@ def test_a_failing_rank_shows_its_traceback_and_the_pool_recovers(pool: RankPool
     assert "ValueError: the number is wrong" in text
     assert "in on_rank_fail" in text and "worker.py" not in text
     assert "a last word before the end" in text
-    assert time.monotonic() - begun < 20  # far below the collective's timeout, in which rank 0 waits
+    assert time.monotonic() - begun < 50  # below the collective's timeout, in which rank 0 waits
     assert len(pool.run(on_rank_environment)) == 2
 
 

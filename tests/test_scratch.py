@@ -17,7 +17,9 @@ scratch("two")
 
 
 def run(folder, code):
-    return subprocess.run([sys.executable, "-c", code], env=os.environ | {"TMPDIR": str(folder)}, timeout=60).returncode
+    return subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"TMPDIR": str(folder)}, timeout=240
+    ).returncode
 
 
 def test_the_folders_of_a_process_are_removed_when_it_ends(tmp_path):

@@ -30,7 +30,7 @@ def installed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("outside")
     sources = [str(shutil.copytree(example, folder / "source" / example.name)) for example in EXAMPLES]
     command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
-    subprocess.run([*command, "--target", str(folder / "site"), *sources], check=True, capture_output=True, timeout=180)
+    subprocess.run([*command, "--target", str(folder / "site"), *sources], check=True, capture_output=True, timeout=240)
     temporary = folder / "temporary"  # torchrun leaves its logs there
     temporary.mkdir()
     path = os.pathsep.join([str(folder / "site"), *filter(None, [os.environ.get("PYTHONPATH")])])

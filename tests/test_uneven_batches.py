@@ -145,7 +145,7 @@ def test_what_cannot_go_on_is_told_to_all_ranks(ranks, what, name, kinds, words)
     assert [kind for kind, *_ in answers] == kinds
     for _, text, seconds in answers:
         assert words in text
-        assert seconds < 20
+        assert seconds < 50  # below the timeout of a collective
 
 
 def test_a_copy_without_labels_counts_nothing():

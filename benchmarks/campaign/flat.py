@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import warnings
@@ -15,9 +16,7 @@ from campaign.tiny_run import TinyRun
 from nemo_dist import RunFolder
 
 _WARM = 30  # first ones, which fill caches
-_SLACK = 4.0  # MiB that an allocator may keep
-# MiB that may stay of each, without a thread or a descriptor; 0.02 of a save and 0.03 to 0.12 of a setup were seen.
-_EACH = 0.15
+_SLACK = 1.0  # MiB in use that may stay of all; what the process has besides are holes, which malloc_trim gives back
 
 
 def run(count: int, chance: Random, folder: Path) -> Iterator[Tally]:
@@ -55,17 +54,30 @@ def on_rank_repeat(
         tally.survive()
     after = holds()
     grown = {what: after[what] - value for what, value in before.items()}
-    tally.remark = ", ".join(f"{what} {before[what]:.0f} -> {after[what]:.0f}" for what in before)
-    if grown["threads"] > 0 or grown["descriptors"] > 0 or grown["MiB"] > _SLACK + _EACH * count:
+    tally.remark = ", ".join(f"{what} {before[what]:.1f} -> {after[what]:.1f}" for what in before)
+    if grown["threads"] > 0 or grown["descriptors"] > 0 or grown["MiB in use"] > _SLACK:
         tally.lose(f"it grew: {grown}")
     return tally
 
 
+_MALLINFO = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
+
+
+class _Malloc(ctypes.Structure):
+    """``struct mallinfo2`` of glibc."""
+
+    _fields_ = tuple((name, ctypes.c_size_t) for name in _MALLINFO)
+
+
 def holds() -> dict[str, float]:
-    """Return what this process holds."""
+    """Return what this process holds: memory that is in use, without the holes between, and all that it has."""
     gc.collect()
+    call = ctypes.CDLL(None).mallinfo2
+    call.restype = _Malloc
+    found = call()
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return {
+        "MiB in use": (found.uordblks + found.hblkhd) / 2**20,
         "MiB": pages * os.sysconf("SC_PAGE_SIZE") / 2**20,
         "threads": len(os.listdir("/proc/self/task")),
         "descriptors": len(os.listdir("/proc/self/fd")),

@@ -1,4 +1,8 @@
-"""Forge manifests with right checksums and nonsense of every kind, and load, resume, prune and export from them."""
+"""Forge manifests and rank files with right checksums and nonsense of every kind, and load, resume, prune and export.
+
+A manifest names the layouts of tensors, lists chunks where there is none, and has a line for each file; a rank file has
+a header, and what is different on every rank as JSON.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +11,16 @@ import shutil
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
 
 from campaign.forks import call
 from campaign.tally import Tally
@@ -31,15 +39,16 @@ _NAMES = ("../rank-00000.safetensors", "/etc/passwd", "rank-00000.safetensors/",
 
 def run(count: int, chance: Random, folder: Path) -> Iterator[Tally]:
     """Yield the counts for a load, and in smaller numbers for what else reads a manifest, on one rank and on two."""
-    for name, use, world, share in (
-        ("forged manifest, load", load, 1, count),
-        ("forged manifest, load, 2 ranks", load, 2, count // 10),
-        ("forged manifest, resume from a run folder", resume, 1, count // 5),
-        ("forged manifest, the next save prunes", save, 1, count // 5),
-        ("forged manifest, nemo-dist export", export, 1, count // 5),
+    for name, use, sizes, share in (
+        ("forged, load", load, None, count),
+        ("forged, load, 2 ranks", load, {}, count // 10),
+        ("forged, load, pp 2", load, {"pp_size": 2}, count // 10),
+        ("forged, resume from a run folder", resume, None, count // 5),
+        ("forged, the next save prunes", save, None, count // 5),
+        ("forged, nemo-dist export", export, None, count // 5),
     ):
-        place = folder / name.replace(" ", "-")
-        tallies = call(world, on_rank_forge, name, use, max(1, share), chance, place)
+        place, world = folder / name.replace(" ", "-"), 1 if sizes is None else 2
+        tallies = call(world, on_rank_forge, name, use, sizes, max(1, share), chance, place)
         yield max(tallies, key=lambda tally: len(tally.lost))
 
 
@@ -78,23 +87,25 @@ def on_rank_forge(
     tell: Callable[..., None],
     name: str,
     use: Callable[[TinyRun, Path], None],
+    sizes: Mapping[str, int] | None,
     count: int,
     chance: Random,
     folder: Path,
 ) -> Tally:
-    """Forge a manifest, *use* it, and compare the run with what it was."""
+    """Forge a checkpoint, *use* it, and compare the run with what it was."""
     warnings.simplefilter("ignore")
-    tally, run, place = Tally(name), TinyRun(), folder / "run" / "step-00000002" / manifest.NAME
+    tally, run, place = Tally(name), TinyRun(sizes), folder / "run" / "step-00000002"
     run.train()
     run.save(RunFolder(folder / "run"))
     older = _layers(run)
     run.train()
     run.save(RunFolder(folder / "run"))
-    text, newer = place.read_text(), _layers(run)
-    content = {name: value for name, value in json.loads(text).items() if name != "checksum"}
+    newer = _layers(run)
+    whole = {path.name: path.read_bytes() for path in place.iterdir() if path.is_file()}
+    content = {name: value for name, value in json.loads(whole[manifest.NAME]).items() if name != "checksum"}
     for _ in range(count):
-        kind, forged = forge(content, chance)
-        _write(place, forged)
+        kind, forged = forge(content, whole, chance)
+        _write(place, whole | forged)
         before = checksum(run.tensors())
         try:
             use(run, folder / "run")
@@ -112,16 +123,17 @@ def on_rank_forge(
         else:
             tally.lose(f"{kind}: {done}" + ("" if ":" in done else ", but the run has changed"))
         if checksum(run.tensors()) != before:
-            _write(place, text)
+            _write(place, whole)
             load(run, folder / "run")
     return tally
 
 
-def _write(place: Path, text: str) -> None:
-    """Have one rank write, when all have read what was there."""
+def _write(place: Path, files: Mapping[str, bytes]) -> None:
+    """Have one rank write *files* to the folder *place*, when all have read what was there."""
     torch.distributed.barrier()
     if torch.distributed.get_rank() == 0:
-        place.write_text(text)
+        for name, content in files.items():
+            (place / name).write_bytes(content)
     torch.distributed.barrier()
 
 
@@ -130,23 +142,42 @@ def _layers(run: TinyRun) -> int:
     return checksum({name: value for name, value in run.tensors().items() if not name.startswith(("step/", "gen"))})
 
 
-def forge(content: Any, chance: Random) -> tuple[str, str]:
-    """Return what was done to a copy of *content*, and the text of the manifest with its checksum."""
-    forged = json.loads(json.dumps(content))
-    said = []
-    for _ in range(chance.choice((1, 1, 1, 2, 5))):
+def forge(content: Any, whole: Mapping[str, bytes], chance: Random) -> tuple[str, Mapping[str, bytes]]:
+    """Return what was done to a copy of the manifest *content* and of *whole*, all files, and the changed files."""
+    forged, files, said = json.loads(json.dumps(content)), {}, []
+    if chance.random() < 0.3:
+        file = chance.choice(forged["files"])
+        change = chance.choice(FILE_CHANGES)
+        files[file["name"]] = found = change(whole[file["name"]], chance)
+        file |= {"bytes": len(found), "crc32": zlib.crc32(found)}
+        said.append(change.__name__)
+    for _ in range(0 if said and chance.random() < 0.8 else chance.choice((1, 1, 1, 2, 5))):
         change = chance.choice(CHANGES)
         try:
             change(forged, chance)
             said.append(change.__name__)
         except (LookupError, TypeError, ValueError, AttributeError):
             continue  # an earlier change has left nothing to do this to
+    with _deep():
+        return " and ".join(said), {manifest.NAME: _sealed(forged), **files}
+
+
+@contextmanager
+def _deep() -> Iterator[None]:
+    """Let what is nested deeply be written."""
     limit = sys.getrecursionlimit()
-    sys.setrecursionlimit(20_000)  # for what is nested deeply
+    sys.setrecursionlimit(20_000)
     try:
-        return " and ".join(said), manifest.sealed(forged).decode()
+        yield
     finally:
         sys.setrecursionlimit(limit)
+
+
+def _sealed(content: Any) -> bytes:
+    """Return *content* with its checksum, of the format that it says it has."""
+    if content.get("format") != 1:
+        return manifest.sealed(content)
+    return json.dumps({**content, "checksum": manifest._checksum_1(content)}).encode()
 
 
 def _somewhere(content: Any, chance: Random) -> tuple[Any, Any]:
@@ -273,4 +304,55 @@ def dtype(content: Any, chance: Random) -> None:
     stored[chance.randrange(2)] = chance.choice((*_DTYPES, *_SHAPES, "float64", "bfloat16"))
 
 
-CHANGES = (junk, huge, missing, twice, swapped, encoded, deep, chunks, layouts, files, renamed, options, dtype)
+def older(content: Any, chance: Random) -> None:
+    """Call it format 1, which lists the ranks."""
+    content["format"] = 1
+    if chance.random() < 0.5:
+        ranks = [{"dp_rank": 0, "generators": {}, "data": None, "plugin_states": {}} for _ in content["files"]]
+        content["ranks"] = ranks
+        chance.choice((junk, missing, encoded))(ranks, chance)
+
+
+def own(file: bytes, chance: Random) -> bytes:
+    """Change what a rank keeps of its own: generators, the state of data and of plugins."""
+    tensors = load_tensors(file)
+    content = {"own": json.loads(tensors[manifest.OF_RANK].numpy().tobytes())}
+    for _ in range(chance.choice((1, 1, 2))):
+        with suppress(LookupError, TypeError, ValueError, AttributeError):
+            chance.choice((junk, huge, missing, twice, swapped, encoded, deep))(content, chance)
+    with _deep():
+        text = json.dumps(content.get("own")).encode() if chance.random() < 0.9 else chance.randbytes(40)
+    flat = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    tensors[manifest.OF_RANK] = (
+        flat if chance.random() < 0.9 else flat.to(chance.choice((torch.float64, torch.bfloat16)))
+    )
+    return bytes(save_tensors(tensors))
+
+
+def tensors(file: bytes, chance: Random) -> bytes:
+    """Drop, rename, reshape or cast a tensor."""
+    found = load_tensors(file)
+    name = chance.choice(list(found))
+    tensor = found.pop(name)
+    changed = {
+        "dropped": {},
+        "renamed": {name.upper(): tensor},
+        "reshaped": {name: tensor.reshape(-1)[: max(0, tensor.numel() - chance.randrange(2))]},
+        "cast": {name: tensor.to(chance.choice((torch.int64, torch.float64, torch.bool)))},
+    }
+    return bytes(save_tensors({**found, **chance.choice(list(changed.values()))}))
+
+
+def header(file: bytes, chance: Random) -> bytes:
+    """Change the header, or put junk in its place."""
+    length = int.from_bytes(file[:8], "little")
+    content = json.loads(file[8 : 8 + length])
+    with suppress(LookupError, TypeError, ValueError, AttributeError):
+        chance.choice((junk, huge, missing, twice, swapped))(content, chance)
+    text = json.dumps(content).encode() if chance.random() < 0.8 else chance.randbytes(chance.randrange(200))
+    size = len(text) if chance.random() < 0.9 else chance.choice((0, 2**63, 10**9, length))
+    return size.to_bytes(8, "little") + text + file[8 + length :]
+
+
+CHANGES = (junk, huge, missing, twice, swapped, encoded, deep, chunks, layouts, files, renamed, options, dtype, older)
+FILE_CHANGES = (own, own, tensors, header)

@@ -9,7 +9,10 @@ import threading
 import traceback
 from collections.abc import Callable
 
+from nemo_dist.errors import CheckpointError
+
 _current: Save | None = None
+_saving = threading.Lock()
 
 
 class Save:
@@ -37,16 +40,27 @@ class Save:
         except BaseException as error:
             self._error = error
         del self._work  # and with it the copy of the state in host memory
+        _saving.release()
 
 
 def begin(work: Callable[[], None]) -> Save:
-    """Run *work* in a thread; the caller must have waited for the previous save."""
+    """Run *work* in a thread; the caller must have waited for the previous save.
+
+    Raises CheckpointError where another thread, or what a signal has interrupted, has begun one meanwhile.
+    """
     global _current
+    if not _saving.acquire(blocking=False):
+        raise CheckpointError("another thread of this process saves just now; save from one thread at a time")
+    save = Save(work)
+    try:
+        save._thread.start()
+    except BaseException:
+        _saving.release()
+        raise
     if _current is None:
         atexit.register(_at_exit)
-    _current = Save(work)
-    _current._thread.start()
-    return _current
+    _current = save
+    return save
 
 
 def finish() -> None:

@@ -16,6 +16,19 @@ import attrs
 from nemo_dist.checkpoint.folder_lock import locked
 from nemo_dist.errors import CheckpointError
 from nemo_dist.mesh.rank_group import RankGroup
+from nemo_dist.planning.validation import shown
+
+
+def folder_at(path: str | os.PathLike[str]) -> Path:
+    """Return *path* absolute, without links and ``~``; raise CheckpointError for what cannot name a folder."""
+    try:
+        found = Path(path).expanduser().resolve()
+        str(found).encode()  # a letter that no text has
+    except (RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{shown(path)} is no path: {error}") from error
+    if not found.name:
+        raise CheckpointError(f"{found} is the root of all folders; name a folder in it")
+    return found
 
 
 @attrs.frozen
@@ -28,7 +41,7 @@ class Staging:
     @classmethod
     def beside(cls, path: str | os.PathLike[str]) -> Staging:
         """Return the staging for *path*: a hidden folder in the same parent, so that a rename suffices to move it."""
-        final = Path(path).expanduser().resolve()
+        final = folder_at(path)
         return cls(final.with_name(f".{final.name}.partial"), final)
 
     @contextmanager
@@ -36,10 +49,15 @@ class Staging:
         """Create an empty temporary folder, removing leftovers of an interrupted write; called on one rank.
 
         An error within the context removes it again, so that what failed for lack of room leaves the room to others.
-        Raises CheckpointError when the target is a file.
+        Raises CheckpointError when the target is a file, or the folder in which this process works: it would be left
+        without one.
         """
         if self.final.exists() and not self.final.is_dir():
             raise CheckpointError(f"{self.final} is a file; name a folder")
+        if self.final.exists() and Path.cwd().is_relative_to(self.final):
+            raise CheckpointError(
+                f"{self.final} is replaced as a whole, but this process works in it; name another folder"
+            )
         self.recover()
         for left in (self.partial, self._old):
             shutil.rmtree(left, ignore_errors=True)
@@ -75,7 +93,11 @@ class Staging:
         shutil.rmtree(self._old, ignore_errors=True)
 
     def _place(self) -> None:
-        self.partial.rename(self.final)
+        try:
+            self.partial.rename(self.final)
+        except FileNotFoundError:
+            if not self.final.is_dir():  # else a process that loads it has done this
+                raise
         sync(self.final.parent)
 
     @property
@@ -117,6 +139,14 @@ def _keep(old: Path, new: Path, stale: Callable[[str], bool]) -> None:
             shutil.copytree(entry, new / entry.name, symlinks=True, copy_function=os.link)
         else:
             os.link(entry, new / entry.name, follow_symlinks=False)
+
+
+def discard(path: Path) -> None:
+    """Remove a folder, or a link to one, as far as that is possible."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def sync_tree(folder: Path) -> None:

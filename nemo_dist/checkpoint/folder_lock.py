@@ -13,23 +13,33 @@ from pathlib import Path
 from nemo_dist.errors import CheckpointError
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # of file systems that cannot lock
+_writing: dict[Path, object] = {}  # the locks that a thread of this process holds
 _held: dict[Path, int] = {}  # the open files of the locks that this process keeps until it ends
+
+os.register_at_fork(after_in_child=_held.clear)  # a lock is not inherited
 
 
 @contextmanager
 def locked(lock: Path, folder: Path) -> Iterator[None]:
     """Hold the file *lock* within the context, and remove it then; it stands for the right to write *folder*.
 
-    Raises CheckpointError when another process holds it. The lock is one of POSIX: the system frees it when the process
-    ends, however it ends, and children do not inherit it. On a file system without locks nothing is held.
+    Raises CheckpointError when another process holds it, or another thread of this one. The lock is one of POSIX: the
+    system frees it when the process ends, however it ends, and children do not inherit it. On a file system without
+    locks only the threads of this process are told.
     """
-    handle = _acquired(lock, folder)
+    mine = object()
+    if _writing.setdefault(lock, mine) is not mine:
+        raise CheckpointError(f"another thread of this process writes to {folder}; let one thread write at a time")
     try:
-        yield
+        handle = _acquired(lock, folder)
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # a file that is left does no harm
+                lock.unlink()
+            os.close(handle)
     finally:
-        with suppress(OSError):  # a file that is left does no harm
-            lock.unlink()
-        os.close(handle)
+        del _writing[lock]
 
 
 def claim(lock: Path, folder: Path) -> None:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from contextlib import ExitStack, suppress
 from typing import Any
 
 import attrs
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from nemo_dist.checkpoint import async_save, rng_state
@@ -19,7 +18,7 @@ from nemo_dist.checkpoint.atomic_dir import Staging
 from nemo_dist.checkpoint.chunks import chunks
 from nemo_dist.checkpoint.json_state import from_json
 from nemo_dist.checkpoint.layout import Chunk
-from nemo_dist.checkpoint.manifest import Manifest
+from nemo_dist.checkpoint.manifest import Manifest, open_file
 from nemo_dist.checkpoint.optimizer_state import copy_state, count_of, named, options_of_groups, place
 from nemo_dist.checkpoint.safetensors_writer import DTYPE_OF
 from nemo_dist.checkpoint.save import MODEL, OPTIMIZER, PLUGIN
@@ -52,10 +51,11 @@ def intact(ranks: RankGroup, path: str | os.PathLike[str]) -> Manifest:
     """
     async_save.finish()
     with ranks.agreed(f"finding the checkpoint at {path}"):
+        place = Staging.beside(path)
         if ranks.first:
-            Staging.beside(path).recover()
+            place.recover()
     with ranks.agreed(f"reading the manifest of {path}"):
-        manifest = Manifest.read(path)
+        manifest = Manifest.read(place.final)
     with ranks.agreed(f"verifying {path}"):
         if ranks.first:
             manifest.verify_companions()
@@ -82,8 +82,11 @@ def load_from(
     _check_complete(manifest, {name for _, text in names for name in json.loads(text)})
     if data is not None:
         _hand_to_data(ranks, manifest, data, run.data_state)
-    with ranks.agreed(f"loading {path}"), Reader(manifest) as reader, torch.no_grad():
-        run.fill(reader)
+    with Reader(manifest) as reader:
+        with ranks.agreed(f"opening {path}"):
+            reader.open(run.files)
+        with ranks.agreed(f"loading {path}"), torch.no_grad():
+            run.fill(reader)
     return run.extra
 
 
@@ -105,12 +108,14 @@ class _Run:
     generators: Any = None
     data_state: Any = None
     extra: Any = None
+    files: Set[int] = frozenset()
 
     def compare(self, data: Any) -> list[str]:
         """Compare all of the run with the checkpoint; return the names of the tensors of the model that it reads."""
         sharded, manifest = self.sharded, self.manifest
         self.own = own_state(sharded)
-        names = _check_model(sharded, manifest, self.own)
+        canonical = exported(sharded, self.own)
+        names = _check_model(sharded, manifest, canonical)
         self.twice = copies(sharded, self.own)
         self.parameters = _check_optimizer(manifest, self.optimizer, self.own, self.twice)
         with manifest.readable():
@@ -127,6 +132,7 @@ class _Run:
             self.extra = from_json(manifest.about["extra"])
             self.fits = [fitted(scheduler, state) for scheduler, state in zip(self.schedulers, states, strict=True)]
         self.plugin_states = _plugin_states(sharded, manifest)
+        self.files = _files_of(manifest, canonical)
         return names
 
     def fill(self, reader: Reader) -> None:
@@ -180,20 +186,35 @@ class Reader:
                 found = file.get_slice(slice_.label)[slice_.spans]
             slice_.into.of(into).copy_(found)
 
+    def open(self, files: Iterable[int]) -> None:
+        """Open *files*, by index, so that they can be read although another process removes them meanwhile."""
+        for index in files:
+            self._open(index)
+
     def _open(self, index: int) -> Any:
         if index not in self._files:
             path = self.manifest.folder / self.manifest.files[index]["name"]
-            self._files[index] = self._stack.enter_context(safe_open(path, framework="pt"))
+            self._files[index] = self._stack.enter_context(open_file(path))
         return self._files[index]
 
 
-def _check_model(sharded: ShardedModel, manifest: Manifest, own: Mapping[str, Tensor]) -> list[str]:
+def _files_of(manifest: Manifest, canonical: Mapping[str, Tensor]) -> set[int]:
+    """Return the indices of the files that have chunks of this rank's tensors, and of what is laid out like them."""
+    wanted = {name: [chunk for chunk, _ in chunks(tensor)] for name, tensor in canonical.items()}
+    return {
+        slice_.file
+        for stored in manifest.tensors
+        for chunk in wanted.get(stored.partition("/")[2], ())
+        for slice_ in manifest.slices(stored, chunk)
+    }
+
+
+def _check_model(sharded: ShardedModel, manifest: Manifest, canonical: Mapping[str, Tensor]) -> list[str]:
     """Return the names that this rank reads; raise CheckpointError where class, name, shape or dtype differ."""
     about, kind = manifest.about, sharded.kind
     if about["model"] != kind:
         raise CheckpointError(f"{manifest.folder} is of a {about['model']}, but the model is a {kind}")
     problems = []
-    canonical = exported(sharded, own)
     for name, tensor in canonical.items():
         stored = manifest.tensors.get(MODEL + name)
         if stored is None:

@@ -207,7 +207,7 @@ class Manifest:
         if self._lists_ranks:
             return self.about["ranks"][index]  # type: ignore[no-any-return]
         path = self.folder / self.files[index]["name"]
-        with _readable(path), safe_open(path, framework="np") as stored:
+        with _readable(path), open_file(path, "np") as stored:
             own = json.loads(stored.get_tensor(OF_RANK).tobytes())
             self._check_rank(own)
         return own  # type: ignore[no-any-return]
@@ -246,7 +246,7 @@ class Manifest:
         self._check_file(path, self.files[index]["bytes"])
         _verify(path, self.files[index])
         try:
-            with safe_open(path, framework="pt") as stored:
+            with open_file(path) as stored:
                 self._compare(path, index, stored)
         except SafetensorError as error:
             raise CheckpointError(f"{path} is no safetensors file, or lacks a tensor: {error}") from error
@@ -267,6 +267,14 @@ class Manifest:
                 found = stored.get_slice(key(name, chunk))
                 if (tuple(found.get_shape()), found.get_dtype()) != (chunk.sizes, DTYPES[DTYPE_OF[tensor.dtype]]):
                     raise CheckpointError(f"{path} has {name} as {found.get_dtype()} {found.get_shape()}")
+
+
+def open_file(path: Path, framework: str = "pt") -> Any:
+    """Return the open safetensors file at *path*; raise CheckpointError where it cannot be opened."""
+    try:
+        return safe_open(path, framework=framework)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch's own error of mapping a file is the second
+        raise CheckpointError(f"{path} cannot be opened: {error}") from error
 
 
 def _verify(path: Path, file: Mapping[str, Any]) -> None:
@@ -305,12 +313,12 @@ def _parse(where: Path) -> tuple[bytes, dict[str, Any]]:
     if not where.is_dir():
         raise CheckpointError(f"there is no checkpoint at {where}")
     path = where / NAME
+    if not path.is_file():
+        other = way_in(where) or f"{where} is no checkpoint, or not a complete one"
+        raise CheckpointError(f"{path} is missing; {other}")
     try:
         text = path.read_bytes()
         content = json.loads(text)
-    except FileNotFoundError:
-        other = way_in(where) or f"{where} is no checkpoint, or not a complete one"
-        raise CheckpointError(f"{path} is missing; {other}") from None
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
     if not isinstance(content, dict):

@@ -11,6 +11,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from nemo_dist.checkpoint.atomic_dir import folder_at
 from nemo_dist.checkpoint.hf_export import Plan, bytes_of, dtype_of
 from nemo_dist.checkpoint.holdings import Entry
 from nemo_dist.checkpoint.layout import whole_of
@@ -37,7 +38,7 @@ def export_checkpoint(
     whose model class transformers does not have.
     """
     target, limit = dtype_of(dtype), bytes_of(max_shard_size)
-    ranks, where = RankGroup(), _checkpoint(Path(checkpoint))
+    ranks, where = RankGroup(), _checkpoint(folder_at(checkpoint))
     manifest = intact(ranks, where)
     model = _identity(manifest)
     stored = {n.removeprefix(MODEL): tensor for n, tensor in manifest.tensors.items() if n.startswith(MODEL)}

@@ -115,6 +115,11 @@ def group_options(optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> lis
     ]
 
 
+def options_of_names(groups: Sequence[Any]) -> dict[str, Mapping[str, Any]]:
+    """Return the options of every parameter of *groups*, which are from ``group_options``, as JSON."""
+    return {name: options for options, names in groups for name in names}
+
+
 def by_value(answers: Sequence[Mapping[str, Any] | Sequence[Any]]) -> list[Any]:
     """Merge the pairs of value and names of all ranks: each distinct value once, with all names that have it."""
     names: dict[str, dict[str, None]] = {}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import signal
 import sys
 import warnings
@@ -15,7 +14,7 @@ from typing import Any
 import attrs
 
 from nemo_dist.checkpoint import async_save
-from nemo_dist.checkpoint.atomic_dir import Staging, sync
+from nemo_dist.checkpoint.atomic_dir import Staging, discard, folder_at, sync
 from nemo_dist.checkpoint.folder_lock import claim
 from nemo_dist.checkpoint.load import intact, load_from
 from nemo_dist.checkpoint.manifest import Manifest
@@ -25,14 +24,11 @@ from nemo_dist.checkpoint.sharded_model import Holder
 from nemo_dist.errors import CheckpointError, RankError
 from nemo_dist.planning.validation import integer
 
-_NAME = re.compile(r"step-([0-9]+)")
+_NAME = re.compile(r"step-([0-9]{8,19})")
+_LARGEST = 2**63 - 1  # of the steps: what most programs count to
 _LEFT = re.compile(r"\.step-[0-9]{8,}\.(removed|partial|old|lock)")  # what an interrupted save or removal leaves
 _LATEST = "latest"
 _LOCK = ".lock"
-
-
-def _folder(path: str | os.PathLike[str]) -> Path:
-    return Path(path).expanduser().resolve()
 
 
 def _count(_: object, attribute: attrs.Attribute[Any], value: object) -> None:
@@ -51,7 +47,7 @@ class RunFolder:
     (see ``Runtime.save``).
     """
 
-    path: Path = attrs.field(converter=_folder)
+    path: Path = attrs.field(converter=folder_at)
     keep_last: int | None = attrs.field(default=None, validator=_at_least_one, kw_only=True)
     keep_every: int | None = attrs.field(default=None, validator=_at_least_one, kw_only=True)
     check_finite: bool = attrs.field(default=True, kw_only=True)
@@ -72,7 +68,7 @@ class RunFolder:
         The process of the first rank then has the folder for itself as long as it lives: another run that saves there
         gets a CheckpointError. Arguments and errors as for ``Runtime.save``.
         """
-        integer("step", step, 0)
+        integer("step", step, 0, _LARGEST)
         where = self._folder(step)
         return save(
             runtime.sharded,
@@ -162,7 +158,7 @@ class RunFolder:
                 manifest = Manifest.read(self._folder(step))
                 manifest.look_for_files()
                 return manifest.folder
-            except CheckpointError:
+            except (CheckpointError, OSError):
                 continue
         return None
 
@@ -194,7 +190,7 @@ class RunFolder:
             if left.suffix == ".lock":
                 left.unlink()
             elif left.suffix != ".old" or (self.path / left.stem[1:]).exists():
-                shutil.rmtree(left, ignore_errors=True)
+                discard(left)
 
     def _prune(self, newest: int) -> None:
         if self.keep_last is None:
@@ -208,9 +204,9 @@ class RunFolder:
                 continue
             # Renamed before its files are removed, so that an interrupted removal leaves no incomplete checkpoint.
             doomed = self.path / f".step-{step:08d}.removed"
-            shutil.rmtree(doomed, ignore_errors=True)
+            discard(doomed)
             os.rename(self._folder(step), doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+            discard(doomed)
 
     def _finite(self, step: int) -> bool:
         """Whether checkpoint *step* can be read and has only finite weights; True where they were not checked."""
@@ -224,7 +220,7 @@ class RunFolder:
 
 def _read_name(pointer: Path) -> int | None:
     try:
-        found = _NAME.fullmatch(pointer.read_text().strip())
+        found = _NAME.fullmatch(pointer.read_text().strip()) if pointer.is_file() else None
     except (OSError, UnicodeDecodeError):
         return None
     return int(found[1]) if found else None

@@ -19,7 +19,7 @@ import transformers
 from torch import Tensor
 
 from nemo_dist.checkpoint import async_save, manifest, rng_state
-from nemo_dist.checkpoint.atomic_dir import write_folder
+from nemo_dist.checkpoint.atomic_dir import folder_at, write_folder
 from nemo_dist.checkpoint.changed_optimizer import hides_state, makers, refuse_hidden_state
 from nemo_dist.checkpoint.chunks import pieces_of
 from nemo_dist.checkpoint.equal_copies import Copies
@@ -27,7 +27,7 @@ from nemo_dist.checkpoint.hf_side_files import write_companions
 from nemo_dist.checkpoint.hf_weight_conversion import refuse_unplain
 from nemo_dist.checkpoint.host_copy import settle, to_host
 from nemo_dist.checkpoint.json_state import to_json
-from nemo_dist.checkpoint.optimizer_state import by_value, counts, group_options, moments, named
+from nemo_dist.checkpoint.optimizer_state import by_value, counts, group_options, moments, named, options_of_names
 from nemo_dist.checkpoint.safetensors_writer import SafetensorsFile
 from nemo_dist.checkpoint.save_plan import SavePlan
 from nemo_dist.checkpoint.scheduler_state import scheduler_state
@@ -36,7 +36,7 @@ from nemo_dist.checkpoint.state_dict import copies, exported, own_state
 from nemo_dist.checkpoint.stored_tensor import Stored
 from nemo_dist.errors import CheckpointError
 from nemo_dist.mesh.rank_group import RankGroup, digest_of
-from nemo_dist.mesh.store_consensus import brief, refuse_differences
+from nemo_dist.mesh.store_consensus import brief, refuse_differences, refuse_unequal
 
 # Prefixes of tensor names: "model/NAME", "optimizer.KIND/NAME" for moments, "plugin.PLUGIN.KIND/NAME".
 MODEL = "model/"
@@ -125,10 +125,16 @@ def plan_save(
         return f"{planner.describe(state, ranks)}\n{found.of_parameters}"
 
     shares = [(of, *text.split("\n")) for of, text in ranks.distinct("collecting what to save", describe)]
+    parameters = [json.loads(text) for *_, text in shares]
+    if len(shares) > 1:
+        options = [
+            (of, options_of_names(own["options"])) for (of, *_), own in zip(shares, parameters, strict=True) if own
+        ]
+        refuse_unequal("the optimizer", options)
     with ranks.agreed("planning the save"):
         plan = planner.plan([(of, text) for of, text, _ in shares], ranks.rank, even=not sharded.differing)
         copies_here = Copies.of(plan, state, but=found.buffers)
-        work = Work.of(sharded, path, state, plan, found.about([text for *_, text in shares]), found, check_finite)
+        work = Work.of(sharded, path, state, plan, found.about(parameters), found, check_finite)
         if asynchronous:
             work = work.copied()
         settle(work.mine)  # the thread has a stream of its own
@@ -184,7 +190,7 @@ class Collected:
             self._take_optimizer(sharded, optimizer)
         shared = self._take_plugins(sharded)
         same = {name: brief(self.of_all[name]) for name in ("step", "optimizer", "schedulers", "extra")}
-        same |= {"path": str(Path(path).expanduser().absolute()), "data": "given" if data is not None else "None"}
+        same |= {"path": str(folder_at(path)), "data": "given" if data is not None else "None"}
         digest = None if data is None else digest_of(json.dumps(self.of_rank["data"], sort_keys=True))
         hidden = optimizer is not None and hides_state(optimizer)
         return {"prefixes": list(self.layers), "shared": shared, "same": same, "data": digest, "hidden": hidden}
@@ -221,9 +227,9 @@ class Collected:
             self.of_rank["plugin_states"], self.of_all["plugin_states"] = own, shared
         return {name: zlib.crc32(json.dumps(value, sort_keys=True).encode()) for name, value in shared.items()}
 
-    def about(self, of_parameters: Sequence[str]) -> dict[str, Any]:
+    def about(self, of_parameters: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Return what the manifest contains besides files and tensors, with what all ranks have of parameters."""
-        return {**self.of_all, **_joined([json.loads(text) for text in of_parameters]), "data": self.common["data"]}
+        return {**self.of_all, **_joined(of_parameters), "data": self.common["data"]}
 
     def canonical(self, sharded: ShardedModel) -> dict[str, Tensor]:
         """Return the canonical state; every rank exports all prefixes, as a plugin may run a collective for each."""
@@ -313,7 +319,7 @@ class Work:
 
     ranks: RankGroup
     model: Any
-    path: str | os.PathLike[str]
+    path: Path
     tensors: Mapping[str, Stored]
     mine: Mapping[str, Tensor]
     about: Mapping[str, Any]
@@ -338,7 +344,7 @@ class Work:
         return cls(
             ranks=sharded.ranks,
             model=sharded.model,
-            path=path,
+            path=folder_at(path),  # now, as a script may go to another folder while a thread writes
             tensors=plan.tensors,
             mine=mine,
             about=about,

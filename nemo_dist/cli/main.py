@@ -373,8 +373,8 @@ def search(
     dp_replicate: Annotated[int | None, typer.Option("--dp-replicate", help="Only so many replicas.")] = None,
     across_nodes: Annotated[bool, typer.Option("--across-nodes", help="Let tp and ep leave a node, too.")] = False,
     imbalance: Annotated[float, typer.Option(help="Tokens of the fullest experts, over their even share.")] = 1.25,
-    top: Annotated[int, typer.Option(help="How many topologies to list.")] = 15,
-    best: Annotated[int, typer.Option(help="For how many of them to print what to paste.")] = 1,
+    top: Annotated[int, typer.Option(min=0, help="How many topologies to list.")] = 15,
+    best: Annotated[int, typer.Option(min=0, help="For how many of them to print what to paste.")] = 1,
     as_json: Json = False,
 ) -> None:
     """Rank every topology that fits a model: estimated memory and time of a step, and the call to paste.

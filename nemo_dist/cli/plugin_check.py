@@ -8,6 +8,8 @@ import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
+from nemo_dist.errors import UnknownNameError
+from nemo_dist.planning.validation import near, shown
 from nemo_dist.plugin.registry import Registry
 
 _TESTS = """
@@ -31,6 +33,10 @@ def check(name: str, model: str) -> int:
     registry.load(name)
     if missing := [needed for needed in ("pytest", "hypothesis") if find_spec(needed) is None]:
         raise ValueError(f"the kit needs {' and '.join(missing)}; pip install 'nemo-dist[test]'")
+    from nemo_dist.testing.tiny_models import SPECIMENS
+
+    if model not in SPECIMENS:
+        raise UnknownNameError(f"there is no tiny model {shown(model)}{near(model, SPECIMENS)}: {', '.join(SPECIMENS)}")
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "test_kit.py").write_text(_TESTS.format(name=registry.spelled(name), model=model))
         command = [sys.executable, "-m", "pytest", "-v", "--no-header", "-p", "no:cacheprovider", "--rootdir", folder]

@@ -55,7 +55,8 @@ class SearchOptions:
             bounds={axis: size for axis, size in bounds.items() if axis not in self.sizes},
             strategies=self.strategies or None,
         )
-        from nemo_dist.search.model import SearchedModel, read_config  # imports torch: last, so that errors come fast
+        from nemo_dist.models.meta_model import read_config  # imports torch: last, so that errors come fast
+        from nemo_dist.search.model import SearchedModel
 
         return Question(
             space=space,

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import attrs
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig
 from transformers.initialization import no_init_weights
 from transformers.modeling_utils import local_torch_dtype as local_dtype
 
@@ -21,6 +19,7 @@ from nemo_dist.dry_run.imagined_world import imagined_world
 from nemo_dist.dry_run.phases import Phase, Phases
 from nemo_dist.errors import NemoDistError
 from nemo_dist.hf_model import class_name
+from nemo_dist.models.meta_model import making_a_model, read_config
 from nemo_dist.plugin.comm_estimate import readable
 from nemo_dist.setup.setup import DistributedSetup
 
@@ -96,7 +95,7 @@ def dry_run(
     phases = Phases()
     with phases.measured("set up the mesh"):
         setup = DistributedSetup.build(**options, world_size=world_size)
-        config = AutoConfig.from_pretrained(Path(model))
+        config = read_config(model)
     with imagined_world(world_size, rank):
         with phases.measured("make the groups"):
             mesh = setup.mesh_context
@@ -135,6 +134,7 @@ def _on_meta(config: Any) -> nn.Module:
     """Return the model of *config* on the meta device, in the dtype in which its weights are stored."""
     names = getattr(config, "architectures", None) or ()
     kind: Any = getattr(transformers, names[0], None) if names else None
-    with local_dtype(getattr(config, "dtype", None) or torch.float32), no_init_weights(), torch.device("meta"):
+    dtype = getattr(config, "dtype", None) or torch.float32
+    with making_a_model(config), local_dtype(dtype), no_init_weights(), torch.device("meta"):
         made: nn.Module = transformers.AutoModelForCausalLM.from_config(config) if kind is None else kind(config)
         return made

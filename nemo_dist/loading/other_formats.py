@@ -29,7 +29,16 @@ _FORMATS = (
         name="a distributed checkpoint of transformers",
         signs=("shard-*-model-*-of-*.safetensors", "model/shard-*-model-*-of-*.safetensors"),
         way="make a model folder of it with transformers.distributed.consolidate_distributed_checkpoint(folder, out), "
-        "in one process, and load that with from_pretrained",
+        "in one process, copy the model's config.json and tokenizer to out, and load that with from_pretrained",
+    ),
+    Format(
+        name="a checkpoint of torch.distributed.checkpoint (DCP)",
+        signs=(".metadata", "*/.metadata"),  # first: a Trainer or accelerate that shards keeps these in its folder
+        way="torch.distributed.checkpoint.format_utils.dcp_to_torch_save(folder, file), with the folder that has "
+        ".metadata, in one process makes a file of it (it unpickles: trust who wrote it); give the model's part of it "
+        "to load_state_dict of a plain transformers model, call save_pretrained, and load that with from_pretrained. "
+        "To keep the optimizer, load the folder with get_state_dict, dcp.load and set_state_dict into runtime.model "
+        "and runtime.optimizer(...), and call runtime.save",
     ),
     Format(
         name="a checkpoint of accelerate",
@@ -43,14 +52,6 @@ _FORMATS = (
         signs=("trainer_state.json",),
         way="load the weights with from_pretrained(folder); optimizer.load_state_dict(torch.load(folder/optimizer.pt, "
         "weights_only=True)) takes the state of the optimizer, given the same groups of parameters",
-    ),
-    Format(
-        name="a checkpoint of torch.distributed.checkpoint (DCP)",
-        signs=(".metadata", "*/.metadata"),
-        way="torch.distributed.checkpoint.format_utils.dcp_to_torch_save(folder, file) in one process makes a file of "
-        "it (it unpickles: trust who wrote it); give the model's part of that to load_state_dict of a plain "
-        "transformers model, call save_pretrained, and load that with from_pretrained. To keep the optimizer, load the "
-        "folder with get_state_dict and set_state_dict into a run of the topology that saved it, and call runtime.save",
     ),
     Format(
         name="the folder of a model",

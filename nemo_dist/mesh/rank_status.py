@@ -132,7 +132,7 @@ def tell_uncaught() -> None:
     before = sys.excepthook
 
     def tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if isinstance(error, Exception) and dist.is_initialized() and dist.get_world_size() > 1:
+        if dist.is_initialized() and dist.get_world_size() > 1:
             _say(error)
         before(kind, error, trace)
 
@@ -153,7 +153,7 @@ def _raise_explained(error: Exception) -> NoReturn:
     raise error
 
 
-def _say(error: Exception) -> None:
+def _say(error: BaseException) -> None:
     """Write the failure of this rank, unless it has said one; the store may be gone with its rank."""
     if _status.slot:
         return

@@ -207,6 +207,27 @@ def refuse_differences(occasion: str, answers: Sequence[Mapping[str, str]]) -> N
     _refuse(occasion, differences(answers))
 
 
+def refuse_unequal(
+    occasion: str, shares: Sequence[tuple[Sequence[range], Mapping[str, Mapping[str, Any]]]], most: int = 5
+) -> None:
+    """Raise RankError where ranks that have a thing of one name give it different options; not all have all things.
+
+    *shares*: ranks that say the same (see ``RankGroup.distinct``), and the options by name. At most *most* are listed.
+    """
+    lines: list[str] = []
+    for name in dict.fromkeys(name for _, things in shares for name in things):
+        having = [(ranks, things[name]) for ranks, things in shares if name in things]
+        if any(options != having[0][1] for _, options in having):
+            for key in sorted({key for _, options in having for key in options}):
+                told = {rank: _text(options.get(key)) for ranks, options in having for one in ranks for rank in one}
+                lines += _odd(f"{key} of {name}", told)
+    _refuse(occasion, [*lines[:most], f"and {len(lines) - most} more"] if len(lines) > most else lines)
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else brief(value)
+
+
 def _refuse(occasion: str, differing: Sequence[str]) -> None:
     if differing:
         raise RankError(f"the ranks disagree about {occasion}:\n" + "\n".join(f"- {line}" for line in differing))
@@ -218,17 +239,21 @@ def differences(answers: Sequence[Mapping[str, str]]) -> list[str]:
         return []
     lines = []
     for name in sorted({name for answer in answers for name in answer}):
-        values = [answer.get(name, "(absent)") for answer in answers]
-        usual = Counter(values).most_common(1)[0][0]
-        others: dict[str, list[int]] = {}
-        for rank, value in enumerate(values):
-            if value != usual:
-                others.setdefault(value, []).append(rank)
-        lines += [
-            f"{name} is {value} on rank {', '.join(map(str, ranks))}, but {usual} on the others"
-            for value, ranks in others.items()
-        ]
+        lines += _odd(name, {rank: answer.get(name, "(absent)") for rank, answer in enumerate(answers)})
     return lines
+
+
+def _odd(name: str, values: Mapping[int, str]) -> list[str]:
+    """Return a line for every value of the field *name*, by rank, that is not the usual one."""
+    usual = Counter(values.values()).most_common(1)[0][0]
+    others: dict[str, list[int]] = {}
+    for rank, value in values.items():
+        if value != usual:
+            others.setdefault(value, []).append(rank)
+    return [
+        f"{name} is {value} on rank {', '.join(map(str, ranks))}, but {usual} on the others"
+        for value, ranks in others.items()
+    ]
 
 
 def report(occasion: str, failure: BaseException | None, ranks: Sequence[int] | None = None) -> None:

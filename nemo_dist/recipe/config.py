@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import attrs
-import yaml
 
 from nemo_dist.errors import TopologyError, UnknownNameError
 from nemo_dist.planning.validation import integer, near, shown
 from nemo_dist.setup.setup import DistributedSetup
-from nemo_dist.setup.yaml_section import read_recipe
+from nemo_dist.setup.yaml_section import read_recipe, read_value
 
 ANSWERS, ALL = "answers", "all"
+_AUTO = "auto"
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
 _EXPONENT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")  # a number to people; YAML 1.1 reads text: 1e-4
 
 
@@ -58,8 +59,8 @@ def _field(default: Any, validator: Any) -> Any:
 class ModelSection:
     """Which causal language model: the ``path`` of a folder or its name on the hub, or the ``config`` of a new one.
 
-    ``dtype`` is that of the stored parameters. ``tokenizer``: a folder or name on the hub, by default ``path``, or
-    "bytes" for a token per byte.
+    ``dtype`` is that of the stored parameters, "auto" the one of the files at ``path``. ``tokenizer``: a folder or name
+    on the hub, by default ``path``, or "bytes" for a token per byte.
     ``peft``: the fields of a config of PEFT, with ``peft_type``, to train adapters. ``options`` go to the loader.
     """
 
@@ -76,6 +77,10 @@ class ModelSection:
     def __attrs_post_init__(self) -> None:
         if (self.path is None) == (self.config is None):
             raise ValueError("model needs one of path (a folder, or a name on the hub) and config (of a new model)")
+        known = (*_DTYPES, _AUTO) if self.config is None else _DTYPES
+        if self.dtype not in known:
+            hint = near(self.dtype, known)
+            raise ValueError(f"model.dtype must be one of {', '.join(known)} (got {shown(self.dtype)}){hint}")
         if self.config is not None and not isinstance(self.config.get("model_type"), str):
             raise ValueError("model.config needs a model_type, 'llama' for one")
         if self.config is not None and self.tokenizer is None:
@@ -104,7 +109,7 @@ class DataSection:
     def __attrs_post_init__(self) -> None:
         if self.train_on not in (ANSWERS, ALL):
             hint = near(self.train_on, (ANSWERS, ALL))
-            raise ValueError(f"data.train_on must be '{ANSWERS}' or '{ALL}' (got {self.train_on!r}){hint}")
+            raise ValueError(f"data.train_on must be '{ANSWERS}' or '{ALL}' (got {shown(self.train_on)}){hint}")
 
 
 @attrs.frozen(kw_only=True)
@@ -269,7 +274,8 @@ class Recipe:
             raise UnknownNameError("\n".join([*unknown, *problems]))
         if problems:
             raise TopologyError(problems)
-        return cls(**made, distributed=sections.get("distributed") or {}, given=dict(sections))
+        given = sections.get("distributed")
+        return cls(**made, distributed={} if given is None else given, given=dict(sections))
 
     @classmethod
     def from_json(cls, text: str) -> Recipe:
@@ -350,14 +356,11 @@ def _change(sections: dict[str, Any], change: str) -> None:
     path, sign, text = change.partition("=")
     *outer, key = path.strip().split(".")
     if not sign or not key:
-        raise ValueError(f"a change is section.key=value (got {change!r})")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"the value of {change!r} is not YAML: {error}") from None
+        raise ValueError(f"a change is section.key=value (got {shown(change)})")
+    value = read_value(text, f"the value of {shown(change)}")
     within: Any = sections
     for name in outer:
         if not isinstance(within.setdefault(name, {}), dict):
-            raise ValueError(f"{change!r} goes into {name!r}, which is no section")
+            raise ValueError(f"{shown(change)} goes into {shown(name)}, which is no section")
         within = within[name]
     within[key] = value

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from nemo_dist.hf_model import IGNORED
+from nemo_dist.models.meta_model import making_a_model
 from nemo_dist.recipe.config import DataSection, Recipe
 from nemo_dist.recipe.job import judge, steps_of
 from nemo_dist.recipe.model import config_of
@@ -20,8 +21,9 @@ def described(recipe: Recipe, setup: DistributedSetup) -> str:
     judge(recipe)
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config_of(recipe.model))
+    config = config_of(recipe.model)
+    with making_a_model(config), torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config)
     tokenizer = tokenizer_of(recipe.model, recipe.data)
     plan = setup.explain(model, recipe.rows_of_batch(setup), recipe.data.length)
     return "\n".join([plan, "", *_lines(recipe, setup, model, tokenizer)])

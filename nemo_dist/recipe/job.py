@@ -63,6 +63,8 @@ def judge(recipe: Recipe) -> None:
     judge_schedule(recipe.scheduler)
     judge_logging(recipe.logging)
     adapter_config(recipe.model)
+    if recipe.model.config is not None:
+        config_of(recipe.model)
 
 
 def stream_of(recipe: Recipe, setup: DistributedSetup, tokenizer: Any, data: DataSection) -> RowStream:

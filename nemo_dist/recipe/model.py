@@ -9,7 +9,8 @@ import torch
 
 from nemo_dist.errors import UnknownNameError
 from nemo_dist.models.auto_model import NeMoAutoModelForCausalLM
-from nemo_dist.planning.validation import near
+from nemo_dist.models.meta_model import in_one_line, read_config
+from nemo_dist.planning.validation import near, shown
 from nemo_dist.recipe.config import ModelSection
 from nemo_dist.setup.setup import DistributedSetup
 from nemo_dist.training.peft_adapters import refuse_copies
@@ -34,9 +35,12 @@ def config_of(section: ModelSection) -> Any:
     from transformers import AutoConfig
 
     if section.config is None:
-        return AutoConfig.from_pretrained(str(section.path))
+        return read_config(str(section.path))
     fields = dict(section.config)
-    return AutoConfig.for_model(fields.pop("model_type"), **fields)
+    try:
+        return AutoConfig.for_model(fields.pop("model_type"), **fields)
+    except Exception as error:  # a class checks its fields in its own way
+        raise ValueError(f"model.config is refused by transformers: {in_one_line(error)}") from error
 
 
 def adapter_config(section: ModelSection) -> Any:
@@ -52,15 +56,17 @@ def adapter_config(section: ModelSection) -> Any:
         raise ValueError("model.peft needs PEFT, which is not installed; pip install peft") from None
     known = {kind.value: made for kind, made in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     given = {name: value for name, value in section.peft.items() if name != "peft_type"}
-    name = str(section.peft.get("peft_type")).upper()
+    asked = section.peft.get("peft_type")
+    name = str(asked).upper()
     if name not in known:
-        raise UnknownNameError(
-            f"model.peft.peft_type {section.peft.get('peft_type')!r} is no kind of adapters of PEFT{near(name, known)}"
-        )
+        raise UnknownNameError(f"model.peft.peft_type {shown(asked)} is no kind of adapters of PEFT{near(name, known)}")
     fields = [field.name for field in dataclasses.fields(known[name])]
-    unknown = [f"model.peft has an unknown key {key!r}{near(key, fields)}" for key in given if key not in fields]
+    unknown = [f"model.peft has an unknown key {shown(key)}{near(key, fields)}" for key in given if key not in fields]
     if unknown:
         raise UnknownNameError("; ".join(unknown) + f"; valid keys: {', '.join(fields)}")
-    config = known[name](**{"task_type": "CAUSAL_LM", **given})
+    try:
+        config = known[name](**{"task_type": "CAUSAL_LM", **given})
+    except Exception as error:  # as above
+        raise ValueError(f"model.peft is refused by PEFT: {in_one_line(error)}") from error
     refuse_copies(config)
     return config

@@ -10,7 +10,7 @@ import torch
 from torch.optim import Optimizer
 
 from nemo_dist.errors import UnknownNameError
-from nemo_dist.planning.validation import near
+from nemo_dist.planning.validation import near, shown
 from nemo_dist.recipe.config import OptimizerSection, SchedulerSection
 from nemo_dist.training.runtime import Runtime
 
@@ -24,7 +24,7 @@ def optimizer_type(section: OptimizerSection) -> type[Optimizer]:
     }
     if section.type not in known:
         raise UnknownNameError(
-            f"optimizer.type {section.type!r} is no class of torch.optim{near(section.type, known)}; known: "
+            f"optimizer.type {shown(section.type)} is no class of torch.optim{near(section.type, known)}; known: "
             f"{', '.join(sorted(known))}"
         )
     kind = known[section.type]
@@ -47,7 +47,7 @@ def judge_schedule(section: SchedulerSection) -> None:
         known.pop(name, None)
     if section.type not in known:
         raise UnknownNameError(
-            f"scheduler.type {section.type!r} is no schedule of the recipe{near(section.type, known)}; known: "
+            f"scheduler.type {shown(section.type)} is no schedule of the recipe{near(section.type, known)}; known: "
             f"{', '.join(sorted(known))}"
         )
     given = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")
@@ -67,6 +67,6 @@ def make_schedule(section: SchedulerSection, optimizer: Any, steps: int) -> Any:
 
 
 def _refuse_unknown(where: str, options: Iterable[str], valid: list[str]) -> None:
-    unknown = [f"{where} has an unknown key {name!r}{near(name, valid)}" for name in options if name not in valid]
+    unknown = [f"{where} has an unknown key {shown(name)}{near(name, valid)}" for name in options if name not in valid]
     if unknown:
         raise UnknownNameError("; ".join(unknown) + f"; valid keys: {', '.join(valid)}")

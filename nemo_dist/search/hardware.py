@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import attrs
-import yaml
 
 from nemo_dist.errors import UnknownNameError
 from nemo_dist.planning.mesh_plan import MeshPlan
-from nemo_dist.planning.validation import near, shown
+from nemo_dist.planning.validation import integer, near, shown
 from nemo_dist.plugin.options import from_mapping
+from nemo_dist.setup.yaml_section import read_recipe
 
 FILE = Path(__file__).with_name("hardware.yaml")
 _UNITS: dict[str, int] = {"": 1, "b": 1} | {
@@ -33,10 +34,22 @@ def parse_bytes(text: Any, what: str = "memory") -> int:
         raise ValueError(
             f"{what} must be a number with a unit, as 80GiB (got {shown(text)}){hint}; units: {', '.join(_SPELLED)}"
         )
-    amount = round(float(found[1]) * _UNITS[found[2].lower()])
-    if amount < 1:
-        raise ValueError(f"{what} must be more than nothing (got {shown(text)})")
-    return amount
+    amount = float(found[1]) * _UNITS[found[2].lower()]
+    if not 1 <= amount < math.inf:
+        raise ValueError(f"{what} must be more than nothing, and less than everything (got {shown(text)})")
+    return round(amount)
+
+
+def _above_0(_: object, field: attrs.Attribute[Any], value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(f"{field.name} must be a number above 0 (got {shown(value)})")
+
+
+def _rates(_: object, field: attrs.Attribute[Any], value: object) -> None:
+    if not isinstance(value, Mapping) or not value:
+        raise ValueError(f"{field.name} must map names of dtypes to numbers (got {shown(value)})")
+    for number in value.values():
+        _above_0(_, field, number)
 
 
 @attrs.frozen(kw_only=True)
@@ -44,17 +57,17 @@ class Hardware:
     """One kind of device in nodes; the file ``hardware.yaml`` says what each number is, and its unit."""
 
     name: str = ""
-    flops: Mapping[str, float]
-    compute_efficiency: float
+    flops: Mapping[str, float] = attrs.field(validator=_rates)
+    compute_efficiency: float = attrs.field(validator=_above_0)
     memory: int = attrs.field(converter=parse_bytes)
-    memory_bandwidth: float
-    memory_efficiency: float
-    node: int
-    inside: float
-    between: float
-    network_efficiency: float
-    latency_inside: float
-    latency_between: float
+    memory_bandwidth: float = attrs.field(validator=_above_0)
+    memory_efficiency: float = attrs.field(validator=_above_0)
+    node: int = attrs.field(validator=lambda self, field, value: integer(field.name, value))
+    inside: float = attrs.field(validator=_above_0)
+    between: float = attrs.field(validator=_above_0)
+    network_efficiency: float = attrs.field(validator=_above_0)
+    latency_inside: float = attrs.field(validator=_above_0)
+    latency_between: float = attrs.field(validator=_above_0)
 
     @classmethod
     def named(cls, name: str) -> Hardware:
@@ -64,12 +77,16 @@ class Hardware:
         """
         path, _, own = name.rpartition(":")
         file = Path(path) if path else FILE
-        found = yaml.safe_load(file.read_text())
-        if not isinstance(found, dict) or not found:
-            raise ValueError(f"{file} must map names of hardware to numbers; see {FILE}")
+        found = read_recipe(file)
         if own not in found:
             raise UnknownNameError(f"unknown hardware {shown(own)}{near(own, found)} (known: {', '.join(found)})")
-        return from_mapping(cls, {**found[own], "name": own}, f"hardware {own!r}")
+        what = f"hardware {shown(own)}"
+        if not isinstance(found[own], dict):
+            raise ValueError(f"{what} of {file} must map names to numbers (got {shown(found[own])}); see {FILE}")
+        try:
+            return from_mapping(cls, {**found[own], "name": own}, what)
+        except TypeError as error:  # a number that is missing
+            raise ValueError(f"{what} of {file}: {error}; see {FILE}") from error
 
     def matrix_flops(self, dtype: str | None) -> float:
         """Return the FLOP/s that matrix products reach in *dtype*."""

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Mapping
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import attrs
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig
 
 from nemo_dist import hf_model
-from nemo_dist.planning.validation import near, shown
+from nemo_dist.models.meta_model import making_a_model
 from nemo_dist.plugin.mixed_precision import dtype_name
 
 _LAYERS = "num_hidden_layers"
@@ -28,29 +25,11 @@ _AUTO: tuple[tuple[Any, Any], ...] = (
 Kind = tuple[Any, ...]  # what blocks that hold and compute the same have in common
 
 
-def read_config(name: str | os.PathLike[str]) -> Any:
-    """Return the config in a folder, in a file, or under a name on the hub.
-
-    Raises ValueError when there is none, with the nearest name beside a path that does not exist.
-    """
-    path = Path(name)
-    try:
-        return AutoConfig.from_pretrained(os.fspath(name))
-    except (OSError, ValueError, KeyError) as error:
-        beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() and not path.exists() else []
-        hint = near(path.name, beside)
-        why = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"no model config at {shown(os.fspath(name))}{hint}; name a folder with a config.json, such a file, or a "
-            f"model of the hub ({why})"
-        ) from error
-
-
 def on_meta(config: Any, dtype: str) -> Any:
     """Return the model of *config* on the meta device, with parameters of *dtype*."""
     for mapping, auto in _AUTO:
         if type(config) in mapping:
-            with torch.device("meta"):
+            with making_a_model(config), torch.device("meta"):
                 return auto.from_config(copy.deepcopy(config), dtype=getattr(torch, dtype))
     raise ValueError(
         f"{type(config).__name__} is of no language model, whose steps can be estimated; known are the models of "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 
@@ -36,6 +37,8 @@ class Question:
     def __attrs_post_init__(self) -> None:
         integer("batch", self.batch)
         integer("seq", self.length)
+        if not 1 <= self.imbalance < math.inf:
+            raise ValueError(f"imbalance must be a number from 1 up (got {self.imbalance})")
 
     @property
     def usable(self) -> int:

@@ -192,11 +192,15 @@ class DistributedSetup(Composition):
 
         Ranks that read different batches get different seeds, and ranks that share a batch the same one, whatever the
         topology; those of the first batch get *seed* itself, as one process does. Before ``from_config`` it fixes the
-        weights too. Call it on every rank; it communicates only to create the mesh, on first use.
+        weights too. Call it on every rank. Raises RankError when ranks give other seeds.
         """
+        from nemo_dist.mesh.rank_group import RankGroup
+        from nemo_dist.mesh.store_consensus import compare
         from nemo_dist.training.seed import seed_rank
 
-        seed_rank(self.mesh_context, seed)
+        mesh = self.mesh_context
+        compare("the seed", {"seed": shown(seed)}, RankGroup.of(mesh).ranks)
+        seed_rank(mesh, seed)
 
     @property
     def own_mesh(self) -> DeviceMesh | None:

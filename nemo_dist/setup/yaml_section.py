@@ -57,6 +57,13 @@ def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
     return content
 
 
+def read_value(text: str, where: str) -> Any:
+    """Return the YAML *text* as a plain value; errors as for ``read_yaml``, which call the text *where*."""
+    values = _Values(where, "in it")
+    root = values.composed(text.encode(errors="replace"))
+    return None if root is None else values.of(root)
+
+
 class _Loader(yaml.SafeLoader):
     """Parses into nodes, up to a depth, so that nesting ends in one error."""
 
@@ -96,6 +103,10 @@ class _Values:
                 content = stream.read(_LARGEST + 1)
         except ValueError:  # a NUL, or a letter that no file system has
             self.fail("is no path")
+        return self.composed(content)
+
+    def composed(self, content: bytes) -> yaml.Node | None:
+        """Return the root node of YAML, None for an empty one."""
         if len(content) > _LARGEST:
             self.fail(f"is larger than {_LARGEST} bytes, which no configuration is")
         try:

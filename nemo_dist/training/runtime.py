@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,7 +27,7 @@ from nemo_dist.errors import PluginError, RankError
 from nemo_dist.hf_model import inner_model, name_root
 from nemo_dist.mesh.mesh_context import MeshContext
 from nemo_dist.mesh.rank_status import default_store, explained, step
-from nemo_dist.mesh.store_consensus import compare
+from nemo_dist.mesh.store_consensus import compare, refuse_unequal
 from nemo_dist.mesh.whereabouts import Progress
 from nemo_dist.planning.mesh_plan import Role
 from nemo_dist.plugin.hookspecs import Batch, RuntimePart
@@ -165,7 +166,7 @@ class Runtime:
         passed to *optimizer_type*.
 
         Raises ValueError on all ranks for an optimizer that does not step sharded parameters as one process steps whole
-        ones, and RankError when ranks pass another type or other options; all ranks must call this.
+        ones, and RankError when ranks pass another type, other options or other groups; all ranks must call this.
         """
         told = {"type": f"{optimizer_type.__module__}.{optimizer_type.__qualname__}"}
         compare(
@@ -174,6 +175,7 @@ class Runtime:
         if params is None:
             params = [parameter for _, parameter in self.named_parameters() if parameter.requires_grad]
         groups = one_mesh_per_group(self._shards_of(params))
+        self._compare_groups(groups)
         warn_of_lost_updates(groups)
         refuse_what_mixes_elements(optimizer_type, groups, options, self.mesh)
         optimizer = optimizer_type(groups, **options)
@@ -186,6 +188,24 @@ class Runtime:
             watch_steps(optimizer, by, keeps_state(optimizer_type, options))
         droppers = [part.zero_grad for part in self._parts if part.zero_grad is not None]
         return _dropping_gradients_of(optimizer, droppers) if droppers else optimizer
+
+    def _compare_groups(self, groups: Iterable[Mapping[str, Any]]) -> None:
+        """Raise RankError where ranks that have a parameter put it into unlike groups, or only some of them into one.
+
+        Ranks of other stages have other parameters.
+        """
+        chosen = {
+            id(parameter): {"a step": "taken"} | {key: _plain(value) for key, value in group.items() if key != "params"}
+            for group in groups
+            for parameter in group["params"]
+        }
+
+        def told() -> str:
+            named = self.named_parameters()
+            return json.dumps({name: chosen.get(id(one), {"a step": "left out"}) for name, one in named})
+
+        shares = self.sharded.ranks.distinct("making the optimizer", told)
+        refuse_unequal("the optimizer", [(ranks, json.loads(text)) for ranks, text in shares])
 
     def _shards_of(self, params: Iterable[Any]) -> list[Any]:
         """Return *params*, parameters or groups of them, with the shard in place of each that a forward gathered."""
