@@ -12,13 +12,11 @@ from nemo_dist.plugin.registry import Registry
 
 _TESTS = """
 from nemo_dist.testing import PluginConformance
-from nemo_dist.testing.selecting import smallest
 
 
 class Test(PluginConformance):
     plugin = {name!r}
     specimen = {model!r}
-    build = smallest({name!r})
 """
 
 

@@ -35,14 +35,7 @@ from nemo_dist.plugin.registry import Registry
 from nemo_dist.setup.setup import DistributedSetup
 from nemo_dist.testing import conformance_runs as runs
 from nemo_dist.testing import laws, strategies
-from nemo_dist.testing.conformance_cases import (
-    MODEL_AXES,
-    Case,
-    composed_cases,
-    default_strategy,
-    in_float32,
-    usual_build,
-)
+from nemo_dist.testing.conformance_cases import Case, composed_cases
 from nemo_dist.testing.conformance_runs import Stretch
 from nemo_dist.testing.diagnosis import hints
 from nemo_dist.testing.equivalence import (
@@ -57,6 +50,8 @@ from nemo_dist.testing.equivalence import (
     tensor_differences,
     train_on_rank,
 )
+from nemo_dist.testing.precision import in_float32
+from nemo_dist.testing.selecting import MODEL_AXES, default_strategy, smallest
 from nemo_dist.testing.temp_folders import scratch
 from nemo_dist.testing.tensors import saved_weights
 
@@ -68,10 +63,9 @@ class PluginConformance:
     """The conformance tests: subclass it in a test module and set ``plugin`` to the plugin's registered name.
 
     ``build`` are the keywords of ``DistributedSetup.build`` that select the plugin on ``world`` ranks, with all
-    computation in float32; by default the plugin, with axes of its own of 2 ranks, and for a plugin beside a strategy
-    the default strategy, or else one that it composes with. ``specimen`` names the model of
-    ``nemo_dist.testing.tiny_models`` to train. ``bound``: for a plugin with ``exact = False``, the relative error that
-    it keeps. ``frozen``: prefixes of parameters that the plugin itself freezes.
+    computation in float32; by default those of ``nemo_dist.testing.selecting.smallest``. ``specimen`` names the model
+    of ``nemo_dist.testing.tiny_models`` to train. ``bound``: for a plugin with ``exact = False``, the relative error
+    that it keeps. ``frozen``: prefixes of parameters that the plugin itself freezes.
     """
 
     plugin: ClassVar[str]
@@ -88,7 +82,7 @@ class PluginConformance:
 
     def selecting(self) -> dict[str, Any]:
         """Return the keywords of ``build`` that select the plugin."""
-        return dict(usual_build(self.plugin_type) if self.build is None else self.build)
+        return dict(smallest(self.plugin) if self.build is None else self.build)
 
     def instance(self) -> Any:
         """Return the plugin with the options that ``selecting`` gives it."""
