@@ -112,6 +112,7 @@ class _Collected:
 
     own: Mapping[str, Tensor] = attrs.field(factory=dict)
     layers: dict[str, Mapping[str, Tensor]] = attrs.field(factory=dict)
+    tensors_of_rank: dict[str, Tensor] = attrs.field(factory=dict)  # those in of_rank, by their names there
     of_rank: dict[str, Any] = attrs.field(factory=dict)
     of_parameters: dict[str, Any] = attrs.field(factory=dict)
     dp_rank: int = 0
@@ -171,7 +172,8 @@ class _Collected:
                     )
                 self.layers[f"{PLUGIN}{name}.{kind}/"] = tensors
             shared[name] = to_json(state.shared() if state.shared else None, f"the state of plugin {name!r}")
-            own[name] = to_json(state.own() if state.own else None, f"the state of plugin {name!r}")
+            values = state.own() if state.own else None
+            own[name] = to_json(values, f"the state of plugin {name!r}", apart=self.tensors_of_rank)
         for name in sharded.differing:
             if name not in sharded.states or sharded.states[name].own is None:
                 raise CheckpointError(
@@ -301,7 +303,7 @@ class _Work:
         found: _Collected,
         check_finite: bool,
     ) -> _Work:
-        mine = pieces_of(state, plan)
+        mine = {**pieces_of(state, plan), **found.tensors_of_rank}
         checked = found.weights if check_finite else frozenset()
         return cls(
             ranks=sharded.ranks,
