@@ -5,9 +5,9 @@ from pathlib import Path
 
 import attrs
 
-from nemo_dist import Plugin, PluginState, RuntimePart, SavedState
+from nemo_dist import Plugin, PluginState, RuntimePart, SavedState, hookimpl
 from nemo_dist.plugin import contract, protocol
-from nemo_dist.plugin.hook_caller import HOOKS, arguments_of
+from nemo_dist.plugin.hook_caller import HOOKS, acts, arguments_of
 from nemo_dist.plugin.registry import OFF
 
 PAGE = (Path(__file__).parents[1] / "docs" / "hooks.md").read_text()
@@ -30,6 +30,14 @@ def test_every_hook_is_there_with_its_arguments_and_what_it_must_not_do():
     assert {name: arguments.split(", ") for name, arguments, _ in heads} == {name: arguments_of(name) for name in HOOKS}
     for name, _, text in heads:
         assert re.findall(r"\*\*(.*?):\*\*", text) == ["When", "Returns", "Must not"], name
+
+
+def test_hooks_of_planning_alone_do_not_act_on_a_run():
+    planning = re.findall(r"^### `(\w+)\(", section("Hooks of planning"), flags=re.M)
+
+    for name in HOOKS:
+        only = type("Only", (), {name: hookimpl(lambda self: None)})
+        assert acts(only) is (name not in planning), name
 
 
 def test_every_attribute_of_the_class_is_there_with_what_it_is_without():

@@ -9,7 +9,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from cases import slow
+from cases import cases, slow
 
 EXAMPLES = sorted(path.parent for path in (Path(__file__).parents[1] / "examples").glob("*/pyproject.toml"))
 NAMES = [example.name.removeprefix("nemo-dist-") for example in EXAMPLES]
@@ -72,12 +72,11 @@ def test_the_catalogue_lists_the_examples(installed):
     assert rows["diloco"]["options"][0] == {"name": "inner_steps", "type": "int", "default": 8}
 
 
-# In one process, as each starts ranks of its own: torch and transformers are imported once for all.
-@pytest.mark.parametrize("examples", [("averaging",), slow(tuple(NAMES))], ids=["one", "all"])
-def test_the_tests_of_the_examples_pass(installed, examples, tmp_path):
-    source = Path(installed["TMPDIR"]).parent / "source"
-    folders = [str(source / f"nemo-dist-{name}" / "tests") for name in examples]
-    result = run(installed, "-m", "pytest", "-q", "-p", "no:cacheprovider", *folders, cwd=tmp_path, timeout=900)
+@cases(("example", "word"), [("averaging", "one_process"), *(slow(name, "") for name in NAMES)])
+def test_the_tests_of_the_examples_pass(installed, example, word, tmp_path):
+    tests = Path(installed["TMPDIR"]).parent / "source" / f"nemo-dist-{example}" / "tests"
+    command = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", word, str(tests))
+    result = run(installed, *command, cwd=tmp_path, timeout=900)
     assert result.returncode == 0, result.stdout[-5000:]
     assert "passed" in result.stdout and "failed" not in result.stdout
 
@@ -99,6 +98,7 @@ def test_an_example_trains_in_the_demo(installed, name, tmp_path):
 
 @pytest.mark.slow
 def test_the_kit_runs_on_an_installed_plugin(installed, tmp_path):
-    result = run(installed, "-m", "nemo_dist.cli", "plugins", "check", "rows", cwd=tmp_path)
-    assert result.returncode == 0, result.stdout[-5000:]
-    assert "test_it_computes_what_one_process_computes PASSED" in result.stdout
+    for law, passed in (("one_process", 2), ("resumes", 1)):
+        result = run(installed, "-m", "nemo_dist.cli", "plugins", "check", "rows", "--law", law, cwd=tmp_path)
+        assert result.returncode == 0, result.stdout[-5000:]
+        assert result.stdout.count(" PASSED") == passed

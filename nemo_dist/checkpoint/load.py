@@ -309,10 +309,11 @@ def _plugin_states(sharded: ShardedModel, manifest: Manifest) -> dict[str, Saved
         here, there = ("the run", "the checkpoint") if name in sharded.states else ("the checkpoint", "the run")
         warnings.warn(f"{here} has state of plugin {name!r}, and {there} has not: it is left out", stacklevel=3)
     same, found, problems = _same_topology(sharded, manifest), {}, []
-    for name in [name for name in sharded.states if name in saved]:
+    names = [name for name in sharded.states if name in saved]
+    of_rank = manifest.of_rank(sharded.ranks.rank, tensors=True)["plugin_states"] if same and names else {}
+    for name in names:
         with manifest.readable():
-            own = manifest.of_rank(sharded.ranks.rank)["plugin_states"][name] if same else None
-            found[name] = SavedState(shared=from_json(saved[name]), own=from_json(own))
+            found[name] = SavedState(shared=from_json(saved[name]), own=from_json(of_rank.get(name)))
         state = sharded.states[name]
         if state.accepts is not None:
             problem = state.accepts(found[name])

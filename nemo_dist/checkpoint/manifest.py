@@ -20,6 +20,7 @@ import attrs
 from safetensors import SafetensorError, safe_open
 
 from nemo_dist.checkpoint import stored_tensor
+from nemo_dist.checkpoint.json_state import with_tensors
 from nemo_dist.checkpoint.layout import Chunk
 from nemo_dist.checkpoint.safetensors_writer import DTYPE_OF, DTYPES
 from nemo_dist.checkpoint.stored_tensor import Stored, key
@@ -199,16 +200,18 @@ class Manifest:
             return None
         return "equal" if all(state == states[0] for state in states) else "each"
 
-    def of_rank(self, index: int) -> Mapping[str, Any]:
+    def of_rank(self, index: int, tensors: bool = False) -> Mapping[str, Any]:
         """Return what rank *index* saved of its own: "generators", "data" and "plugin_states", as JSON.
 
-        Raises CheckpointError where its file does not have them.
+        With *tensors*, read those of plugins, too; without, their names stand in their places. Raises CheckpointError
+        where its file does not have them.
         """
         if self._lists_ranks:
             return self.about["ranks"][index]  # type: ignore[no-any-return]
         path = self.folder / self.files[index]["name"]
-        with _readable(path), open_file(path, "np") as stored:
-            own = json.loads(stored.get_tensor(OF_RANK).tobytes())
+        with _readable(path), open_file(path) as stored:
+            text = stored.get_tensor(OF_RANK).numpy().tobytes()
+            own = with_tensors(text, stored.get_tensor) if tensors else json.loads(text)
             self._check_rank(own)
         return own  # type: ignore[no-any-return]
 

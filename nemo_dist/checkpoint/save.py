@@ -154,6 +154,7 @@ class Collected:
 
     own: Mapping[str, Tensor] = attrs.field(factory=dict)
     layers: dict[str, Mapping[str, Tensor]] = attrs.field(factory=dict)
+    tensors_of_rank: dict[str, Tensor] = attrs.field(factory=dict)  # those in of_rank, by their names there
     of_rank: dict[str, Any] = attrs.field(factory=dict)
     of_parameters: str = "{}"
     dp_rank: int = 0
@@ -216,7 +217,8 @@ class Collected:
                     )
                 self.layers[f"{PLUGIN}{name}.{kind}/"] = tensors
             shared[name] = to_json(state.shared() if state.shared else None, f"the state of plugin {name!r}")
-            own[name] = to_json(state.own() if state.own else None, f"the state of plugin {name!r}")
+            values = state.own() if state.own else None
+            own[name] = to_json(values, f"the state of plugin {name!r}", apart=self.tensors_of_rank)
         for name in sharded.differing:
             if name not in sharded.states or sharded.states[name].own is None:
                 raise CheckpointError(
@@ -339,7 +341,7 @@ class Work:
         check_finite: bool,
     ) -> Work:
         """Return the work for *plan* of *state*; ``about`` as above, the rest from *found*."""
-        mine = pieces_of(state, plan)
+        mine = {**pieces_of(state, plan), **found.tensors_of_rank}
         checked = found.weights if check_finite else ()
         return cls(
             ranks=sharded.ranks,

@@ -145,10 +145,16 @@ def list_plugins(context: typer.Context, as_json: Json = False) -> None:
         _show(plugins_table(rows))
 
 
-@plugins.command("check", epilog=_examples("plugins check averaging", "plugins check moe --model qwen3-moe"))
+@plugins.command(
+    "check", epilog=_examples("plugins check averaging", "plugins check moe --model qwen3-moe --law resumes")
+)
 def check_plugin(
     name: Annotated[str, typer.Argument(help="An installed plugin.", show_default=False)],
     model: Annotated[str, typer.Option(help="A tiny model of nemo_dist.testing.tiny_models.")] = "llama",
+    law: Annotated[str, typer.Option(help="Only the tests of the kit with this in their names.")] = "",
+    bound: Annotated[
+        float | None, typer.Option(help="The relative error of a plugin that is inexact by design.")
+    ] = None,
 ) -> None:
     """Run the conformance kit on an installed plugin: the contract, and training on ranks of this machine's CPU.
 
@@ -157,7 +163,7 @@ def check_plugin(
     with _refusals():
         from nemo_dist.cli.plugin_check import check
 
-        code = check(name, model)
+        code = check(name, model, law, bound)
     raise typer.Exit(code)
 
 

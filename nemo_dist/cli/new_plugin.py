@@ -127,12 +127,10 @@ _TESTS = Template('''\
 """$title keeps the contract of plugins, and trains like one process."""
 
 from nemo_dist.testing import PluginConformance
-from nemo_dist.testing.selecting import smallest
 
 
 class Test$title(PluginConformance):
     plugin = "$name"
-    build = smallest("$name")  # in float32, on two ranks
 ''')
 
 

@@ -14,20 +14,20 @@ from nemo_dist.plugin.registry import Registry
 
 _TESTS = """
 from nemo_dist.testing import PluginConformance
-from nemo_dist.testing.selecting import smallest
 
 
 class Test(PluginConformance):
     plugin = {name!r}
     specimen = {model!r}
-    build = smallest({name!r})
+    bound = {bound!r}
 """
 
 
-def check(name: str, model: str) -> int:
+def check(name: str, model: str, law: str = "", bound: float | None = None) -> int:
     """Run the kit on the plugin *name* with the tiny *model*, print what pytest prints, and return its exit code.
 
-    Raises UnknownNameError or PluginError for a plugin that cannot be used, ValueError where pytest is not installed.
+    *law*: only the tests with that in their names. *bound*: of a plugin that is inexact by design. Raises
+    UnknownNameError or PluginError for a plugin that cannot be used, ValueError where pytest is not installed.
     """
     registry = Registry()
     registry.load(name)
@@ -38,6 +38,7 @@ def check(name: str, model: str) -> int:
     if model not in SPECIMENS:
         raise UnknownNameError(f"there is no tiny model {shown(model)}{near(model, SPECIMENS)}: {', '.join(SPECIMENS)}")
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "test_kit.py").write_text(_TESTS.format(name=registry.spelled(name), model=model))
+        text = _TESTS.format(name=registry.spelled(name), model=model, bound=bound)
+        (Path(folder) / "test_kit.py").write_text(text)
         command = [sys.executable, "-m", "pytest", "-v", "--no-header", "-p", "no:cacheprovider", "--rootdir", folder]
-        return subprocess.run([*command, "test_kit.py"], cwd=folder, check=False).returncode
+        return subprocess.run([*command, "-k", law, "test_kit.py"], cwd=folder, check=False).returncode

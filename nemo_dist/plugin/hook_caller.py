@@ -17,7 +17,6 @@ from nemo_dist.plugin.protocol import Plugin, declared
 from nemo_dist.plugin.results import judge_result
 
 HOOKS = tuple(name for name in vars(Hooks) if not name.startswith("_"))  # in the order of a run
-_PLANNING = frozenset({"views", "validate", "explain", "traffic", "agree"})  # hooks that change nothing
 _REVERSED = frozenset({"import_state"})
 
 
@@ -32,9 +31,12 @@ def arguments_of(hook: str) -> list[str]:
     return list(inspect.signature(getattr(Hooks, hook)).parameters)[1:]
 
 
+_ACTING = frozenset(hook for hook in HOOKS if "parts" in arguments_of(hook))  # who changes a run is given its parts
+
+
 def acts(plugin: Any) -> bool:
     """Whether *plugin* has a hook that changes the model, a step or a checkpoint."""
-    return not _PLANNING.issuperset(hooks_of(plugin))
+    return not _ACTING.isdisjoint(hooks_of(plugin))
 
 
 def _is_marked(method: Any) -> bool:

@@ -34,15 +34,9 @@ from nemo_dist.plugin.protocol import Plugin, Stage, declared
 from nemo_dist.plugin.registry import Registry
 from nemo_dist.setup.setup import DistributedSetup
 from nemo_dist.testing import conformance_runs as runs
+from nemo_dist.testing import conformance_user as user
 from nemo_dist.testing import laws, strategies
-from nemo_dist.testing.conformance_cases import (
-    MODEL_AXES,
-    Case,
-    composed_cases,
-    default_strategy,
-    in_float32,
-    usual_build,
-)
+from nemo_dist.testing.conformance_cases import Case, composed_cases
 from nemo_dist.testing.conformance_runs import Stretch
 from nemo_dist.testing.diagnosis import hints
 from nemo_dist.testing.equivalence import (
@@ -56,9 +50,13 @@ from nemo_dist.testing.equivalence import (
     reference,
     tensor_differences,
     train_on_rank,
+    trained,
 )
+from nemo_dist.testing.precision import in_float32
+from nemo_dist.testing.selecting import MODEL_AXES, default_strategy, smallest
 from nemo_dist.testing.temp_folders import scratch
 from nemo_dist.testing.tensors import saved_weights
+from nemo_dist.testing.tiny_models import SPECIMENS
 
 Ranks = Callable[[int], Any]
 _TIED = {"llama": "llama-tied"}
@@ -68,10 +66,10 @@ class PluginConformance:
     """The conformance tests: subclass it in a test module and set ``plugin`` to the plugin's registered name.
 
     ``build`` are the keywords of ``DistributedSetup.build`` that select the plugin on ``world`` ranks, with all
-    computation in float32; by default the plugin, with axes of its own of 2 ranks, and for a plugin beside a strategy
-    the default strategy, or else one that it composes with. ``specimen`` names the model of
-    ``nemo_dist.testing.tiny_models`` to train. ``bound``: for a plugin with ``exact = False``, the relative error that
-    it keeps. ``frozen``: prefixes of parameters that the plugin itself freezes.
+    computation in float32; by default those of ``nemo_dist.testing.selecting.smallest``. ``specimen`` names the model
+    of ``nemo_dist.testing.tiny_models`` to train. ``bound``: for a plugin with ``exact = False``, the relative error
+    that it keeps; or ``alone = True`` for one that is compared with itself on one rank, and not with plain
+    transformers. ``frozen``: prefixes of parameters that the plugin itself freezes.
     """
 
     plugin: ClassVar[str]
@@ -79,6 +77,7 @@ class PluginConformance:
     world: ClassVar[int] = 2
     specimen: ClassVar[str] = "llama"
     bound: ClassVar[float | None] = None
+    alone: ClassVar[bool] = False
     frozen: ClassVar[tuple[str, ...]] = ()
 
     @property
@@ -88,7 +87,7 @@ class PluginConformance:
 
     def selecting(self) -> dict[str, Any]:
         """Return the keywords of ``build`` that select the plugin."""
-        return dict(usual_build(self.plugin_type) if self.build is None else self.build)
+        return dict(smallest(self.plugin) if self.build is None else self.build)
 
     def instance(self) -> Any:
         """Return the plugin with the options that ``selecting`` gives it."""
@@ -203,6 +202,15 @@ class PluginConformance:
         said = any(line.startswith(self.plugin) for line in lines)
         laws.EXPLAINS.hold(self.plugin, [] if said else [f"the setup says {line!r}" for line in lines] or ["nothing"])
 
+    def test_it_leaves_a_model_that_it_explains_as_it_is(self) -> None:
+        """``explain`` of a model changes no weight, flag or setting of it."""
+        model = SPECIMENS[self.specimen].make(0)
+        before = _portrait(model)
+        with laws.UNCHANGED.judging(self.plugin):
+            DistributedSetup.build(**self.selecting(), world_size=self.world).explain(model)
+        after = _portrait(model)
+        laws.UNCHANGED.hold(self.plugin, [f"{what} is another one" for what in before if before[what] != after[what]])
+
     def test_a_strategy_refuses_the_axes_it_does_not_compose_with(self) -> None:
         """``build`` rejects an axis that the strategy does not declare; the error names the axis and its size."""
         if self.plugin_type.stage != Stage.DATA:
@@ -240,13 +248,39 @@ class PluginConformance:
         task = self.task()
         with laws.OWN_LOOP.judging(self.plugin):
             found = ranks(self.world).run(runs.on_rank_own_loop, task, checkpoint(task.specimen), self.selecting())
-        lines = [
-            line
-            for one in found
-            if one is not None
-            for line in tensor_differences("gradients", one[0], one[1], self._error)
+        loops = [one for one in found if one is not None]
+        lines = [line for one in loops for line in tensor_differences("gradients", one[0], one[1], self._error)]
+        first = {name: gradient for together, _ in reversed(loops) for name, gradient in together.items()}
+        lines += [
+            f"the gradient of {name} differs between ranks"
+            for together, _ in loops
+            for name, gradient in together.items()
+            if not torch.equal(gradient, first[name])
         ]
         laws.OWN_LOOP.hold(self.plugin, list(dict.fromkeys(lines)))
+
+    def test_a_second_runtime_computes_the_same_again(self, ranks: Ranks) -> None:
+        """Two runtimes of one model give equal numbers; an evaluation between them changes none."""
+        self._hold_on_ranks(laws.AGAIN, ranks, user.on_rank_again)
+
+    def test_it_leaves_what_is_the_users_alone(self, ranks: Ranks) -> None:
+        """A step changes no batch that it is given, no random generator and no mode."""
+        self._hold_on_ranks(laws.UNTOUCHED, ranks, user.on_rank_untouched)
+
+    def test_it_steps_each_group_by_its_options(self, ranks: Ranks) -> None:
+        """Groups of an optimizer keep their options, and a change of the learning rate is followed."""
+        if declared(self.instance(), "replicas_differ"):
+            return
+        task = self.task()
+        with laws.STEPS.judging(self.plugin):
+            ranked = ranks(self.world).run(user.on_rank_groups, task, checkpoint(task.specimen), self.selecting())
+        found = {name: value for one in ranked for name, value in one.items()}
+        weights = checkpoint(task.specimen)
+        if self.alone:
+            (expected,) = ranks(1).run(user.on_rank_groups, task, weights, self._on_one_rank())
+        else:
+            expected = user.plain_groups(task, weights)
+        laws.STEPS.hold(self.plugin, tensor_differences("parameters", found, expected, self._error))
 
     def test_it_composes_with_what_it_says(self, ranks: Ranks) -> None:
         """Training equals that of one process on twice the ranks, and with every axis and strategy it composes with."""
@@ -301,13 +335,15 @@ class PluginConformance:
         lines = _unequal("the weights that it saved, under the default strategy", there.before, saved.after)
         lines += _unequal("the weights of the default strategy, under it", back.before, others.after)
         error = self._error
-        for name, one in (("its own checkpoint", there), ("the checkpoint of the default strategy", back)):
+        both = [("its own checkpoint", there), ("the checkpoint of the default strategy", back)]
+        for name, one in [] if self.alone else both:  # the default strategy computes otherwise than such a plugin
             pairs = zip(one.numbers, straight.numbers[2:], strict=True)
             lines += [f"{name}: {a}, expected {b}" for a, b in pairs if not _close(a, b, error)]
             lines += tensor_differences(f"{name}, parameters", one.after, straight.after, error)
         laws.CROSSES.hold(self.plugin, lines)
-        exported = saved_weights(Path(run) / "exported")
-        laws.EXPORTS.hold(self.plugin, _unequal("the export", exported, _stored(saved.after, exported)))
+        with laws.EXPORTS.judging(self.plugin):
+            lines = self._misread(Path(run) / "exported", saved.after)
+        laws.EXPORTS.hold(self.plugin, lines)
 
     def test_it_leaves_nothing_behind(self, ranks: Ranks) -> None:
         """A closed runtime leaves no groups or threads, and plain models compute as before."""
@@ -354,11 +390,11 @@ class PluginConformance:
     @property
     def _error(self) -> float:
         """The relative error that is allowed."""
-        if declared(self.instance(), "exact"):
+        if declared(self.instance(), "exact") or self.alone:
             return TOLERANCE
         if self.bound is None:
             raise laws.BOUND.broken(
-                self.plugin, ["exact is False, and the kit has no bound"], ["bound = ... on the kit"]
+                self.plugin, ["exact is False, and the kit has no bound"], ["bound = ..., or alone = True, on the kit"]
             )
         return self.bound
 
@@ -370,15 +406,45 @@ class PluginConformance:
         with law.judging(self.plugin):
             outcomes = ranks(world).run(train_on_rank, task, checkpoint(task.specimen, task.seed), build)
             found = mean_of_replicas(outcomes) if declared(plugin, "replicas_differ") else merged(outcomes)
-        expected = reference(task)
+        expected = self._expected(ranks, task)
         lines = _different(found, expected, self._error, differ=declared(plugin, "replicas_differ"))
         told = hints(found, expected, build, world) if lines else []
         law.hold(self.plugin, [f"on {where}:", *lines] if lines else [], told)
         if law is laws.PARITY and not declared(plugin, "exact"):
-            exact = not _different(found, expected, TOLERANCE, differ=declared(plugin, "replicas_differ"))
+            exact = not _different(found, reference(task), TOLERANCE, differ=declared(plugin, "replicas_differ"))
             laws.BOUND.hold(
                 self.plugin, [f"every number is within {TOLERANCE} of that of one process"] if exact else []
             )
+
+    def _expected(self, ranks: Ranks, task: Task) -> Outcome:
+        """Return what *task* gives in one process, with the plugin where it is to be compared with itself alone."""
+        return trained(ranks(1), task, **self._on_one_rank()) if self.alone else reference(task)
+
+    def _on_one_rank(self) -> dict[str, Any]:
+        return {name: value for name, value in self.selecting().items() if name != "parallelism_sizes"}
+
+    def _misread(self, folder: Path, weights: Mapping[str, Any]) -> list[str]:
+        """Return how the export in *folder* is not what plain transformers writes of a model with these *weights*."""
+        task, plain = self.task(), checkpoint(self.specimen)
+        wanted, found = (saved_weights(one).keys() for one in (plain, folder))
+        lines = [
+            f"the export: {name} is {'missing' if name in wanted else 'too much'}" for name in sorted(wanted ^ found)
+        ]
+        model = task.load(folder)
+        lines += _unequal("the export, in transformers", dict(model.named_parameters()), weights)
+        settings, expected = (_settings(one) for one in (model, task.load(plain)))
+        changed = [name for name in {**settings, **expected} if settings.get(name) != expected.get(name)]
+        return lines + [
+            f"the exported configuration has {name} {settings.get(name)!r}, expected {expected.get(name)!r}"
+            for name in changed
+        ]
+
+    def _hold_on_ranks(self, law: laws.Law, ranks: Ranks, function: Callable[..., list[str]]) -> None:
+        """Raise what *law* says where *function* returns lines on a rank."""
+        task = self.task()
+        with law.judging(self.plugin):
+            found = ranks(self.world).run(function, task, checkpoint(task.specimen), self.selecting())
+        law.hold(self.plugin, [f"rank {rank}: {line}" for rank, lines in enumerate(found) for line in lines])
 
     def _run(self, ranks: Ranks, run: Path, stretches: Sequence[tuple[Mapping[str, Any], Stretch]]) -> Any:
         task = self.task()
@@ -418,11 +484,16 @@ def _unequal(what: str, found: Mapping[str, Any], expected: Mapping[str, Any]) -
     return lines + [f"{what}: {name} differs" for name in both if not torch.equal(found[name], expected[name])]
 
 
-def _stored(weights: Mapping[str, Any], exported: Mapping[str, Any]) -> dict[str, Any]:
-    """Return *weights* as an export names them, where a transformers class stores them under other names or shapes."""
-    if weights.keys() == exported.keys():
-        return dict(weights)
-    return {name: weights.get(name, value) for name, value in exported.items()}
+def _settings(model: Any) -> dict[str, Any]:
+    """Return the settings of *model* by name, but for where it was loaded from."""
+    return {name: value for name, value in model.config.to_dict().items() if name != "_name_or_path"}
+
+
+def _portrait(model: Any) -> dict[str, Any]:
+    """Return what of a plain *model* can be compared by value: its settings, and of each tensor all but its storage."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    told = {name: (t.dtype, t.device, t.requires_grad, t.flatten().tolist()) for name, t in tensors.items()}
+    return told | {f"setting {name!r}": value for name, value in _settings(model).items()}
 
 
 def _close(one: tuple[float, float], other: tuple[float, float], error: float) -> bool:
@@ -430,7 +501,5 @@ def _close(one: tuple[float, float], other: tuple[float, float], error: float) -
 
 
 def _plain_loss(task: Task) -> float:
-    from nemo_dist.testing.tiny_models import SPECIMENS
-
     with torch.no_grad():
         return float(SPECIMENS[task.specimen].make(task.seed)(**task.batches(0)[0]).loss)

@@ -52,11 +52,15 @@ class Left:
     plain_loss: float
 
 
+def loaded(task: Task, folder: Path, build: Mapping[str, Any]) -> tuple[DistributedSetup, Any]:
+    """Return the setup of *build*, and the model in *folder* under it; called on every rank."""
+    setup = DistributedSetup.build(**build)
+    return setup, task.load(folder, distributed_setup=setup)
+
+
 def started(task: Task, folder: Path, build: Mapping[str, Any]) -> tuple[Runtime, Any]:
     """Return a runtime of the model in *folder* under *build*, and an optimizer; called on every rank."""
-    setup = DistributedSetup.build(**build)
-    model = SPECIMENS[task.specimen].load.from_pretrained(folder, distributed_setup=setup, dtype=torch.float32)
-    task.freeze(model)
+    setup, model = loaded(task, folder, build)
     runtime = setup.runtime(model)
     return runtime, runtime.optimizer(torch.optim.AdamW, **task.optimizer)
 

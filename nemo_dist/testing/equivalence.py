@@ -38,7 +38,8 @@ class Task:
 
     ``lr``, ``weight_decay`` and ``eps`` are AdamW's. A large ``lr`` with a small ``eps`` amplifies rounding errors
     until one process in float32 differs from float64 by more than the tolerance; a larger ``eps`` keeps the comparison
-    strict. ``frozen``: prefixes of the names of parameters that are not trained.
+    strict. ``frozen``: prefixes of the names of parameters that are not trained. ``dtype``: of parameters; "float64"
+    for what jumps where a number crosses a bound, as rounding to a few bits does: then no last bit decides.
     """
 
     specimen: str = "llama"
@@ -51,6 +52,14 @@ class Task:
     weight_decay: float = OPTIMIZER["weight_decay"]
     eps: float = OPTIMIZER["eps"]
     frozen: tuple[str, ...] = ()
+    dtype: str = "float32"
+
+    def load(self, folder: Path, **options: Any) -> Any:
+        """Return the model in *folder*, loaded with *options* and with the ``frozen`` parameters so."""
+        dtype = getattr(torch, self.dtype)
+        model = SPECIMENS[self.specimen].load.from_pretrained(folder, dtype=dtype, **options)
+        self.freeze(model)
+        return model
 
     @property
     def optimizer(self) -> dict[str, Any]:
@@ -90,9 +99,8 @@ def checkpoint(specimen: str, seed: int = 0) -> Path:
 
 @lru_cache(maxsize=64)
 def reference(task: Task) -> Outcome:
-    """Return the result of one process on the whole batch, with plain transformers and torch, in float32."""
-    model = SPECIMENS[task.specimen].load.from_pretrained(checkpoint(task.specimen, task.seed), dtype=torch.float32)
-    task.freeze(model)
+    """Return the result of one process on the whole batch, with plain transformers and torch."""
+    model = task.load(checkpoint(task.specimen, task.seed))
     optimizer = torch.optim.AdamW(model.parameters(), **task.optimizer)
     losses, norms, gradients = [], [], {}
     for step in range(task.steps):
@@ -113,8 +121,7 @@ def reference(task: Task) -> Outcome:
 def train_on_rank(task: Task, folder: Path, options: Mapping[str, Any]) -> Outcome:
     """Build the setup from *options*, load, train, and return this rank's result; called on every rank."""
     setup = DistributedSetup.build(**options)
-    model = SPECIMENS[task.specimen].load.from_pretrained(folder, distributed_setup=setup, dtype=torch.float32)
-    return train(task, setup, model)
+    return train(task, setup, task.load(folder, distributed_setup=setup))
 
 
 def train(task: Task, setup: DistributedSetup, model: Any) -> Outcome:

@@ -120,6 +120,24 @@ OWN_LOOP = Law(
     "backwards within runtime.no_sync() and one after it give the sum of the gradients of all, averaged once",
     "no_sync of its RuntimePart: what is left local must be reduced by the next backward outside of it",
 )
+AGAIN = Law(
+    "a second runtime of one model, after a step's backward and an evaluation with the first, computes the same again",
+    "hooks put on a model by runtime(), which is called for each runtime (wrap is called once); what a forward without "
+    "gradients changes; metrics, which every rank calls",
+)
+UNTOUCHED = Law(
+    "it leaves alone what is the user's: batches, random generators, training or evaluation mode",
+    "batch of its RuntimePart, which returns a new mapping of new tensors; seeds, which are a generator's of its own; "
+    "calls of train() or eval()",
+)
+STEPS = Law(
+    "the optimizer that it hands out steps each group by the user's options, also after they have changed",
+    "optimizer of its RuntimePart: param_groups of what it returns are what steps, one for each that the user gave",
+)
+UNCHANGED = Law(
+    "explain() and traffic() leave a model that they are asked about as it is",
+    "what the hook does with its argument model, which is the user's",
+)
 FROZEN = Law(
     "parameters that are frozen after loading stay as they are and the others train as on one process",
     "hooks on parameters that assume a gradient for each of them",
@@ -143,8 +161,8 @@ CROSSES = Law(
     "export_state and import_state: Hugging Face names, whole shapes, DTensors for shards, rows in order",
 )
 EXPORTS = Law(
-    "an export has the weights that were trained, under their names in the model",
-    "export_state, which must hand out every parameter in its order",
+    "an export has the weights that were trained and the model's configuration, as plain transformers reads them",
+    "export_state, which must hand out every parameter in its order; buffers and settings that it puts into the model",
 )
 LEAVES_NOTHING = Law(
     "a closed runtime leaves no process groups, threads or patches behind",

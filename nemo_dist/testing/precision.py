@@ -13,6 +13,7 @@ FP32: Final[Mapping[str, str]] = {"param_dtype": "float32", "reduce_dtype": "flo
 
 
 def in_float32(strategy: str) -> Any:
-    """Return a config of the installed *strategy* with which it computes in float32, and otherwise its defaults."""
+    """Return what selects the installed *strategy* so that it computes in float32: a config, or its name."""
     kind: Any = Registry().load(strategy).config_type
-    return kind(mp_policy=FP32) if hasattr(kind, "__attrs_attrs__") and "mp_policy" in accepted_names(kind) else kind()
+    has_policy = hasattr(kind, "__attrs_attrs__") and "mp_policy" in accepted_names(kind)
+    return kind(mp_policy=FP32) if has_policy else strategy

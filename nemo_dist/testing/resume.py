@@ -19,7 +19,6 @@ from nemo_dist.setup.setup import DistributedSetup
 from nemo_dist.testing.equivalence import MAX_NORM, TOLERANCE, Task, checkpoint, tensor_differences, whole_state
 from nemo_dist.testing.temp_folders import scratch
 from nemo_dist.testing.tensors import rows_of_rank
-from nemo_dist.testing.tiny_models import SPECIMENS
 
 Stretch = tuple[Mapping[str, Any], int]  # the keywords of ``build``, and the step before which the run stops
 
@@ -40,8 +39,7 @@ def run_on_rank(task: Task, weights: Path, folder: Path, stretches: Sequence[Str
     norms: list[float] = []
     for place, (options, end) in enumerate(stretches):
         setup = DistributedSetup.build(**options)
-        model = SPECIMENS[task.specimen].load.from_pretrained(weights, distributed_setup=setup, dtype=torch.float32)
-        with setup.runtime(model) as runtime:
+        with setup.runtime(task.load(weights, distributed_setup=setup)) as runtime:
             optimizer = runtime.optimizer(torch.optim.AdamW, **task.optimizer)
             if place:
                 runtime.load(folder, optimizer)

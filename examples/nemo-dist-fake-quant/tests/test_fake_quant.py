@@ -5,36 +5,33 @@ import torch
 
 from nemo_dist import DistributedSetup, FSDP2Config, ParallelismSizes, TopologyError
 from nemo_dist.testing import PluginConformance
-from nemo_dist.testing.equivalence import Task, differences, trained
-from nemo_dist.testing.precision import FP32
 from nemo_dist.testing.resume import assert_resumes
 from nemo_dist_fake_quant import FakeQuant, FakeQuantConfig
 
-BUILD = {"strategy": FSDP2Config(mp_policy=FP32), "plugins": ("fake_quant",)}
-# A last bit may round an input to its neighbour, one in 127 of its token, and AdamW takes full steps on that.
-BOUND = 1e-2
+FP32, FP64 = (
+    FSDP2Config(mp_policy={"param_dtype": dtype, "reduce_dtype": dtype, "output_dtype": dtype})
+    for dtype in ("float32", "float64")
+)
 
 
 class TestFakeQuant(PluginConformance):
+    """Compares with one rank that rounds, as it is not to compute what plain transformers compute.
+
+    In float32 with 8 bits, sums in another order put some inputs on the other side of a bound between two values; they
+    jump by one in 127, and what follows with them. That is no fault, and would need a loose bound that hides faults. In
+    float64 with 4 bits no input of the task lies that near to a bound, so the kit's own bound of 1e-5 holds.
+    """
+
     plugin = "fake_quant"
-    build = BUILD
+    build = {"strategy": FP64, "plugins": (FakeQuantConfig(bits=4),)}
+    alone = True
 
-    def test_it_computes_what_one_process_computes(self, ranks):
-        self.assert_like_one_rank(ranks, Task())
-
-    def test_it_accumulates_what_one_process_computes(self, ranks):
-        self.assert_like_one_rank(ranks, Task(accumulate=3))
-
-    def assert_like_one_rank(self, ranks, task):
-        """The kit compares with plain transformers; this plugin is compared with itself on one rank."""
-        alone = trained(ranks(1), task, **BUILD)
-        assert differences(trained(ranks(2), task, **BUILD), alone, BOUND) == []
-        plain = trained(ranks(1), task, strategy=FSDP2Config(mp_policy=FP32))
-        assert differences(alone, plain, 1e-3) != []  # it does something
+    def task(self, **more):
+        return super().task(dtype="float64", **more)
 
 
 def test_a_run_that_stops_twice_goes_on_as_if_it_had_not(ranks):
-    assert_resumes(ranks(2), **BUILD)
+    assert_resumes(ranks(2), strategy=FP32, plugins=("fake_quant",))
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
