@@ -19,7 +19,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.checkpoint import checkpoint as checkpoint_layer
 
-from nemo_dist import DistributedSetup, FSDP2Config, NeMoAutoModelForCausalLM, NeMoAutoModelForSequenceClassification
+from nemo_dist import (
+    DistributedSetup,
+    FSDP2Config,
+    NeMoAutoModelForCausalLM,
+    NeMoAutoModelForSequenceClassification,
+    ParallelismSizes,
+)
 from nemo_dist.checkpoint import host_copy
 from nemo_dist.checkpoint.host_copy import to_host
 from nemo_dist.errors import CheckpointError
@@ -208,6 +214,22 @@ def attention_of_a_package(query: torch.Tensor) -> torch.Tensor:
 def test_selective_recomputation_keeps_every_fused_attention(operator):
     assert is_attention(operator)
     assert not is_attention(torch.ops.aten.mm.default)
+
+
+def on_rank_make_a_mesh_of_many():
+    setup = DistributedSetup.build(parallelism_sizes=ParallelismSizes(tp_size=4, pp_size=2), world_size=64)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=64)
+    with mock.patch.object(dist.distributed_c10d, "_store_based_barrier") as barrier:
+        mesh = MeshContext.realise(setup.plan)
+    return mesh.size("dp"), barrier.call_count, dist.group.WORLD.bound_device_id
+
+
+def test_the_groups_of_a_mesh_are_made_without_a_barrier():
+    code = (
+        "import sys; sys.path[:0] = ['tests']; import test_devices as t; "
+        "found = t.on_rank_make_a_mesh_of_many(); assert found == (8, 0, None), found"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 def test_copies_for_an_asynchronous_save_do_not_share_memory():

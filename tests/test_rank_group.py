@@ -52,6 +52,16 @@ def test_some_of_the_ranks_save_and_any_other_ranks_resume(ranks, tmp_path):
         assert exported == {name: text for name, text in saved.items() if name.startswith("model/")}
 
 
+def on_rank_exchange_with_a_full_device():
+    ranks = RankGroup(device=torch.device("meta"))  # in the place of a card, as nothing comes back from there
+    mine = torch.full((2,), ranks.rank, dtype=torch.uint8)
+    return ranks.exchange([[mine], [mine, mine]], [2, 2] if ranks.first else [4, 4]).tolist()
+
+
+def test_what_an_export_joins_does_not_go_through_the_device(ranks):
+    assert ranks(2).run(on_rank_exchange_with_a_full_device) == [[0, 0, 1, 1], [0, 0, 0, 0, 1, 1, 1, 1]]
+
+
 def on_rank_find_different_texts(texts):
     return RankGroup().distinct("test", lambda: texts[dist.get_rank()])
 
