@@ -13,9 +13,19 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard
+from torch.nn.attention import varlen  # noqa: F401, it defines an operator
+from torch.nn.attention.bias import CausalBias
+from torch.nn.functional import scaled_dot_product_attention
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils.checkpoint import checkpoint as checkpoint_layer
 
-from nemo_dist import DistributedSetup, FSDP2Config, NeMoAutoModelForCausalLM, NeMoAutoModelForSequenceClassification
+from nemo_dist import (
+    DistributedSetup,
+    FSDP2Config,
+    NeMoAutoModelForCausalLM,
+    NeMoAutoModelForSequenceClassification,
+    ParallelismSizes,
+)
 from nemo_dist.checkpoint import host_copy
 from nemo_dist.checkpoint.host_copy import to_host
 from nemo_dist.errors import CheckpointError
@@ -26,7 +36,9 @@ from nemo_dist.mesh.mesh_context import MeshContext
 from nemo_dist.testing.equivalence import checkpoint
 from nemo_dist.testing.tensors import whole
 from nemo_dist.testing.tiny_models import SPECIMENS
+from nemo_dist_context.attention import _lower_right
 from nemo_dist_context.sequence_layout import SequenceLayout, index_of
+from nemo_dist_recompute.policy import is_attention, selective_contexts
 from nemo_dist_tensor.layers import vocabulary
 
 ROOT = Path(__file__).parents[1]
@@ -155,6 +167,69 @@ def test_an_index_of_a_layout_is_made_once_and_serves_a_backward_after_inference
     assert index.tolist() == layout.restoring(24)
     value = torch.ones(24, requires_grad=True)
     value.index_select(0, index).sum().backward()
+
+
+def causal_attention(query, key, value, device):
+    bias = _lower_right(query.shape[2], key.shape[2], torch.device(device))
+    return type(bias), scaled_dot_product_attention(query, key, value, bias, enable_gqa=True)
+
+
+def test_a_causal_mask_on_a_card_is_never_made_of_numbers_not_even_under_selective_recomputation():
+    shapes = ((1, 4, 6, 8), (1, 2, 12, 8), (1, 2, 12, 8))
+    given = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    kind, wanted = causal_attention(*given, "cpu")
+    gradients = torch.autograd.grad(wanted.sin().sum(), given)
+    kinds = []
+
+    def layer(*inputs):
+        kind, output = causal_attention(*inputs, "cuda")
+        kinds.append(kind)
+        return output
+
+    found = checkpoint_layer(layer, *given, use_reentrant=False, context_fn=selective_contexts)
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(torch.autograd.grad(found.sin().sum(), given), gradients)
+    assert kind is torch.Tensor and set(kinds) == {CausalBias}
+
+
+@torch.library.custom_op("flash_attn_of_a_package::varlen_fwd", mutates_args=())
+def attention_of_a_package(query: torch.Tensor) -> torch.Tensor:
+    return query.clone()
+
+
+@pytest.mark.parametrize(
+    "operator",
+    [
+        torch.ops.aten._scaled_dot_product_flash_attention.default,
+        torch.ops.aten._scaled_dot_product_efficient_attention.default,
+        torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+        torch.ops.aten._efficient_attention_forward.default,  # of a causal bias
+        torch.ops.aten._flash_attention_forward.default,
+        torch.ops.torch_attn._varlen_attn.default,
+        torch.ops.higher_order.flex_attention,
+        torch.ops.flash_attn_of_a_package.varlen_fwd.default,
+    ],
+    ids=str,
+)
+def test_selective_recomputation_keeps_every_fused_attention(operator):
+    assert is_attention(operator)
+    assert not is_attention(torch.ops.aten.mm.default)
+
+
+def on_rank_make_a_mesh_of_many():
+    setup = DistributedSetup.build(parallelism_sizes=ParallelismSizes(tp_size=4, pp_size=2), world_size=64)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=64)
+    with mock.patch.object(dist.distributed_c10d, "_store_based_barrier") as barrier:
+        mesh = MeshContext.realise(setup.plan)
+    return mesh.size("dp"), barrier.call_count, dist.group.WORLD.bound_device_id
+
+
+def test_the_groups_of_a_mesh_are_made_without_a_barrier():
+    code = (
+        "import sys; sys.path[:0] = ['tests']; import test_devices as t; "
+        "found = t.on_rank_make_a_mesh_of_many(); assert found == (8, 0, None), found"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 def test_copies_for_an_asynchronous_save_do_not_share_memory():

@@ -1,12 +1,17 @@
 """Sequences packed into one row train as each by itself, however a collator says where they start, or are refused."""
 
+from itertools import accumulate, pairwise
+from unittest import mock
+
 import pytest
 import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn.functional import scaled_dot_product_attention
 
 from nemo_dist import (
+    ContextConfig,
     DistributedSetup,
     FSDP2Config,
     NeMoAutoModelForCausalLM,
@@ -15,11 +20,13 @@ from nemo_dist import (
     PipelineConfig,
     initialize_distributed,
 )
-from nemo_dist.testing.equivalence import Outcome, checkpoint, differences, merged, whole_state
+from nemo_dist.testing.equivalence import Outcome, Task, checkpoint, differences, merged, reference, train, whole_state
 from nemo_dist.testing.precision import FP32
 from nemo_dist.testing.tiny_models import SPECIMENS
 from nemo_dist.training.model_inputs import ModelInputs, restarts
 from nemo_dist.training.rehearsal import mixes_packed_sequences
+from nemo_dist_context import attention
+from nemo_dist_context import packed as packed_attention
 
 LENGTHS = (7, 13, 12)
 
@@ -193,3 +200,93 @@ def test_training_makes_no_cache_and_leaves_others_theirs(on_ranks):
 def test_a_classifier_of_tokens_that_attend_backwards_may_be_packed():
     model = NeMoAutoModelForTokenClassification.from_config(SPECIMENS["llama-tokens"].config(), dtype=torch.float32)
     assert mixes_packed_sequences(model) is None
+
+
+# ---- context parallelism with a kernel for packed sequences ----
+
+
+def attention_of_each_sequence(query, key, value, query_ends, key_ends, max_q, max_k, scale, window_size, enable_gqa):
+    """Stand in for torch's ``varlen_attn``, which only a CUDA device has: attend to each sequence by itself."""
+    bounds = [list(pairwise(ends.tolist())) for ends in (query_ends, key_ends)]
+    assert window_size == (-1, 0) and (max_q, max_k) == tuple(max(b - a for a, b in each) for each in bounds)
+    parts = []
+    for queries, keys in zip(*bounds, strict=True):
+        one, *pair = (x[slice(*b)].transpose(0, 1)[None] for x, b in ((query, queries), (key, keys), (value, keys)))
+        seen = torch.ones(one.shape[2], pair[0].shape[2], dtype=torch.bool).tril(pair[0].shape[2] - one.shape[2])
+        found = scaled_dot_product_attention(one, *pair, attn_mask=seen, scale=scale, enable_gqa=enable_gqa)
+        parts.append(found[0].transpose(0, 1))
+    assert sum(map(len, parts)) == len(query)
+    return torch.cat(parts)
+
+
+def on_rank_train_with_a_kernel(task, folder, options):
+    initialize_distributed("gloo")
+    setup = DistributedSetup.build(**options)
+    model = NeMoAutoModelForCausalLM.from_pretrained(folder, distributed_setup=setup, dtype=torch.float32)
+    kernel = mock.Mock(side_effect=attention_of_each_sequence)
+    with (
+        mock.patch.object(attention, "has_kernel", return_value=True),
+        mock.patch.object(packed_attention, "kernel", return_value=kernel),
+    ):
+        outcome = train(task, setup, model)
+    return outcome, kernel.call_count
+
+
+@pytest.mark.parametrize("mode", [False, "selective"], ids=lambda mode: mode or "kept")
+@pytest.mark.parametrize("method", ["all_gather", "ulysses"])
+def test_a_kernel_that_knows_where_sequences_start_is_exact(on_ranks, method, mode):
+    task = Task(specimen="llama-packed", length=13)
+    options = {
+        "strategy": FSDP2Config(mp_policy=FP32),
+        "parallelism_sizes": ParallelismSizes(cp_size=2),
+        "plugins": (ContextConfig(method=method),),
+        "activation_checkpointing": mode,
+    }
+    outcomes, calls = zip(
+        *on_ranks(2, on_rank_train_with_a_kernel, task, checkpoint(task.specimen), options), strict=True
+    )
+    assert differences(merged(outcomes), reference(task)) == []
+    assert min(calls) >= task.steps
+
+
+@given(st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=5), min_size=1, max_size=3), st.data())
+def test_stretches_cover_the_sequences_of_their_queries(rows, data):
+    length = max(map(sum, rows))
+    rows = [[*row, length - sum(row)] if sum(row) < length else row for row in rows]
+    ids = torch.stack([torch.arange(1, len(row) + 1).repeat_interleave(torch.tensor(row)) for row in rows])
+    starts = packed_attention.sequence_starts(ids)
+    assert starts == [[0, *accumulate(row[:-1])] for row in rows]
+    first = data.draw(st.integers(0, length - 1))
+    stop = data.draw(st.integers(first + 1, length))
+    found = packed_attention.stretch(starts, first, stop, torch.device("cpu"))
+    seen = []
+    query_lengths, key_lengths = (found.query_ends.diff().tolist(), found.key_ends.diff().tolist())
+    for row, (begin, end) in enumerate(found.keys):
+        wanted = ids[row, first:stop].unique_consecutive(return_counts=True)
+        assert (end, begin) == (stop, int((ids[row] == ids[row, first]).nonzero()[0]))
+        seen += zip(
+            wanted[1].tolist(), ids[row, begin:stop].unique_consecutive(return_counts=True)[1].tolist(), strict=True
+        )
+    assert list(zip(query_lengths, key_lengths, strict=True)) == seen
+    assert found.longest == (max(query_lengths), max(key_lengths))
+
+
+def test_rows_with_masked_tokens_have_no_stretches():
+    assert packed_attention.sequence_starts(torch.tensor([[1, 1, 2], [1, 0, 0]])) is None
+
+
+@pytest.mark.gpu
+def test_torchs_kernel_for_packed_sequences_is_exact_on_a_device():
+    ids = torch.tensor([[1, 1, 1, 2, 2, 3, 3, 3, 3, 3, 3, -1]])
+    stretch = packed_attention.stretch(packed_attention.sequence_starts(ids), 4, 10, torch.device("cuda"))
+    shapes = ((1, 4, 6, 32), (1, 2, 12, 32), (1, 2, 12, 32))
+    given = [torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
+    found = packed_attention.attend(stretch, *given, scale=None)
+    seen = (ids[0, 4:10, None] == ids[0, None]) & (torch.arange(4, 10)[:, None] >= torch.arange(12))
+    exact = [one.detach().float().requires_grad_() for one in given]
+    wanted = scaled_dot_product_attention(*exact, attn_mask=seen.cuda(), enable_gqa=True).transpose(1, 2)
+    torch.testing.assert_close(found.float(), wanted, atol=2e-2, rtol=2e-2)
+    weights = torch.randn_like(wanted)
+    gradients = torch.autograd.grad((found.float() * weights).sum(), given)
+    for one, other in zip(gradients, torch.autograd.grad((wanted * weights).sum(), exact), strict=True):
+        torch.testing.assert_close(one.float(), other, atol=5e-2, rtol=5e-2)

@@ -67,6 +67,16 @@ def test_a_rank_that_holds_nothing_takes_part_when_others_compare_copies(ranks):
     assert ranks(2).run(on_rank_compare_copies) == [(True, None)] * 2
 
 
+def on_rank_exchange_with_a_full_device():
+    ranks = RankGroup(device=torch.device("meta"))  # in the place of a card, as nothing comes back from there
+    mine = torch.full((2,), ranks.rank, dtype=torch.uint8)
+    return ranks.exchange([[mine], [mine, mine]], [2, 2] if ranks.first else [4, 4]).tolist()
+
+
+def test_what_an_export_joins_does_not_go_through_the_device(ranks):
+    assert ranks(2).run(on_rank_exchange_with_a_full_device) == [[0, 0, 1, 1], [0, 0, 0, 0, 1, 1, 1, 1]]
+
+
 def on_rank_find_different_texts(texts):
     return RankGroup().distinct("test", lambda: texts[dist.get_rank()])
 

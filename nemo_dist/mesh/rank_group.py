@@ -137,12 +137,15 @@ class RankGroup:
         if is_imagined():
             return [int(value) * self.size for value in values]
         group = _group(self.ranks)
-        where = "cpu" if has_cpu_backend(group) else self.device
-        sums = torch.tensor(list(values), dtype=torch.int64, device=where)
+        sums = torch.tensor(list(values), dtype=torch.int64, device=self._host(group))
         with explained():
             dist.all_reduce(sums, group=group)
         found: list[int] = sums.tolist()
         return found
+
+    def _host(self, group: dist.ProcessGroup | None) -> torch.device:
+        """Return the CPU where *group* can communicate from it, so that no device waits or fills, else the device."""
+        return torch.device("cpu") if has_cpu_backend(group) else self.device
 
     def reduce(self, value: Tensor, how: dist.ReduceOp.RedOpType) -> None:
         """All-reduce *value*, on this rank's device, in place over all ranks."""
@@ -153,16 +156,19 @@ class RankGroup:
         """Run one all-to-all of bytes; return what all ranks sent to this one, concatenated in rank order, on the CPU.
 
         ``outgoing[r]`` are the 1-D uint8 tensors for rank r; ``sizes[r]`` is the number of bytes that rank r sends
-        here.
+        here. The bytes are sent from the CPU where the process group has a backend for it: a device that trains has no
+        room for whole tensors.
         """
-        parts = [part for parts in outgoing for part in parts]
-        sent = torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8)
+        group = None if self.size == 1 else _group(self.ranks)
+        where = torch.device("cpu") if self.size == 1 else self._host(group)
+        parts = [part.to(where) for parts in outgoing for part in parts]
+        sent = torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8, device=where)
         if self.size == 1:
-            return sent.cpu()
-        received = torch.empty(sum(sizes), dtype=torch.uint8, device=self.device)
+            return sent
+        received = torch.empty(sum(sizes), dtype=torch.uint8, device=where)
         lengths = [sum(len(part) for part in parts) for parts in outgoing]
         with explained():
-            dist.all_to_all_single(received, sent.to(self.device), list(sizes), lengths, group=_group(self.ranks))
+            dist.all_to_all_single(received, sent, list(sizes), lengths, group=group)
         return received.cpu()
 
 

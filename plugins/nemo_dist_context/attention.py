@@ -29,9 +29,10 @@ from transformers.masking_utils import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from nemo_dist.hf_model import plain_class
-from nemo_dist.torch_private import current_dispatch_mode
+from nemo_dist.torch_private import current_dispatch_mode, disable_current_modes
 from nemo_dist_context.batch import APPENDED
 from nemo_dist_context.collectives import gather_sequence, to_heads, to_sequence
+from nemo_dist_context.packed import Packed, attend, fits, has_kernel, sequence_starts, stretch
 from nemo_dist_context.sequence_layout import index_of
 
 if TYPE_CHECKING:
@@ -45,11 +46,12 @@ class Visible:
     """What the queries of a split batch may attend to; passed through the model in place of a mask.
 
     ``allowed``: (rows, 1, queries, keys) of bool, or what eager attention adds to its scores. None allows all keys or,
-    if ``causal``, those up to the query.
+    if ``causal``, those up to the query, of the same sequence if they are ``packed``.
     """
 
     allowed: Tensor | None
     causal: bool
+    packed: Packed | None = None
 
 
 @attrs.define(kw_only=True, eq=False)
@@ -85,12 +87,24 @@ class SharedAttention:
         # A causal query never attends to padding at the end.
         whole = (ids == 1) | (ids == APPENDED) if causal else ids == 1
         known = causal or mask_function is bidirectional_mask_function
-        if self.base == "sdpa" and known and whole.all():
-            return Visible(allowed=None, causal=causal)
+        if self.base == "sdpa" and known:
+            if whole.all():
+                return Visible(allowed=None, causal=causal)
+            packed = self._packed(ids) if causal and has_kernel(ids.device, rest["dtype"]) else None
+            if packed is not None:
+                return Visible(allowed=None, causal=True, packed=packed)
         allowed = self._allowed(ids, mask_function, use_vmap)
         if self.base == "eager":
             allowed = _additive(allowed, ids, rest["dtype"])
         return Visible(allowed=allowed, causal=causal)
+
+    def _packed(self, ids: Tensor) -> Packed | None:
+        """Return where the packed sequences of a split batch lie; None where tokens are masked."""
+        starts, length = sequence_starts(ids), ids.shape[1]
+        if starts is None:
+            return None
+        spans = ((0, length),) if self.method == "ulysses" else self.layout.spans(length)
+        return Packed(ids=ids, stretches=tuple(stretch(starts, *span, ids.device) for span in spans))
 
     def _allowed(self, ids: Tensor, mask_function: Callable[..., Any], use_vmap: bool) -> Tensor:
         rows, length = ids.shape
@@ -123,6 +137,10 @@ class SharedAttention:
         if options.get("position_bias") is not None:
             raise ValueError("context parallelism cannot split a learned position bias; use cp_size=1 for this model")
         options.pop("is_causal", None)
+        packed = attention_mask.packed
+        if packed is not None and not fits(query, value, options):
+            allowed = self._allowed(packed.ids, causal_mask_function, use_vmap=False)
+            attention_mask = Visible(allowed=allowed, causal=True)
         exchange = self._exchanged if self.method == "ulysses" else self._gathered
         return exchange(module, query, key, value, attention_mask, options), None
 
@@ -137,11 +155,14 @@ class SharedAttention:
         if mask.allowed is not None or not mask.causal:
             return _sdpa(_like(module), query, key, value, mask.allowed, is_causal=False, **options)
         parts, first = [], 0
-        for start, stop in self.layout.spans(length):
+        for index, (start, stop) in enumerate(self.layout.spans(length)):
             own = query[:, :, first : first + stop - start]
-            bias = _lower_right(stop - start, stop, key.device)
-            parts.append(_masked(own, key[:, :, :stop], value[:, :, :stop], bias, **options))
             first += stop - start
+            if mask.packed is not None:
+                parts.append(attend(mask.packed.stretches[index], own, key, value, options.get("scaling")))
+            else:
+                bias = _lower_right(stop - start, stop, key.device)
+                parts.append(_masked(own, key[:, :, :stop], value[:, :, :stop], bias, **options))
         return torch.cat(parts, dim=1)
 
     def _local(self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Tensor:
@@ -159,8 +180,11 @@ class SharedAttention:
         order = index_of(self.layout, "restoring", length, query.device)
         query, key, value = (to_heads(x, self.group).index_select(2, order) for x in (query, key, value))
         groups = query.shape[1] // key.shape[1]
-        causal = mask.causal and mask.allowed is None
-        found = _sdpa(_like(module, groups), query, key, value, mask.allowed, is_causal=causal, **options)
+        if mask.packed is not None:
+            found = attend(mask.packed.stretches[0], query, key, value, options.get("scaling"))
+        else:
+            causal = mask.causal and mask.allowed is None
+            found = _sdpa(_like(module, groups), query, key, value, mask.allowed, is_causal=causal, **options)
         back = index_of(self.layout, "gathered", length, query.device)
         return to_sequence(found.transpose(1, 2).index_select(2, back), self.group).transpose(1, 2)
 
@@ -175,11 +199,14 @@ def _places(ids: Tensor) -> Tensor:
 def _lower_right(queries: int, keys: int, device: torch.device) -> Tensor:
     """Return the causal mask of the last *queries* of *keys* positions, (1, 1, queries, keys) of bool.
 
-    torch's own bias, which its fused kernels know, is a tensor subclass and cannot be made under the dispatch mode of
-    selective recomputation; and the CPU has no kernel for it.
+    On CUDA it is torch's own bias, which holds no numbers, and which its fused kernels know; the CPU has no kernel for
+    it. It is a tensor subclass, which cannot be made under a dispatch mode, as that of selective recomputation is.
     """
-    if device.type == "cuda" and current_dispatch_mode() is None:
-        return causal_lower_right(queries, keys)
+    if device.type == "cuda":
+        if current_dispatch_mode() is None:
+            return causal_lower_right(queries, keys)
+        with disable_current_modes():
+            return causal_lower_right(queries, keys)
     positions = torch.arange(keys, device=device)
     return (positions[None, :] <= positions[keys - queries :, None])[None, None]
 

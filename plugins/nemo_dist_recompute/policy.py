@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,11 +22,6 @@ _MATMULS = (
     "aten::_scaled_grouped_mm",
 )
 _ALWAYS = (
-    "aten::_scaled_dot_product_cudnn_attention",
-    "aten::_scaled_dot_product_efficient_attention",
-    "aten::_scaled_dot_product_flash_attention",
-    "aten::_scaled_dot_product_flash_attention_for_cpu",
-    "aten::_scaled_dot_product_fused_attention_overrideable",
     f"{FUNCTIONAL_COLLECTIVES}::all_gather_into_tensor",
     f"{FUNCTIONAL_COLLECTIVES}::all_reduce",
     f"{FUNCTIONAL_COLLECTIVES}::all_to_all_single",
@@ -60,6 +56,16 @@ def _copying(kept: AbstractContextManager[Any]) -> Iterator[None]:
         yield
 
 
+@cache
+def is_attention(operator: Any) -> bool:
+    """Whether *operator* is a fused attention, by its name: torch's kernels, flex attention, or those of a package.
+
+    Packages name their operators, or the namespace of these, after it: ``flash_attn::_flash_attn_varlen_forward``.
+    """
+    name: str = operator.name()
+    return "attention" in name or "attn" in name
+
+
 def selective_contexts(routed: bool = False) -> Any:
     """Return the two contexts, for the forward and for the recomputation of one layer, that keep the listed results.
 
@@ -74,7 +80,7 @@ def selective_contexts(routed: bool = False) -> Any:
             seen[context.is_recompute] += 1
             kept = seen[context.is_recompute] % 2 == 1
         else:
-            kept = operator in always
+            kept = operator in always or is_attention(operator)
         return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
     contexts: Any = create_selective_checkpoint_contexts(keep)
