@@ -122,6 +122,54 @@ def mixes_packed_sequences(model: Any) -> str | None:
     return None if name is None else rehearsal.culprit(name)
 
 
+def depends_on_rows(model: Any) -> str | None:
+    """Return what of a row *model* computes by the rows beside it: the first module, or a buffer; None if nothing.
+
+    None, too, where it cannot be run on tokens alone.
+    """
+    try:
+        tokens = torch.arange(2 * sum(_SEQUENCES)).view(2, -1) * 5 % model.config.get_text_config().vocab_size
+        both, one = Rehearsal.of(model), Rehearsal.of(model)  # a forward may change buffers, so a copy for each
+        together, alone = both.run({"input_ids": tokens}), one.run({"input_ids": tokens[:1]})
+        for copy, rows in ((both, tokens), (one, tokens[:1])):
+            copy.model.train()
+            copy.run({"input_ids": rows})
+    except Exception:  # whatever a forward of any family raises
+        return None
+    for name, tensors in together.outputs.items():
+        others = alone.outputs.get(name, [])
+        if len(others) == len(tensors) and any(map(_unlike, (ours[:1] for ours in tensors), others)):
+            return both.culprit(name)
+    pairs = zip(both.model.named_buffers(), one.model.buffers(), strict=True)
+    return next((f"buffer {name}" for (name, ours), theirs in pairs if _unlike(ours, theirs)), None)
+
+
+def depends_on_padding(model: Any) -> bool:
+    """Whether *model* computes a row without padding otherwise beside a padded one.
+
+    Attention that says it is not causal, as PaliGemma's, is causal by its mask alone, which transformers leaves out
+    where no row is padded.
+    """
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    if decoder is None or all(getattr(module, "is_causal", True) for module in decoder.modules()):
+        return False
+    try:
+        tokens = torch.arange(2 * sum(_SEQUENCES)).view(2, -1) % model.config.get_text_config().vocab_size
+        mask = torch.ones_like(tokens)
+        mask[1, -1] = 0
+        rehearsal = Rehearsal.of(model)
+        both = rehearsal.run({"input_ids": tokens, "attention_mask": mask})
+        alone = rehearsal.run({"input_ids": tokens[:1], "attention_mask": mask[:1]})
+        return _unlike(_result(both.output)[:1], _result(alone.output))
+    except Exception:  # whatever a forward of any family raises
+        return False
+
+
+def _unlike(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether two tensors of finite numbers differ; a copy without weights may make others."""
+    return bool(ours.isfinite().all() and theirs.isfinite().all()) and not same(ours, theirs)
+
+
 @contextmanager
 def _recording(model: nn.Module, shape: torch.Size) -> Iterator[dict[str, list[Tensor]]]:
     """Within the context, keep the first output of every module of *model*, if its first dims are *shape*."""
