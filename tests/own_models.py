@@ -95,6 +95,13 @@ class Twice(LlamaDecoderLayer):
         return super().forward(super().forward(hidden_states, **kwargs), **kwargs)
 
 
+class Skipping(LlamaDecoderLayer):
+    """Skips itself by a number of the first row: ranks decide otherwise, and would wait for each other."""
+
+    def forward(self, hidden_states, **kwargs):
+        return hidden_states if hidden_states[0, 0, 0] > 0 else super().forward(hidden_states, **kwargs)
+
+
 class Gated(LlamaMLP):
     """Has a parameter that is a single number."""
 
@@ -114,8 +121,11 @@ def _feed_forwards(kind):
     return change
 
 
-def _twice(model):
-    model.model.layers[1] = Twice(model.config, 1)
+def _second_layer(kind):
+    def change(model):
+        model.model.layers[1] = kind(model.config, 1)
+
+    return change
 
 
 CHANGES = {
@@ -125,7 +135,8 @@ CHANGES = {
     "mixing": _feed_forwards(Mixing),
     "routed": _feed_forwards(Routed),
     "gated": _feed_forwards(Gated),
-    "twice": _twice,
+    "twice": _second_layer(Twice),
+    "skipping": _second_layer(Skipping),
 }
 
 transformers.AutoConfig.register("own_llama", OwnConfig)

@@ -1,15 +1,17 @@
-"""Models of the user's own classes train as on one process, or are refused before the first step."""
+"""What makes rows depend on each other, in classes of the user's own above all, is refused before the first step."""
 
 import pytest
 import torch
+import transformers
 from own_models import SIZES, OwnConfig, on_meta
 
 from nemo_dist import DDPConfig, DistributedSetup, FSDP2Config, NeMoAutoModelForCausalLM
 from nemo_dist.errors import TopologyError
 from nemo_dist.hf_model import has_own_code
 from nemo_dist.testing.precision import FP32
+from nemo_dist.testing.shrink import tiny
 from nemo_dist.training.loss_weighting import judge_loss
-from nemo_dist.training.rehearsal import depends_on_rows
+from nemo_dist.training.rehearsal import depends_on_padding, depends_on_rows
 
 
 @pytest.mark.parametrize(
@@ -20,6 +22,7 @@ from nemo_dist.training.rehearsal import depends_on_rows
         ("twice", None),
         ("running", "buffer model.layers.0.mlp.mean"),
         ("mixing", "model.layers.0.mlp.gate_proj, Linear"),
+        ("skipping", "model.layers.1, Skipping"),
     ],
 )
 def test_what_joins_the_rows_of_a_batch_is_found(change, where):
@@ -27,6 +30,17 @@ def test_what_joins_the_rows_of_a_batch_is_found(change, where):
 
     assert has_own_code(model)
     assert depends_on_rows(model) == where
+
+
+@pytest.mark.parametrize(
+    ("family", "attention", "found"),
+    [("paligemma", "sdpa", True), ("paligemma", "eager", False), ("llava", "sdpa", False)],
+)
+def test_attention_that_is_causal_only_beside_padding_is_found(family, attention, found):
+    with torch.device("meta"):
+        model = transformers.AutoModelForImageTextToText.from_config(tiny(family).config, attn_implementation=attention)
+
+    assert depends_on_padding(model) is found
 
 
 def test_a_term_that_own_code_adds_to_the_loss_is_refused():

@@ -22,6 +22,7 @@ from nemo_dist.torch_private import tensors_in
 from nemo_dist.training.router_aux_loss import SWITCH
 
 TOLERANCE = 1e-4  # relative; models compute norms and router probabilities in float32
+_ROWS = 4  # that are run together and each alone; a forward that decides by one of them decides otherwise by another
 _SEQUENCES = (5, 7)  # lengths of the sequences that are packed into one row
 
 
@@ -128,20 +129,23 @@ def depends_on_rows(model: Any) -> str | None:
     None, too, where it cannot be run on tokens alone.
     """
     try:
-        tokens = torch.arange(2 * sum(_SEQUENCES)).view(2, -1) * 5 % model.config.get_text_config().vocab_size
-        both, one = Rehearsal.of(model), Rehearsal.of(model)  # a forward may change buffers, so a copy for each
-        together, alone = both.run({"input_ids": tokens}), one.run({"input_ids": tokens[:1]})
-        for copy, rows in ((both, tokens), (one, tokens[:1])):
+        tokens = torch.arange(_ROWS * sum(_SEQUENCES)).view(_ROWS, -1) * 5 % model.config.get_text_config().vocab_size
+        rehearsal = Rehearsal.of(model)
+        together = rehearsal.run({"input_ids": tokens})
+        alone = [rehearsal.run({"input_ids": row[None]}) for row in tokens]
+        trained = Rehearsal.of(model), Rehearsal.of(model)
+        for copy, rows in zip(trained, (tokens, tokens[:1]), strict=True):
             copy.model.train()
             copy.run({"input_ids": rows})
     except Exception:  # whatever a forward of any family raises
         return None
     for name, tensors in together.outputs.items():
-        others = alone.outputs.get(name, [])
-        if len(others) == len(tensors) and any(map(_unlike, (ours[:1] for ours in tensors), others)):
-            return both.culprit(name)
-    pairs = zip(both.model.named_buffers(), one.model.buffers(), strict=True)
-    return next((f"buffer {name}" for (name, ours), theirs in pairs if _unlike(ours, theirs)), None)
+        for row, run in enumerate(alone):
+            pairs = zip(tensors, run.outputs.get(name, []), strict=False)
+            if any(_unlike(ours[row : row + 1], theirs) for ours, theirs in pairs):
+                return rehearsal.culprit(name)
+    buffers = zip(trained[0].model.named_buffers(), trained[1].model.buffers(), strict=True)
+    return next((f"buffer {name}" for (name, ours), theirs in buffers if _unlike(ours, theirs)), None)
 
 
 def depends_on_padding(model: Any) -> bool:
