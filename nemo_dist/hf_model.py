@@ -5,8 +5,10 @@ Imports neither torch nor transformers, so planning code may use it too. Plugins
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
+import textwrap
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -19,6 +21,8 @@ MASKED = "bbox_first_token_mask"  # in a forward: leaves labels out of the mean 
 INITIALIZED = "_is_hf_initialized"  # marks tensors that transformers must not draw
 # Floating-point inputs of the language model itself; any other one goes to a tower that runs only when it is given.
 _OWN = frozenset({"attention_mask", "inputs_embeds", "labels", "shift_labels"})
+_LIBRARIES = ("torch.", "transformers.", "peft.", "nemo_dist")
+_OWN_DTYPE = re.compile(r"\bself\.dtype\b|\bself\.parameters\(\)\)\.dtype\b")
 NEXT_TOKEN_LOSSES = ("ForCausalLM", "ForConditionalGeneration")  # values of ``model.loss_type``
 
 
@@ -87,6 +91,14 @@ def blocks(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
+def input_embedding(model: Any) -> Any:
+    """Return the embedding of the tokens of *model*; None where transformers knows of none, as in CANINE."""
+    try:
+        return model.get_input_embeddings()
+    except NotImplementedError:
+        return None
+
+
 def has_towers(model: Any) -> bool:
     """Whether *model* has several towers (a vision and a language model, say), of which a forward may skip some."""
     return len(getattr(model.config, "sub_configs", ())) > 1
@@ -110,6 +122,11 @@ def has_adapters(model: Any) -> bool:
 def predicts_next_token(model: Any) -> bool:
     """Whether the loss of *model* compares a token's output with the next label, as in decoder-only language models."""
     return loss_kind(model) in NEXT_TOKEN_LOSSES and not model.config.is_encoder_decoder
+
+
+def has_own_code(model: nn.Module) -> bool:
+    """Whether *model* has a module of the user's own class, from neither transformers, torch, PEFT nor a plugin."""
+    return any(not f"{plain_class(module).__module__}.".startswith(_LIBRARIES) for module in model.modules())
 
 
 def loss_kind(model: Any) -> str | None:
@@ -142,7 +159,20 @@ def loss_function_of(model: Any) -> Any:
 def accepts(module: nn.Module, argument: str) -> bool:
     """Whether the forward of *module* takes *argument*, by name or among the keywords that it hands on."""
     parameters = inspect.signature(module.forward).parameters
-    return argument in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    hands_on = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    forward: Any = inspect.unwrap(module.forward)
+    return argument in parameters or (hands_on and argument not in _constants(getattr(forward, "__func__", forward)))
+
+
+@lru_cache(maxsize=256)
+def _constants(forward: Any) -> set[str]:
+    """Return the names of the arguments that the code of *forward* gives a value of its own, as in ``f(a=False)``."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
+    except (OSError, TypeError, SyntaxError):
+        return set()
+    given = [node for node in ast.walk(tree) if isinstance(node, ast.keyword) and isinstance(node.value, ast.Constant)]
+    return {node.arg for node in given if node.arg is not None}
 
 
 def attention_of(model: Any) -> str:
@@ -172,6 +202,21 @@ def reads_weight(model: Any, name: str) -> bool:
     kinds: dict[Any, None] = dict.fromkeys(plain_class(module) for module in model.modules())
     read = re.compile(rf"^[^\"'#]*\.{leaf}\.(weight|bias)\b", re.MULTILINE)  # not in a string, as names of ties are
     return any(read.search(forward_source(kind)) for kind in kinds)
+
+
+def gives_dtype(model: Any, name: str) -> bool:
+    """Whether code around the module *name* takes the dtype of its first parameter for that of the compute.
+
+    Masks are cast so: ``mask.to(self.dtype)``, ``next(self.parameters()).dtype``.
+    """
+    around = [
+        (outer, module) for outer, module in model.named_modules() if name.startswith(f"{outer}." if outer else "")
+    ]
+    for outer, module in around:
+        first = next((one for one, parameter in module.named_parameters(outer) if parameter.is_floating_point()), "")
+        if first.startswith(f"{name}.") and _OWN_DTYPE.search(forward_source(plain_class(module))):
+            return True
+    return False
 
 
 @lru_cache(maxsize=4096)

@@ -245,6 +245,28 @@ def test_evaluation_gives_loss_and_logits_and_leaves_gradients_alone(ranks, spec
     torch.testing.assert_close(logits, output.logits.detach(), rtol=1e-4, atol=1e-5)
 
 
+def mean_of_labels(logits, labels):
+    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
+def on_rank_count_schedules(folder, batch):
+    from nemo_dist_pipeline.runtime.torch_stage import ScheduleBuilder
+
+    _setup, pipeline = load("llama-deep", "1f1b", folder=folder, loss_fn=mean_of_labels)
+    with patch.object(ScheduleBuilder, "__call__", autospec=True, side_effect=ScheduleBuilder.__call__) as build:
+        losses = [pipeline.step(batch).item() for _ in range(3)]
+    return losses, build.call_count
+
+
+def test_steps_with_a_loss_of_the_users_own_share_one_schedule(ranks):
+    batch = batch_of("llama-deep")
+    model = SPECIMENS["llama-deep"].load.from_pretrained(checkpoint("llama-deep"), dtype=torch.float32)
+
+    for losses, built in ranks(2).run(on_rank_count_schedules, checkpoint("llama-deep"), batch):
+        assert built == 1
+        assert losses == pytest.approx([model(**batch).loss.item()] * 3, rel=1e-5)
+
+
 def on_rank_own_loop(folder, batch):
     from nemo_dist_pipeline.runtime.microbatches import Microbatches
 

@@ -11,7 +11,7 @@ from nemo_dist.testing.equivalence import Task, assert_equivalent, checkpoint
 from nemo_dist.testing.precision import FP32
 from nemo_dist.testing.tiny_models import SPECIMENS
 from nemo_dist.training.replica_check import ReplicaCheck
-from nemo_dist_tensor.probe import Recording
+from nemo_dist_tensor.probe import Call, Recording, prove
 from nemo_dist_tensor.structure import completed
 from nemo_dist_tensor.tp_plan import match
 
@@ -178,6 +178,30 @@ def test_replicas_along_every_axis_are_equal(ranks, world, sizes):
 def test_how_often_to_compare_replicas_is_a_number_of_steps(every, error):
     with pytest.raises(error, match="check_replicas must be an int from 0 up"):
         ReplicaCheck(every=every)
+
+
+class HandsOn(torch.nn.Module):
+    """Puts tensors into a list that later modules read, and as many as ``count`` says."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(4))
+        self.count = 1
+
+    def forward(self, hidden, box):
+        box.extend(hidden * place for place in range(self.count))
+        return hidden * self.weight
+
+
+@pytest.mark.parametrize(("count", "problem"), [(0, "differs"), (1, ""), (2, "differs")])
+def test_parts_that_hand_on_another_number_of_tensors_are_found(count, problem):
+    def cut(twin, peer):
+        twin.count = count
+        return {}
+
+    found = prove(HandsOn(), Call((torch.ones(2, 6, 4, requires_grad=True), []), {}), 2, cut).problem
+
+    assert found == (problem and f"what it hands on to other modules {problem}")
 
 
 def test_blocks_that_are_alike_are_run_once_and_known_all():

@@ -12,6 +12,7 @@ from typing import Any
 import attrs
 
 from nemo_dist.hf_model import blocks as hf_blocks
+from nemo_dist.hf_model import input_embedding
 from nemo_dist.plugin.mixed_precision import dtype_name
 
 _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -64,16 +65,17 @@ class ModelFacts:
         own = {id(parameter): parameter.numel() for parameter in model.parameters()}
         inside = {id(parameter): parameter.numel() for block in blocks for parameter in block.parameters()}
         head = model.get_output_embeddings()
-        weight = model.get_input_embeddings().weight
-        tied = head is not None and head.weight is weight
+        weight = getattr(input_embedding(model), "weight", None)
+        tied = weight is not None and head is not None and head.weight is weight
+        embedded = 0 if weight is None else weight.numel()
         stored = _BYTES[dtype_name(next(model.parameters()).dtype)]
         heads = config.num_attention_heads
         fused = {module: found for module in model.modules() if (found := stacked_experts(module))}
         return cls(
             parameters=sum(own.values()),
             block_parameters=sum(inside.values()),
-            embedding_parameters=0 if tied else weight.numel(),
-            tied_parameters=weight.numel() if tied else 0,
+            embedding_parameters=0 if tied else embedded,
+            tied_parameters=embedded if tied else 0,
             blocks=len(layers),
             hidden=config.hidden_size,
             heads=heads,

@@ -9,6 +9,8 @@ from typing import Any
 import attrs
 import torch
 
+from nemo_dist.hf_model import input_embedding
+
 # Dense bfloat16 operations a second, of which a product and a sum are two, by the name that CUDA gives a device. The
 # longest name that matches counts. Sources: the data sheets of the makers.
 _PEAKS = {
@@ -49,7 +51,7 @@ def operations_per_token(model: Any, length: int) -> float:
     are looked up do not count; of the experts of a layer, those that one token goes to.
     """
     config = model.config.get_text_config()
-    embedding = model.get_input_embeddings().weight
+    embedding = getattr(input_embedding(model), "weight", None)
     tied = embedding is getattr(model.get_output_embeddings(), "weight", None)
     weights = 0.0
     for name, parameter in model.named_parameters():

@@ -15,6 +15,7 @@ from nemo_dist.hf_model import (
     IGNORED,
     NEXT_TOKEN_LOSSES,
     class_name,
+    has_own_code,
     loss_function_of,
     loss_kind,
     loss_names,
@@ -58,7 +59,9 @@ def judge_loss(model: Any, routers_known: bool) -> None:
     else:
         known = _CLASSIFIERS if kind in _PER_LABEL else set()
     strange = sorted(names - known) or ([] if names else ["a part of it"])
-    if not strange or (not predicts_next_token(model) and _is_mean(model)):
+    if not strange and has_own_code(model) and _is_mean(model) is False:
+        strange = ["its own code"]  # whose names do not say what it adds
+    elif not strange or (not predicts_next_token(model) and _is_mean(model)):
         return
     if kind not in _PER_LABEL and not predicts_next_token(model):
         raise ValueError(_unknown(model))
@@ -85,12 +88,17 @@ def refuse_replaced(model: Any) -> None:
         )
 
 
-def _is_mean(model: Any) -> bool:
-    """Whether the loss of *model* is the mean over its labels of -100 or not, shifted or not, which is then noted."""
+def _is_mean(model: Any) -> bool | None:
+    """Whether the loss of *model* is the mean over its labels of -100 or not, shifted or not, which is then noted.
+
+    None where a copy does not run, or makes no number.
+    """
     try:
         losses, labels = _rehearsed(model)
     except Exception:  # whatever a forward of any family raises
-        return False
+        return None
+    if not losses.isfinite().all():
+        return None
     for shifts in (False, True):
         counts = torch.stack([(row[1:] if shifts else row) != IGNORED for row in labels]).sum(1)
         if same(losses[:1], ((losses[1:] * counts).sum() / counts.sum())[None]):

@@ -22,6 +22,7 @@ from nemo_dist.torch_private import tensors_in
 from nemo_dist.training.router_aux_loss import SWITCH
 
 TOLERANCE = 1e-4  # relative; models compute norms and router probabilities in float32
+_ROWS = 4  # that are run together and each alone; a forward that decides by one of them decides otherwise by another
 _SEQUENCES = (5, 7)  # lengths of the sequences that are packed into one row
 
 
@@ -120,6 +121,57 @@ def mixes_packed_sequences(model: Any) -> str | None:
         return f"a forward that cannot be checked: {type(error).__name__}: {error}"
     name = first_difference(packed, alone, torch.arange(first, first + second))
     return None if name is None else rehearsal.culprit(name)
+
+
+def depends_on_rows(model: Any) -> str | None:
+    """Return what of a row *model* computes by the rows beside it: the first module, or a buffer; None if nothing.
+
+    None, too, where it cannot be run on tokens alone.
+    """
+    try:
+        tokens = torch.arange(_ROWS * sum(_SEQUENCES)).view(_ROWS, -1) * 5 % model.config.get_text_config().vocab_size
+        rehearsal = Rehearsal.of(model)
+        together = rehearsal.run({"input_ids": tokens})
+        alone = [rehearsal.run({"input_ids": row[None]}) for row in tokens]
+        trained = Rehearsal.of(model), Rehearsal.of(model)
+        for copy, rows in zip(trained, (tokens, tokens[:1]), strict=True):
+            copy.model.train()
+            copy.run({"input_ids": rows})
+    except Exception:  # whatever a forward of any family raises
+        return None
+    for name, tensors in together.outputs.items():
+        for row, run in enumerate(alone):
+            pairs = zip(tensors, run.outputs.get(name, []), strict=False)
+            if any(_unlike(ours[row : row + 1], theirs) for ours, theirs in pairs):
+                return rehearsal.culprit(name)
+    buffers = zip(trained[0].model.named_buffers(), trained[1].model.buffers(), strict=True)
+    return next((f"buffer {name}" for (name, ours), theirs in buffers if _unlike(ours, theirs)), None)
+
+
+def depends_on_padding(model: Any) -> bool:
+    """Whether *model* computes a row without padding otherwise beside a padded one.
+
+    Attention that says it is not causal, as PaliGemma's, is causal by its mask alone, which transformers leaves out
+    where no row is padded.
+    """
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    if decoder is None or all(getattr(module, "is_causal", True) for module in decoder.modules()):
+        return False
+    try:
+        tokens = torch.arange(2 * sum(_SEQUENCES)).view(2, -1) % model.config.get_text_config().vocab_size
+        mask = torch.ones_like(tokens)
+        mask[1, -1] = 0
+        rehearsal = Rehearsal.of(model)
+        both = rehearsal.run({"input_ids": tokens, "attention_mask": mask})
+        alone = rehearsal.run({"input_ids": tokens[:1], "attention_mask": mask[:1]})
+        return _unlike(_result(both.output)[:1], _result(alone.output))
+    except Exception:  # whatever a forward of any family raises
+        return False
+
+
+def _unlike(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether two tensors of finite numbers differ; a copy without weights may make others."""
+    return bool(ours.isfinite().all() and theirs.isfinite().all()) and not same(ours, theirs)
 
 
 @contextmanager

@@ -42,7 +42,7 @@ from nemo_dist.training.optimizer_probe import keeps_state, refuse_what_mixes_el
 from nemo_dist.training.peft_adapters import adapters, refuse_prompts
 from nemo_dist.training.replica_check import ReplicaCheck, check_replicas
 from nemo_dist.training.router_aux_loss import RouterLoss
-from nemo_dist.training.step_loss import LossFunction, ModelLoss, OwnLoss, chosen_loss
+from nemo_dist.training.step_loss import LossFunction, ModelLoss, OwnLoss, chosen_loss, refuse_rows_that_meet
 from nemo_dist.training.uneven_batches import in_step
 from nemo_dist.training.whole_rows import Outputs
 
@@ -95,6 +95,7 @@ class Runtime:
                 f"plugins {' and '.join(map(repr, engines))} both give an engine, which runs the batches in place of "
                 "all others; leave one of them out"
             )
+        refuse_rows_that_meet(within[-1], sharded.mesh)
         of_step = chosen_loss(loss, within[-1], plugins, routers_known=router_loss is not None)
         states = {name: named_state(name, part.state) for name, part in plugins.items() if part.state is not None}
         sharded = attrs.evolve(sharded, states=states)

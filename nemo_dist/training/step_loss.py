@@ -9,17 +9,22 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from nemo_dist.hf_model import IGNORED, predicts_next_token
+from nemo_dist.hf_model import IGNORED, class_name, has_own_code, predicts_next_token
+from nemo_dist.planning.mesh_plan import Role
 from nemo_dist.plugin.hookspecs import Batch, RuntimePart
 from nemo_dist.training.loss_weighting import count_labels, judge_loss, refuse_replaced
+from nemo_dist.training.rehearsal import depends_on_padding, depends_on_rows
 from nemo_dist.training.whole_rows import LABELS, WholeRows, first_rows, is_per_token, nothing, rows_and_length
+
+if TYPE_CHECKING:
+    from nemo_dist.mesh.mesh_context import MeshContext
 
 READS = "loss."  # in the batches of a step, names of what only the loss reads start with it
 ROWS = f"{READS}rows"  # 1 for a row of the batch, 0 for one that an engine appended: an int tensor on the CPU
@@ -156,6 +161,22 @@ def chosen_loss(
         if part.engine is not None:
             _judge_engine(name, part, loss)
     return loss
+
+
+def refuse_rows_that_meet(model: nn.Module, mesh: MeshContext) -> None:
+    """Raise ValueError where ranks or stages get rows of their own, and *model* computes a row by those beside it."""
+    apart = mesh.size(Role.TOKENS) > 1 or mesh.size(Role.LAYERS) > 1
+    if apart and depends_on_padding(model):
+        raise ValueError(
+            f"{class_name(model)} attends to later tokens in a batch without padding, and not in one with, and ranks "
+            "and microbatches may be of either kind; load it with attn_implementation='eager', which never does"
+        )
+    where = depends_on_rows(model) if apart and has_own_code(model) else None
+    if where is not None:
+        raise ValueError(
+            f"{class_name(model)} computes a row by the rows beside it (in {where}), and these are on other ranks or "
+            "in other microbatches; compute each row by itself, or train with tp_size alone, whose ranks share all rows"
+        )
 
 
 def _judge_engine(name: str, part: RuntimePart, loss: OwnLoss) -> None:

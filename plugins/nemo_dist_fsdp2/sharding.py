@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import Shard
 
 from nemo_dist import hf_model
+from nemo_dist.errors import TopologyError
 from nemo_dist.mesh.process_group import has_cpu_backend
 from nemo_dist.planning.mesh_plan import Role
 from nemo_dist.plugin.mixed_precision import mixed_precision
@@ -35,6 +36,13 @@ def shard(model: nn.Module, mesh: MeshContext, config: FSDP2Config) -> None:
     A module that shares a parameter with another one (a tied embedding) stays in the root's group, which stays gathered
     from the first use to the last, so that the tied parameter has one shard and one gradient.
     """
+    if numbers := [name for name, parameter in model.named_parameters() if parameter.ndim == 0]:
+        raise TopologyError(
+            [
+                f"{name} is a single number, which fsdp2 cannot shard; give it the shape (1,), or use 'ddp'"
+                for name in numbers
+            ]
+        )
     options: dict[str, Any] = {
         "mesh": data_mesh(mesh),
         "mp_policy": mixed_precision(config.mp_policy),
@@ -138,7 +146,7 @@ def unsynchronised(parts: list[nn.Module]) -> Iterator[None]:
 
 def embeddings(model: Any) -> list[nn.Module]:
     """Return the input embedding of *model*, if it is a module."""
-    embedding = model.get_input_embeddings()
+    embedding = hf_model.input_embedding(model)
     return [embedding] if isinstance(embedding, nn.Module) else []
 
 
@@ -153,7 +161,8 @@ def tail(model: Any) -> list[nn.Module]:
 def untied(model: nn.Module, modules: Iterable[nn.Module]) -> list[nn.Module]:
     """Leave out modules that are sharded already, have no parameters, or have one that is used outside of them too.
 
-    Another module shares it, or code elsewhere reads it by itself, as Gemma 4 does with the embedding of padding.
+    Another module shares it, or code elsewhere reads it by itself, as Gemma 4 does with the embedding of padding, or
+    asks it for the dtype of the compute, which it has only while it is gathered.
     """
     names = {module: name for name, module in model.named_modules()}
     uses = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
@@ -162,7 +171,8 @@ def untied(model: nn.Module, modules: Iterable[nn.Module]) -> list[nn.Module]:
     for module in modules:
         own = Counter(id(p) for child in module.modules() for p in child.parameters(recurse=False))
         alone = own and module not in sharded and all(uses[key] == own[key] for key in own)
-        if alone and not hf_model.reads_weight(model, names.get(module, "")):
+        name = names.get(module, "")
+        if alone and not hf_model.reads_weight(model, name) and not hf_model.gives_dtype(model, name):
             kept.append(module)
     return kept
 

@@ -65,8 +65,11 @@ def packed_problem(name: str, tensor: Tensor, placement: Placement, ranks: int) 
 def tie_problems(model: nn.Module, placements: Mapping[str, Placement | None]) -> list[str]:
     """Say which tied parameters a plan would shard in two ways, one sentence each: they are never untied."""
     slots: dict[int, dict[str, Placement | None]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        slots.setdefault(id(parameter), {})[name] = placements.get(name)
+    ties: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}  # some are tied when they are loaded
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, parameter in parameters.items():
+        source = parameters.get(ties.get(name, name), parameter)
+        slots.setdefault(id(source), {})[name] = placements.get(name)
     return [
         f"{' and '.join(names)} are one tied parameter, but the plan cuts it as {' and '.join(map(str, cuts))}; "
         "give its modules rules that cut it alike"

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import re
 import threading
-from collections.abc import Callable, Collection, Mapping, MutableMapping, MutableSequence
+from collections.abc import Callable, Collection, Mapping, MutableMapping, MutableSequence, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -493,12 +493,11 @@ def _compare(
     placements: Mapping[str, Placement | None],
     peers: list[SimulatedPeers],
 ) -> Verdict:
-    first, *handed_on = ([result.output[i] for result in parts] for i in range(len(whole.output)))
-    if not all(_same(a, whole.output[0]) for a in first):
+    if not all(_same(part.output[0], whole.output[0]) for part in parts):
         return Verdict(problem="its output differs")
-    if not all(_same(a, b) for found, b in zip(handed_on, whole.output[1:], strict=True) for a in found):
+    if not all(_all_same(part.output, whole.output) for part in parts):
         return Verdict(problem="what it hands on to other modules differs")
-    if not all(_same(a, b) for part in parts for a, b in zip(part.inputs, whole.inputs, strict=True)):
+    if not all(_all_same(part.inputs, whole.inputs) for part in parts):
         return Verdict(problem="the gradient of its input differs")
     summed = set()
     largest = max((g.norm().item() for g in whole.gradients.values() if g is not None), default=0.0)
@@ -518,6 +517,10 @@ def _compare(
         ):
             summed.add(name)
     return Verdict(frozenset(summed))
+
+
+def _all_same(found: Sequence[Tensor | None], expected: Sequence[Tensor | None]) -> bool:
+    return len(found) == len(expected) and all(map(_same, found, expected))
 
 
 def _same(found: Tensor | None, expected: Tensor | None, floor: float = 0.0) -> bool:

@@ -24,7 +24,7 @@ from torch import nn
 from torch.distributed.tensor import Placement
 from transformers.pytorch_utils import Conv1D
 
-from nemo_dist.hf_model import forward_source, plain_class, reads_weight
+from nemo_dist.hf_model import forward_source, input_embedding, plain_class, reads_weight
 from nemo_dist_tensor import parameter_sharding
 from nemo_dist_tensor.attention_heads import AttentionHeads
 from nemo_dist_tensor.block_proof import sequence_problems
@@ -74,12 +74,13 @@ def _without_read(model: Any, rules: Rules) -> Rules:
     """Return *rules* without those for the embedding and the head that do more with their weight than a rule knows.
 
     Code elsewhere reads the weight by itself, or the embedding has a norm of its own, which each rank would use for
-    its own words only.
+    its own words only, or the weight is tied to one without a rule, which loading would put in the place of the shard.
     """
     ends = [name for name in _ends(model) if name]
     ruled = [name for name in ends if name in rules.modules and name not in rules.given]
     read = [name for name in ruled if _has_a_norm(model, name) or reads_weight(model, name)]
-    dropped = ends if read and _tied(model) else read  # a tied weight cannot be cut for one use only
+    half = any(mate not in rules.modules for name in ruled for mate in _mates(model, name))
+    dropped = ends if half or (read and _tied(model)) else read  # a tied weight cannot be cut for one use only
     return attrs.evolve(rules, modules={name: s for name, s in rules.modules.items() if name not in dropped})
 
 
@@ -90,14 +91,22 @@ def _has_a_norm(model: Any, name: str) -> bool:
 def _ends(model: Any) -> tuple[str, str]:
     """Return the names of the embedding and of the head of *model*, "" for one that it does not have."""
     names = {id(module): name for name, module in model.named_modules()}
-    return names.get(id(model.get_input_embeddings()), ""), names.get(id(model.get_output_embeddings()), "")
+    return names.get(id(input_embedding(model)), ""), names.get(id(model.get_output_embeddings()), "")
+
+
+def _mates(model: Any, name: str) -> set[str]:
+    """Return the other modules that share the weight of the module *name*, or will when the model is loaded."""
+    ties = dict(getattr(model, "all_tied_weights_keys", None) or {})
+    source = ties.get(f"{name}.weight", f"{name}.weight")
+    shared = {source, *(one for one, other in ties.items() if other == source)} if ties else set()
+    return {one.rpartition(".")[0] for one in shared} - {name}
 
 
 def _tied(model: Any) -> bool:
     """Whether embedding and head of *model* share their weight, or will when it is loaded."""
     configs = (model.config, model.config.get_text_config())
-    weights = [getattr(end, "weight", None) for end in (model.get_input_embeddings(), model.get_output_embeddings())]
-    return any(getattr(config, "tie_word_embeddings", False) for config in configs) or weights[0] is weights[1]
+    first, last = (getattr(end, "weight", None) for end in (input_embedding(model), model.get_output_embeddings()))
+    return any(getattr(config, "tie_word_embeddings", False) for config in configs) or (first is last is not None)
 
 
 def _is_plain(model: Any, name: str) -> bool:

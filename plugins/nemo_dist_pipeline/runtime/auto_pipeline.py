@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -178,12 +179,12 @@ class AutoPipeline:
         count: Any = loss.count(batch)
         return self.run([batch], [weights / count.to(self.device).clamp(min=1)], loss)
 
-    @property
+    @cached_property  # one object, as torch's schedules are kept by their loss
     def _loss_of_config(self) -> OwnLoss | None:
         found = self.mean_loss
         return None if found is None else OwnLoss(function=found, model=inner_model(self.parts[-1]))
 
-    @property
+    @cached_property
     def mean_loss(self) -> MeanOfLabels | None:
         """The loss that the config asks for, if it does, as a runtime takes one."""
         given = self.config.loss_fn

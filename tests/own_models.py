@@ -1,0 +1,149 @@
+"""Models as users write them: a class derived from Llama's with a few lines of their own."""
+
+import torch
+import transformers
+from torch import nn
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaMLP
+
+SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 56,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "initializer_range": 0.1,
+}
+
+
+class OwnConfig(transformers.LlamaConfig):
+    """``change``: the name of the function below that changes the model after it was built."""
+
+    model_type = "own_llama"
+    change = ""
+
+
+class OwnModel(LlamaForCausalLM):
+    """Llama with the change that its config names."""
+
+    config_class = OwnConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        CHANGES[config.change](self)
+        self.post_init()
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        if "loss" in output:
+            output["loss"] = output["loss"] + sum(m.penalty for m in self.modules() if isinstance(m, Routed))
+        return output
+
+
+class Counting(LlamaMLP):
+    """Counts its forwards, the same on every rank."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.register_buffer("seen", torch.zeros(1))
+
+    def forward(self, x):
+        if self.training:
+            self.seen += 1
+        return super().forward(x) * (1 + 0.01 * self.seen)
+
+
+class Running(LlamaMLP):
+    """Subtracts the running mean of what it was given, of which each rank has its own."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.register_buffer("mean", torch.zeros(config.hidden_size))
+
+    def forward(self, x):
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * x.detach().mean((0, 1))
+        return super().forward(x - self.mean)
+
+
+class Mixing(LlamaMLP):
+    """Subtracts the mean of the rows of the batch."""
+
+    def forward(self, x):
+        return super().forward(x - 0.1 * x.mean(0, keepdim=True))
+
+
+class Routed(nn.Module):
+    """Two experts for every token, with a penalty that is no mean over tokens."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate = nn.Linear(config.hidden_size, 2, bias=False)
+        self.first, self.second = LlamaMLP(config), LlamaMLP(config)
+
+    def forward(self, x):
+        share = self.gate(x).softmax(-1)
+        self.penalty = (share.mean((0, 1)) ** 2).sum()
+        return share[..., :1] * self.first(x) + share[..., 1:] * self.second(x)
+
+
+class Twice(LlamaDecoderLayer):
+    """A layer that is run twice."""
+
+    def forward(self, hidden_states, **kwargs):
+        return super().forward(super().forward(hidden_states, **kwargs), **kwargs)
+
+
+class Skipping(LlamaDecoderLayer):
+    """Skips itself by a number of the first row: ranks decide otherwise, and would wait for each other."""
+
+    def forward(self, hidden_states, **kwargs):
+        return hidden_states if hidden_states[0, 0, 0] > 0 else super().forward(hidden_states, **kwargs)
+
+
+class Gated(LlamaMLP):
+    """Has a parameter that is a single number."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.gate = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x):
+        return super().forward(x) * self.gate.tanh()
+
+
+def _feed_forwards(kind):
+    def change(model):
+        for layer in model.model.layers:
+            layer.mlp = kind(model.config)
+
+    return change
+
+
+def _second_layer(kind):
+    def change(model):
+        model.model.layers[1] = kind(model.config, 1)
+
+    return change
+
+
+CHANGES = {
+    "": lambda model: None,
+    "counting": _feed_forwards(Counting),
+    "running": _feed_forwards(Running),
+    "mixing": _feed_forwards(Mixing),
+    "routed": _feed_forwards(Routed),
+    "gated": _feed_forwards(Gated),
+    "twice": _second_layer(Twice),
+    "skipping": _second_layer(Skipping),
+}
+
+transformers.AutoConfig.register("own_llama", OwnConfig)
+transformers.AutoModelForCausalLM.register(OwnConfig, OwnModel)
+
+
+def on_meta(change):
+    """Return the model with *change*, without weights."""
+    with torch.device("meta"):
+        return OwnModel(OwnConfig(**SIZES, change=change))

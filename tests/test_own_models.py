@@ -1,0 +1,73 @@
+"""What makes rows depend on each other, in classes of the user's own above all, is refused before the first step."""
+
+import pytest
+import torch
+import transformers
+from own_models import SIZES, OwnConfig, on_meta
+
+from nemo_dist import DDPConfig, DistributedSetup, FSDP2Config, NeMoAutoModelForCausalLM
+from nemo_dist.errors import TopologyError
+from nemo_dist.hf_model import has_own_code
+from nemo_dist.testing.precision import FP32
+from nemo_dist.testing.shrink import tiny
+from nemo_dist.training.loss_weighting import judge_loss
+from nemo_dist.training.rehearsal import depends_on_padding, depends_on_rows
+
+
+@pytest.mark.parametrize(
+    ("change", "where"),
+    [
+        ("", None),
+        ("counting", None),
+        ("twice", None),
+        ("running", "buffer model.layers.0.mlp.mean"),
+        ("mixing", "model.layers.0.mlp.gate_proj, Linear"),
+        ("skipping", "model.layers.1, Skipping"),
+    ],
+)
+def test_what_joins_the_rows_of_a_batch_is_found(change, where):
+    model = on_meta(change)
+
+    assert has_own_code(model)
+    assert depends_on_rows(model) == where
+
+
+@pytest.mark.parametrize(
+    ("family", "attention", "found"),
+    [("paligemma", "sdpa", True), ("paligemma", "eager", False), ("llava", "sdpa", False)],
+)
+def test_attention_that_is_causal_only_beside_padding_is_found(family, attention, found):
+    with torch.device("meta"):
+        model = transformers.AutoModelForImageTextToText.from_config(tiny(family).config, attn_implementation=attention)
+
+    assert depends_on_padding(model) is found
+
+
+def test_a_term_that_own_code_adds_to_the_loss_is_refused():
+    judge_loss(on_meta("counting"), routers_known=False)
+    with pytest.raises(ValueError, match=r"OwnModel makes a loss of its own \(from its own code\).*give a loss"):
+        judge_loss(on_meta("routed"), routers_known=False)
+
+
+def runtime_of(change, strategy):
+    setup = DistributedSetup.build(strategy)
+    config = OwnConfig(**SIZES, change=change)
+    return setup.runtime(NeMoAutoModelForCausalLM.from_config(config, distributed_setup=setup, dtype=torch.float32))
+
+
+def on_rank_refusal(change, strategy):
+    with pytest.raises((ValueError, TopologyError)) as caught:
+        runtime_of(change, strategy)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "strategy", "message"),
+    [
+        ("running", DDPConfig(), "computes a row by the rows beside it (in buffer model.layers.0.mlp.mean)"),
+        ("gated", FSDP2Config(mp_policy=FP32), "model.layers.0.mlp.gate is a single number, which fsdp2 cannot shard"),
+    ],
+    ids=["a running mean", "a single number"],
+)
+def test_what_ranks_cannot_share_is_refused_before_the_first_step(ranks, change, strategy, message):
+    assert all(message in found for found in ranks(2).run(on_rank_refusal, change, strategy))
