@@ -64,13 +64,14 @@ PRIVATE = {
     "nemo_dist.training.router_aux_loss": ("_can_record_outputs",),
     "nemo_dist.dry_run.imagined_world": ("_internal", "_fully_shard", "_fsdp_param"),
     "nemo_dist.testing.fake_cuda": ("_coalescing_manager", "_dynamo"),
-    "nemo_dist.testing.worker": ("_clear_sharding_prop_cache", "_world"),
+    "nemo_dist.testing.worker": ("_Options", "_clear_sharding_prop_cache", "_devices", "_timeout", "_world"),
     "nemo_dist_ddp.replicas": ("_pre_forward", "_post_forward"),
     "nemo_dist_moe.experts": ("_expand_parallel_plan", "_is_view"),
     "nemo_dist_recompute.apply": ("_can_checkpoint_with_cache", "_gradient_checkpointing_func"),
     "nemo_dist_pipeline.runtime.torch_stage": (
         *("_PipelineScheduleRuntime", "_load_csv", "_post_metadata_inference_cleanup", "_schedule_visualizer"),
     ),
+    "nemo_dist_megatron_fsdp.memory_estimate": ("_get_parameter_groups",),
     "nemo_dist_megatron_fsdp.engine": (
         *("_replace_param_with_raw_if_needed", "_replace_param_with_distributed_if_needed"),
         "_root_pre_backward_hook_issued",

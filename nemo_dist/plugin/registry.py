@@ -34,6 +34,10 @@ def owner(entry: EntryPoint) -> str:
     return f"{entry.dist.name} {entry.dist.version}" if entry.dist else "an unknown distribution"
 
 
+def _described(entry: EntryPoint) -> str:
+    return f"plugin {entry.name!r} ({entry.value}, from {owner(entry)})"  # reads the distribution's files
+
+
 def _of(group: str) -> Any:
     return attrs.Factory(lambda self: tuple(self.installed.select(group=group)), takes_self=True)
 
@@ -117,18 +121,17 @@ class Registry:
         return self._imported(self.entry(name))
 
     def _imported(self, entry: EntryPoint) -> type[Plugin]:
-        what = f"plugin {entry.name!r} ({entry.value}, from {owner(entry)})"
         if problem := misnamed(entry.name):
-            raise PluginError(f"{what} {problem}")
+            raise PluginError(f"{_described(entry)} {problem}")
         try:
             plugin = entry.load()
             problem = _misfit(plugin, entry)
         except (Exception, SystemExit) as error:  # a module that is a script leaves
             raise PluginError(
-                f"{what} failed to import: {type(error).__name__}: {error}; repair or uninstall it"
+                f"{_described(entry)} failed to import: {type(error).__name__}: {error}; repair or uninstall it"
             ) from error
         if problem:
-            raise PluginError(f"{what} {problem}")
+            raise PluginError(f"{_described(entry)} {problem}")
         return cast(type[Plugin], plugin)
 
     def catalogue(self) -> list[tuple[EntryPoint, type[Plugin] | None, str | None]]:

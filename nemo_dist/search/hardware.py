@@ -11,6 +11,7 @@ import attrs
 import yaml
 
 from nemo_dist.errors import UnknownNameError
+from nemo_dist.planning.device_flops import BFLOAT16, bfloat16_flops
 from nemo_dist.planning.mesh_plan import MeshPlan
 from nemo_dist.planning.validation import near, shown
 from nemo_dist.plugin.options import from_mapping
@@ -44,6 +45,7 @@ class Hardware:
     """One kind of device in nodes; the file ``hardware.yaml`` says what each number is, and its unit."""
 
     name: str = ""
+    device: str = attrs.field(default="")
     flops: Mapping[str, float]
     compute_efficiency: float
     memory: int = attrs.field(converter=parse_bytes)
@@ -55,6 +57,13 @@ class Hardware:
     network_efficiency: float
     latency_inside: float
     latency_between: float
+
+    @device.validator
+    def _known(self, _: Any, value: str) -> None:
+        if value and bfloat16_flops(value) is None:
+            raise UnknownNameError(
+                f"unknown device {shown(value)}{near(value, BFLOAT16)} (known: {', '.join(BFLOAT16)})"
+            )
 
     @classmethod
     def named(cls, name: str) -> Hardware:
@@ -77,7 +86,7 @@ class Hardware:
 
     def peak(self, dtype: str | None) -> float:
         """Return the FLOP/s of the data sheet in *dtype*; None is float32."""
-        return self.flops.get(dtype or "float32", min(self.flops.values()))
+        return self.flops.get(dtype or "float32") or bfloat16_flops(self.device) or min(self.flops.values())
 
     def seconds(self, plan: MeshPlan, axis: str, sent: float, times: float) -> float:
         """Return how long *times* collectives along *axis* take in which a rank sends *sent* bytes in all.

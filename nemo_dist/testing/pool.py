@@ -43,9 +43,9 @@ _PRELOAD = (
 _START_TIMEOUT = 120.0
 _GRACE = 2.0  # seconds that the other ranks get to report after the first failure
 # Process groups that ranks keep between calls. The next call may use an equal mesh: half of a short run is making
-# groups, and what DTensor finds out anew for every mesh. But a group has threads that wake a hundred times a second.
-_MOST_GROUPS = 24
-_MOST_FILES = 400  # open files of a rank above which its pool is replaced, as some process groups are never destroyed
+# groups, and what DTensor finds out anew for every mesh. But each has threads and a connection to every member.
+_MOST_GROUPS = 48
+_MOST_FILES = 250  # open files of a rank above which its pool is replaced, as some process groups are never destroyed
 
 
 @attrs.define(eq=False)
