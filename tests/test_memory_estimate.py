@@ -125,9 +125,11 @@ SEQUENCE = FSDP2Config(mp_policy=FP32, sequence_parallel=True)
 CASES = [
     (2, "llama", case({})),
     slow(2, "llama", case({}, True)),
+    slow(2, "llama", case({}, "selective")),
     slow(2, "llama-tied", case({})),
     slow(2, "llama", case({"tp_size": 2})),
     slow(2, "llama", case({"tp_size": 2}, True)),
+    slow(2, "llama", case({"tp_size": 2}, "selective")),
     slow(2, "llama-odd", case({"tp_size": 2})),
     slow(2, "llama", case({"tp_size": 2}, False, SEQUENCE)),
     slow(2, "qwen3", case({"cp_size": 2})),
@@ -150,7 +152,7 @@ CASES = [
         world,
         specimen,
         {n: s for n, s in vars_of(options).items() if s},
-        options["activation_checkpointing"] and "recomputed",
+        options["activation_checkpointing"] and f"recomputed {options['activation_checkpointing']}",
     ),
 )
 def test_a_rank_holds_what_a_search_says(on_ranks, world, specimen, options):
@@ -160,7 +162,8 @@ def test_a_rank_holds_what_a_search_says(on_ranks, world, specimen, options):
     # Ranks may get other numbers of tokens for their experts; a search says what they have on average.
     fullest = max(measured, key=lambda states: states["parameters"])
     mean = round(sum(states["activations"] for states in measured) / world)
-    assert_holds(fullest | {"activations": mean}, said)
+    sent = {axis: round(sum(states["sent"][axis] for states in measured) / world) for axis in fullest["sent"]}
+    assert_holds(fullest | {"activations": mean, "sent": sent}, said)
 
 
 @cases(
