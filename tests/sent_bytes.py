@@ -1,5 +1,7 @@
 """What a step of a specimen sends, counted where it is sent, beside what the plugins say of it."""
 
+from collections import Counter
+
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _resolve_process_group
@@ -13,14 +15,28 @@ ROWS, LENGTH = 2, 16
 
 
 class Sent(TorchDispatchMode):
-    """Add up the bytes that this rank sends within the model, by kind of collective, as if every exchange were even."""
+    """Add up the bytes that this rank sends within the model, as if every exchange were even.
+
+    ``sent`` has them by kind of collective; ``within`` those within layers, not of parameters and their gradients, by
+    the name of the process group.
+    """
 
     def __init__(self):
         super().__init__()
         self.sent = {"all-gather": 0, "reduce-scatter": 0, "all-to-all": 0, "all-reduce": 0}
+        self.within = Counter()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = str(function)
+        before = sum(self.sent.values())
+        self._add(str(function), args)
+        more = sum(self.sent.values()) - before
+        if more and not str(function).startswith(("c10d._allgather_base_", "c10d._reduce_scatter_base_")):
+            boxed = [arg for arg in args if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in str(arg)]
+            group = dist.ProcessGroup.unbox(boxed[0]).group_name if boxed else args[-1]
+            self.within[group] += more
+        return function(*args, **(kwargs or {}))
+
+    def _add(self, name, args):
         if name.startswith("c10d._allgather_base_"):
             self.sent["all-gather"] += args[0].nbytes - args[1].nbytes
         elif name.startswith("c10d._reduce_scatter_base_"):
@@ -37,7 +53,6 @@ class Sent(TorchDispatchMode):
         elif name.startswith("_c10d_functional.all_reduce"):
             size = _resolve_process_group(args[2]).size()
             self.sent["all-reduce"] += 2 * args[0].nbytes * (size - 1) // size
-        return function(*args, **(kwargs or {}))
 
 
 def on_rank_measure_bytes(specimen, options):

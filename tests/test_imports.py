@@ -72,6 +72,7 @@ PRIVATE = {
     "nemo_dist_pipeline.runtime.torch_stage": (
         *("_PipelineScheduleRuntime", "_load_csv", "_post_metadata_inference_cleanup", "_schedule_visualizer"),
     ),
+    "nemo_dist_megatron_fsdp.memory_estimate": ("_get_parameter_groups",),
     "nemo_dist_megatron_fsdp.engine": (
         *("_replace_param_with_raw_if_needed", "_replace_param_with_distributed_if_needed"),
         "_root_pre_backward_hook_issued",

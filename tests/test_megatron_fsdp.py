@@ -4,6 +4,9 @@ import importlib.metadata
 import re
 import subprocess
 import sys
+from collections import Counter
+from contextlib import contextmanager
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -21,11 +24,18 @@ from nemo_dist import (
     ParallelismSizes,
     TopologyError,
 )
+from nemo_dist.mesh.dtensor import local
+from nemo_dist.models.meta_model import meta_model
+from nemo_dist.plugin.comm_estimate import ModelFacts
+from nemo_dist.plugin.memory_estimate import RankShare
+from nemo_dist.setup.rank_memory import divide
 from nemo_dist.testing.equivalence import Task, assert_equivalent, checkpoint, reference
 from nemo_dist.testing.fake_cuda import WithCudaCalls
 from nemo_dist.testing.io_counter import BytesRead
 from nemo_dist.testing.tensors import rows_of_rank
 from nemo_dist.testing.tiny_models import SPECIMENS
+from nemo_dist.torch_private import tensors_in
+from nemo_dist_megatron_fsdp.engine import Engine
 
 ZERO = [1, 2, 3]
 ENDS = [1, slow(2), 3]  # of the levels, where the one between adds little
@@ -628,3 +638,84 @@ def test_an_unknown_unit_module_is_refused_with_the_known_ones(ranks):
         Exception, match=r"names \['LlamaLayer'\], which the model has not \(it has .*LlamaDecoderLayer"
     ):
         ranks(2).run(on_rank_start, folder=checkpoint("llama"), **units)
+
+
+# ---- memory ----
+
+
+@contextmanager
+def counted(name, sent):
+    """Add up in *sent* the bytes that this rank sends by a function of torch; a dispatch mode sees no coalesced one."""
+    real = getattr(torch.distributed, name)
+
+    def call(*args, **kwargs):
+        sizes = [tensor.nbytes for tensor in tensors_in((args, kwargs))]
+        sent[name] += max(sizes) - min(sizes)
+        return real(*args, **kwargs)
+
+    with patch.object(torch.distributed, name, call):
+        yield
+
+
+def on_rank_hold(zero, options, sizes):
+    """Return the bytes of parameters, gradients and optimizer state, of the package's buffers, and those sent."""
+    strategy = MegatronFSDPConfig(zero_dp_strategy=zero, **options)
+    setup = DistributedSetup.build(strategy, sizes)
+    model = NeMoAutoModelForCausalLM.from_config(SPECIMENS["llama"].config(), distributed_setup=setup)
+    runtime = setup.runtime(model)
+    optimizer = runtime.optimizer(torch.optim.AdamW, lr=1e-3)
+    batch = SPECIMENS["llama"].batch(2, 16, torch.Generator().manual_seed(0))
+    sent = Counter()
+    with counted("all_gather_into_tensor", sent), counted("reduce_scatter_tensor", sent):
+        runtime.forward_backward({"input_ids": batch["input_ids"], "labels": batch["input_ids"].clone()})
+    parameters = [parameter for _, parameter in runtime.named_parameters()]
+    gradients = sum(local(parameter.grad).nbytes for parameter in parameters)
+    optimizer.step()
+    state = [value for found in optimizer.state.values() for value in found.values() if isinstance(value, torch.Tensor)]
+    groups = Engine.of(model).wrapper.param_and_grad_buffer.parameter_groups
+    return (
+        {
+            "parameters": sum(local(parameter).nbytes for parameter in parameters),
+            "gradients": gradients,
+            "optimizer state": sum(local(value).nbytes for value in state),
+        },
+        {
+            "weights": sum(group.model_weight_buffer.data.nbytes for group in groups),
+            "gradients": sum(group.main_grad_buffer.data.nbytes for group in groups),
+        },
+        dict(sent),
+    )
+
+
+@cases(
+    ("world", "zero", "options", "sizes"),
+    [
+        (2, 3, {}, {}),
+        (2, 1, {}, {}),
+        slow(2, 2, {}, {}),
+        slow(2, 3, {}, {"tp_size": 2}),
+        slow(4, 3, {}, {"tp_size": 2}),
+        slow(4, 1, {}, {"cp_size": 2}),
+        slow(2, 3, {"megatron_fsdp_unit_modules": ["LlamaMLP"]}, {}),
+    ],
+    lambda world, zero, options, sizes: case_id(world, f"zero {zero}", options, sizes),
+)
+def test_a_rank_holds_what_its_memory_hook_says(ranks, world, zero, options, sizes):
+    sizes = ParallelismSizes(**sizes)
+    measured = ranks(world).run(on_rank_hold, zero, options, sizes)
+    setup = DistributedSetup.build(MegatronFSDPConfig(zero_dp_strategy=zero, **options), sizes, world_size=world)
+    model = meta_model(SPECIMENS["llama"].config())
+    facts = ModelFacts.of(model, 2, 16, None, False)
+    (said,) = divide(RankShare.whole(model, 2, 16), setup.calls, setup.strategy, setup.plan, facts, model)
+
+    assert {kind: max(states[kind] for states, _, _ in measured) for kind in said.states} == said.states
+    for _, buffers, sent in measured:
+        if sizes == ParallelismSizes() and not options:  # the count is of all axes together
+            (lines,) = setup.calls.traffic(plan=setup.plan, facts=facts, model=model)
+            said_sent = [line.sent for line in lines]
+            print(f"ZeRO {zero}: sent {sent}, said {said_sent}")
+            assert list(sent.values()) == pytest.approx(said_sent, rel=0.05)  # buckets are padded
+        if zero == 1:  # nothing is gathered or waits but what the buffers hold
+            assert buffers["weights"] == said.states["parameters"] + said.bytes["gathered parameters"]
+            waiting = said.bytes["gradients before they are reduced"]
+            assert buffers["gradients"] == said.states["gradients"] + waiting

@@ -195,9 +195,11 @@ def test_hardware_of_ones_own_comes_from_a_file(tmp_path):
     from nemo_dist.search.hardware import FILE
 
     mine = tmp_path / "mine.yaml"
-    mine.write_text(FILE.read_text().replace("a100-8x:", "mine:").replace("312.0e+12", "156.0e+12"))
+    mine.write_text(FILE.read_text().replace("a100-8x:", "mine:").replace("device: A100", "device: A30"))
 
-    assert Hardware.named(f"{mine}:mine").peak("bfloat16") == Hardware.named("a100-8x").peak("bfloat16") / 2
+    found = Hardware.named(f"{mine}:mine")
+
+    assert (found.peak("bfloat16"), found.peak("float16"), found.peak("float32")) == (165e12, 165e12, 19.5e12)
 
 
 @pytest.mark.parametrize(

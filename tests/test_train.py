@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nemo_dist.checkpoint.preemption import CODE
 from nemo_dist.hf_model import IGNORED
+from nemo_dist.planning.device_flops import bfloat16_flops
 from nemo_dist.recipe import throughput
 from nemo_dist.recipe.config import DataSection, LoggingSection, Recipe
 from nemo_dist.recipe.documents import documents
@@ -329,9 +330,9 @@ def test_operations_are_those_that_torch_counts():
 
 
 def test_the_peak_is_that_of_the_longest_name():
-    assert throughput.peak_of("NVIDIA H100 80GB HBM3") == 989e12
-    assert throughput.peak_of("NVIDIA L40S") == 362e12
-    assert throughput.peak_of("GeForce GT 1030") is None
+    assert bfloat16_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert bfloat16_flops("NVIDIA L40S") == 362e12
+    assert bfloat16_flops("GeForce GT 1030") is None
 
 
 # ---- on ranks ----

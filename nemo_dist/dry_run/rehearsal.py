@@ -8,10 +8,6 @@ from typing import Any
 
 import attrs
 import torch
-import transformers
-from torch import nn
-from transformers.initialization import no_init_weights
-from transformers.modeling_utils import local_torch_dtype as local_dtype
 
 from nemo_dist.dry_run.checkpoint_plan import CheckpointPlan
 from nemo_dist.dry_run.holdings import Holdings, stepped
@@ -19,7 +15,7 @@ from nemo_dist.dry_run.imagined_world import imagined_world
 from nemo_dist.dry_run.phases import Phase, Phases
 from nemo_dist.errors import NemoDistError
 from nemo_dist.hf_model import class_name
-from nemo_dist.models.meta_model import making_a_model, read_config
+from nemo_dist.models.meta_model import meta_model, read_config
 from nemo_dist.plugin.comm_estimate import readable
 from nemo_dist.setup.setup import DistributedSetup
 
@@ -100,7 +96,7 @@ def dry_run(
         with phases.measured("make the groups"):
             mesh = setup.mesh_context
         with phases.measured("build the model on meta"):
-            whole = _on_meta(config)
+            whole = meta_model(config)
             parameters = sum(parameter.numel() for parameter in whole.parameters())
         with phases.measured("split and shard it"):
             parts = setup.shard(whole)
@@ -128,13 +124,3 @@ def dry_run(
             checkpoint=plan,
             why_no_checkpoint="" if plan is not None else why,
         )
-
-
-def _on_meta(config: Any) -> nn.Module:
-    """Return the model of *config* on the meta device, in the dtype in which its weights are stored."""
-    names = getattr(config, "architectures", None) or ()
-    kind: Any = getattr(transformers, names[0], None) if names else None
-    dtype = getattr(config, "dtype", None) or torch.float32
-    with making_a_model(config), local_dtype(dtype), no_init_weights(), torch.device("meta"):
-        made: nn.Module = transformers.AutoModelForCausalLM.from_config(config) if kind is None else kind(config)
-        return made

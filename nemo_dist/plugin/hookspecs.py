@@ -202,9 +202,9 @@ class Hooks:
         """Edit in *ranks* what a rank holds under *plan*, as your ``shard`` divides the model.
 
         *ranks* has one entry for all ranks alike, until a plugin replaces it by one for each rank along an axis that
-        splits layers. Called by a search, without a process group and often, in the order of ``shard``; *model* is
-        whole, on the meta device, and must not change. Raise TopologyError, or ValueError, with what ``shard`` would
-        refuse. A strategy without this hook cannot be searched.
+        splits layers. Called by a search and by ``explain``, without a process group and often, in the order of
+        ``shard``; *model* is whole, on the meta device, and must not change. Raise TopologyError, or ValueError, with
+        what ``shard`` would refuse. Of a strategy without this hook neither knows what ranks hold.
         """
 
     @hookspec

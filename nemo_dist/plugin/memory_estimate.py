@@ -13,8 +13,12 @@ from weakref import WeakKeyDictionary
 
 import attrs
 
+from nemo_dist import hf_model
+
 T = TypeVar("T")
 Shape = tuple[int, ...]
+MOMENTS = 2  # AdamW keeps two numbers for each of a parameter, in its dtype
+STEP_BYTES = 4  # and a count of steps for each parameter
 
 
 @attrs.frozen(kw_only=True)
@@ -56,14 +60,15 @@ class RankShare:
     overridden: set[str] = attrs.field(factory=set)
 
     @classmethod
-    def whole(cls, parameters: Mapping[str, tuple[Shape, int]], blocks: Iterable[str], rows: int, length: int) -> Any:
-        """Return the share of a rank that does everything; *parameters* are shapes and bytes per number, by name."""
+    def whole(cls, model: Any, rows: int, length: int) -> RankShare:
+        """Return the share of a rank that does everything with *model*; it may be on meta."""
+        parameters, blocks = _shapes(model)
         shapes = {name: shape for name, (shape, _) in parameters.items()}
         return cls(
             computed=shapes,
             stored=dict(shapes),
             itemsize={name: size for name, (_, size) in parameters.items()},
-            stages=(StageShare(blocks=tuple(blocks)),),
+            stages=(StageShare(blocks=blocks),),
             rows=rows,
             length=length,
         )
@@ -88,6 +93,16 @@ class RankShare:
     def stored_bytes(self) -> int:
         """The bytes of the parameters that it keeps; of their gradients as well."""
         return sum(math.prod(shape) * self.itemsize[name] for name, shape in self.stored.items())
+
+    @property
+    def states(self) -> dict[str, int]:
+        """The bytes of parameters, gradients and the state of AdamW, in the dtype of the parameters."""
+        stored = self.stored_bytes
+        return {
+            "parameters": stored,
+            "gradients": stored,
+            "optimizer state": MOMENTS * stored + STEP_BYTES * len(self.stored),
+        }
 
 
 def first_part(shape: Shape, dim: int, ranks: int) -> Shape:
@@ -117,3 +132,10 @@ def once_per_model(function: Callable[..., T]) -> Callable[..., T]:
         return found
 
     return cached
+
+
+@once_per_model
+def _shapes(model: Any) -> tuple[dict[str, tuple[Shape, int]], tuple[str, ...]]:
+    """Return the shape and the bytes per number of every parameter of *model*, each once, and the names of blocks."""
+    parameters = {name: (tuple(p.shape), p.element_size()) for name, p in model.named_parameters()}
+    return parameters, tuple(hf_model.blocks(model))

@@ -45,9 +45,6 @@ class Plugin(Protocol):
     ``compute_dtype``: for a strategy, the name of the dtype of parameters in a forward; None is the dtype that they are
     stored in.
 
-    ``sharded``: for a strategy, which of "parameters", "gradients" and "optimizer state" it divides between the ranks
-    of the flattened axis ``dp_shard_cp``; None is not known.
-
     ``parameter_device``: for a strategy, the type of the device that keeps the shards of parameters between forwards;
     None is that of the mesh.
 
@@ -77,7 +74,6 @@ _OPTIONAL: Mapping[str, Any] = {
     "delegates": FrozenMapping[tuple[str, ...]](),
     "features": FrozenMapping[str](),
     "compute_dtype": None,
-    "sharded": None,
     "parameter_device": None,
     "contract": 1,
     "exact": True,

@@ -10,38 +10,10 @@ import attrs
 import torch
 
 from nemo_dist.hf_model import input_embedding
+from nemo_dist.planning.device_flops import bfloat16_flops
 
-# Dense bfloat16 operations a second, of which a product and a sum are two, by the name that CUDA gives a device. The
-# longest name that matches counts. Sources: the data sheets of the makers.
-_PEAKS = {
-    "A10": 125e12,
-    "A100": 312e12,
-    "A30": 165e12,
-    "A40": 150e12,
-    "B200": 2250e12,
-    "GB200": 2500e12,
-    "H100": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H20": 148e12,
-    "H200": 989e12,
-    "H800": 989e12,
-    "L4": 121e12,
-    "L40": 181e12,
-    "L40S": 362e12,
-    "MI250": 362e12,
-    "MI300X": 1307e12,
-    "RTX 3090": 71e12,
-    "RTX 4090": 165e12,
-}
 _FORWARD_AND_BACKWARD = 6  # operations per weight and token: two forward, four backward
 _ATTENTION = 12  # per layer, token, token that it sees, and unit of width: scores and sums, forward and backward
-
-
-def peak_of(device: str) -> float | None:
-    """Return the operations a second of the *device* of that name; None for one that is not known."""
-    found = [name for name in _PEAKS if name in device]
-    return _PEAKS[max(found, key=len)] if found else None
 
 
 def operations_per_token(model: Any, length: int) -> float:
@@ -77,14 +49,12 @@ class Throughput:
     @classmethod
     def of(cls, config: Any, length: int, ranks: int) -> Throughput:
         """Return that of a causal language model of *config*; without a share where the device is not known."""
-        peak = peak_of(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+        peak = bfloat16_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
         if peak is None:
             return cls()
-        from transformers import AutoModelForCausalLM
+        from nemo_dist.models.meta_model import meta_model
 
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-        return cls(operations=operations_per_token(model, length), peak=peak * ranks)
+        return cls(operations=operations_per_token(meta_model(config), length), peak=peak * ranks)
 
     def measured(self, tokens: int, seconds: float) -> dict[str, float]:
         """Return what *tokens* in *seconds* are: ``tokens_per_second``, ``mfu`` from 0 to 1 where known, memory."""

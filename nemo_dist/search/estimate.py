@@ -7,6 +7,7 @@ comes from its schedule, and what a strategy sends from its ``traffic`` hook. Ra
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from typing import Any
@@ -25,9 +26,8 @@ from nemo_dist.search.hardware import Hardware
 from nemo_dist.search.model import Kind, SearchedModel
 from nemo_dist.search.profile import Inner, Profile, profile
 from nemo_dist.search.tracing import Counts
+from nemo_dist.setup.rank_memory import divide
 
-MOMENTS = 2  # AdamW keeps two numbers for each of a parameter, in its dtype
-STEP_BYTES = 4  # and a count of steps for each parameter
 _UPDATE_PASSES = 7  # AdamW reads a parameter, its gradient and moments, and writes all but the gradient
 HOW: Mapping[str, str] = {
     "parameters": "shapes from the plugins, to the byte",
@@ -97,17 +97,10 @@ class Estimator:
 
         Raises PluginError for a strategy that cannot say it.
         """
-        strategy = strategy_of(topology.selected)
-        if strategy is None or not hasattr(strategy, "memory"):
-            name = strategy.name if strategy else "none"
-            raise PluginError(f"strategy {name!r} has no memory hook, so what it holds is not known")
-        whole = RankShare.whole(self.model.parameters, self.model.kinds, rows, self.length)
+        whole = RankShare.whole(self.model.whole, rows, self.length)
         whole.forwards = max(1, self.rows_of(topology) // rows)
-        ranks = [whole]
-        facts = self.facts(topology, 1)
-        for _ in topology.calls.each("memory", ranks=ranks, plan=topology.plan, facts=facts, model=self.model.whole):
-            pass
-        return ranks
+        strategy, facts = strategy_of(topology.selected), self.facts(topology, 1)
+        return divide(whole, topology.calls, strategy, topology.plan, facts, self.model.whole)
 
     def facts(self, topology: Topology, batches: int) -> ModelFacts:
         """Return the numbers that plugins estimate with, for the rows of one data-parallel rank."""
@@ -129,28 +122,20 @@ class Estimator:
 
     # ---- memory ----
 
-    @staticmethod
-    def states(rank: RankShare) -> dict[str, int]:
-        """Return the bytes of parameters, gradients and optimizer state of *rank*."""
-        stored = rank.stored_bytes
-        return {
-            "parameters": stored,
-            "gradients": stored,
-            "optimizer state": MOMENTS * stored + STEP_BYTES * len(rank.stored),
-        }
-
     def memory(self, rank: RankShare, found: Profile) -> dict[str, int]:
         """Return the bytes of *rank* by kind."""
         held = sum(stage.alive * self._held(stage, found) for stage in rank.stages) * rank.rows
         return {
-            **self.states(rank),
+            **rank.states,
             **rank.bytes,
             "activations": round(held),
             "logits, loss and one backward": found.working * rank.rows,
         }
 
     def _held(self, stage: StageShare, found: Profile) -> float:
-        return sum(count.held * (self.imbalance if experts else 1.0) for count, experts in self._segments(stage, found))
+        made = 0 if stage.first else found.before.held - found.hidden  # the buffers of a pipeline have what it receives
+        segments = self._segments(stage, found)
+        return made + sum(count.held * (self.imbalance if experts else 1.0) for count, experts in segments)
 
     def _segments(self, stage: StageShare, found: Profile) -> Iterable[tuple[Counts, bool]]:
         """Yield the counts of everything in *stage*, and whether it holds experts."""
@@ -163,6 +148,15 @@ class Estimator:
             yield found.after, False
 
     # ---- time ----
+
+    def sent(self, rank: RankShare, found: Profile) -> Counter[str]:
+        """Return the bytes that *rank* sends in a step along each axis whose collectives are within layers."""
+        total: Counter[str] = Counter()
+        for stage in rank.stages:
+            for counts, _ in self._segments(stage, found):
+                for axis, sent in counts.sent.items():
+                    total[axis] += sent * rank.rows * rank.forwards
+        return total
 
     def profile_of(self, topology: Topology) -> Profile:
         """Return the trace that *topology* needs; raise what a plugin refused it with."""

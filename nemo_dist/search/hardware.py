@@ -11,6 +11,7 @@ from typing import Any
 import attrs
 
 from nemo_dist.errors import UnknownNameError
+from nemo_dist.planning.device_flops import BFLOAT16, bfloat16_flops
 from nemo_dist.planning.mesh_plan import MeshPlan
 from nemo_dist.planning.validation import integer, near, shown
 from nemo_dist.plugin.options import from_mapping
@@ -57,6 +58,7 @@ class Hardware:
     """One kind of device in nodes; the file ``hardware.yaml`` says what each number is, and its unit."""
 
     name: str = ""
+    device: str = attrs.field(default="")
     flops: Mapping[str, float] = attrs.field(validator=_rates)
     compute_efficiency: float = attrs.field(validator=_above_0)
     memory: int = attrs.field(converter=parse_bytes)
@@ -68,6 +70,13 @@ class Hardware:
     network_efficiency: float = attrs.field(validator=_above_0)
     latency_inside: float = attrs.field(validator=_above_0)
     latency_between: float = attrs.field(validator=_above_0)
+
+    @device.validator
+    def _known(self, _: Any, value: str) -> None:
+        if value and bfloat16_flops(value) is None:
+            raise UnknownNameError(
+                f"unknown device {shown(value)}{near(value, BFLOAT16)} (known: {', '.join(BFLOAT16)})"
+            )
 
     @classmethod
     def named(cls, name: str) -> Hardware:
@@ -94,7 +103,7 @@ class Hardware:
 
     def peak(self, dtype: str | None) -> float:
         """Return the FLOP/s of the data sheet in *dtype*; None is float32."""
-        return self.flops.get(dtype or "float32", min(self.flops.values()))
+        return self.flops.get(dtype or "float32") or bfloat16_flops(self.device) or min(self.flops.values())
 
     def seconds(self, plan: MeshPlan, axis: str, sent: float, times: float) -> float:
         """Return how long *times* collectives along *axis* take in which a rank sends *sent* bytes in all.

@@ -9,37 +9,23 @@ from typing import Any
 
 import attrs
 import torch
-import transformers
 from torch import nn
 
 from nemo_dist import hf_model
-from nemo_dist.models.meta_model import making_a_model
+from nemo_dist.models.meta_model import meta_model
 from nemo_dist.plugin.mixed_precision import dtype_name
 
 _LAYERS = "num_hidden_layers"
-_AUTO: tuple[tuple[Any, Any], ...] = (
-    (transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.AutoModelForCausalLM),
-    (transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, transformers.AutoModelForImageTextToText),
-    (transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, transformers.AutoModelForSequenceClassification),
-)
 Kind = tuple[Any, ...]  # what blocks that hold and compute the same have in common
-
-
-def on_meta(config: Any, dtype: str) -> Any:
-    """Return the model of *config* on the meta device, with parameters of *dtype*."""
-    for mapping, auto in _AUTO:
-        if type(config) in mapping:
-            with making_a_model(config), torch.device("meta"):
-                return auto.from_config(copy.deepcopy(config), dtype=getattr(torch, dtype))
-    raise ValueError(
-        f"{type(config).__name__} is of no language model, whose steps can be estimated; known are the models of "
-        f"{', '.join(auto.__name__ for _, auto in _AUTO)}"
-    )
 
 
 @attrs.frozen(eq=False, slots=False)
 class SearchedModel:
-    """A model on the meta device: ``whole``, and ``slim``, its first layers with at least one block of every kind."""
+    """A model on the meta device: ``whole``, and ``slim``, its first layers with at least one block of every kind.
+
+    Kinds that are between the first and the last block of the whole are between those of the slim one, too: what is
+    done around all blocks may be done in the first or the last one.
+    """
 
     config: Any
     dtype: str = "float32"
@@ -47,12 +33,10 @@ class SearchedModel:
     @cached_property
     def whole(self) -> Any:
         """The model with all layers."""
-        return on_meta(self.config, self.dtype)
+        return self._on_meta(self.config)
 
-    @cached_property
-    def parameters(self) -> Mapping[str, tuple[tuple[int, ...], int]]:
-        """The shape and the bytes per number of every parameter, by name, each once."""
-        return {name: (tuple(p.shape), p.element_size()) for name, p in self.whole.named_parameters()}
+    def _on_meta(self, config: Any) -> Any:
+        return meta_model(config, getattr(torch, self.dtype))
 
     @cached_property
     def kinds(self) -> Mapping[str, Kind]:
@@ -67,13 +51,16 @@ class SearchedModel:
         if not isinstance(layers, int):
             return self.whole
         for count in range(1, min(layers, 64)):
-            found = on_meta(_shortened(self.config, count), self.dtype)
+            found = self._on_meta(_shortened(self.config, count))
             own = kinds(found)
-            if all(wanted.get(name) == kind for name, kind in own.items()) and set(own.values()) == set(
-                wanted.values()
-            ):
+            alike = all(wanted.get(name) == kind for name, kind in own.items())
+            if alike and set(own.values()) == set(wanted.values()) and _between(own) == _between(wanted):
                 return found
         return self.whole
+
+
+def _between(kinds_of: Mapping[str, Kind]) -> set[Kind]:
+    return set(list(kinds_of.values())[1:-1])
 
 
 def kinds(model: nn.Module) -> dict[str, Kind]:

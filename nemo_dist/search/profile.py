@@ -29,9 +29,9 @@ from nemo_dist.plugin.hook_caller import PluginCalls
 from nemo_dist.plugin.protocol import Stage, claimant, declared
 from nemo_dist.search.enumeration import Topology
 from nemo_dist.search.model import Kind, SearchedModel, kinds
-from nemo_dist.search.tracing import Counts, OperatorCounter
+from nemo_dist.search.tracing import Counts, OperatorCounter, without_storage
 from nemo_dist.setup.setup import DistributedSetup
-from nemo_dist.torch_private import dtensor_of, fake_tensors
+from nemo_dist.torch_private import dtensor_of
 
 _WORDS = 3  # token ids of the batch are smaller
 
@@ -40,11 +40,13 @@ _WORDS = 3  # token ids of the batch are smaller
 class Profile:
     """What one row costs on one rank, forward and backward: ``before`` all blocks, a block by kind, and ``after`` them.
 
-    ``held`` of each is what it keeps for the backward. ``working``: how much more there is at the worst moment. Sent
-    bytes are by axis.
+    ``held`` of each is what it keeps for the backward. ``hidden``: the bytes of the hidden states that enter the
+    blocks; the rest of ``before`` every stage of a pipeline makes for itself. ``working``: how much more there is at
+    the worst moment. Sent bytes are by axis.
     """
 
     before: Counts
+    hidden: int
     after: Counts
     blocks: Mapping[Kind, Counts]
     working: int
@@ -143,7 +145,7 @@ class _Run:
             pass
         answers = self.calls.each("runtime", parts=parts, mesh=self.mesh, plan=self.plan, model=self.model)
         rewrites = [part.batch for _, part in answers if part is not None and part.batch is not None]
-        with fake_tensors(), torch.device("cpu"):
+        with without_storage():
             known = _materialise(self.model, getattr(torch, self.dtype) if self.dtype else None)
             batch: Any = {name: torch.ones((1, length), dtype=torch.long) * _WORDS for name in ("input_ids", "labels")}
             counter = OperatorCounter(known, max(1, self.mesh.ep_size))
@@ -219,6 +221,7 @@ class _Marks:
     forward: list[tuple[str, str, Counts]] = attrs.field(factory=list)
     backward: dict[tuple[str, str], Counts] = attrs.field(factory=dict)
     end: Counts | None = None
+    hidden: int = 0
 
     def watch(self, model: Any) -> None:
         """Note the counts around every block of *model*."""
@@ -242,6 +245,7 @@ class _Marks:
         if self.end is not None:
             return  # recomputation
         self.counter.sweep()
+        self.hidden = self.hidden or hidden.nbytes
         self.forward.append((name, where, self.counter.counts.copy()))
         if hidden.requires_grad:
             hidden.register_hook(lambda gradient: self._back(name, where))
@@ -258,19 +262,23 @@ class _Marks:
         total, end = counter.counts, self.end or Counts()
         entries = {(name, where): counts for name, where, counts in self.forward}
         names = list(dict.fromkeys(name for name, _, _ in self.forward))
-        blocks: dict[Kind, list[Counts]] = {}
-        for name in names:
-            there = entries[name, "out"] - entries[name, "in"]
-            back = self._between(name)
-            blocks.setdefault(own[name], []).append(_cost(there, back))
+        costs = {name: _cost(entries[name, "out"] - entries[name, "in"], self._between(name)) for name in names}
         first, last = names[0], names[-1]
+        blocks: dict[Kind, list[Counts]] = {}
+        for name in (*names[1:-1], first, last):
+            if name not in (first, last) or own[name] not in blocks:
+                blocks.setdefault(own[name], []).append(costs[name])
+        usual = {kind: _mean(found) for kind, found in blocks.items()}
         back_in, back_out = self.backward.get((first, "in"), total), self.backward.get((last, "out"), end)
         before = _cost(entries[first, "in"], total - back_in)
         after = _cost(end - entries[last, "out"], back_out - end)
+        if first != last:  # what the first and the last block do more than others is around all blocks
+            before, after = before + costs[first] - usual[own[first]], after + costs[last] - usual[own[last]]
         return Profile(
             before=_by_axis(before, axes),
+            hidden=self.hidden,
             after=_by_axis(after, axes),
-            blocks={kind: _by_axis(_mean(found), axes) for kind, found in blocks.items()},
+            blocks={kind: _by_axis(found, axes) for kind, found in usual.items()},
             working=max(0, counter.peak - end.held),
         )
 

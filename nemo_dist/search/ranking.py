@@ -70,7 +70,6 @@ class Answer:
     uneven: int = 0
     refused: Counter[str] = attrs.field(factory=Counter)
     nearest: Estimate | None = None
-    least: int | None = None
 
 
 def search(question: Question, progress: Callable[[int], None] = lambda count: None) -> Answer:
@@ -111,7 +110,7 @@ def _judge(topology: Topology, question: Question, estimator: Estimator, answer:
 
 def _least(ranks: list[RankShare]) -> int:
     """Return the bytes that the fullest rank holds beside activations."""
-    return max(sum(Estimator.states(rank).values()) + sum(rank.bytes.values()) for rank in ranks)
+    return max(sum(rank.states.values()) + sum(rank.bytes.values()) for rank in ranks)
 
 
 def _reason(error: Exception) -> str:

@@ -7,8 +7,10 @@ as autograd, or activation checkpointing, holds it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import attrs
 import torch
@@ -21,6 +23,7 @@ from torch.utils.flop_counter import flop_registry
 from nemo_dist.torch_private import (
     FUNCTIONAL_COLLECTIVES,
     TorchDispatchMode,
+    fake_tensors,
     group_named,
     storage_id,
     tensors_in,
@@ -61,6 +64,17 @@ _MORE: Mapping[Any, Callable[..., int]] = {
     _aten(f"{_FLASH}_for_cpu"): _attention,
     _aten(f"{_FLASH}_for_cpu_backward"): _attention_back,
 }
+
+
+@contextmanager
+def without_storage() -> Iterator[None]:
+    """Make tensors on the CPU without storage, with which a model does what it does with real ones.
+
+    For fake tensors transformers makes every mask, as a graph for any batch needs it; a run without padding makes none.
+    """
+    fake = patch("transformers.utils.import_utils.is_fake_tensor", lambda tensor: False)
+    with fake, fake_tensors(), torch.device("cpu"):
+        yield
 
 
 @attrs.define(kw_only=True)

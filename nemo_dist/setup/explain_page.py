@@ -18,11 +18,11 @@ import attrs
 from nemo_dist.planning.mesh_plan import MeshPlan, Role, View
 from nemo_dist.planning.validation import integer
 from nemo_dist.plugin.comm_estimate import ModelFacts
-from nemo_dist.plugin.protocol import claimants, declared
+from nemo_dist.plugin.protocol import claimants
 from nemo_dist.plugin.step_schedule import StepSchedule
 from nemo_dist.setup.composition import Composition
 from nemo_dist.setup.explain import facts_of
-from nemo_dist.setup.rank_memory import NOTES, RankMemory, rank_memory
+from nemo_dist.setup.rank_memory import memory_bars
 
 _SCRIPTS = ("elements.js", "ranks.js", "mesh.js", "memory.js", "schedule.js", "collectives.js", "main.js")
 _LANES, _TASKS = 64, 12_000  # that the picture of the schedule shows at most, unless two ranks have more
@@ -56,7 +56,7 @@ def page_data(setup: Composition, model: Any, rows: int, length: int | None, ran
     plan = setup.plan
     facts = facts_of(setup, model, rows, length)
     schedule: StepSchedule | None = setup.calls.only("schedule", plan=plan, facts=facts, model=model)
-    memory = () if facts is None else rank_memory(setup, model, facts, schedule)
+    bars, notes = ([], []) if facts is None else memory_bars(setup, model, facts, schedule)
     return {
         "version": version("nemo-dist"),
         "world_size": plan.world_size,
@@ -69,7 +69,7 @@ def page_data(setup: Composition, model: Any, rows: int, length: int | None, ran
         "batch_axis": "dp",
         "plugins": setup.calls.explain(plan=plan, model=model),
         "model": None if facts is None else _model(model, facts),
-        "memory": {"bars": [_bar(one) for one in memory], "notes": [*NOTES, *_unknown(setup)]},
+        "memory": {"bars": [bar | {"modules": _shortened(bar["modules"])} for bar in bars], "notes": notes},
         "schedule": None if schedule is None else _schedule(schedule),
         "collectives": [
             attrs.asdict(one) for found in setup.calls.traffic(plan=plan, facts=facts, model=model) for one in found
@@ -106,22 +106,6 @@ def _model(model: Any, facts: ModelFacts) -> dict[str, Any]:
         "stored": facts.stored,
         "rows": facts.rows,
         "length": facts.length,
-    }
-
-
-def _unknown(setup: Composition) -> list[str]:
-    """Say so where the strategy declares nothing of what it shards."""
-    if setup.strategy is None or declared(setup.strategy, "sharded") is not None:
-        return []
-    return [f"Strategy {setup.strategy.name!r} does not declare what it shards: everything is counted whole."]
-
-
-def _bar(memory: RankMemory) -> dict[str, Any]:
-    return {
-        "stages": list(memory.stages),
-        "modules": _shortened(memory.modules),
-        "elements": memory.elements,
-        "held": dict(memory.held),
     }
 
 

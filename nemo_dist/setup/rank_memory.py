@@ -1,119 +1,91 @@
-"""Estimate what the ranks of every pipeline stage hold in memory, at least, from the plan and the model's shapes."""
+"""Ask the plugins' ``memory`` hooks what ranks hold, for a search and for a page."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import attrs
 
+from nemo_dist.errors import PluginError
 from nemo_dist.hf_model import block_names, class_name
-from nemo_dist.planning.mesh_plan import MeshPlan, Role
-from nemo_dist.plugin.comm_estimate import ModelFacts, stacked_experts
-from nemo_dist.plugin.protocol import declared
+from nemo_dist.planning.mesh_plan import MeshPlan
+from nemo_dist.plugin.comm_estimate import ModelFacts
+from nemo_dist.plugin.hook_caller import PluginCalls
+from nemo_dist.plugin.memory_estimate import RankShare
+from nemo_dist.plugin.protocol import Plugin
 from nemo_dist.plugin.step_schedule import StepSchedule
 from nemo_dist.setup.composition import Composition
 
 NOTES = (
-    "Parameters, gradients and AdamW's two moments are divided evenly over the ranks that share them.",
+    "Parameters, gradients and the state of AdamW are those of the fullest rank, to the byte.",
     "Of activations only the input of every block is counted, which is what full recomputation keeps, for the "
-    "microbatches that a stage holds at once; without recomputation a block keeps several times as much.",
-    "Not counted: parameters while they are gathered, buffers of collectives, and what the allocator keeps.",
+    "microbatches that a stage holds at once; nemo-dist search counts all of them.",
+    "Not counted: buffers of collectives, and what the allocator keeps.",
 )
 
 
-@attrs.frozen(kw_only=True)
-class RankMemory:
-    """What a rank at one coordinate of the axis that splits the layers holds, at least.
+def divide(
+    whole: RankShare, calls: PluginCalls, strategy: Plugin | None, plan: MeshPlan, facts: ModelFacts, model: Any
+) -> list[RankShare]:
+    """Return what ranks hold of the *whole*, as the plugins say; raise what they refuse with.
 
-    ``stages``: the numbers of its stages. ``modules``: the full names of their modules. ``elements``: the parameters
-    of these modules, before they are divided. ``held``: bytes on a rank, by what they are.
+    Raises PluginError for a *strategy* that has no ``memory`` hook.
     """
+    ranks = [whole]
+    answered = [name for name, _ in calls.each("memory", ranks=ranks, plan=plan, facts=facts, model=model)]
+    if strategy is not None and strategy.name not in answered:
+        raise PluginError(f"strategy {strategy.name!r} has no memory hook, so what it holds is not known")
+    return ranks
 
-    stages: tuple[int, ...]
-    modules: tuple[str, ...]
-    elements: int
-    held: Mapping[str, int]
 
-
-def rank_memory(
+def memory_bars(
     setup: Composition, model: Any, facts: ModelFacts, schedule: StepSchedule | None
-) -> tuple[RankMemory, ...]:
-    """Return what a rank holds, for each coordinate of the axis that splits the layers; one without such an axis."""
-    if schedule is None:
-        return (_held(setup, model, facts, schedule, (0,), _whole(model)),)
-    coordinates = range(1 + max(schedule.owners))
-    stages = [tuple(s for s, owner in enumerate(schedule.owners) if owner == here) for here in coordinates]
-    return tuple(
-        _held(setup, model, facts, schedule, own, [name for stage in own for name in schedule.modules[stage]])
-        for own in stages
-    )
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return what a rank holds at each coordinate of the axis that splits the layers, as values for JSON, and notes.
+
+    There is one bar without such an axis, and none where a plugin cannot say what it holds, which is then the note.
+    """
+    rows = facts.rows if schedule is None else schedule.rows * schedule.microbatches
+    step = attrs.evolve(facts, rows=rows)  # a schedule is drawn with more rows where it needs them
+    whole = RankShare.whole(model, rows, facts.length)
+    try:
+        shares = divide(whole, setup.calls, setup.strategy, setup.plan, step, model)
+    except (ValueError, PluginError) as refusal:
+        return [], [f"No memory is shown: {refusal}"]
+    units, head = list(_units(model)), _head(model)
+    owners = schedule.owners if schedule is not None else (0,)
+    bars = [
+        {
+            "stages": [stage for stage, owner in enumerate(owners) if owner == place],
+            "modules": [unit for unit in units if any(name.startswith(f"{unit}.") for name in share.computed)],
+            "held": {**share.states, **share.bytes, **_activations(share, head, facts)},
+        }
+        for place, share in enumerate(shares)
+    ]
+    return bars, list(NOTES)
 
 
-def _whole(model: Any) -> list[str]:
-    """Return the names of the largest modules of *model* that are blocks, or have no block in them."""
+def _activations(share: RankShare, head: str | None, facts: ModelFacts) -> dict[str, int]:
+    """Return the bytes of the inputs of all blocks, and of the logits, which the parameter *head* makes."""
+    tokens = share.rows * share.length
+    inputs = sum(len(stage.blocks) * stage.alive for stage in share.stages)
+    found = {"block inputs": inputs * tokens * facts.hidden * facts.computed}
+    if head is not None and any(stage.last for stage in share.stages):
+        found["logits"] = tokens * share.computed[head][0] * facts.computed
+    return found
+
+
+def _head(model: Any) -> str | None:
+    """Return the name of the weight of the output head of *model*, which has a row for each word."""
+    head = getattr(model.get_output_embeddings(), "weight", None)
+    return next((name for name, parameter in model.named_parameters() if parameter is head), None)
+
+
+def _units(model: Any) -> Iterator[str]:
+    """Yield the names of the largest modules of *model* that are blocks, or have no block in them."""
     blocks = {name for name, module in model.named_modules() if class_name(module) in block_names(model)}
     within = {name[:end] for name in blocks for end, letter in enumerate(name) if letter == "."} | {""}
-    return [
-        name
-        for name, module in model.named_modules()
-        if name not in within and name.rpartition(".")[0] in within and next(module.parameters(), None) is not None
-    ]
-
-
-def _held(
-    setup: Composition,
-    model: Any,
-    facts: ModelFacts,
-    schedule: StepSchedule | None,
-    stages: tuple[int, ...],
-    modules: list[str],
-) -> RankMemory:
-    elements = _elements(model, modules)
-    stored = {what: _stored(setup, elements, what) * facts.stored for what in _COPIES}
-    held = {what: round(_COPIES[what] * amount) for what, amount in stored.items()}
-    tokens = (schedule.rows if schedule else facts.rows) * facts.length / setup.plan.size("cp")
-    inputs = sum(_blocks(model, schedule, stage) * (schedule.held(stage) if schedule else 1) for stage in stages)
-    held["block inputs"] = round(inputs * tokens * facts.hidden * facts.computed)
-    head = model.get_output_embeddings()
-    if head is not None and (schedule is None or len(schedule.owners) - 1 in stages):
-        held["logits"] = round(tokens * head.weight.shape[0] / setup.plan.size("tp") * facts.computed)
-    return RankMemory(stages=stages, modules=tuple(modules), elements=sum(elements.values()), held=held)
-
-
-_COPIES = {"parameters": 1, "gradients": 1, "optimizer state": 2}
-
-
-def _elements(model: Any, modules: Iterable[str]) -> Counter[bool]:
-    """Return the number of elements in the parameters of *modules*, each counted once; by whether it is in experts."""
-    counts: Counter[bool] = Counter()
-    seen: set[int] = set()
-    for name in modules:
-        for module in model.get_submodule(name).modules():
-            routed = stacked_experts(module) > 0
-            for parameter in module.parameters(recurse=False):
-                counts[routed] += 0 if id(parameter) in seen else parameter.numel()
-                seen.add(id(parameter))
-    return counts
-
-
-def _stored(setup: Composition, elements: Counter[bool], what: str) -> float:
-    """Return how many elements of *what* a rank stores: those of experts and of the rest are divided differently."""
-    plan, sharded = setup.plan, what in (declared(setup.strategy, "sharded") or ())
-    rest = plan.size("tp") * (plan.size("dp_shard_cp") if sharded else 1)
-    experts = _experts_divided(plan, setup.parallelism_sizes.ep_size) if setup.parallelism_sizes.ep_size > 1 else rest
-    return elements[False] / rest + elements[True] / experts
-
-
-def _experts_divided(plan: MeshPlan, ep_size: int) -> int:
-    """Return over how many ranks the experts of a stage are divided: those of a replica, where ``ep`` fits into it."""
-    replica = plan.world_size // plan.splitting(Role.LAYERS) // plan.size("dp_replicate")
-    return replica if replica % ep_size == 0 else ep_size
-
-
-def _blocks(model: Any, schedule: StepSchedule | None, stage: int) -> int:
-    """Return how many of the repeated blocks are in *stage*."""
-    wanted = block_names(model)
-    names = schedule.modules[stage] if schedule else _whole(model)
-    return sum(class_name(model.get_submodule(name)) in wanted for name in names)
+    for name, _ in model.named_modules():
+        if name not in within and name.rpartition(".")[0] in within:
+            yield name

@@ -33,7 +33,6 @@ class DDP:
     composes_with: ClassVar[frozenset[str]] = frozenset(
         {"activation_checkpointing", "activation_checkpointing:selective", "adapters"}
     )
-    sharded: ClassVar[frozenset[str]] = frozenset()
 
     delegates: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "activation_checkpointing": ("activation_checkpointing", "activation_checkpointing_scope")

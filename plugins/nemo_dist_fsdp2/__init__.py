@@ -35,7 +35,6 @@ class FSDP2:
     composes_with: ClassVar[frozenset[str]] = frozenset(
         {"activation_checkpointing", "activation_checkpointing:selective", "adapters", "cp", "ep", "pp", "tp"}
     )
-    sharded: ClassVar[frozenset[str]] = frozenset({"parameters", "gradients", "optimizer state"})
     delegates: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "activation_checkpointing": ("activation_checkpointing", "activation_checkpointing_scope"),
         "tp": ("tp_plan", "sequence_parallel", "enable_async_tensor_parallel"),

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from nemo_dist.mesh.mesh_context import MeshContext
+    from nemo_dist.plugin.comm_estimate import ModelFacts, Traffic
+    from nemo_dist.plugin.memory_estimate import RankShare
 
 _SHARDED = ("optimizer state", "gradients", "parameters")  # ZeRO 1 shards the first, 2 the second too, 3 all
 
@@ -37,11 +39,6 @@ class MegatronFSDP:
     }
 
     config: MegatronFSDPConfig = attrs.field(factory=MegatronFSDPConfig)
-
-    @property
-    def sharded(self) -> frozenset[str]:
-        """What the ranks that see different tokens divide between them."""
-        return frozenset(_SHARDED[: self.config.zero_dp_strategy])
 
     @hookimpl
     def validate(self, plan: MeshPlan, device_type: str | None) -> list[str]:
@@ -95,6 +92,18 @@ class MegatronFSDP:
 
         for part in parts:
             Engine.of(inner_model(part)).layout.from_even(state)
+
+    @hookimpl
+    def traffic(self, plan: MeshPlan, facts: ModelFacts | None) -> list[Traffic]:
+        from nemo_dist_megatron_fsdp.comm_estimate import traffic
+
+        return traffic(plan, facts, self.config)
+
+    @hookimpl
+    def memory(self, ranks: list[RankShare], plan: MeshPlan, model: nn.Module) -> None:
+        from nemo_dist_megatron_fsdp.memory_estimate import hold
+
+        hold(ranks, plan.size("dp_shard_cp"), plan.size("tp"), self.config, model)
 
     @hookimpl
     def explain(self, plan: MeshPlan) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,15 +60,20 @@ def shard_evenly(model: nn.Module, mesh: MeshContext) -> None:
 
 
 def _problems(name: str, parameter: Tensor) -> list[str]:
-    if parameter.ndim == 0:
-        return [f"{name} is a single number, which megatron_fsdp cannot shard; use 'ddp' for this model"]
     if isinstance(parameter, DTensor):
-        dim, ranks = tensor_dim(parameter), parameter.device_mesh.size()
-        if parameter.shape[dim] % ranks:
-            return [
-                f"dim {dim} of {name} has size {parameter.shape[dim]}, which megatron_fsdp needs as a multiple of the "
-                f"{ranks} tensor-parallel ranks; use another tp_size or 'fsdp2'"
-            ]
+        return dim_problem(name, tuple(parameter.shape), tensor_dim(parameter), parameter.device_mesh.size())
+    return dim_problem(name, tuple(parameter.shape), None, 1)
+
+
+def dim_problem(name: str, shape: tuple[int, ...], dim: int | None, ranks: int) -> list[str]:
+    """Say why a parameter of this *shape* cannot be sharded, of which *ranks* ranks have a part each along *dim*."""
+    if not shape:
+        return [f"{name} is a single number, which megatron_fsdp cannot shard; use 'ddp' for this model"]
+    if dim is not None and shape[dim] % ranks:
+        return [
+            f"dim {dim} of {name} has size {shape[dim]}, which megatron_fsdp needs as a multiple of the {ranks} "
+            "tensor-parallel ranks; use another tp_size or 'fsdp2'"
+        ]
     return []
 
 
@@ -81,7 +86,7 @@ def take_over(model: nn.Module, mesh: MeshContext, config: MegatronFSDPConfig) -
     own_mesh = mesh["dp_shard_cp", "tp"]
     sources: dict[str, Any] = {name: parameter.detach() for name, parameter in model.named_parameters()}
     data, tensor = own_mesh.mesh_dim_names or ()
-    units = unit_classes(model, config)
+    units = unit_classes(model, config.megatron_fsdp_unit_modules)
     whole = model.__dict__.pop(_WHOLE)
     _replace_by_zeros(model, sources, whole)
     wrapper: Any = fully_shard_model(
@@ -112,9 +117,8 @@ def take_over(model: nn.Module, mesh: MeshContext, config: MegatronFSDPConfig) -
     Engine.start(model, wrapper, layout)
 
 
-def unit_classes(model: nn.Module, config: MegatronFSDPConfig) -> list[type[nn.Module]]:
-    """Return the classes of the units of *model*: those in *config*, or the blocks that the model declares."""
-    names = config.megatron_fsdp_unit_modules
+def unit_classes(model: nn.Module, names: Collection[str] | None) -> list[type[nn.Module]]:
+    """Return the classes of the units of *model*: those of these *names*, or the blocks that the model declares."""
     present = {type(module) for module in model.modules()}
     if names is None:
         found = {type(block) for block in blocks(model).values()}

@@ -19,9 +19,8 @@ from nemo_dist_pipeline.schedule.actions import Action
 from nemo_dist_pipeline.schedule.simulation import COST, simulate
 from nemo_dist_pipeline.schedule.stage_placement import StagePlacement
 
-_ENOUGH = (
-    4  # microbatches for each stage: from there on more of them change neither what is alive nor how long all wait
-)
+# Microbatches for each stage: from there on more of them change neither what is alive nor how long all wait.
+_ENOUGH = 4
 
 
 def hold(

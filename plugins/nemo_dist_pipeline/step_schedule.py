@@ -21,8 +21,7 @@ def step_schedule(
     facts: ModelFacts | None, model: Any, placement: StagePlacement, config: PipelineConfig
 ) -> StepSchedule:
     """Return the schedule of a step with the batch in *facts*; imports torch."""
-    modules = _modules(model, placement, config)
-    stages = len(modules) or placement.stage_count(config, facts.blocks if facts else None)
+    stages = _stages(model, placement, config) or placement.stage_count(config, facts.blocks if facts else None)
     notes = []
     if stages is None:
         stages = placement.stage_count(config, placement.pp_size * (config.layers_per_stage or 1)) or 1
@@ -43,7 +42,6 @@ def step_schedule(
         lanes=lanes,
         kinds=WHAT,
         owners=tuple(placement.rank_of(stage, stages) for stage in range(stages)),
-        modules=modules,
         microbatches=count,
         rows=config.pp_microbatch_size,
         idle=placement.bubble(stages, count),
@@ -51,14 +49,14 @@ def step_schedule(
     )
 
 
-def _modules(model: Any, placement: StagePlacement, config: PipelineConfig) -> tuple[tuple[str, ...], ...]:
-    """Return the names of the modules of each stage, none without a model; raise ValueError if it cannot be cut."""
+def _stages(model: Any, placement: StagePlacement, config: PipelineConfig) -> int:
+    """Return the number of stages of *model*, 0 without one; raise ValueError if it cannot be cut."""
     if model is None:
-        return ()
+        return 0
     from nemo_dist_pipeline.partition.model_structure import ModelStructure
     from nemo_dist_pipeline.partition.split import division_of
 
-    return division_of(model, ModelStructure.of(model), placement, config)
+    return len(division_of(model, ModelStructure.of(model), placement, config))
 
 
 def _microbatches(facts: ModelFacts | None, placement: StagePlacement, config: PipelineConfig) -> tuple[int, str]:

@@ -10,7 +10,7 @@ from nemo_dist.plugin.memory_estimate import RankShare, once_per_model
 from nemo_dist_tensor.apply import Parallelizer
 from nemo_dist_tensor.collectives import Peers
 from nemo_dist_tensor.structure import completed
-from nemo_dist_tensor.tp_plan import Rules, match, problems
+from nemo_dist_tensor.tp_plan import match, problems
 
 
 def hold(ranks: list[RankShare], model: Any, size: int, plan: Mapping[str, str], sequence: bool, experts: bool) -> None:
@@ -24,8 +24,13 @@ def hold(ranks: list[RankShare], model: Any, size: int, plan: Mapping[str, str],
 def cuts(
     model: Any, size: int, plan: tuple[tuple[str, str], ...], sequence: bool, experts: bool
 ) -> dict[str, tuple[int, int]]:
-    """Return, by name, the dim along which a parameter of *model* is cut, and into how many parts."""
-    rules = rules_of(model, size, plan, experts)
+    """Return, by name, the dim along which a parameter of *model* is cut, and into how many parts.
+
+    ``sequence``: the tokens are cut, too. ``experts``: those are cut here.
+    """
+    rules, found = completed(model, match(model, dict(plan), skip_experts=not experts), size, experts, sequence)
+    if found := [*found, *problems(model, rules)]:
+        raise TopologyError(found)
     peers = Peers(mesh=None, group=None, size=size, rank=0)  # type: ignore[arg-type]  # only the numbers are read
     work = Parallelizer(model, rules, peers, sequence)
     if found := work.problems():
@@ -35,14 +40,3 @@ def cuts(
         for name, placement in work.placements().items()
         if placement is not None
     }
-
-
-@once_per_model
-def rules_of(model: Any, size: int, plan: tuple[tuple[str, str], ...], experts: bool) -> Rules:
-    """Return the completed rules of *model*; ``experts``: those are cut here, too."""
-    matched = match(model, dict(plan), skip_experts=not experts)
-    rules, found = completed(model, matched, size, experts)
-    found = [*found, *problems(model, rules)]
-    if found:
-        raise TopologyError(found)
-    return rules

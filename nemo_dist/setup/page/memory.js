@@ -29,8 +29,8 @@ function drawMemory(page) {
   const place = byId("memory-content");
   const { bars, notes } = page.data.memory;
   if (!bars.length) {
-    place.replaceChildren(element("p", { class: "caption" },
-      "Which bytes a rank holds depends on the model: add ", element("code", {}, "--model"), " to the command."));
+    place.replaceChildren(element("p", { class: "caption" }, ...notes, ...(notes.length ? [] : [
+      "Which bytes a rank holds depends on the model: add ", element("code", {}, "--model"), " to the command."])));
     return;
   }
   const kinds = [...new Set(bars.flatMap((bar) => Object.keys(bar.held)))];
