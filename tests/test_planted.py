@@ -27,6 +27,7 @@ from nemo_dist import (
     TopologyError,
 )
 from nemo_dist.cli.main import app
+from nemo_dist.mesh.dtensor import digest
 from nemo_dist.plugin import contract
 from nemo_dist.testing import PluginConformance
 from nemo_dist.testing.equivalence import Task, checkpoint
@@ -374,3 +375,14 @@ def test_a_save_refuses_copies_that_differ_and_names_them(ranks, tmp_path, what,
     with pytest.raises(Exception, match=re.escape(f"- {name}: rank 1 differs from rank 0")) as caught:
         ranks(2).run(on_rank_save_unequal, checkpoint("llama"), tmp_path / "run", what)
     assert "a checkpoint would be a mix of them" in str(caught.value) and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int8, torch.complex64])
+@pytest.mark.parametrize("size", [1, 3, 8, 13])
+def test_a_digest_tells_values_apart_wherever_they_lie_in_memory(dtype, size):
+    values = torch.arange(1, size + 2).to(dtype)[1:]  # does not begin at a whole word
+    assert digest(values) == digest(values.clone())
+    for place in (0, size - 1):
+        other = values.clone()
+        other[place] += 1
+        assert digest(other) != digest(values)
