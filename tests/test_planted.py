@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from nemo_dist import (
@@ -26,6 +27,7 @@ from nemo_dist import (
     TopologyError,
 )
 from nemo_dist.cli.main import app
+from nemo_dist.mesh.dtensor import digest
 from nemo_dist.plugin import contract
 from nemo_dist.testing import PluginConformance
 from nemo_dist.testing.equivalence import Task, checkpoint
@@ -212,6 +214,10 @@ PLANNING = {
     "moody": ("test_it_judges_any_plan_without_raising", r"validate\(\) returned .*not today"),
     "by_rank": ("test_it_judges_any_plan_without_raising", r"validate\(\) returned \[\[\]\], and then \[\['not here"),
     "views_by_rank": ("test_it_judges_any_plan_without_raising", r"views\(\) returned .*, and then"),
+    "freezing_to_explain": (
+        "test_it_leaves_a_model_that_it_explains_as_it_is",
+        "model.embed_tokens.weight is another one",
+    ),
     "silent": ("test_it_says_what_it_does", r"KeyError: 'dp_shards'[^$]*raised by the explain hook of plugin 'silent'"),
 }
 
@@ -229,6 +235,8 @@ def test_the_kit_finds_what_is_wrong_in_planning(plugin, law, message):
 PARITY, RESUMES = "test_it_computes_what_one_process_computes", "test_it_resumes_twice_as_if_it_had_never_stopped"
 ACCUMULATES, COMPOSES = "test_it_accumulates_what_one_process_computes", "test_it_composes_with_what_it_says"
 CROSSES = "test_its_checkpoints_go_to_and_from_another_strategy"
+AGAIN, UNTOUCHED = "test_a_second_runtime_computes_the_same_again", "test_it_leaves_what_is_the_users_alone"
+STEPS = "test_it_steps_each_group_by_its_options"
 # The plugin, the test of the kit, and what its message says besides plugin and law.
 NUMBERS = [
     ("summed", PARITY, "every gradient is 2 times that of one process"),
@@ -255,6 +263,30 @@ NUMBERS = [
     ("local_unsaid", PARITY, "replicas that must be equal on all ranks differ"),
     ("local_lost", RESUMES, "declares replicas_differ and keeps nothing of each rank"),
     ("sharded_moments", RESUMES, "optimizer is that of plugin 'sharded_moments'[^$]*lists only the parameters"),
+    ("one_axis", COMPOSES, "replicas that must be equal on all ranks differ|cp_size=2"),
+    ("casting", PARITY, "norm.weight"),
+    ("swapping", PARITY, "the first loss is wrong"),
+    ("thawing", "test_it_trains_beside_frozen_parameters", "unexpected .*'model.embed_tokens.weight'"),
+    ("scaling", PARITY, "every gradient is 2 times that of one process"),
+    ("norm_twice", PARITY, r"norms\[0\]"),
+    ("exporting_in_place", PARITY, "gradients"),
+    ("averaging_late", "test_it_sums_gradients_in_the_loop_of_the_user", "differs between ranks"),
+    ("last_model", "test_two_setups_train_side_by_side", "state in modules or on classes"),
+    (
+        "hooking_again",
+        AGAIN,
+        "the gradient of model.embed_tokens.weight is another one[^$]*runtime\\(\\), which is called",
+    ),
+    ("learning_in_evaluation", AGAIN, "the loss is .*, and was"),
+    ("editing_batch", UNTOUCHED, "labels of the batch that it was given"),
+    ("reseeding", UNTOUCHED, "torch's random generator"),
+    ("switching_mode", UNTOUCHED, "training of module"),
+    ("wordy", AGAIN, r"metrics\(\) must return a mapping from names to numbers"),
+    ("lingering", "test_it_leaves_nothing_behind", "threads after the first runtime"),
+    ("regrouping", STEPS, "norm.weight is off"),
+    ("deaf", STEPS, "is off"),
+    ("reconfiguring", CROSSES, "the exported configuration has max_position_embeddings"),
+    ("adding_a_buffer", CROSSES, "model.steps"),
     ("consolidating", RESUMES, "made has taken steps and shows no state on any rank"),
 ]
 
@@ -300,6 +332,26 @@ def test_replicas_that_differ_by_design_resume_exactly_and_are_saved_as_one(rank
     getattr(differing, RESUMES)(ranks)
 
 
+def on_rank_save_a_replica(folder, target):
+    setup = DistributedSetup.build(strategy="local")
+    runtime = setup.runtime(Task().load(folder, distributed_setup=setup))
+    optimizer = runtime.optimizer(torch.optim.AdamW, lr=1e-2)
+    runtime.forward_backward(rows_of_rank(Task().batches(0)[0], runtime))
+    optimizer.step()
+    runtime.save(target, optimizer)
+    return sorted(tuple(parameter.shape) for _, parameter in runtime.named_parameters())
+
+
+def test_tensors_that_a_plugin_keeps_of_a_rank_are_saved_as_tensors(ranks, tmp_path):
+    shapes, _ = ranks(2).run(on_rank_save_a_replica, checkpoint("llama"), tmp_path / "run")
+    saved = load_file(tmp_path / "run" / "rank-00001.safetensors")
+    kept = [tensor for name, tensor in saved.items() if name.startswith("rank/")]
+    assert len(saved["rank"]) < sum(tensor.nbytes for tensor in kept) / 4  # it has names of them, and no values
+    assert sorted(tuple(tensor.shape) for tensor in kept) == sorted(
+        3 * shapes + [()] * len(shapes)
+    )  # weight, two moments, and the number of steps
+
+
 # ---- what a save compares ----
 
 
@@ -323,3 +375,14 @@ def test_a_save_refuses_copies_that_differ_and_names_them(ranks, tmp_path, what,
     with pytest.raises(Exception, match=re.escape(f"- {name}: rank 1 differs from rank 0")) as caught:
         ranks(2).run(on_rank_save_unequal, checkpoint("llama"), tmp_path / "run", what)
     assert "a checkpoint would be a mix of them" in str(caught.value) and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int8, torch.complex64])
+@pytest.mark.parametrize("size", [1, 3, 8, 13])
+def test_a_digest_tells_values_apart_wherever_they_lie_in_memory(dtype, size):
+    values = torch.arange(1, size + 2).to(dtype)[1:]  # does not begin at a whole word
+    assert digest(values) == digest(values.clone())
+    for place in (0, size - 1):
+        other = values.clone()
+        other[place] += 1
+        assert digest(other) != digest(values)

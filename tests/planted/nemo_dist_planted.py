@@ -459,6 +459,252 @@ class Untying(Averaging):
         average(parts[0], mesh.group(Role.TOKENS), mesh.size(Role.TOKENS), "")
 
 
+@planted("one_axis", composes_with=frozenset({"cp"}))
+class OneAxis(Averaging):
+    """Average over the ranks that read different rows, and not over those that have other parts of them."""
+
+    def group(self, mesh):
+        return mesh.group(Role.BATCH)
+
+    def divisor(self, mesh):
+        return mesh.size(Role.BATCH)
+
+
+@planted("casting")
+class Casting(Averaging):
+    """Store the norms with half of their bits."""
+
+    @hookimpl
+    def wrap(self, parts, mesh):
+        from nemo_dist_planted_modules import average, cast_norms
+
+        cast_norms(parts[0])
+        average(parts[0], mesh.group(Role.TOKENS), mesh.size(Role.TOKENS), "")
+
+
+@planted("swapping")
+class Swapping(Averaging):
+    """Put the weights of two matrices in each other's place."""
+
+    @hookimpl
+    def wrap(self, parts, mesh):
+        from nemo_dist_planted_modules import average, swap
+
+        average(parts[0], mesh.group(Role.TOKENS), mesh.size(Role.TOKENS), "")
+        swap(parts[0].model.layers[0].mlp)
+
+
+@planted("thawing")
+class Thawing(Averaging):
+    """Train what the user froze."""
+
+    @hookimpl
+    def runtime(self, parts):
+        parts[0].requires_grad_(True)
+
+
+@planted("scaling")
+class Scaling(Averaging):
+    """Scale the loss, and leave gradients so."""
+
+    @hookimpl
+    def runtime(self):
+        return RuntimePart(loss_scale=lambda: 2.0)
+
+
+@planted("norm_twice")
+class NormTwice(Averaging):
+    """Add up the norm over ranks that hold the same parameters."""
+
+    @hookimpl
+    def runtime(self):
+        return RuntimePart(norm_axes=("dp_shard",))
+
+
+@planted("exporting_in_place")
+class ExportingInPlace(Averaging):
+    """Change the tensors that are trained to hand them out."""
+
+    @hookimpl
+    def export_state(self, state):
+        for tensor in state.values():
+            tensor.detach().mul_(1.5)
+
+
+# ---- what only shows in the second look ----
+
+
+@planted("averaging_late")
+class AveragingLate(Strategy):
+    """Average when the runtime has run all backwards, and never in a loop of the user's."""
+
+    @hookimpl
+    def runtime(self, parts, mesh):
+        from nemo_dist_planted_modules import average_now
+
+        return RuntimePart(after_backward=partial(average_now, list(parts[0].parameters()), mesh.group(Role.TOKENS)))
+
+    @hookimpl
+    def explain(self, plan):
+        return f"{self.name}: {plan.size('dp')} replicas"
+
+
+@planted("last_model")
+class LastModel(AveragingLate):
+    """Average the gradients of the model that was wrapped last, whichever is trained."""
+
+    wrapped: Any = None
+
+    @hookimpl
+    def wrap(self, parts):
+        type(self).wrapped = parts[0]
+
+    @hookimpl
+    def runtime(self, mesh):
+        from nemo_dist_planted_modules import average_last
+
+        return RuntimePart(after_backward=partial(average_last, type(self), mesh.group(Role.TOKENS)))
+
+
+@planted("hooking_again")
+class HookingAgain(Strategy):
+    """Put a hook on every parameter for each runtime, and remove none."""
+
+    @hookimpl
+    def runtime(self, parts, mesh):
+        from nemo_dist_planted_modules import divide_by, sum_now
+
+        divide_by(parts[0], mesh.size(Role.TOKENS))
+        return RuntimePart(after_backward=partial(sum_now, list(parts[0].parameters()), mesh.group(Role.TOKENS)))
+
+    @hookimpl
+    def explain(self, plan):
+        return f"hooking_again: {plan.size('dp')} replicas"
+
+
+@planted("learning_in_evaluation")
+class LearningInEvaluation(Averaging):
+    """Shift a weight in every forward without gradients."""
+
+    @hookimpl
+    def wrap(self, parts, mesh):
+        from nemo_dist_planted_modules import average, shift_in_evaluation
+
+        average(parts[0], mesh.group(Role.TOKENS), mesh.size(Role.TOKENS), "")
+        shift_in_evaluation(parts[0].model.norm)
+
+
+@planted("editing_batch")
+class EditingBatch(Averaging):
+    """Write into the tensors of the user, where it changes no number of this step."""
+
+    @hookimpl
+    def runtime(self):
+        return RuntimePart(batch=_without_first_label)
+
+
+def _without_first_label(batch):
+    batch["labels"][:, 0] = -100  # the shift of labels leaves it out
+    return batch
+
+
+@planted("reseeding")
+class Reseeding(Averaging):
+    """Seed the random generator in every step."""
+
+    @hookimpl
+    def runtime(self):
+        from nemo_dist_planted_modules import seed
+
+        return RuntimePart(after_backward=seed)
+
+
+@planted("switching_mode")
+class SwitchingMode(Averaging):
+    """Put the model into training mode, which is the user's to say."""
+
+    @hookimpl
+    def runtime(self, parts):
+        parts[0].train()
+
+
+@planted("wordy")
+class Wordy(Averaging):
+    """Measure in words."""
+
+    @hookimpl
+    def runtime(self):
+        return RuntimePart(metrics=lambda: {"loss": "low"})
+
+
+@planted("lingering")
+class Lingering(Averaging):
+    """Start a thread for every runtime, and end none."""
+
+    @hookimpl
+    def runtime(self):
+        from nemo_dist_planted_modules import linger
+
+        linger()
+
+
+@planted("regrouping")
+class Regrouping(Averaging):
+    """Make the optimizer anew, of one group."""
+
+    @hookimpl
+    def runtime(self):
+        from nemo_dist_planted_modules import regroup
+
+        return RuntimePart(optimizer=regroup)
+
+
+@planted("deaf")
+class Deaf(Averaging):
+    """Show groups of options that the optimizer does not step by."""
+
+    @hookimpl
+    def runtime(self):
+        from nemo_dist_planted_modules import Deafened
+
+        return RuntimePart(optimizer=Deafened)
+
+
+@planted("reconfiguring")
+class Reconfiguring(Averaging):
+    """Write what is true of this run alone into the model's configuration."""
+
+    @hookimpl
+    def wrap(self, parts, mesh):
+        from nemo_dist_planted_modules import average
+
+        average(parts[0], mesh.group(Role.TOKENS), mesh.size(Role.TOKENS), "")
+        parts[0].config.max_position_embeddings *= 2
+
+
+@planted("adding_a_buffer")
+class AddingABuffer(Averaging):
+    """Keep a counter in the model, of one rank, that is saved with it."""
+
+    @hookimpl
+    def wrap(self, parts, mesh):
+        from nemo_dist_planted_modules import add_buffer_on_rank_one, average
+
+        average(parts[0], mesh.group(Role.TOKENS), mesh.size(Role.TOKENS), "")
+        add_buffer_on_rank_one(parts[0])
+
+
+@planted("freezing_to_explain")
+class FreezingToExplain(Averaging):
+    """Change the model that it is asked about."""
+
+    @hookimpl
+    def explain(self, plan, model):
+        if model is not None:
+            model.get_input_embeddings().requires_grad_(False)
+        return f"{self.name}: {plan.size('dp')} replicas"
+
+
 # ---- state that ranks do not share ----
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from types import MethodType
 from typing import Any
 
@@ -92,6 +93,75 @@ def drift(weight, optimizer):
 
 def untie(model):
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+
+
+def cast_norms(model):
+    for name, module in model.named_modules():
+        if name.endswith("norm"):
+            module.weight.data = module.weight.data.bfloat16()
+
+
+def swap(mlp):
+    gate, up = mlp.gate_proj.weight, mlp.up_proj.weight
+    gate.data, up.data = up.data, gate.data
+
+
+def average_now(parameters, group):
+    for parameter in parameters if group is not None else ():
+        if parameter.grad is not None:
+            dist.all_reduce(parameter.grad, group=group)
+            parameter.grad.div_(group.size())
+
+
+def average_last(owner, group):
+    average_now(owner.wrapped.parameters(), group)
+
+
+def divide_by(model, size):
+    for parameter in model.parameters():
+        parameter.register_hook(lambda gradient: gradient / size)
+
+
+def sum_now(parameters, group):
+    for parameter in parameters if group is not None else ():
+        dist.all_reduce(parameter.grad, group=group)
+
+
+def shift_in_evaluation(module):
+    def around(forward, *given, **named):
+        if not torch.is_grad_enabled():
+            module.weight.data.add_(1e-3)
+        return forward(*given, **named)
+
+    wrap_forward(module, around)
+
+
+def seed():
+    torch.manual_seed(0)
+
+
+def linger():
+    threading.Thread(target=threading.Event().wait, daemon=True).start()
+
+
+def regroup(optimizer):
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    options = {name: optimizer.param_groups[0][name] for name in ("lr", "betas", "eps", "weight_decay")}
+    return type(optimizer)(parameters, **options)
+
+
+class Deafened:
+    """Steps an optimizer, and shows copies of its groups."""
+
+    def __init__(self, inner):
+        self.inner, self.state = inner, inner.state
+        self.param_groups = [dict(group) for group in inner.param_groups]
+        self.step, self.zero_grad = inner.step, inner.zero_grad
+
+
+def add_buffer_on_rank_one(model):
+    if dist.get_rank() == 1:
+        model.model.register_buffer("steps", torch.zeros(1))
 
 
 def step_own(listed, optimizer):
