@@ -213,8 +213,9 @@ def gives_dtype(model: Any, name: str) -> bool:
         (outer, module) for outer, module in model.named_modules() if name.startswith(f"{outer}." if outer else "")
     ]
     for outer, module in around:
+        kind: Any = plain_class(module)
         first = next((one for one, parameter in module.named_parameters(outer) if parameter.is_floating_point()), "")
-        if first.startswith(f"{name}.") and _OWN_DTYPE.search(forward_source(plain_class(module))):
+        if first.startswith(f"{name}.") and _OWN_DTYPE.search(forward_source(kind)):
             return True
     return False
 
