@@ -21,6 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 __all__ = [
+    "FLASH_ATTENTION",
+    "FLASH_ATTENTION_ON_CPU",
     "FUNCTIONAL_COLLECTIVES",
     "StridedShard",
     "TorchDispatchMode",
@@ -60,6 +62,11 @@ reduce_scatter_single: Any = getattr(_functional_collectives, "reduce_scatter_si
     _functional_collectives.reduce_scatter_tensor
 )
 FUNCTIONAL_COLLECTIVES = "_c10d_functional"  # the namespace of those operators
+# Operators of aten: fused attention that also returns the log-sums of its weights, and its backward, which takes them.
+FLASH_ATTENTION = ("_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_backward")
+FLASH_ATTENTION_ON_CPU = (
+    *("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward"),
+)
 
 
 def tensors_in(tree: Any) -> list[Tensor]:

@@ -46,7 +46,8 @@ class Sent(TorchDispatchMode):
         elif name.startswith("_c10d_functional.reduce_scatter_tensor"):
             self.sent["reduce-scatter"] += args[0].nbytes * (args[2] - 1) // args[2]
         elif name.startswith("_c10d_functional.all_to_all_single"):
-            self.sent["all-to-all"] += args[0].nbytes * (len(args[1]) - 1) // len(args[1])
+            ranks, to_one = len(args[2]), args[2].count(0) == len(args[2]) - 1
+            self.sent["all-to-all"] += args[0].nbytes if to_one else args[0].nbytes * (ranks - 1) // ranks
         elif name.startswith("c10d.alltoall_base_"):
             ranks = dist.ProcessGroup.unbox(args[2]).size()
             self.sent["all-to-all"] += args[1].nbytes * (ranks - 1) // ranks

@@ -10,6 +10,7 @@ from cases import case_id, cases, slow
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.functional import scaled_dot_product_attention
 
 import nemo_dist
 from nemo_dist import (
@@ -26,7 +27,9 @@ from nemo_dist import (
 from nemo_dist.testing.equivalence import Task, assert_equivalent, checkpoint
 from nemo_dist.testing.precision import FP32
 from nemo_dist.testing.tiny_models import SPECIMENS
+from nemo_dist_context import ring
 from nemo_dist_context.batch import NUMBERINGS, SequenceSplitter, sequence_ids
+from nemo_dist_context.ring import Ring
 from nemo_dist_context.sequence_layout import SequenceLayout
 
 METHODS = ("all_gather", "ulysses")
@@ -166,6 +169,64 @@ def test_more_ranks_than_key_heads_are_exact(ranks, method):
     assert_equivalent(ranks(4), Task(specimen="llama", length=11), **options(4, 4, method=method))
 
 
+@cases(
+    ("world", "specimen", "length", "balance", "mode"),
+    [
+        (2, "llama", 13, None, False),
+        (2, "qwen3", 16, None, "selective"),
+        (2, "llama-packed", 13, None, False),  # gathered, as a mask needs
+        slow(2, "llama", 13, False, "full"),
+        slow(2, "llama-padded", 13, None, False),
+        slow(2, "bert-numbered", 13, True, False),
+        slow(2, "gpt-oss", 13, None, False),
+        slow(4, "llama", 19, None, False),
+        slow(4, "llama", 16, False, "selective"),
+    ],
+    lambda world, specimen, length, balance, mode: case_id(
+        specimen, world, f"{length} tokens", balance is not None and f"balance {balance}", mode and f"recompute {mode}"
+    ),
+)
+def test_ring_attention_matches_one_process(ranks, world, specimen, length, balance, mode):
+    task = Task(specimen=specimen, length=length)
+    assert_equivalent(ranks(world), task, **options(world, world, method="ring", balance=balance, mode=mode))
+
+
+@given(st.integers(1, 6), st.booleans(), st.booleans())
+def test_in_a_ring_every_query_sees_every_key_up_to_its_own_once(size, balanced, causal):
+    layouts = [SequenceLayout(size=size, rank=rank, balanced=balanced) for rank in range(size)]
+    length = layouts[0].chunks
+    for layout in layouts:
+        seen = []
+        for turn in range(size):
+            source = layouts[(layout.rank - turn) % size]
+            for one, other, same in Ring(layout=layout, group=None, causal=causal, scale=1.0).blocks(turn):
+                pair = layout.indices(length)[one], source.indices(length)[other]
+                assert same == (causal and pair[0] == pair[1])
+                seen.append(pair)
+        wanted = [(q, k) for q in layout.indices(length) for k in range(length) if k <= q or not causal]
+        assert sorted(seen) == sorted(wanted)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype"), [("cpu", torch.float32), pytest.param("cuda", torch.bfloat16, marks=pytest.mark.gpu)]
+)
+def test_parts_of_the_keys_merge_to_attention_over_all_and_give_its_gradients(device, dtype):
+    inputs = [torch.randn(1, 2, 16, 32, device=device, dtype=dtype, requires_grad=True) for _ in range(3)]
+    wanted = scaled_dot_product_attention(*inputs, scale=0.3)
+    grad = torch.randn_like(wanted)
+    gradients = torch.autograd.grad(wanted, inputs, grad)
+    query, key, value = (one.detach() for one in inputs)
+    halves = list(zip(key.chunk(2, dim=2), value.chunk(2, dim=2), strict=True))
+    out = None
+    for half in halves:
+        out = ring._merged(out, ring._forward(query, *half, False, 0.3))
+    whole = out[0].to(dtype), out[1]
+    parts = [ring._backward(grad, query, *half, *whole, False, 0.3) for half in halves]
+    found = parts[0][0] + parts[1][0], *(torch.cat([part[at] for part in parts], dim=2) for at in (1, 2))
+    limits = {} if dtype is torch.float32 else {"atol": 3e-2, "rtol": 3e-2}
+    torch.testing.assert_close((whole[0], *found), (wanted, *gradients), **limits)
+
+
 @pytest.mark.parametrize(("specimen", "balance"), [("llama", False), ("bert-numbered", True)])
 def test_either_layout_is_exact_for_either_attention(ranks, specimen, balance):
     assert_equivalent(ranks(2), Task(specimen=specimen, length=13), **options(2, 2, balance=balance))
@@ -247,11 +308,6 @@ def test_ddp_with_cp_is_refused():
 def test_an_unknown_method_is_refused_with_the_near_match():
     with pytest.raises(ValueError, match="got 'ulyses'\\); did you mean 'ulysses'"):
         ContextConfig(method="ulyses")
-
-
-def test_ring_attention_is_refused_with_the_reason():
-    with pytest.raises(ValueError, match="'ring' is not supported: torch's ring attention needs CUDA kernels"):
-        ContextConfig(method="ring")
 
 
 CONFIGS = {

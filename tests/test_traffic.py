@@ -22,6 +22,11 @@ CASES = {
         "llama",
         {"parallelism_sizes": ParallelismSizes(cp_size=4), "plugins": (ContextConfig(method="ulysses"),)},
     ),
+    "ring": (
+        2,
+        "llama",
+        {"parallelism_sizes": ParallelismSizes(cp_size=2), "plugins": (ContextConfig(method="ring"),)},
+    ),
     "tp": (2, "llama", {"parallelism_sizes": ParallelismSizes(tp_size=2)}),
     "tp-odd": (2, "llama-odd", {"parallelism_sizes": ParallelismSizes(tp_size=2)}),
     "sp": (

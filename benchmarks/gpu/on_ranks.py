@@ -46,6 +46,7 @@ def _cases() -> list[tuple[str, int, str, dict[str, Any]]]:
         ("cp", 2, "llama", sizes(cp_size=2)),
         ("cp, padded rows", 2, "llama-padded", sizes(cp_size=2)),
         ("cp, ulysses", 2, "llama", {**sizes(cp_size=2), "plugins": (ContextConfig(method="ulysses"),)}),
+        ("cp, ring", 2, "llama", {**sizes(cp_size=2), "plugins": (ContextConfig(method="ring"),)}),
         ("ep", 2, "qwen3-moe", sizes(ep_size=2)),
         ("fsdp2 x tp", 4, "llama", sizes(tp_size=2)),
         ("cp x tp", 4, "llama", sizes(tp_size=2, cp_size=2)),

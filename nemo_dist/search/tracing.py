@@ -21,6 +21,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.flop_counter import flop_registry
 
 from nemo_dist.torch_private import (
+    FLASH_ATTENTION,
     FUNCTIONAL_COLLECTIVES,
     TorchDispatchMode,
     fake_tensors,
@@ -36,7 +37,7 @@ def _aten(name: str) -> Any:
 
 _SCALAR, _ANY, _SORTS = _aten("_local_scalar_dense"), _aten("any"), (_aten("sort"), _aten("argsort"))
 _GROUPED = _aten("_grouped_mm")
-_FLASH, _FLASH_BACK = "_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_backward"
+_FLASH, _FLASH_BACK = FLASH_ATTENTION
 
 
 def _grouped(a: Tensor, b: Tensor, *args: Any, out_val: Any = None, **kwargs: Any) -> int:

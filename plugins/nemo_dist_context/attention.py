@@ -33,6 +33,8 @@ from nemo_dist.torch_private import current_dispatch_mode, disable_current_modes
 from nemo_dist_context.batch import APPENDED
 from nemo_dist_context.collectives import gather_sequence, to_heads, to_sequence
 from nemo_dist_context.packed import Packed, attend, fits, has_kernel, sequence_starts, stretch
+from nemo_dist_context.ring import Ring
+from nemo_dist_context.ring import fits as ring_fits
 from nemo_dist_context.sequence_layout import index_of
 
 if TYPE_CHECKING:
@@ -141,8 +143,17 @@ class SharedAttention:
         if packed is not None and not fits(query, value, options):
             allowed = self._allowed(packed.ids, causal_mask_function, use_vmap=False)
             attention_mask = Visible(allowed=allowed, causal=True)
+        if self._goes_round(query, value, attention_mask, options):
+            scale = options.get("scaling") or query.shape[-1] ** -0.5
+            ring = Ring(layout=self.layout, group=self.group, causal=attention_mask.causal, scale=scale)
+            return ring.attend(query, key, value), None
         exchange = self._exchanged if self.method == "ulysses" else self._gathered
         return exchange(module, query, key, value, attention_mask, options), None
+
+    def _goes_round(self, query: Tensor, value: Tensor, mask: Visible, options: Any) -> bool:
+        """Whether keys and values go round the ranks; a mask of single tokens needs all of them at once."""
+        masked = mask.allowed is not None or mask.packed is not None
+        return self.method == "ring" and not masked and ring_fits(query, value, options.get("dropout", 0.0))
 
     def _gathered(self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Visible, options: Any) -> Tensor:
         """Gather all keys and values from the cp ranks; attend with this rank's queries, one causal chunk at a time."""

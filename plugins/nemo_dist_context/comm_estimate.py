@@ -16,10 +16,14 @@ def traffic(plan: MeshPlan, facts: ModelFacts | None, config: ContextConfig) -> 
     if facts is not None:
         forward = _sent(ranks, plan.size("tp"), facts, config) // plan.size("pp")
         backward = forward
+        if config.method == "ring":  # keys and values go round again, and their gradients, in float32, all the way home
+            backward += 4 * forward * ranks // (ranks - 1) // facts.computed
         forward *= 2 if facts.recomputes else 1
     what, ways = "keys and values", ("all-gather", "reduce-scatter")
     if config.method == "ulysses":
         what, ways = "queries, keys, values and outputs", ("all-to-all", "all-to-all")
+    if config.method == "ring":
+        ways = ("all-to-all", "all-to-all")
     first = Traffic(axis="cp", collective=ways[0], of=what, often="in the forward of every block", sent=forward)
     second = Traffic(axis="cp", collective=ways[1], of=f"gradients of {what}", often="in its backward", sent=backward)
     return [first, second]

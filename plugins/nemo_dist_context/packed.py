@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from inspect import signature
 from itertools import pairwise
@@ -64,7 +64,7 @@ def stretch(starts: Sequence[Sequence[int]], first: int, stop: int, device: torc
 
 
 @cache
-def kernel() -> Callable[..., Tensor] | None:
+def kernel() -> Any:
     """Return torch's attention over sequences of any lengths that share heads; None where this torch has none."""
     try:
         from torch.nn.attention.varlen import varlen_attn
@@ -85,13 +85,14 @@ def fits(query: Tensor, value: Tensor, options: Any) -> bool:
     return query.shape[-1] == value.shape[-1] <= _WIDEST and not options.get("dropout")
 
 
-@torch.compiler.disable  # lengths differ from batch to batch, and each would be compiled anew
+# Not compiled: lengths differ from batch to batch, and each would be compiled anew.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def attend(part: Stretch, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
     """Return the causal attention of a stretch of queries, (rows, heads, queries, width), over all keys of their rows.
 
     The result is (rows, queries, heads, width).
     """
-    run: Any = kernel()
+    run = kernel()
     rows, heads, length, width = query.shape
     flat = [
         torch.cat([one[row, :, first:stop].transpose(0, 1) for row, (first, stop) in enumerate(part.keys)])
