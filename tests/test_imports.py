@@ -42,7 +42,7 @@ PRIVATE = {
     "nemo_dist.torch_private": (
         *("_StridedShard", "_python_dispatch", "_disable_current_modes", "_get_current_dispatch_mode", "_pytree"),
         *("_cdata", "_execution_engine", "_functional_collectives", "_c10d_functional", "_current_graph_task_id", "_C"),
-        *("_version", "_dtensor_spec", "_assert_async", "_resolve_process_group", "_subclasses"),
+        *("_version", "_dtensor_spec", "_assert_async", "_resolve_process_group", "_subclasses", "_spec"),
     ),
     "nemo_dist.hf_model": (
         *("_no_split_modules", "_hf_peft_config_loaded", "_is_hf_initialized", "_attn_implementation"),

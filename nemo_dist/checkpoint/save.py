@@ -124,11 +124,11 @@ def plan_save(
         state.update(canonical())
         return f"{planner.describe(state, ranks)}\n{found.of_parameters}"
 
-    shares = [(of, *text.split("\n")) for of, text in ranks.distinct("collecting what to save", describe)]
+    said = [(of, text.partition("\n")) for of, text in ranks.distinct("collecting what to save", describe)]
     with ranks.agreed("planning the save"):
-        plan = planner.plan([(of, text) for of, text, _ in shares], ranks.rank, even=not sharded.differing)
+        plan = planner.plan([(of, held) for of, (held, _, _) in said], ranks.rank, even=not sharded.differing)
         copies_here = Copies.of(plan, state, but=found.buffers)
-        work = Work.of(sharded, path, state, plan, found.about([text for *_, text in shares]), found, check_finite)
+        work = Work.of(sharded, path, state, plan, found.about([text for _, (_, _, text) in said]), found, check_finite)
         if asynchronous:
             work = work.copied()
         settle(work.mine)  # the thread has a stream of its own
