@@ -60,7 +60,8 @@ def plain_class(module: nn.Module) -> type[Any]:
 
     torch's ``fully_shard`` and ``replicate`` replace the class of a module by a subclass of it.
     """
-    return _unsharded(type(module))
+    kind: Any = type(module)  # mypy takes no class for hashable
+    return _unsharded(kind)
 
 
 @lru_cache(maxsize=4096)

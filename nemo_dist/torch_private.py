@@ -82,6 +82,11 @@ def dtensor_of(part: Tensor, mesh: DeviceMesh, placements: Sequence[Any], like: 
     return found
 
 
+def spec_of(tensor: Tensor) -> DTensorSpec | None:
+    """Return mesh, placements, global shape and dtype of a DTensor as one value to compare; None of a plain tensor."""
+    return tensor._spec if isinstance(tensor, DTensor) else None
+
+
 def storage_id(tensor: Tensor) -> int:
     """Return an id of the storage of *tensor*; works on the meta device too, where storages have no address."""
     return int(tensor.untyped_storage()._cdata)

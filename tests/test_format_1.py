@@ -14,12 +14,14 @@ from safetensors.torch import load_file
 from nemo_dist import CheckpointError, DistributedSetup, NeMoAutoModelForCausalLM, RunFolder, export_checkpoint
 from nemo_dist.checkpoint.manifest import Manifest
 
+# The model has two layers, so a rank of a pipeline has one stage.
+SETUPS = runs.SETUPS | {"pp": {**runs.SETUPS["pp"], "pipeline_config": {"pp_schedule": "1f1b"}}}
 EXPECTED = json.loads((format_1.HERE / "expected.json").read_text())
 
 
 def on_rank_load_format_1(name, path, again):
     """Load it into a new run, save that in today's format, and load the result."""
-    setup = DistributedSetup.build(**runs.SETUPS[name])
+    setup = DistributedSetup.build(**SETUPS[name])
     config = transformers.Phi3Config(**format_1.CONFIG)
     model = NeMoAutoModelForCausalLM.from_config(config, distributed_setup=setup, dtype=torch.float32)
     runtime = setup.runtime(model)

@@ -42,7 +42,7 @@ PRIVATE = {
     "nemo_dist.torch_private": (
         *("_StridedShard", "_python_dispatch", "_disable_current_modes", "_get_current_dispatch_mode", "_pytree"),
         *("_cdata", "_execution_engine", "_functional_collectives", "_c10d_functional", "_current_graph_task_id", "_C"),
-        *("_version", "_dtensor_spec", "_assert_async", "_resolve_process_group", "_subclasses"),
+        *("_version", "_dtensor_spec", "_assert_async", "_resolve_process_group", "_subclasses", "_spec"),
         *("_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_backward"),
         *("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward"),
     ),

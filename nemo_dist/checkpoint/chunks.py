@@ -20,6 +20,7 @@ from nemo_dist.errors import PluginError
 from nemo_dist.mesh.dtensor import local
 from nemo_dist.mesh.rank_group import RankGroup
 from nemo_dist.plugin.mixed_precision import dtype_name
+from nemo_dist.torch_private import spec_of
 
 Axes = tuple[tuple[int, int], ...]  # (size, stride) of each axis of a mesh
 Shares = Sequence[tuple[Sequence[range], str]]  # texts of the ranks, each once, with the ranks that have it
@@ -131,7 +132,7 @@ class Planner:
     def describe(self, state: Mapping[str, Tensor], ranks: RankGroup) -> str:
         """Return in a text what this rank holds of *state*; errors as of ``described``."""
         with torch.no_grad():  # so that to_local makes no new tensor
-            return self.describe_as((ranks, *_seen(state)), lambda: described(state, ranks))
+            return self.describe_as((ranks, _seen(state)), lambda: described(state, ranks))
 
     def describe_as(self, looks: Any, describe: Callable[[], dict[str, Held]]) -> str:
         """Return in a text what *describe* returns; it is not called where *looks* equals that of the last time."""
@@ -162,19 +163,9 @@ class Planner:
         return [Holding(ranks, held if text == own else holdings.from_json(json.loads(text))) for ranks, text in shares]
 
 
-def _seen(state: Mapping[str, Tensor]) -> tuple[list[Any], ...]:
-    """Return all that ``described`` looks at, of all tensors at once: it is asked at every save."""
-    tensors = list(state.values())
-    sharded = [tensor for tensor in tensors if isinstance(tensor, DTensor)]
-    return (
-        list(state),
-        [tensor.shape for tensor in tensors],
-        [tensor.dtype for tensor in tensors],
-        [isinstance(tensor, DTensor) for tensor in tensors],
-        [tensor.device_mesh for tensor in sharded],
-        [tensor.placements for tensor in sharded],
-        [tensor.to_local().shape for tensor in sharded],
-    )
+def _seen(state: Mapping[str, Tensor]) -> list[Any]:
+    """Return all that ``described`` looks at; briefly, as every save asks it of all tensors."""
+    return [(name, spec_of(tensor), (part := local(tensor)).shape, part.dtype) for name, tensor in state.items()]
 
 
 def pieces_of(state: Mapping[str, Tensor], plan: SavePlan) -> dict[str, Tensor]:

@@ -124,15 +124,13 @@ def plan_save(
         state.update(canonical())
         return f"{planner.describe(state, ranks)}\n{found.of_parameters}"
 
-    shares = [(of, *text.split("\n")) for of, text in ranks.distinct("collecting what to save", describe)]
-    parameters = [json.loads(text) for *_, text in shares]
-    if len(shares) > 1:
-        options = [
-            (of, options_of_names(own["options"])) for (of, *_), own in zip(shares, parameters, strict=True) if own
-        ]
+    said = [(of, text.partition("\n")) for of, text in ranks.distinct("collecting what to save", describe)]
+    parameters = [json.loads(text) for _, (_, _, text) in said]
+    if len(said) > 1:
+        options = [(of, options_of_names(own["options"])) for (of, _), own in zip(said, parameters, strict=True) if own]
         refuse_unequal("the optimizer", options)
     with ranks.agreed("planning the save"):
-        plan = planner.plan([(of, text) for of, text, _ in shares], ranks.rank, even=not sharded.differing)
+        plan = planner.plan([(of, held) for of, (held, _, _) in said], ranks.rank, even=not sharded.differing)
         copies_here = Copies.of(plan, state, but=found.buffers)
         work = Work.of(sharded, path, state, plan, found.about(parameters), found, check_finite)
         if asynchronous:
