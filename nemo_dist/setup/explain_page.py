@@ -56,7 +56,7 @@ def page_data(setup: Composition, model: Any, rows: int, length: int | None, ran
     plan = setup.plan
     facts = facts_of(setup, model, rows, length)
     schedule: StepSchedule | None = setup.calls.only("schedule", plan=plan, facts=facts, model=model)
-    bars, notes = ([], []) if facts is None else memory_bars(setup, model, facts, schedule)
+    bars, notes = memory_bars(setup, model, facts, schedule)
     return {
         "version": version("nemo-dist"),
         "world_size": plan.world_size,

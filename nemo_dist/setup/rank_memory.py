@@ -40,12 +40,15 @@ def divide(
 
 
 def memory_bars(
-    setup: Composition, model: Any, facts: ModelFacts, schedule: StepSchedule | None
+    setup: Composition, model: Any, facts: ModelFacts | None, schedule: StepSchedule | None
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Return what a rank holds at each coordinate of the axis that splits the layers, as values for JSON, and notes.
 
-    There is one bar without such an axis, and none where a plugin cannot say what it holds, which is then the note.
+    There is one bar without such an axis. There is none without a model, and none where a plugin cannot say what it
+    holds, which is then the note.
     """
+    if facts is None:
+        return [], []
     rows = facts.rows if schedule is None else schedule.rows * schedule.microbatches
     step = attrs.evolve(facts, rows=rows)  # a schedule is drawn with more rows where it needs them
     whole = RankShare.whole(model, rows, facts.length)
