@@ -111,10 +111,11 @@ def on_rank_refusal(folder, sizes, config, strategy=None):
     return str(caught.value)
 
 
-def test_adapters_are_refused_beside_tensor_parallelism(ranks):
+def test_adapters_of_the_shape_of_a_shard_are_refused_beside_tensor_parallelism(ranks):
     for message in ranks(2).run(on_rank_refusal, checkpoint("llama"), ParallelismSizes(tp_size=2), LORA):
         assert "trainable parameters were added after loading" in message
-        assert "not proven with tp (got tp_size=2)" in message
+        assert "with tp (got 2) PEFT takes the shape of a shard for that of a weight" in message
+        assert "setup.add_adapters(model, config)" in message
 
 
 def test_adapters_are_refused_by_a_strategy_not_proven_with_them(ranks):

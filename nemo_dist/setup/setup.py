@@ -185,7 +185,7 @@ class DistributedSetup(Composition):
         """
         from nemo_dist.training.peft_adapters import add_adapters
 
-        return add_adapters(model, config, self.mesh_context)
+        return add_adapters(model, config, self.mesh_context, self.plugins)
 
     def seed(self, seed: int) -> None:
         """Seed the generators of torch, Python and NumPy on this rank, for dropout and whatever else is drawn.
@@ -258,7 +258,7 @@ class DistributedSetup(Composition):
             if owner is not self:
                 made = "another setup" if owner is not None else "no setup"
                 raise ValueError(f"the model was loaded with {made}; load it with distributed_setup=<this setup> first")
-        return Runtime.assemble(model, self.sharded(parts), self.runtime_parts, self.strategy, check_replicas, loss)
+        return Runtime.assemble(model, self.sharded(parts), self.runtime_parts, self.plugins, check_replicas, loss)
 
     def sharded(self, parts: Sequence[nn.Module]) -> ShardedModel:
         """Return *parts* with what saving, loading and exporting need to know about them."""

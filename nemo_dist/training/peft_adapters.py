@@ -1,12 +1,14 @@
 """Train parameters that were added to a model after loading, such as PEFT adapters, which no strategy shards.
 
-They are small, so every rank keeps them whole; only their gradients are all-reduced.
+They are small, so every rank keeps them whole; only their gradients are all-reduced. What ranks that hold parts of the
+same matrices compute with them is the matter of the plugin of that axis.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import attrs
@@ -15,16 +17,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from nemo_dist.mesh.dtensor import local, parameter_slots
 from nemo_dist.mesh.mesh_context import MeshContext
 from nemo_dist.planning.mesh_plan import Role
 from nemo_dist.plugin.hookspecs import RuntimePart
-from nemo_dist.plugin.protocol import Plugin
+from nemo_dist.plugin.protocol import Plugin, Stage, claimants
 from nemo_dist.plugin.registry import Registry
 from nemo_dist.plugin.resharding import gathered
 from nemo_dist.plugin.sharding_override import sharding_overrides
 from nemo_dist.torch_private import run_after_backward
 
-FEATURE = "adapters"  # what a strategy lists in ``composes_with`` when it is tested with them
+FEATURE = "adapters"  # what a plugin lists in ``composes_with`` when it is tested with them
 _LOADED = "loaded_by_nemo_dist"
 _MADE_WHOLE = "adapters_made_beside_whole_weights"
 
@@ -36,18 +39,39 @@ def mark_loaded(parts: Iterable[nn.Module]) -> None:
             setattr(parameter, _LOADED, True)
 
 
-def add_adapters(model: Any, config: Any, mesh: MeshContext) -> Any:
+def add_adapters(model: Any, config: Any, mesh: MeshContext, plugins: Sequence[Plugin]) -> Any:
     """Return the PEFT model of *model*; see :meth:`nemo_dist.DistributedSetup.add_adapters`."""
     if not isinstance(model, nn.Module):
         raise ValueError(f"adapters are not proven with pp (got pp_size={mesh.pp_size}), leave it at 1")
-    _refuse_axes("adapters would be added", mesh)
+    _refuse_axes("adapters would be added", mesh, plugins)
     refuse_copies(config)
     import peft
 
-    with gathered([model]):  # DoRA reads the weights that it stands beside
+    # DoRA reads the weights that it stands beside; other kinds need no more than shapes.
+    with _whole_shapes(model) if _sharing(mesh) else gathered([model]):
         made = peft.get_peft_model(model, config)
     setattr(made, _MADE_WHOLE, True)
     return made
+
+
+def _sharing(mesh: MeshContext) -> list[str]:
+    """Return the axes along which ranks hold different parts of the same matrices."""
+    return [axis for axis in mesh.wide() if mesh.roles.get(axis, Role.TOKENS) & Role.PARAMETERS]
+
+
+@contextmanager
+def _whole_shapes(model: nn.Module) -> Iterator[None]:
+    """Within the context, shards have the shapes of the whole parameters, which PEFT goes by, and no values."""
+    slots = [(module, name, shard) for _, module, name, shard in parameter_slots(model) if isinstance(shard, DTensor)]
+    for module, name, shard in slots:
+        shape_only = local(shard.detach()).new_zeros(()).expand(shard.shape)
+        module._parameters[name] = nn.Parameter(shape_only, requires_grad=shard.requires_grad)
+    try:
+        yield
+    finally:
+        for module, name, shard in slots:
+            stand_in = module._parameters[name]
+            module._parameters[name] = shard.requires_grad_(stand_in is not None and stand_in.requires_grad)
 
 
 def refuse_copies(config: Any) -> None:
@@ -77,7 +101,7 @@ def refuse_prompts(part: nn.Module) -> None:
         )
 
 
-def adapters(parts: Sequence[nn.Module], mesh: MeshContext, strategy: Plugin | None) -> dict[str, RuntimePart]:
+def adapters(parts: Sequence[nn.Module], mesh: MeshContext, plugins: Sequence[Plugin]) -> dict[str, RuntimePart]:
     """Broadcast the trainable parameters added to *parts* to all ranks, and average their gradients from now on.
 
     Returns the runtime part that does so, or an empty dict when nothing was added or one rank sees all tokens.
@@ -92,8 +116,11 @@ def adapters(parts: Sequence[nn.Module], mesh: MeshContext, strategy: Plugin | N
     }
     if not added:
         return {}
-    _refuse(added, parts, mesh, strategy)
+    _refuse(added, parts, mesh, plugins)
     group = mesh.group(Role.TOKENS)
+    for same in (group, *map(mesh.group, _sharing(mesh))):
+        if same is not None:
+            _together(list(added.values()), partial(dist.broadcast, group_src=0, group=same))
     if group is None:
         return {}
     replicas = _Replicas(list(added.values()), group)
@@ -102,17 +129,17 @@ def adapters(parts: Sequence[nn.Module], mesh: MeshContext, strategy: Plugin | N
 
 
 def _refuse(
-    added: dict[str, nn.Parameter], parts: Sequence[nn.Module], mesh: MeshContext, strategy: Plugin | None
+    added: dict[str, nn.Parameter], parts: Sequence[nn.Module], mesh: MeshContext, plugins: Sequence[Plugin]
 ) -> None:
     """Raise ValueError where not every rank has the whole layers that the *added* parameters stand beside.
 
-    These are axes along which ranks hold different layers, or parts of the same matrices, and modules that are sharded
-    over a mesh of their own, such as experts. Also for a strategy that does not list the feature, and for added
-    parameters that are DTensors.
+    These are axes along which ranks hold different layers, or parts of the same matrices unless the plugin of the axis
+    lists the feature, and modules that are sharded over a mesh of their own, such as experts. Also for a strategy that
+    does not list the feature, and for added parameters that are DTensors.
     """
     some = f"{len(added)} trainable parameters were added after loading ({next(iter(added))}, ...)"
-    _refuse_axes(some, mesh)
-    replicas = [axis for axis in mesh.wide() if mesh.roles.get(axis) is Role.BATCH][:-1]
+    _refuse_axes(some, mesh, plugins)
+    replicas = _sharing(mesh) + [axis for axis in mesh.wide() if mesh.roles.get(axis) is Role.BATCH][:-1]
     if replicas and not all(hasattr(part, _MADE_WHOLE) for part in parts):
         raise ValueError(
             f"{some}; with {replicas[0]} (got {mesh.size(replicas[0])}) PEFT takes the shape of a shard for that of a "
@@ -130,6 +157,7 @@ def _refuse(
         raise ValueError(
             f"{some}; {shared[0]} is in a module that ranks share by a mesh of its own; leave that one out"
         )
+    strategy = next((plugin for plugin in plugins if plugin.stage == Stage.DATA), None)
     if strategy is not None and FEATURE not in strategy.composes_with:
         others = " or ".join(map(repr, Registry().composing(FEATURE)))
         raise ValueError(f"{some}; this is not proven with {strategy.name!r}, use {others}")
@@ -137,10 +165,11 @@ def _refuse(
         raise ValueError(f"{some} as DTensors; add them as plain tensors, whole on every rank")
 
 
-def _refuse_axes(some: str, mesh: MeshContext) -> None:
+def _refuse_axes(some: str, mesh: MeshContext, plugins: Sequence[Plugin]) -> None:
     wide = mesh.wide()
     for axis in (axis for axis in wide if axis in mesh.roles):
-        if not mesh.roles[axis] & Role.TOKENS:
+        proven = any(FEATURE in plugin.composes_with for plugin in claimants(plugins, axis))
+        if not mesh.roles[axis] & Role.TOKENS and not proven:
             raise ValueError(f"{some}; this is not proven with {axis} (got {axis}_size={wide[axis]}), leave it at 1")
 
 
@@ -152,7 +181,6 @@ class _Replicas:
     _due: bool = False
 
     def start(self) -> None:
-        _together(self.parameters, lambda values: dist.broadcast(values, group_src=0, group=self.group))
         for parameter in self.parameters:
             parameter.register_post_accumulate_grad_hook(self._arrived)
 

@@ -71,15 +71,15 @@ class Runtime:
         model: Any,
         sharded: ShardedModel,
         parts_of_plugins: RuntimeParts,
-        strategy: Plugin | None,
+        selected: Sequence[Plugin],
         check_replicas: int | None = None,
         loss: LossFunction | None = None,
     ) -> Runtime:
         """Return the runtime of *model*, whose parts are *sharded*; *parts_of_plugins* calls the ``runtime`` hooks.
 
         ``loss`` is the user's, None for the model's own. Raises ValueError for a model whose own loss is not known to
-        be a mean over labels, for a loss that a plugin cannot compute, and for adapters that *strategy* is not tested
-        with; PluginError when two plugins provide an engine.
+        be a mean over labels, for a loss that a plugin cannot compute, and for adapters that the *selected* plugins
+        are not tested with; PluginError when two plugins provide an engine.
         """
         parts = list(sharded.parts)
         reshard(parts)
@@ -87,7 +87,7 @@ class Runtime:
             refuse_prompts(part)
         within = [inner_model(part) for part in parts]
         router_loss = RouterLoss.of(within, sharded.mesh)
-        added = adapters(parts, sharded.mesh, strategy)  # raises for unsupported ones before plugins see the model
+        added = adapters(parts, sharded.mesh, selected)  # raises for unsupported ones before plugins see the model
         plugins = parts_of_plugins(parts, model) | added
         engines = [name for name, part in plugins.items() if part.engine is not None]
         if len(engines) > 1:

@@ -30,7 +30,7 @@ class TensorParallel:
     config_type: ClassVar[type] = TensorConfig
     stage: ClassVar[int] = Stage.TENSOR
     axes: ClassVar[frozenset[str]] = frozenset({"tp"})
-    composes_with: ClassVar[frozenset[str]] = frozenset()
+    composes_with: ClassVar[frozenset[str]] = frozenset({"adapters"})
 
     config: TensorConfig = attrs.field(factory=TensorConfig)
 
@@ -65,6 +65,13 @@ class TensorParallel:
 
         if mesh.tp_size > 1:
             apply_tensor_parallelism(parts, mesh, self.config)
+
+    @hookimpl
+    def runtime(self, parts: list[nn.Module], mesh: MeshContext) -> None:
+        from nemo_dist_tensor.adapters import install
+
+        if mesh.tp_size > 1:
+            install(parts)
 
     @hookimpl
     def explain(self, plan: MeshPlan, model: nn.Module | None) -> str:

@@ -9,7 +9,9 @@ from typing import Any
 import attrs
 from torch.distributed.tensor import Placement
 
+from nemo_dist.mesh.dtensor import local
 from nemo_dist_tensor import layers, parameter_sharding
+from nemo_dist_tensor.adapters import Installed, remember
 from nemo_dist_tensor.attention_heads import AttentionHeads
 from nemo_dist_tensor.collectives import Peers
 from nemo_dist_tensor.parallel_regions import Region
@@ -64,6 +66,7 @@ class Installer:
                 by_module.setdefault(module, set()).add(own)
         for name, parameters in by_module.items():
             layers.summed(self._module(name), self.peers, parameters)
+            remember(self._module(name), Installed(next(iter(SUMMED)), Region(name, self.peers, None, None)))
         for name, attributes in self.rules.divided.items():
             module = self._module(name)
             for attribute in attributes:
@@ -71,11 +74,14 @@ class Installer:
 
     def _install(self, name: str, style: str, region: Region, state: layers.LMHead | None) -> None:
         module = self._module(name)
-        if state is not None and module is self.model.get_output_embeddings():
-            layers.head(module, region, state)
+        heads = self.whole_keys.get(name)
+        rows = None if heads is None else layers.of_heads(heads, self.peers)
+        kept = state if state is not None and module is self.model.get_output_embeddings() else None
+        remember(module, Installed(style, region, kept, rows))
+        if kept is not None:
+            layers.head(module, region, kept)
         elif style in COLUMN:
-            heads = self.whole_keys.get(name)
-            layers.column(module, style, region, heads)
+            layers.column(module, style, region, rows or local)
             if heads is not None:
                 self._module(name.rpartition(".")[0]).num_key_value_groups = heads.local_groups(self.peers.rank)
         elif style in ROW:

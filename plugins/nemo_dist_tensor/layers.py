@@ -61,28 +61,29 @@ def _product(module: nn.Linear | Conv1D, original: Callable[..., Any], value: Te
     return product if module.bias is None else product + module.bias
 
 
-def column(module: nn.Linear | Conv1D, style: str, region: Region, whole_keys: AttentionHeads | None = None) -> None:
-    """Compute this rank's output features; with *whole_keys*, those of the key or value heads that this rank needs."""
+def of_heads(heads: AttentionHeads, peers: Peers) -> Callable[[Tensor], Tensor]:
+    """Return what takes, of a whole projection to keys or values, the rows of the heads that this rank needs."""
+    return lambda whole: pick(enter(whole, peers), heads, peers.rank)
+
+
+def column(module: nn.Linear | Conv1D, style: str, region: Region, change: Change = local) -> None:
+    """Compute this rank's output features, whose rows of the parameters *change* returns."""
     peers, width = region.peers, _width(module)
-    special: dict[str, Callable[[Tensor], Tensor | None]] = {}
-    if whole_keys is not None:
-        heads = whole_keys
-        special = dict.fromkeys(("weight", "bias"), lambda whole: pick(enter(whole, peers), heads, peers.rank))
 
     def forward(original: Callable[..., Any], value: Tensor) -> Tensor:
-        with parameters_as(module, special=special):
+        with parameters_as(module, change):
             output = _product(module, original, region.entered(value))
         return gather(output, -1, width, peers) if style in GATHERED else output
 
     wrap_forward(module, forward)
 
 
-def head(module: nn.Linear, region: Region, state: LMHead) -> None:
+def head(module: nn.Linear, region: Region, state: LMHead, change: Change = local) -> None:
     """Compute the logits of this rank's part of the vocabulary; gather them unless the loss takes them sharded."""
     peers, width = region.peers, module.out_features
 
     def forward(original: Callable[..., Any], value: Tensor) -> Tensor:
-        with parameters_as(module):
+        with parameters_as(module, change):
             output: Tensor = original(region.entered(value))
         if not state.stays_cut:
             return gather(output, -1, width, peers)
@@ -92,14 +93,14 @@ def head(module: nn.Linear, region: Region, state: LMHead) -> None:
     wrap_forward(module, forward)
 
 
-def row(module: nn.Linear | Conv1D, name: str, style: str, region: Region) -> None:
+def row(module: nn.Linear | Conv1D, name: str, style: str, region: Region, change: Change = local) -> None:
     """Multiply this rank's input features, and sum the products over the ranks; the bias is added once, to the sum."""
     peers = region.peers
 
     def forward(original: Callable[..., Any], value: Tensor) -> Tensor:
         if style in WHOLE_INPUT:
             value = split(value, -1, peers)
-        with parameters_as(module, special={"bias": lambda _: None}):
+        with parameters_as(module, change, {"bias": lambda _: None}):
             partial = _product(module, original, value)
         return region.leave(partial, name, None if module.bias is None else local(module.bias))
 

@@ -110,9 +110,13 @@ class Region:
             return self._differing
         return enter(value, self.peers)
 
+    def ends_in_tokens_of(self, projection: str) -> bool:
+        """Whether the output of *projection* is the region's, of which each rank keeps only its own tokens."""
+        return self.stack is not None and projection == self.exit
+
     def leave(self, partial: Tensor, projection: str, bias: Tensor | None) -> Tensor:
         """Return the sum of the ranks' *partial* outputs plus *bias*; at the exit, only this rank's tokens of it."""
-        if self.stack is None or projection != self.exit:
+        if not self.ends_in_tokens_of(projection):
             whole = reduce(partial, self.peers)
             return whole if bias is None else whole + bias
         mine = reduce_scatter(partial, SEQUENCE, self.peers)
