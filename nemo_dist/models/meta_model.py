@@ -30,13 +30,13 @@ def meta_model(source: str | os.PathLike[str] | PreTrainedConfig, dtype: torch.d
     """Return the model that *source* describes: a config, its folder or file, or a name on the hub; reads no weight.
 
     Its class is the architecture that the config names, or else the one that the config is for, first of all for causal
-    models. Parameters are of *dtype*, or else of the config's, or float32. Errors as for ``read_config``; raises ValueError
-    where it is of no language model, and where transformers makes none of it.
+    models. Parameters are of *dtype*, or else of the config's, or float32. Errors as for ``read_config``; ValueError
+    too where it is of no language model, and where transformers makes none of it.
     """
     config = copy.deepcopy(source) if isinstance(source, PreTrainedConfig) else read_config(source)
     names = getattr(config, "architectures", None) or [""]
     kind = getattr(transformers, names[0], None)
-    stored = dtype or config.dtype or torch.float32
+    stored: Any = dtype or config.dtype or torch.float32
     known = [partial(auto.from_config, dtype=stored) for mapping, auto in _AUTO if type(config) in mapping]
     makers = [kind] if kind else known
     if not makers:

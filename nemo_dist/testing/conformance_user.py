@@ -26,7 +26,7 @@ def on_rank_again(task: Task, folder: Path, build: Mapping[str, Any]) -> list[st
         runtime.evaluate([batch])
         loss = runtime.forward_backward(batch).item()
         runtime.metrics()
-        named = dict(runtime.named_parameters())
+        named: dict[str, Tensor] = dict(runtime.named_parameters())
         gradients = whole_state(runtime, {name: p.grad for name, p in named.items() if p.grad is not None})
         found.append((loss, gradients, whole_state(runtime, named)))
         optimizer.zero_grad()

@@ -71,7 +71,8 @@ def _whole_shapes(model: nn.Module) -> Iterator[None]:
     finally:
         for module, name, shard in slots:
             stand_in = module._parameters[name]
-            module._parameters[name] = shard.requires_grad_(stand_in is not None and stand_in.requires_grad)
+            shard.requires_grad_(stand_in is not None and stand_in.requires_grad)
+            module._parameters[name] = shard
 
 
 def refuse_copies(config: Any) -> None:

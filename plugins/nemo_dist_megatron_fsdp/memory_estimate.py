@@ -115,7 +115,7 @@ def _sizes(group: Any, shards: int) -> tuple[int, list[Tensor]]:
     items, bucket, _ = build_data_parallel_buffer_index(
         shapes, 0, shards, True, _SHARDING, chunk_size_factor=group.chunk_size_factor
     )
-    shard = bucket.size // shards
+    shard: int = bucket.size // shards
     starts = torch.arange(shards) * shard
 
     def before(position: int) -> Tensor:

@@ -70,7 +70,7 @@ def install(parts: Sequence[nn.Module]) -> None:
 
     for part in parts:
         model = inner_model(part)
-        found = {
+        found: dict[str, Any] = {
             name: layer
             for name, layer in model.named_modules()
             if isinstance(layer, BaseTunerLayer | AuxiliaryTrainingWrapper) and layer not in _adapted
@@ -98,8 +98,10 @@ def _problem(model: nn.Module, name: str, layer: Any) -> str:
     outer = [model.get_submodule(".".join(name.split(".")[:end])) for end in range(1, name.count(".") + 1)]
     installed = _installed.get(layer.get_base_layer())
     changed = [_installed[module].style for module in outer if module in _installed]
-    if changed or (installed and installed.style not in COLUMN | ROW | _ALIKE):
-        return f"is within a module of the style {(changed or [installed.style])[0]!r}; target other modules"
+    if installed and installed.style not in COLUMN | ROW | _ALIKE:
+        changed.append(installed.style)
+    if changed:
+        return f"is within a module of the style {changed[0]!r}; target other modules"
     if installed is None or installed.style in _ALIKE:
         return ""
     if installed.style in ROW and installed.region.ends_in_tokens_of(name):
