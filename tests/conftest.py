@@ -15,8 +15,8 @@ settings.register_profile("ci", parent=settings.get_profile("here"), derandomize
 settings.load_profile("ci" if os.environ.get("CI") else "here")
 
 _ON_RANKS = {"ranks", "rank_pools", "on_ranks"}
-# Of the laws of the conformance kit that need ranks, those that the default run holds our own plugins to.
-_LAWS = {"test_it_computes_what_one_process_computes", "test_it_accumulates_what_one_process_computes"}
+# Of the laws of the conformance kit that need ranks, the one that the default run holds our own plugins to.
+_LAW = "test_it_computes_what_one_process_computes"
 
 
 def pytest_addoption(parser):
@@ -27,7 +27,7 @@ def pytest_addoption(parser):
 def pytest_collection_modifyitems(config, items):
     """Of each test on ranks take the first case; `make matrix` takes the others.
 
-    Of the conformance kit on our own plugins it takes two laws. A case that is named on the command line runs. Those
+    Of the conformance kit on our own plugins it takes one law. A case that is named on the command line runs. Those
     that are marked `slow` do not count.
     """
     asked = [argument for argument in config.args if "[" in argument]
@@ -37,7 +37,7 @@ def pytest_collection_modifyitems(config, items):
             cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
     for item in items:
         of_kit = hasattr(item.cls, "selecting") and "ranks" in item.fixturenames
-        if of_kit and item.name not in _LAWS and item.nodeid not in config.args:
+        if of_kit and item.name != _LAW and item.nodeid not in config.args:
             item.add_marker("slow")
     for found in cases.values():
         for item in found[1:]:

@@ -27,6 +27,7 @@ KINDS = {
     "rslora": peft.LoraConfig(r=4, use_rslora=True, target_modules=["v_proj"], task_type="CAUSAL_LM"),
     "embedding": peft.LoraConfig(r=4, target_modules=["embed_tokens", "v_proj"], task_type="CAUSAL_LM"),
     "every-lora": peft.LoraConfig(r=4, target_modules=[*EVERY, "embed_tokens", "lm_head"], task_type="CAUSAL_LM"),
+    "columns": peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "gate_proj"], task_type="CAUSAL_LM"),
     "every-ia3": peft.IA3Config(target_modules=EVERY, feedforward_modules=["down_proj", "up_proj"]),
     "dora": peft.LoraConfig(r=4, use_dora=True, target_modules=OF_ATTENTION, task_type="CAUSAL_LM"),
     "ia3": peft.IA3Config(target_modules=["k_proj", "o_proj"], feedforward_modules=["o_proj"], task_type="CAUSAL_LM"),
@@ -36,11 +37,11 @@ KINDS = {
 def built(folder, kind, sizes=None):
     """Return the runtime of a model with adapters; those are drawn as on one process, from one seed."""
     initialize_distributed("gloo")
-    setup = DistributedSetup.build(
-        strategy=FSDP2Config(mp_policy=FP32), parallelism_sizes=ParallelismSizes(**(sizes or {}))
-    )
+    sizes = dict(sizes or {})
+    strategy = FSDP2Config(mp_policy=FP32, sequence_parallel=sizes.pop("sequence_parallel", False))
+    setup = DistributedSetup.build(strategy=strategy, parallelism_sizes=ParallelismSizes(**sizes))
     model = NeMoAutoModelForCausalLM.from_pretrained(folder, distributed_setup=setup, dtype=torch.float32)
-    whole_weights = kind == "dora" or {"dp_replicate_size", "tp_size"} & (sizes or {}).keys()
+    whole_weights = kind == "dora" or {"dp_replicate_size", "tp_size"} & sizes.keys()
     return setup.runtime(adapted(model, kind, setup.add_adapters if whole_weights else peft.get_peft_model))
 
 
@@ -125,6 +126,10 @@ AXES = [
     (4, "llama", "lora", {"dp_replicate_size": 2}),
     (2, "llama", "every-lora", {"tp_size": 2}),
     (2, "llama", "every-ia3", {"tp_size": 2}),
+    (2, "llama", "columns", {"tp_size": 2, "sequence_parallel": True}),
+    (4, "llama", "every-lora", {"tp_size": 2}),
+    (4, "llama", "lora", {"tp_size": 2, "cp_size": 2}),
+    (4, "llama", "lora", {"tp_size": 4}),
 ]
 
 
@@ -136,7 +141,15 @@ def test_adapters_train_as_on_one_process_under_each_axis(on_ranks, count, speci
     assert differences(found, one_process(folder, kind)[1]) == []
 
 
-@cases(("kind", "sizes", "then"), [("lora", {}, {"cp_size": 2}), slow("embedding", {"cp_size": 2}, {})])
+@cases(
+    ("kind", "sizes", "then"),
+    [
+        ("lora", {}, {"cp_size": 2}),
+        slow("embedding", {"cp_size": 2}, {}),
+        slow("lora", {"tp_size": 2}, {}),
+        slow("every-lora", {}, {"tp_size": 2}),
+    ],
+)
 def test_adapters_go_on_under_another_topology_and_are_exported(on_ranks, tmp_path, kind, sizes, then):
     folder = checkpoint("llama")
     on_ranks(2, on_rank_train, folder, kind, sizes, tmp_path, None, (0, 1))

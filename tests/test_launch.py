@@ -97,6 +97,7 @@ def test_a_failing_rank_ends_all_and_only_its_traceback_is_shown(
     assert gone(pids(tmp_path, 2))
 
 
+@pytest.mark.slow
 def test_a_refusal_has_no_traceback_and_exits_with_two(
     program: Callable[[str], int], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -114,6 +115,7 @@ def test_a_killed_rank_is_blamed_and_not_the_peer_that_lost_it(
     assert gone(pids(tmp_path, 2))
 
 
+@pytest.mark.slow
 def test_a_rank_that_exits_with_a_code_passes_it_on(
     program: Callable[[str], int], capsys: pytest.CaptureFixture[str]
 ) -> None:

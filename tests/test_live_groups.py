@@ -50,8 +50,8 @@ def on_rank_build_many(count):
     return before, after
 
 
-def test_hundreds_of_setups_keep_threads_descriptors_and_memory_flat(ranks):
-    for before, after in ranks(2).run(on_rank_build_many, 300):
+def test_a_hundred_setups_keep_threads_descriptors_and_memory_flat(ranks):
+    for before, after in ranks(2).run(on_rank_build_many, 100):
         assert after[:2] == before[:2]
         assert after[2] - before[2] < 8 * 2**20
 

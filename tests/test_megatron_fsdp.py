@@ -613,6 +613,7 @@ def test_another_device_than_cuda_is_refused():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here")
+@pytest.mark.slow
 def test_the_demo_says_in_one_line_what_it_needs(tmp_path):
     command = [sys.executable, "-m", "nemo_dist.cli", "demo", "--strategy", "megatron_fsdp", "--nproc", "2"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)

@@ -8,6 +8,7 @@ import transformers
 from cases import cases, slow
 
 from nemo_dist import DistributedSetup, FSDP2Config, NeMoAutoModelForCausalLM, ParallelismSizes, PipelineConfig
+from nemo_dist.models.meta_model import meta_model
 from nemo_dist.testing.equivalence import Task, assert_equivalent
 from nemo_dist.testing.precision import FP32
 from nemo_dist.testing.shrink import tiny
@@ -30,6 +31,11 @@ def proven(model, stages=2):
     structure = ModelStructure.of(model)
     require_exact(model, structure, stages_of(structure, structure.divide(model, stages)))
     return structure
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
+def test_a_model_is_proven_in_the_dtype_of_its_checkpoint(dtype):
+    assert len(proven(meta_model(SPECIMENS["llama"].config(), getattr(torch, dtype))).layers) == 3
 
 
 def test_the_structure_of_a_model_without_a_plan_is_found():

@@ -61,7 +61,7 @@ def training(tmp_path, processes):
     return [int(file.read_text()) for file in files]
 
 
-@cases(("told",), [("one rank of srun",), slow("the agent of torchrun")])
+@cases(("told",), [slow("one rank of srun"), slow("the agent of torchrun")])
 def test_ranks_save_one_step_and_end_with_the_code_to_run_again(tmp_path, told):
     processes = started(tmp_path, told.split()[-1])
     ranks = training(tmp_path, processes)

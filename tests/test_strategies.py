@@ -4,17 +4,22 @@ import math
 import re
 import subprocess
 import sys
+from functools import partial
 from itertools import pairwise
 
 import attrs
 import pytest
-from hypothesis import find, given, settings
+from hypothesis import Phase, given, settings
+from hypothesis import find as hypothesis_find
 from hypothesis import strategies as st
 
 from nemo_dist import DistributedSetup, MeshPlan, Role, Stage, View, hookimpl
 from nemo_dist.planning.mesh_plan import Axis
 from nemo_dist.testing import strategies
 from nemo_dist.testing.selecting import smallest
+
+# The first that is drawn will do: to find the smallest takes long.
+find = partial(hypothesis_find, settings=settings(phases=[Phase.generate], database=None, max_examples=2000))
 
 
 @attrs.frozen

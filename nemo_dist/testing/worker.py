@@ -119,14 +119,14 @@ def _share_device() -> None:
     gloo: Any = c10d.ProcessGroupGloo
     interface = os.environ.get("GLOO_SOCKET_IFNAME", "")
     device = gloo.create_device(interface=interface) if interface else gloo.create_default_device()
+    make = gloo.__init__
 
-    class OneDevice(gloo):  # type: ignore[misc]
-        def __init__(self, store: Any, rank: int, size: int, timeout: timedelta) -> None:
-            options = gloo._Options()
-            options._devices, options._timeout = [device], timeout
-            super().__init__(store, rank, size, options)
+    def make_with_device(group: Any, store: Any, rank: int, size: int, timeout: timedelta) -> None:
+        options = gloo._Options()
+        options._devices, options._timeout = [device], timeout
+        make(group, store, rank, size, options)
 
-    c10d.ProcessGroupGloo = OneDevice  # type: ignore[misc]
+    gloo.__init__ = make_with_device
 
 
 def _answer(call: Call) -> Reply:

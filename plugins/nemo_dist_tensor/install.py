@@ -75,7 +75,7 @@ class Installer:
     def _install(self, name: str, style: str, region: Region, state: layers.LMHead | None) -> None:
         module = self._module(name)
         heads = self.whole_keys.get(name)
-        rows = None if heads is None else layers.of_heads(heads, self.peers)
+        rows = None if heads is None else layers.of_heads(heads, region.peers)
         kept = state if state is not None and module is self.model.get_output_embeddings() else None
         remember(module, Installed(style, region, kept, rows))
         if kept is not None:

@@ -71,7 +71,7 @@ def column(module: nn.Linear | Conv1D, style: str, region: Region, change: Chang
     peers, width = region.peers, _width(module)
 
     def forward(original: Callable[..., Any], value: Tensor) -> Tensor:
-        with parameters_as(module, change):
+        with parameters_as(module, special={"weight": change, "bias": change}):
             output = _product(module, original, region.entered(value))
         return gather(output, -1, width, peers) if style in GATHERED else output
 
@@ -83,7 +83,7 @@ def head(module: nn.Linear, region: Region, state: LMHead, change: Change = loca
     peers, width = region.peers, module.out_features
 
     def forward(original: Callable[..., Any], value: Tensor) -> Tensor:
-        with parameters_as(module, change):
+        with parameters_as(module, special={"weight": change, "bias": change}):
             output: Tensor = original(region.entered(value))
         if not state.stays_cut:
             return gather(output, -1, width, peers)
@@ -100,7 +100,7 @@ def row(module: nn.Linear | Conv1D, name: str, style: str, region: Region, chang
     def forward(original: Callable[..., Any], value: Tensor) -> Tensor:
         if style in WHOLE_INPUT:
             value = split(value, -1, peers)
-        with parameters_as(module, change, {"bias": lambda _: None}):
+        with parameters_as(module, special={"weight": change, "bias": lambda _: None}):
             partial = _product(module, original, value)
         return region.leave(partial, name, None if module.bias is None else local(module.bias))
 

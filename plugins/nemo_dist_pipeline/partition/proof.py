@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nemo_dist_pipeline.partition.model_structure import ModelStructure
 from nemo_dist_pipeline.partition.skeleton import NO_PIPELINE, Run, forward, skeleton
-from nemo_dist_pipeline.partition.stage_model import StageInfo, keep_stage, open_stage
+from nemo_dist_pipeline.partition.stage_model import StageInfo, keep_stage, open_stage, set_hollow_dtype
 
 
 def require_exact(model: Any, structure: ModelStructure, stages: Sequence[StageInfo]) -> None:
@@ -30,6 +30,7 @@ def require_exact(model: Any, structure: ModelStructure, stages: Sequence[StageI
     for stage in stages:
         bare = skeleton(model, blocks)
         keep_stage(bare, stage, structure, torch.device("cpu"))
+        set_hollow_dtype(bare, torch.float32)  # that of all other stand-ins for weights
         open_stage(bare)
         run = Run(places=structure.places)
         bare.pipeline_entry.received = hidden
