@@ -79,7 +79,7 @@ def place_of(browser, rank):
     )
 
 
-@pytest.mark.parametrize("count", SIZES)
+@pytest.mark.parametrize("count", [pytest.param(count, marks=[pytest.mark.slow] * (count > 64)) for count in SIZES])
 def test_a_page_asks_for_nothing_and_logs_no_error(browser, written, count):
     made = written(count)
     browser.open(made.path)

@@ -205,6 +205,7 @@ def test_stages_hold_each_parameter_of_the_model_once(model_of):
     assert bars[0]["modules"].startswith("embed_tokens, layers 0") and bars[3]["modules"].endswith("norm, lm_head")
 
 
+@pytest.mark.slow
 def test_bytes_of_a_rank_are_the_models_over_the_ranks_that_share_them(model_of):
     model = model_of("llama")
     count = sum(p.numel() for p in model.parameters())

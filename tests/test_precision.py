@@ -99,6 +99,26 @@ def test_the_default_trains_under_every_axis_up_to_bfloat16(ranks, case):
     assert not [line for line in lines if not line.startswith("gradients")], lines
 
 
+STORED = {
+    "pp": ("llama-deep-tied", {"pp_size": 2}),
+    "tp": ("llama-tied", {"tp_size": 2}),
+    "cp": ("llama-tied", {"cp_size": 2}),
+    "ep": ("qwen3-moe", {"ep_size": 2}),
+    "fsdp2": ("llama-tied", {}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*stored in bfloat16")
+@pytest.mark.parametrize("axis", STORED)
+def test_a_model_that_is_stored_in_bfloat16_trains_under_every_axis(ranks, axis):
+    """Plans and stages are proven on models of the dtype of the checkpoint."""
+    specimen, sizes = STORED[axis]
+    task = Task(specimen=specimen, lr=3e-3, dtype="bfloat16")
+    found = trained(ranks(2), task, parallelism_sizes=ParallelismSizes(**sizes))
+    lines = differences(found, reference(task), tolerance=0.1)
+    assert not [line for line in lines if not line.startswith("gradients")], lines
+
+
 @pytest.mark.parametrize("policy", ["cpu", {"pin_memory": False}, CPUOffloadPolicy(pin_memory=False)], ids=repr)
 def test_shards_on_the_cpu_train_like_one_process(ranks, policy):
     strategy = FSDP2Config(mp_policy=FP32, offload_policy=policy)

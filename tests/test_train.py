@@ -373,6 +373,7 @@ def on_ranks_of_module(ranks):
     return lambda count, function, *arguments: ranks(count).run(function, *arguments)
 
 
+@pytest.mark.slow
 @cases(("axis",), [(axis,) for axis in TOPOLOGIES])
 def test_a_run_computes_the_same_under_every_topology(on_ranks, alone, tmp_path, axis):
     run(on_ranks, 2, example("sft", *QUIET, *into(tmp_path), *TOPOLOGIES[axis]))
