@@ -37,7 +37,7 @@ MIXTRAL = MixtralConfig(
 
 @attrs.frozen(kw_only=True)
 class Run:
-    """A run as it was published; ``fixed`` are its sizes.
+    """A run as it was published; ``fixed`` are its sizes; ``memory`` of a device in bytes, None as the hardware says.
 
     ``beside``: those that stay so where it is ranked; with all of them, the options that plugins find worth trying.
     """
@@ -51,6 +51,7 @@ class Run:
     modes: tuple[bool | str, ...]
     batch: int
     length: int
+    memory: int | None = None
 
     def search(self, fixed: dict[str, int], options: bool) -> Answer:
         """Search with these sizes *fixed*."""
@@ -68,7 +69,7 @@ class Run:
                 space=space,
                 model=SearchedModel(self.config),
                 hardware=hardware,
-                memory=hardware.memory,
+                memory=self.memory or hardware.memory,
                 batch=self.batch,
                 length=self.length,
                 rows=2,
@@ -93,6 +94,7 @@ RUNS = [
         name="Llama 3.1 8B",
         config=LLAMA_8B,
         hardware="h100-8x",
+        memory=96 * 10**9,
         gpus=8,
         fixed=ALONE,
         beside={"cp": 1, "ep": 1},

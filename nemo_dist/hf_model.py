@@ -158,7 +158,10 @@ def loss_function_of(model: Any) -> Any:
 
 
 def accepts(module: nn.Module, argument: str) -> bool:
-    """Whether the forward of *module* takes *argument*, by name or among the keywords that it hands on."""
+    """Whether the forward of *module* takes *argument*, by name or among the keywords that it hands on.
+
+    It does not hand on what its code gives a constant to: that would be given twice.
+    """
     parameters = inspect.signature(module.forward).parameters
     hands_on = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     forward: Any = inspect.unwrap(module.forward)

@@ -191,6 +191,21 @@ def test_ring_attention_matches_one_process(ranks, world, specimen, length, bala
     assert_equivalent(ranks(world), task, **options(world, world, method="ring", balance=balance, mode=mode))
 
 
+@cases(
+    ("world", "specimen", "sizes"),
+    [
+        (4, "llama-odd", {"tp_size": 2}),
+        slow(4, "llama-deep-tied", {"pp_size": 2}),
+        slow(2, "qwen3-moe", {"ep_size": 2}),
+        slow(4, "llama", {"dp_replicate_size": 2}),
+        slow(4, "llama", {}),
+    ],
+)
+def test_ring_attention_beside_other_axes_matches_one_process(ranks, world, specimen, sizes):
+    setup = options(world, 2, method="ring") | {"parallelism_sizes": ParallelismSizes(cp_size=2, **sizes)}
+    assert_equivalent(ranks(world), Task(specimen=specimen, length=16), **setup)
+
+
 @given(st.integers(1, 6), st.booleans(), st.booleans())
 def test_in_a_ring_every_query_sees_every_key_up_to_its_own_once(size, balanced, causal):
     layouts = [SequenceLayout(size=size, rank=rank, balanced=balanced) for rank in range(size)]

@@ -142,6 +142,16 @@ def test_the_folder_in_which_the_process_works_is_not_replaced(one, tmp_path, mo
     assert os.listdir(tmp_path) == ["work"]
 
 
+def test_a_process_whose_folder_is_gone_saves_to_a_whole_path(one, tmp_path, monkeypatch):
+    runtime, optimizer = one
+    runtime.save(tmp_path / "c", optimizer)
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    runtime.save(tmp_path / "c", optimizer, extra=2)
+    assert runtime.load(tmp_path / "c", optimizer) == 2
+
+
 # ---- the folder of a run ----
 
 

@@ -54,7 +54,7 @@ class Staging:
         """
         if self.final.exists() and not self.final.is_dir():
             raise CheckpointError(f"{self.final} is a file; name a folder")
-        if self.final.exists() and Path.cwd().is_relative_to(self.final):
+        if self.final.exists() and _works_in(self.final):
             raise CheckpointError(
                 f"{self.final} is replaced as a whole, but this process works in it; name another folder"
             )
@@ -139,6 +139,14 @@ def _keep(old: Path, new: Path, stale: Callable[[str], bool]) -> None:
             shutil.copytree(entry, new / entry.name, symlinks=True, copy_function=os.link)
         else:
             os.link(entry, new / entry.name, follow_symlinks=False)
+
+
+def _works_in(folder: Path) -> bool:
+    """Whether the working folder of this process, if it is there still, is *folder* or in it."""
+    try:
+        return Path.cwd().is_relative_to(folder)
+    except FileNotFoundError:
+        return False
 
 
 def discard(path: Path) -> None:

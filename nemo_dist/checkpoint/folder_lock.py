@@ -16,7 +16,8 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # of f
 _writing: dict[Path, object] = {}  # the locks that a thread of this process holds
 _held: dict[Path, int] = {}  # the open files of the locks that this process keeps until it ends
 
-os.register_at_fork(after_in_child=_held.clear)  # a lock is not inherited
+for _locks in (_writing, _held):
+    os.register_at_fork(after_in_child=_locks.clear)  # a lock is not inherited, nor a thread
 
 
 @contextmanager

@@ -310,10 +310,12 @@ def _plugin_states(sharded: ShardedModel, manifest: Manifest) -> dict[str, Saved
         warnings.warn(f"{here} has state of plugin {name!r}, and {there} has not: it is left out", stacklevel=3)
     same, found, problems = _same_topology(sharded, manifest), {}, []
     names = [name for name in sharded.states if name in saved]
-    of_rank = manifest.of_rank(sharded.ranks.rank, tensors=True)["plugin_states"] if same and names else {}
+    with manifest.readable():
+        of_rank = manifest.of_rank(sharded.ranks.rank, tensors=True)["plugin_states"] if same and names else {}
     for name in names:
         with manifest.readable():
-            found[name] = SavedState(shared=from_json(saved[name]), own=from_json(of_rank.get(name)))
+            own = from_json(of_rank[name]) if same else None
+            found[name] = SavedState(shared=from_json(saved[name]), own=own)
         state = sharded.states[name]
         if state.accepts is not None:
             problem = state.accepts(found[name])

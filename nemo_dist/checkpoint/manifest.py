@@ -272,10 +272,10 @@ class Manifest:
                     raise CheckpointError(f"{path} has {name} as {found.get_dtype()} {found.get_shape()}")
 
 
-def open_file(path: Path, framework: str = "pt") -> Any:
+def open_file(path: Path) -> Any:
     """Return the open safetensors file at *path*; raise CheckpointError where it cannot be opened."""
     try:
-        return safe_open(path, framework=framework)
+        return safe_open(path, framework="pt")
     except (OSError, RuntimeError, SafetensorError) as error:  # torch's own error of mapping a file is the second
         raise CheckpointError(f"{path} cannot be opened: {error}") from error
 

@@ -189,7 +189,8 @@ class Collected:
             self._take_optimizer(sharded, optimizer)
         shared = self._take_plugins(sharded)
         same = {name: brief(self.of_all[name]) for name in ("step", "optimizer", "schedulers", "extra")}
-        same |= {"path": str(folder_at(path)), "data": "given" if data is not None else "None"}
+        folder_at(path)  # refuses what names no folder; links may lead elsewhere on another machine
+        same |= {"path": str(Path(path).expanduser().absolute()), "data": "given" if data is not None else "None"}
         digest = None if data is None else digest_of(json.dumps(self.of_rank["data"], sort_keys=True))
         hidden = optimizer is not None and hides_state(optimizer)
         return {"prefixes": list(self.layers), "shared": shared, "same": same, "data": digest, "hidden": hidden}

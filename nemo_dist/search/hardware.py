@@ -37,7 +37,7 @@ def parse_bytes(text: Any, what: str = "memory") -> int:
         )
     amount = float(found[1]) * _UNITS[found[2].lower()]
     if not 1 <= amount < math.inf:
-        raise ValueError(f"{what} must be more than nothing, and less than everything (got {shown(text)})")
+        raise ValueError(f"{what} must be a number of bytes from 1 up, and finite (got {shown(text)})")
     return round(amount)
 
 
@@ -103,7 +103,8 @@ class Hardware:
 
     def peak(self, dtype: str | None) -> float:
         """Return the FLOP/s of the data sheet in *dtype*; None is float32."""
-        return self.flops.get(dtype or "float32") or bfloat16_flops(self.device) or min(self.flops.values())
+        stated = bfloat16_flops(self.device) if dtype in ("bfloat16", "float16") else None
+        return self.flops.get(dtype or "float32") or stated or min(self.flops.values())
 
     def seconds(self, plan: MeshPlan, axis: str, sent: float, times: float) -> float:
         """Return how long *times* collectives along *axis* take in which a rank sends *sent* bytes in all.

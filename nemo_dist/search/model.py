@@ -36,7 +36,9 @@ class SearchedModel:
         return self._on_meta(self.config)
 
     def _on_meta(self, config: Any) -> Any:
-        return meta_model(config, getattr(torch, self.dtype))
+        trained = copy.deepcopy(config)
+        trained.architectures = None  # may name a class without a loss; that of the config has one
+        return meta_model(trained, getattr(torch, self.dtype))
 
     @cached_property
     def kinds(self) -> Mapping[str, Kind]:

@@ -24,8 +24,8 @@ class ContextConfig:
     (arXiv:2407.21783); it works with any number of heads. "ulysses" exchanges parts of the sequence for parts of the
     heads (DeepSpeed-Ulysses, arXiv:2309.14509); heads must divide. "ring" passes keys and values from rank to rank
     (arXiv:2310.01889), so that no rank holds all of them; layers with a mask (padding, packing, windows), with dropout
-    or with eager attention gather them. ``balance``: give every rank a chunk from the start
-    and one from the end of a sequence, so that causal attention is equal work for all; None is True for causal models.
+    or with eager attention gather them. ``balance``: give every rank a chunk from the start and one from the end of a
+    sequence, so that causal attention is equal work for all; None is True for causal models.
     """
 
     worth_trying: ClassVar[Mapping[str, tuple[Any, ...]]] = {"method": ("all_gather", "ulysses")}

@@ -58,9 +58,8 @@ def stretch(starts: Sequence[Sequence[int]], first: int, stop: int, device: torc
         keys_of += [end - start for start, end in pairwise(own)]
         queries_of += [end - max(start, first) for start, end in pairwise(own)]
     ends = [torch.tensor([0, *lengths]).cumsum(0).int().to(device) for lengths in (queries_of, keys_of)]
-    return Stretch(
-        keys=tuple(keys), query_ends=ends[0], key_ends=ends[1], longest=(max(queries_of), max(keys_of))
-    )  # fmt: skip
+    longest = max(queries_of), max(keys_of)
+    return Stretch(keys=tuple(keys), query_ends=ends[0], key_ends=ends[1], longest=longest)
 
 
 @cache
