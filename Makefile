@@ -13,7 +13,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 ARGS ?=
-WORKERS ?= 4
+WORKERS ?= 3
+# The tests start some hundred processes: let them keep what they compile of the package.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help demo test matrix models lint bench gpu clean
 help:

@@ -202,7 +202,9 @@ def compute_experts_one_by_one(model: Any) -> None:
 
 def reads_weight(model: Any, name: str) -> bool:
     """Whether code of *model* reads the weight of the module *name* by itself, other than by calling the module."""
-    leaf = re.escape(name.rpartition(".")[2])
+    leaf = name.rpartition(".")[2]
+    if not leaf.isidentifier():  # one of a list, which code cannot name
+        return False
     kinds: dict[Any, None] = dict.fromkeys(plain_class(module) for module in model.modules())
     read = re.compile(rf"^[^\"'#]*\.{leaf}\.(weight|bias)\b", re.MULTILINE)  # not in a string, as names of ties are
     return any(read.search(forward_source(kind)) for kind in kinds)
@@ -213,10 +215,9 @@ def gives_dtype(model: Any, name: str) -> bool:
 
     Masks are cast so: ``mask.to(self.dtype)``, ``next(self.parameters()).dtype``.
     """
-    around = [
-        (outer, module) for outer, module in model.named_modules() if name.startswith(f"{outer}." if outer else "")
-    ]
-    for outer, module in around:
+    parts = name.split(".")
+    for outer in [".".join(parts[:depth]) for depth in range(len(parts))]:
+        module = model.get_submodule(outer)
         kind: Any = plain_class(module)
         first = next((one for one, parameter in module.named_parameters(outer) if parameter.is_floating_point()), "")
         if first.startswith(f"{name}.") and _OWN_DTYPE.search(forward_source(kind)):

@@ -191,6 +191,7 @@ def test_ring_attention_matches_one_process(ranks, world, specimen, length, bala
     assert_equivalent(ranks(world), task, **options(world, world, method="ring", balance=balance, mode=mode))
 
 
+@pytest.mark.slow
 @cases(
     ("world", "specimen", "sizes"),
     [

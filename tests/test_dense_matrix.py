@@ -83,6 +83,7 @@ REPLICAS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REPLICAS)
 def test_replicas_of_one_shard_take_every_option(ranks, name):
     options, sizes, accumulate = REPLICAS[name]

@@ -1,5 +1,6 @@
 """What the documentation shows runs as it is shown."""
 
+import contextlib
 import os
 import re
 import subprocess
@@ -49,12 +50,18 @@ def test_a_block_for_one_process_runs(match, tmp_path):
     run([sys.executable, "block.py"], tmp_path)
 
 
-def unless_readme(block):
-    """Leave the blocks for several ranks of all pages but the README to `make matrix`."""
-    return block if block.id.startswith("README") else pytest.param(*block.values, id=block.id, marks=pytest.mark.slow)
+def on_rank_run(code, folder):
+    with contextlib.chdir(folder):
+        exec(compile(code, "block.py", "exec"), {"__name__": "__main__"})
 
 
-@pytest.mark.parametrize("match", list(map(unless_readme, blocks("ranks"))))
+@pytest.mark.parametrize("match", list(blocks("ranks")))
+def test_a_block_for_several_ranks_runs(ranks, match, tmp_path):
+    ranks(int(match["how"].split(":")[1])).run(on_rank_run, code_of(match), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("match", list(blocks("ranks")))
 def test_a_block_for_several_ranks_runs_under_torchrun(match, tmp_path):
     (tmp_path / "block.py").write_text(code_of(match))
     count = match["how"].split(":")[1].strip()

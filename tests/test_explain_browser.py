@@ -20,6 +20,7 @@ SIZES = {
     1024: {"tp": 8, "pp": 8, "dp_replicate": 2, "schedule": "zero_bubble", "batch": 32},
     16384: {"tp": 8, "pp": 16, "cp": 4, "schedule": "1f1b", "batch": 64},
 }
+COUNTS = [pytest.param(count, marks=[pytest.mark.slow] * (count > 1024)) for count in SIZES]
 NARROW, WIDE = (360, 780), (1280, 900)
 
 
@@ -87,7 +88,7 @@ def test_a_page_asks_for_nothing_and_logs_no_error(browser, written, count):
     assert browser.requests() == [made.path.as_uri()] and browser.errors() == []
 
 
-@pytest.mark.parametrize("count", SIZES)
+@pytest.mark.parametrize("count", COUNTS)
 def test_the_groups_that_light_are_those_of_the_plan(browser, written, count):
     made = written(count)
     browser.open(made.path)
@@ -114,7 +115,7 @@ def test_the_groups_of_a_second_view_are_those_of_the_plan(browser, tmp_path):
 
 
 @pytest.mark.parametrize("size", [NARROW, WIDE])
-@pytest.mark.parametrize("count", SIZES)
+@pytest.mark.parametrize("count", COUNTS)
 def test_every_rank_has_a_cell_of_its_own_where_it_is_drawn(browser, written, count, size):
     browser.open(written(count).path, size=size)
     wrong = browser.run(
@@ -131,7 +132,7 @@ def test_every_rank_has_a_cell_of_its_own_where_it_is_drawn(browser, written, co
     assert wrong[0] == [] and wrong[1] >= 4
 
 
-@pytest.mark.parametrize("count", SIZES)
+@pytest.mark.parametrize("count", COUNTS)
 def test_a_click_on_a_rank_shows_its_coordinates_groups_and_share(browser, written, count):
     made = written(count)
     browser.open(made.path)
@@ -292,7 +293,7 @@ def test_the_theme_is_the_systems_until_the_switch_says_otherwise(browser, writt
     assert background(browser) > 200
 
 
-@pytest.mark.parametrize("count", SIZES)
+@pytest.mark.parametrize("count", COUNTS)
 def test_a_narrow_screen_scrolls_down_only(browser, written, count):
     browser.open(written(count).path, size=NARROW)
     wide = browser.run(

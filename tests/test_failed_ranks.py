@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from cases import cases, slow
 from scripts import START
-from test_launchers import clean
+from test_launchers import clean, free_port
 
 from nemo_dist import RankError
 from nemo_dist.mesh.rank_status import explained, tell_uncaught
@@ -79,6 +79,8 @@ LOSE = (
     for step in range(3 - env.rank):
         if what == "user code" and env.rank == 1 and step == 1:
             {}["the users key"]
+        if what == "ends" and env.rank == 1 and step == 1:
+            sys.exit()
         train(runtime, optimizer)
     runtime.save(folder, optimizer)
 """
@@ -89,29 +91,32 @@ LOSE = (
     ("what", "words"),
     [
         slow("user code", ["rank 1 failed in step 1: KeyError: 'the users key'"]),
+        slow("ends", ["rank 1 failed in step 1: its program came to its end, or called sys.exit"]),
         slow(
             "uneven",
             [
                 "RankError: step 3 lost another rank",
-                "rank 1 waits at 'collecting the state of the run' after 2 steps; give all ranks equally many batches",
+                "rank 0 trains on, in step 3, and rank 1 waits at 'collecting the state of the run' after step 2",
             ],
         ),
     ],
-    ids=["user code", "uneven"],
+    ids=["user code", "ends", "uneven"],
 )
 def test_ranks_that_lose_another_say_which_and_why(tmp_path, what, words):
+    """Without a launcher that would end the others at once."""
     (tmp_path / "lose.py").write_text(textwrap.dedent(LOSE))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    ended = subprocess.run(
-        [*command, tmp_path / "lose.py", what, tmp_path / "c"],
-        env=clean() | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,  # far below that half hour, too
-    )
-    assert ended.returncode
+    command = [sys.executable, tmp_path / "lose.py", what, tmp_path / "c"]
+    meet = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(
+            command, env=clean() | meet | {"RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True
+        )
+        for rank in ("0", "1")
+    ]
+    errors = [rank.communicate(timeout=300)[1] for rank in ranks]  # far below that half hour, too
+    assert ranks[0].returncode
     for text in words:
-        assert text in ended.stderr, ended.stderr[-5000:]
+        assert text in errors[0], errors[0][-5000:]
     assert not os.path.exists(tmp_path / "c")
 
 

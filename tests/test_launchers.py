@@ -12,6 +12,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from cases import cases, slow
 
 from nemo_dist import DistributedSetup, RankError
 from nemo_dist.mesh.launch_env import LAUNCHERS, Launch, launched_world_size
@@ -178,7 +179,7 @@ JOIN = """
 """
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS[1:], ids=lambda launcher: launcher.name)
+@cases(("launcher",), [(LAUNCHERS[1],), *(slow(one) for one in LAUNCHERS[2:])], lambda launcher: launcher.name)
 def test_processes_of_a_launcher_join_one_group(tmp_path, launcher):
     (tmp_path / "join.py").write_text(textwrap.dedent(JOIN))
     master, started = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}, []

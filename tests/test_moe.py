@@ -86,6 +86,7 @@ def test_experts_beside_tensor_parallelism_match_one_process(ranks, specimen, si
     assert_equivalent(ranks(4), Task(specimen=specimen), **options(moe=moe, **sizes))
 
 
+@pytest.mark.slow
 @cases(
     ("specimen", "length", "sizes"),
     [

@@ -59,6 +59,7 @@ def test_recomputed_activations_do_not_change_the_numbers(ranks, schedule, mode)
     assert_equivalent(ranks(2), Task(specimen="llama-deep"), **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("specimen", "schedule", "options"),
     [

@@ -72,7 +72,7 @@ def test_the_catalogue_lists_the_examples(installed):
     assert rows["diloco"]["options"][0] == {"name": "inner_steps", "type": "int", "default": 8}
 
 
-@cases(("example", "word"), [("averaging", "one_process"), *(slow(name, "") for name in NAMES)])
+@cases(("example", "word"), [("averaging", "computes_what"), *(slow(name, "") for name in NAMES)])
 def test_the_tests_of_the_examples_pass(installed, example, word, tmp_path):
     tests = Path(installed["TMPDIR"]).parent / "source" / f"nemo-dist-{example}" / "tests"
     command = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", word, str(tests))

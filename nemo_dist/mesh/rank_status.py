@@ -6,7 +6,9 @@ in a collective, reads that and names it, in place of an error that says only th
 
 from __future__ import annotations
 
+import atexit
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -128,15 +130,24 @@ def explained() -> Iterator[None]:
 
 
 def tell_uncaught() -> None:
-    """From now on, have an error that ends this process told to the other ranks first; call it when all have joined."""
-    before = sys.excepthook
+    """From now on, have the other ranks told first when this process ends; call it when all have joined.
+
+    An error that nobody catches is told, and so is an end without one while the process group lives: nothing else stops
+    the ranks that wait for this one.
+    """
+    before, pid = sys.excepthook, os.getpid()
 
     def tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if dist.is_initialized() and dist.get_world_size() > 1:
-            _say(error)
+            _say(_described(error))
         before(kind, error, trace)
 
+    def tell_end() -> None:
+        if os.getpid() == pid and dist.is_initialized() and dist.get_world_size() > 1:
+            _say("its program came to its end, or called sys.exit, while other ranks may wait for it")
+
     sys.excepthook = tell
+    atexit.register(tell_end)
 
 
 def _raise_explained(error: Exception) -> NoReturn:
@@ -147,19 +158,23 @@ def _raise_explained(error: Exception) -> NoReturn:
             f"step {_status.steps} lost another rank ({str(error).splitlines()[0]}):\n- "
             + "\n- ".join(_said_of_others())
         )
-        _say(failure)
+        _say(_described(failure))
         raise failure from error
-    _say(error)
+    _say(_described(error))
     raise error
 
 
-def _say(error: BaseException) -> None:
+def _described(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _say(failure: str) -> None:
     """Write the failure of this rank, unless it has said one; the store may be gone with its rank."""
     if _status.slot:
         return
     rank = dist.get_rank()
     with suppress(RuntimeError):
-        text = f"rank {rank} failed in step {_status.steps}: {type(error).__name__}: {error}"
+        text = f"rank {rank} failed in step {_status.steps}: {failure}"
         store = default_store()
         _status.slot = slot = store.add(f"{_FAILED}/count", 1)
         store.set(f"{_FAILED}/{slot}", json.dumps([rank, text]))
