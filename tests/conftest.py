@@ -43,6 +43,8 @@ def pytest_collection_modifyitems(config, items):
         for item in found[1:]:
             if not any(argument.endswith(item.nodeid.rpartition("/")[2]) for argument in asked):
                 item.add_marker("slow")
-    kept = [item for item in items if crc32(item.nodeid.encode()) % config.option.one_in == 0]
-    config.hook.pytest_deselected(items=[None] * (len(items) - len(kept)))
+    kept, dropped = [], []
+    for item in items:
+        (dropped if crc32(item.nodeid.encode()) % config.option.one_in else kept).append(item)
+    config.hook.pytest_deselected(items=dropped)
     items[:] = kept
