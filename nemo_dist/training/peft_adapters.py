@@ -10,6 +10,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -70,14 +71,32 @@ def _adapted_stage(part: nn.Module, config: Any, mesh: MeshContext) -> Any:
     return made
 
 
-def _save_adapters(pipeline: Any, ranks: RankGroup, save_directory: Any, **options: Any) -> None:
-    """Write the adapters of all stages as PEFT does, from the first rank; all ranks must call this."""
-    added = {
-        name: parameter.detach() for name, parameter in pipeline.named_parameters() if not hasattr(parameter, _LOADED)
-    }
-    given = {"is_main_process": ranks.first, **options, "state_dict": pipeline.of_all_stages(added)}
+def _save_adapters(
+    pipeline: Any,
+    ranks: RankGroup,
+    save_directory: Any,
+    is_main_process: bool | None = None,
+    save_embedding_layers: bool = False,
+) -> None:
+    """Write the adapters of all stages as PEFT does, from the first rank or the main one; all ranks must call this.
+
+    Raises ValueError where the embedding layers are asked for, which are shards.
+    """
+    from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    if save_embedding_layers:
+        raise ValueError("save_embedding_layers=True asks for weights of the model, which runtime.export writes")
+    own: dict[str, Tensor] = {}
+    for part in pipeline.parts:
+        added = {name: value.detach() for name, value in part.named_parameters() if not hasattr(value, _LOADED)}
+        own |= get_peft_model_state_dict(part, state_dict=added, save_embedding_layers=False)
+    whole = pipeline.of_all_stages(own)
     with ranks.agreed("saving the adapters"):
-        pipeline.parts[0].save_pretrained(save_directory, **given)
+        if ranks.first if is_main_process is None else is_main_process:
+            pipeline.parts[0].save_pretrained(save_directory, save_embedding_layers=False)  # writes one stage alone
+            contents = {name: value.cpu() for name, value in whole.items()}
+            save_file(contents, Path(save_directory) / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
 
 
 def _sharing(mesh: MeshContext) -> list[str]:
