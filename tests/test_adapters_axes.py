@@ -1,5 +1,7 @@
 """PEFT's adapters under each axis: they train as on one process, go on under another topology, and are exported."""
 
+from zlib import crc32
+
 import peft
 import pytest
 import torch
@@ -12,8 +14,11 @@ from nemo_dist import (
     FSDP2Config,
     NeMoAutoModelForCausalLM,
     ParallelismSizes,
+    PipelineConfig,
     initialize_distributed,
 )
+from nemo_dist.errors import RankError
+from nemo_dist.hf_model import compute_experts_one_by_one
 from nemo_dist.testing.equivalence import MAX_NORM, OPTIMIZER, Outcome, checkpoint, differences, merged
 from nemo_dist.testing.precision import FP32
 from nemo_dist.testing.tensors import rows_of_rank, whole
@@ -29,6 +34,7 @@ KINDS = {
     "every-lora": peft.LoraConfig(r=4, target_modules=[*EVERY, "embed_tokens", "lm_head"], task_type="CAUSAL_LM"),
     "columns": peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "gate_proj"], task_type="CAUSAL_LM"),
     "every-ia3": peft.IA3Config(target_modules=EVERY, feedforward_modules=["down_proj", "up_proj"]),
+    "lora and head": peft.LoraConfig(r=4, target_modules=OF_ATTENTION),  # in place of modules_to_save
     "dora": peft.LoraConfig(r=4, use_dora=True, target_modules=OF_ATTENTION, task_type="CAUSAL_LM"),
     "ia3": peft.IA3Config(target_modules=["k_proj", "o_proj"], feedforward_modules=["o_proj"], task_type="CAUSAL_LM"),
 }
@@ -39,20 +45,26 @@ def built(folder, kind, sizes=None):
     initialize_distributed("gloo")
     sizes = dict(sizes or {})
     strategy = FSDP2Config(mp_policy=FP32, sequence_parallel=sizes.pop("sequence_parallel", False))
-    setup = DistributedSetup.build(strategy=strategy, parallelism_sizes=ParallelismSizes(**sizes))
+    stages = PipelineConfig(pp_schedule=sizes.pop("schedule", "1F1B")) if "pp_size" in sizes else None
+    setup = DistributedSetup.build(
+        strategy=strategy, parallelism_sizes=ParallelismSizes(**sizes), pipeline_config=stages
+    )
     model = NeMoAutoModelForCausalLM.from_pretrained(folder, distributed_setup=setup, dtype=torch.float32)
-    whole_weights = kind == "dora" or {"dp_replicate_size", "tp_size"} & sizes.keys()
+    whole_weights = kind == "dora" or {"dp_replicate_size", "tp_size", "pp_size"} & sizes.keys()
     return setup.runtime(adapted(model, kind, setup.add_adapters if whole_weights else peft.get_peft_model))
 
 
 def adapted(model, kind, add=peft.get_peft_model):
     torch.manual_seed(1)
     model = add(model, KINDS[kind])
-    torch.manual_seed(2)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             if parameter.requires_grad:  # what begins as zeros or ones hides mistakes
-                parameter.add_(torch.randn(parameter.shape), alpha=0.1)
+                generator = torch.Generator().manual_seed(crc32(name.encode()))
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+    for name, parameter in model.named_parameters():
+        if kind == "lora and head" and "lm_head" in name:
+            parameter.requires_grad_(True)
     return model
 
 
@@ -89,13 +101,18 @@ def on_rank_train(folder, kind, sizes, out=None, resumed=None, numbers=(0, 1, 2)
         out.mkdir(parents=True, exist_ok=True)
         runtime.save(out / "run", optimizer)
         runtime.export(out / "merged")
-        if dist.get_rank() == 0:
-            runtime.model.save_pretrained(out / "adapters", save_embedding_layers=False)
+        # Those of stages are gathered; else every rank has them.
+        runtime.model.save_pretrained(
+            out / "adapters", is_main_process=dist.get_rank() == 0, save_embedding_layers=False
+        )
     return found
 
 
 def one_process(folder, kind, dtype=torch.float32):
-    model = adapted(plain(folder), kind).to(dtype)
+    base = plain(folder)
+    if dtype is torch.float64:
+        compute_experts_one_by_one(base)  # the faster ways need float32
+    model = adapted(base, kind).to(dtype)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], **OPTIMIZER)
 
     def forward_backward(whole_batch):
@@ -134,6 +151,18 @@ AXES = [
     (4, "qwen3-moe", "lora", {"tp_size": 2, "ep_size": 2}),
     (2, "llama-odd", "lora", {"tp_size": 2}),  # no two ranks hold equally many of its key heads
     (2, "llama-odd", "every-ia3", {"tp_size": 2}),
+    (2, "llama", "lora and head", {}),
+    (2, "llama", "lora and head", {"tp_size": 2}),
+    (2, "llama-deep", "lora and head", {"pp_size": 2}),
+    (2, "llama-deep", "every-lora", {"pp_size": 2}),
+    (2, "llama-deep", "every-ia3", {"pp_size": 2, "schedule": "Interleaved1F1B"}),
+    (2, "llama-deep-tied", "lora", {"pp_size": 2, "schedule": "ZBVZeroBubble"}),
+    (2, "qwen3-moe-deep", "lora", {"pp_size": 2}),
+    (4, "llama-deep", "every-lora", {"pp_size": 2}),
+    (4, "llama-deep", "lora", {"pp_size": 2, "schedule": "InterleavedZeroBubble"}),
+    (4, "llama-deep", "dora", {"pp_size": 2}),
+    (4, "llama-deep", "every-lora", {"pp_size": 2, "tp_size": 2}),
+    (4, "llama-deep", "lora", {"pp_size": 2, "cp_size": 2}),
 ]
 
 
@@ -153,6 +182,8 @@ def test_adapters_train_as_on_one_process_under_each_axis(on_ranks, count, speci
         slow("embedding", {"cp_size": 2}, {}),
         slow("lora", {"tp_size": 2}, {}),
         slow("every-lora", {}, {"tp_size": 2}),
+        slow("every-lora", {"pp_size": 2}, {}),
+        slow("every-lora", {"tp_size": 2}, {"pp_size": 2}),
     ],
 )
 def test_adapters_go_on_under_another_topology_and_are_exported(on_ranks, tmp_path, kind, sizes, then):
@@ -176,13 +207,14 @@ def test_adapters_go_on_under_another_topology_and_are_exported(on_ranks, tmp_pa
 COPIES = {
     "modules_to_save": {"modules_to_save": ["lm_head"]},
     "trainable_token_indices": {"trainable_token_indices": [1, 2]},
+    "task_type=SEQ_CLS": {"task_type": "SEQ_CLS"},
     "init_lora_weights='pissa'": {"init_lora_weights": "pissa"},
 }
 
 
 @pytest.mark.parametrize("what", sorted(COPIES))
 def test_adapters_that_copy_or_change_weights_are_refused(what):
-    config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", **COPIES[what])
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], **COPIES[what])
     with pytest.raises(ValueError, match=f"LoraConfig asks for {what}, which copies or changes weights of the model"):
         refuse_copies(config)
 
@@ -213,20 +245,34 @@ def test_adapters_that_are_not_proven_with_tp_are_refused_before_a_step(on_ranks
         assert all(words in found[name] for name, (_, words, _) in UNPROVEN.items()), found
 
 
-def on_rank_add(folder, sizes):
+def staged(folder):
     initialize_distributed("gloo")
-    setup = DistributedSetup.build(parallelism_sizes=ParallelismSizes(**sizes))
-    model = NeMoAutoModelForCausalLM.from_pretrained(folder, distributed_setup=setup)
-    with pytest.raises(ValueError, match="not proven with") as caught:
-        setup.add_adapters(model, KINDS["lora"])
-    return str(caught.value)
+    setup = DistributedSetup.build(parallelism_sizes=ParallelismSizes(pp_size=2))
+    return setup, NeMoAutoModelForCausalLM.from_pretrained(folder, distributed_setup=setup)
 
 
-@cases(("sizes",), [({"pp_size": 2},)])
-def test_adapters_are_refused_where_ranks_have_no_whole_layers(on_ranks, sizes):
-    (size,) = sizes
-    for message in on_ranks(2, on_rank_add, checkpoint("llama"), sizes):
-        assert f"not proven with {size[:2]} (got {size}=2), leave it at 1" in message
+def on_rank_refuse_stages(tied, untied):
+    said = []
+    for folder, target in ((tied, "lm_head"), (untied, "embed_tokens")):
+        setup, model = staged(folder)
+        with pytest.raises((ValueError, RankError)) as caught:
+            setup.add_adapters(model, peft.LoraConfig(r=2, target_modules=[target]))
+        said.append(str(caught.value))
+    setup, model = staged(tied)
+    model.parts[0] = peft.get_peft_model(model.parts[0], KINDS["lora"])
+    with pytest.raises(ValueError) as caught:
+        setup.runtime(model)
+    said.append(str(caught.value))
+    return said
+
+
+def test_adapters_that_stages_cannot_hold_are_refused(on_ranks):
+    folders = checkpoint("llama-deep-tied"), checkpoint("llama-deep")
+    for found in on_ranks(2, on_rank_refuse_stages, *folders):
+        assert "target those of blocks, beside others" in found[0] + found[1]
+        assert "Target modules {'embed_tokens'} not found" in found[1]
+        assert "with pp (got 2) PEFT finds modules of other stages, too" in found[2]
+        assert "setup.add_adapters(model, config)" in found[2]
 
 
 def on_rank_export_twice(folder, out):

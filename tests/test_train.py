@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from cases import cases
+from cases import cases, slow
 from hypothesis import given
 from hypothesis import strategies as st
 from test_launchers import clean
@@ -404,10 +404,11 @@ def test_a_run_goes_on_under_another_topology(on_ranks, alone, tmp_path):
     assert numbers(tmp_path, "loss", "norm", "lr") == pytest.approx(numbers(alone, "loss", "norm", "lr"), rel=1e-5)
 
 
-def test_the_example_of_adapters_exports_what_peft_reads(on_ranks, tmp_path):
+@cases(("axis",), [("dp",), slow("pp")])
+def test_the_example_of_adapters_exports_what_peft_reads(on_ranks, tmp_path, axis):
     import peft
 
-    recipe = example("lora", *into(tmp_path), "training.steps=2")
+    recipe = example("lora", *into(tmp_path), "training.steps=2", f"distributed.{axis}_size=2")
     run(on_ranks, 2, recipe)
     torch.manual_seed(0)
     base = transformers.AutoModelForCausalLM.from_config(

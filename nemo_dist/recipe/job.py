@@ -202,8 +202,9 @@ class Job:
         out = Path(self.recipe.checkpoint.export).expanduser()
         if self.recipe.model.peft is None:
             self.runtime.export(out)
-        elif self.env.is_main:
-            self.runtime.model.save_pretrained(out, save_embedding_layers=False)  # those are shards, and not trained
+        else:  # embedding layers are shards, and not trained
+            main = self.env.is_main
+            self.runtime.model.save_pretrained(out, is_main_process=main, save_embedding_layers=False)
         if self.env.is_main:
             tokenizer.save_pretrained(out)
             sys.stdout.write(f"exported to {out}\n")

@@ -181,7 +181,8 @@ class DistributedSetup(Composition):
         """Return *model*, loaded for this setup, with the adapters of *config* of PEFT; call it before ``runtime``.
 
         Like ``peft.get_peft_model``, but the weights are there whole while the adapters are made, as DoRA needs them.
-        Collective. Raises ValueError for axes that adapters are not proven with, and for adapters that copy weights.
+        Of a pipeline the stages are wrapped, and it is returned itself. Collective. Raises ValueError for axes that
+        adapters are not proven with, and for adapters that copy weights.
         """
         from nemo_dist.training.peft_adapters import add_adapters
 

@@ -6,9 +6,11 @@ same matrices compute with them is the matter of the plugin of that axis.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -19,6 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from nemo_dist.mesh.dtensor import local, parameter_slots
 from nemo_dist.mesh.mesh_context import MeshContext
+from nemo_dist.mesh.rank_group import RankGroup
 from nemo_dist.planning.mesh_plan import Role
 from nemo_dist.plugin.hookspecs import RuntimePart
 from nemo_dist.plugin.protocol import Plugin, Stage, claimants
@@ -28,6 +31,7 @@ from nemo_dist.plugin.sharding_override import sharding_overrides
 from nemo_dist.torch_private import run_after_backward
 
 FEATURE = "adapters"  # what a plugin lists in ``composes_with`` when it is tested with them
+_COPY_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # types of tasks for which PEFT saves a copy of the head
 _LOADED = "loaded_by_nemo_dist"
 _MADE_WHOLE = "adapters_made_beside_whole_weights"
 
@@ -41,10 +45,16 @@ def mark_loaded(parts: Iterable[nn.Module]) -> None:
 
 def add_adapters(model: Any, config: Any, mesh: MeshContext, plugins: Sequence[Plugin]) -> Any:
     """Return the PEFT model of *model*; see :meth:`nemo_dist.DistributedSetup.add_adapters`."""
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"adapters are not proven with pp (got pp_size={mesh.pp_size}), leave it at 1")
     _refuse_axes("adapters would be added", mesh, plugins)
     refuse_copies(config)
+    if isinstance(model, nn.Module):
+        return _adapted(model, config, mesh)
+    model.replace_parts(partial(_adapted_stage, config=config, mesh=mesh))
+    model.save_pretrained = partial(_save_adapters, model, RankGroup.of(mesh))
+    return model
+
+
+def _adapted(model: nn.Module, config: Any, mesh: MeshContext) -> Any:
     import peft
 
     # DoRA reads the weights that it stands beside; other kinds need no more than shapes.
@@ -54,9 +64,49 @@ def add_adapters(model: Any, config: Any, mesh: MeshContext, plugins: Sequence[P
     return made
 
 
+def _adapted_stage(part: nn.Module, config: Any, mesh: MeshContext) -> Any:
+    own = copy.deepcopy(config)  # PEFT puts the names of the modules that it found into it
+    made = _adapted(part, own, mesh)
+    own.target_modules = config.target_modules
+    return made
+
+
+def _save_adapters(
+    pipeline: Any,
+    ranks: RankGroup,
+    save_directory: Any,
+    is_main_process: bool | None = None,
+    save_embedding_layers: bool = False,
+) -> None:
+    """Write the adapters of all stages as PEFT does, from the first rank or the main one; all ranks must call this.
+
+    Raises ValueError where the embedding layers are asked for, which are shards.
+    """
+    from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    if save_embedding_layers:
+        raise ValueError("save_embedding_layers=True asks for weights of the model, which runtime.export writes")
+    own: dict[str, Tensor] = {}
+    for part in pipeline.parts:
+        added = {name: value.detach() for name, value in part.named_parameters() if not hasattr(value, _LOADED)}
+        own |= get_peft_model_state_dict(part, state_dict=added, save_embedding_layers=False)
+    whole = pipeline.of_all_stages(own)
+    with ranks.agreed("saving the adapters"):
+        if ranks.first if is_main_process is None else is_main_process:
+            pipeline.parts[0].save_pretrained(save_directory, save_embedding_layers=False)  # writes one stage alone
+            contents = {name: value.cpu() for name, value in whole.items()}
+            save_file(contents, Path(save_directory) / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+
+
 def _sharing(mesh: MeshContext) -> list[str]:
     """Return the axes along which ranks hold different parts of the same matrices."""
     return [axis for axis in mesh.wide() if mesh.roles.get(axis, Role.TOKENS) & Role.PARAMETERS]
+
+
+def _layers(mesh: MeshContext) -> list[str]:
+    """Return the axes along which ranks hold different layers."""
+    return [axis for axis in mesh.wide() if mesh.roles.get(axis) is Role.LAYERS]
 
 
 @contextmanager
@@ -78,8 +128,10 @@ def _whole_shapes(model: nn.Module) -> Iterator[None]:
 def refuse_copies(config: Any) -> None:
     """Raise ValueError for adapters that copy or change the weights of the model, of which a rank has only shards."""
     start = getattr(config, "init_lora_weights", True)
+    task = getattr(config, "task_type", None)
     asked = {
         "modules_to_save": getattr(config, "modules_to_save", None),
+        f"task_type={task!s}": task in _COPY_HEADS,
         "trainable_token_indices": getattr(config, "trainable_token_indices", None),
         "target_parameters": getattr(config, "target_parameters", None),
         f"init_lora_weights={start!r}": not (isinstance(start, bool) or start == "gaussian"),
@@ -88,7 +140,9 @@ def refuse_copies(config: Any) -> None:
     if found:
         raise ValueError(
             f"{type(config).__name__} asks for {' and '.join(found)}, which copies or changes weights of the model, "
-            "and a rank has only shards of those; leave it out, and target the modules by their names"
+            "and a rank has only shards of those; leave it out, and target the modules by their names, or train a "
+            "module itself, such as a head: requires_grad_(True) on its parameters once the adapters are added, which "
+            "runtime.save and runtime.export write"
         )
 
 
@@ -125,6 +179,8 @@ def adapters(parts: Sequence[nn.Module], mesh: MeshContext, plugins: Sequence[Pl
     if group is None:
         return {}
     replicas = _Replicas(list(added.values()), group)
+    if _layers(mesh):
+        return {FEATURE: RuntimePart(after_backward=replicas.average)}  # an engine has a backward per microbatch
     replicas.start()
     return {FEATURE: RuntimePart(no_sync=replicas.unsynchronised)}
 
@@ -140,12 +196,17 @@ def _refuse(
     """
     some = f"{len(added)} trainable parameters were added after loading ({next(iter(added))}, ...)"
     _refuse_axes(some, mesh, plugins)
-    replicas = _sharing(mesh) + [axis for axis in mesh.wide() if mesh.roles.get(axis) is Role.BATCH][:-1]
-    if replicas and not all(hasattr(part, _MADE_WHOLE) for part in parts):
-        raise ValueError(
-            f"{some}; with {replicas[0]} (got {mesh.size(replicas[0])}) PEFT takes the shape of a shard for that of a "
-            "weight, so add them with setup.add_adapters(model, config)"
-        )
+    replicas = [axis for axis in mesh.wide() if mesh.roles.get(axis) is Role.BATCH][:-1]
+    if not all(hasattr(part, _MADE_WHOLE) for part in parts):
+        for axes, why in (
+            (_layers(mesh), "PEFT finds modules of other stages, too"),
+            (_sharing(mesh) + replicas, "PEFT takes the shape of a shard for that of a weight"),
+        ):
+            if axes:
+                raise ValueError(
+                    f"{some}; with {axes[0]} (got {mesh.size(axes[0])}) {why}, so add them with "
+                    "setup.add_adapters(model, config)"
+                )
     apart = {
         id(parameter)
         for part in parts
@@ -196,9 +257,9 @@ class _Replicas:
     def _arrived(self, _: Tensor) -> None:
         if self._synchronised and not self._due:
             self._due = True
-            run_after_backward(self._average)
+            run_after_backward(self.average)
 
-    def _average(self) -> None:
+    def average(self) -> None:
         """All-reduce the accumulated gradients to their mean; what an earlier call averaged stays the same."""
         self._due = False
         for parameter in self.parameters:

@@ -42,7 +42,7 @@ class Pipeline:
     config_type: ClassVar[type] = PipelineConfig
     stage: ClassVar[int] = Stage.SPLIT
     axes: ClassVar[frozenset[str]] = frozenset({"pp"})
-    composes_with: ClassVar[frozenset[str]] = frozenset()
+    composes_with: ClassVar[frozenset[str]] = frozenset({"adapters"})
 
     config: PipelineConfig = attrs.field(factory=PipelineConfig)
 

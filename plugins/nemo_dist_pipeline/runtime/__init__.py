@@ -1,1 +1,1 @@
-"""Run the stages: torch's schedules, microbatches, evaluation, and the weight that two stages share."""
+"""Run the stages: torch's schedules, microbatches, evaluation, adapters, and the weight that two stages share."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -13,13 +13,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from nemo_dist.hf_model import class_name, inner_model
+from nemo_dist.hf_model import class_name, inner_model, name_root
 from nemo_dist.plugin.hookspecs import Batch
 from nemo_dist.plugin.resharding import keep_gathered, reshard
 from nemo_dist.training.router_aux_loss import COUNTED
 from nemo_dist.training.step_loss import READS, ModelLoss, OwnLoss
 from nemo_dist.training.whole_rows import Outputs
 from nemo_dist_pipeline.partition.stage_model import PipelineInfo, StageInfo, set_hollow_dtype
+from nemo_dist_pipeline.runtime.adapted_stages import replace_parts
 from nemo_dist_pipeline.runtime.forward_only import broadcast_tensors, forward_only
 from nemo_dist_pipeline.runtime.loss import MeanOfLabels
 from nemo_dist_pipeline.runtime.microbatches import Microbatches, MicrobatchSplitter
@@ -77,6 +78,11 @@ class AutoPipeline:
     @property
     def _stages(self) -> tuple[StageInfo, ...]:
         return tuple(part.pipeline_stage for part in self.parts)  # type: ignore[misc]
+
+    @property
+    def _models(self) -> list[nn.Module]:
+        """The stages themselves, which adapters of PEFT wrap."""
+        return [inner_model(part) for part in self.parts]
 
     @property
     def _splitter(self) -> MicrobatchSplitter:
@@ -145,8 +151,8 @@ class AutoPipeline:
     def generate(self, *_: Any, **__: Any) -> Any:
         """Raise NotImplementedError that says how to generate."""
         raise NotImplementedError(
-            f"{class_name(self.parts[0])} is split into stages, which do not generate; runtime.export(folder) writes a "
-            "folder for transformers, or load it with pp_size=1 (fsdp2 and tp generate)"
+            f"{class_name(self._models[0])} is split into stages, which do not generate; runtime.export(folder) writes "
+            "a folder for transformers, or load it with pp_size=1 (fsdp2 and tp generate)"
         )
 
     def __getattr__(self, name: str) -> Any:
@@ -163,6 +169,24 @@ class AutoPipeline:
             part.train(mode)
         return self
 
+    # ---- adapters ----
+
+    def replace_parts(self, make: Callable[[nn.Module], nn.Module]) -> None:
+        """Put what *make* makes of a stage in place of it, such as its wrapper in PEFT; *make* sees no other stage.
+
+        Stages follow one another, each with the random generator that the one before left, so that draws are those for
+        the whole model. Every pipeline rank calls it. Raises ValueError where *make* replaces a tied module.
+        """
+        replace_parts(self.parts, self.placement, self.group, self.device, make)
+
+    def of_all_stages(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the *tensors* of all pipeline ranks, which have unlike names, on each of them; all call it."""
+        found: dict[str, Tensor] = {}
+        for source in range(dist.get_world_size(self.group)):
+            own = dict(tensors) if source == dist.get_rank(self.group) else {}
+            found |= broadcast_tensors(own, source, self.group, self.device)
+        return found
+
     # ---- training ----
 
     def step(self, batch: Batch, weight: Tensor | float = 1.0) -> Tensor:
@@ -170,8 +194,12 @@ class AutoPipeline:
 
         *batch* is a mapping of tensors with ``labels``, the same on every pipeline rank. Gradients are accumulated; a
         data-parallel strategy has averaged them. ``runtime.forward_backward`` weighs by the labels of all
-        ranks, which this does not.
+        ranks, which this does not. Raises ValueError for a model with adapters, which only a runtime averages.
         """
+        if any(name_root(part) is not inner_model(part) for part in self.parts):
+            raise ValueError(
+                "a pipeline with adapters is trained by runtime.forward_backward(batch), which averages them"
+            )
         weights = torch.as_tensor(weight, dtype=torch.float32, device=self.device)
         if (loss := self._loss_of_config) is None:
             return self.run([batch], [weights])
@@ -196,7 +224,7 @@ class AutoPipeline:
         With a *loss*, which makes a sum of outputs and a batch, of ``sum(weight * sum)``. The batches run through the
         schedule together where their shapes, and the schedule's memory, allow.
         """
-        runs = [self._splitter.split(self.parts[-1], *given, loss) for given in zip(batches, weights, strict=True)]
+        runs = [self._splitter.split(self._models[-1], *given, loss) for given in zip(batches, weights, strict=True)]
         total = torch.zeros((), device=self.device)
         with keep_gathered(self.parts), gradients_set_aside(self.tied.replicas) if self.tied else nullcontext():
             for run in self._splitter.joined(runs):
@@ -209,14 +237,14 @@ class AutoPipeline:
     def survey(self, batches: Sequence[Batch]) -> None:
         """Run the forwards that :meth:`run` would run, without gradients, in the mode that the stages are in."""
         for batch in batches:
-            self._run_forward(self._splitter.split(self.parts[-1], batch, torch.ones((), device=self.device)))
+            self._run_forward(self._splitter.split(self._models[-1], batch, torch.ones((), device=self.device)))
 
     def measure(self, batches: Sequence[Batch], loss: Any) -> Tensor:
         """Return the total sum and count of *loss*, float64 (2,), equal on all stages; forwards without gradients."""
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
         one = torch.ones((), device=self.device)
         for batch in batches:
-            run = Microbatches.of(self.parts[-1], batch, one, self._size, 0, loss)
+            run = Microbatches.of(self._models[-1], batch, one, self._size, 0, loss)
             for found in self._run_forward(run, loss):
                 total += torch.stack(found).double()
         dist.all_reduce(total, group=self.group)  # all pipeline ranks, as in run()
@@ -241,7 +269,7 @@ class AutoPipeline:
             hidden = torch.empty(self._splitter.hidden_shape(run), dtype=self._boundary_dtype(run), device=self.device)
             stages = [
                 ModelStage(part, stage, hidden, self.group, loss)
-                for part, stage in zip(self.parts, self._stages, strict=True)
+                for part, stage in zip(self._models, self._stages, strict=True)
             ]
             self._built[key] = self._builder(stages, run.count)
         self._built.move_to_end(key)
@@ -266,7 +294,7 @@ class AutoPipeline:
             # All ranks of this pipeline take part; the rank of the first stage knows the dtypes.
             dist.broadcast(codes, group_src=self.placement.rank_of(0), group=self.group)
             made, embedded = (_DTYPES[code] for code in codes.tolist())
-            for part in self.parts:
+            for part in self._models:
                 set_hollow_dtype(part, embedded)
             self._dtype = getattr(torch, self.config.dtype) if self.config.dtype is not None else made
         return self._dtype
@@ -277,7 +305,7 @@ class AutoPipeline:
         with torch.random.fork_rng(devices), _mode(self.parts, False):
             # This forward belongs to no step, so the router statistics must not count its tokens.
             inputs = {name: value for name, value in run[0].items() if name != COUNTED and not name.startswith(READS)}
-            hidden: Tensor = run_part(self.parts[0], self._stages[0], None, inputs, None)
+            hidden: Tensor = run_part(self._models[0], self._stages[0], None, inputs, None)
         if hidden.shape != self._splitter.hidden_shape(run):
             raise ValueError(
                 f"the first stage makes hidden states of shape {tuple(hidden.shape)} of inputs that should give "
@@ -340,7 +368,7 @@ class AutoPipeline:
     def _run_forward(self, run: Microbatches, loss: Any = None) -> list[Any]:
         hidden = torch.empty(self._splitter.hidden_shape(run), dtype=self._boundary_dtype(run), device=self.device)
         with keep_gathered(self.parts):
-            return forward_only(self.parts, self._stages, run, hidden, self.placement, self.group, loss)
+            return forward_only(self._models, self._stages, run, hidden, self.placement, self.group, loss)
 
     # ---- inspection ----
 
