@@ -39,7 +39,7 @@ from nemo_dist.training.evaluation import mean_loss, outputs_of
 from nemo_dist.training.grad_norm import by_mesh, global_norm, one_mesh_per_group
 from nemo_dist.training.merged_adapters import merged
 from nemo_dist.training.optimizer_probe import keeps_state, refuse_what_mixes_elements, warn_of_lost_updates
-from nemo_dist.training.peft_adapters import adapters, refuse_prompts
+from nemo_dist.training.peft_adapters import adapters, refuse_late, refuse_prompts
 from nemo_dist.training.replica_check import ReplicaCheck, check_replicas
 from nemo_dist.training.router_aux_loss import RouterLoss
 from nemo_dist.training.step_loss import LossFunction, ModelLoss, OwnLoss, chosen_loss, refuse_rows_that_meet
@@ -176,6 +176,7 @@ class Runtime:
         if params is None:
             params = [parameter for _, parameter in self.named_parameters() if parameter.requires_grad]
         groups = one_mesh_per_group(self._shards_of(params))
+        refuse_late(self._named(), groups)
         self._compare_groups(groups)
         warn_of_lost_updates(groups)
         refuse_what_mixes_elements(optimizer_type, groups, options, self.mesh)
