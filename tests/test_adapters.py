@@ -7,6 +7,7 @@ import torch.distributed as dist
 import transformers
 
 from nemo_dist import (
+    CheckpointError,
     DDPConfig,
     DistributedSetup,
     FSDP2Config,
@@ -204,3 +205,20 @@ def test_adapters_that_are_added_after_the_runtime_are_refused_by_its_optimizer(
     for message in ranks(2).run(on_rank_add_late, checkpoint("llama")):
         assert ".second." in message
         assert "call setup.runtime(model) after" in message
+
+
+def on_rank_export_tied(folder, out):
+    messages = []
+    for target in ("embed_tokens", "lm_head"):
+        config = peft.LoraConfig(r=4, target_modules=["q_proj", target], task_type="CAUSAL_LM")
+        with pytest.raises(CheckpointError) as caught:
+            adapted(folder, FSDP2Config(), config=config).export(out)
+        messages.append(str(caught.value))
+    return messages
+
+
+def test_adapters_of_a_tied_weight_are_not_merged_into_it(ranks, tmp_path):
+    for of_embedding, of_head in ranks(2).run(on_rank_export_tied, checkpoint("llama-tied"), tmp_path / "out"):
+        assert "model.embed_tokens is an adapter of a weight that other modules use too (it is tied)" in of_embedding
+        assert "lm_head is an adapter of a weight that other modules use too (it is tied)" in of_head
+    assert not (tmp_path / "out").exists()
