@@ -32,14 +32,14 @@ def export_checkpoint(
 ) -> Path:
     """Export *checkpoint* to the folder *path* as plain Hugging Face files; return the folder of the checkpoint used.
 
-    *checkpoint* is what ``Runtime.save`` wrote, or a ``RunFolder``, of which the newest complete checkpoint is used.
+    *checkpoint* is what ``Runtime.save`` wrote, or a ``RunFolder``, of which the newest undamaged checkpoint is used.
     Needs one process and memory for the parameters that are converted together, mostly one tensor. ``dtype`` and
     ``max_shard_size`` are those of ``Runtime.export``. Raises CheckpointError for a checkpoint that is damaged, or
     whose model class transformers does not have.
     """
     target, limit = dtype_of(dtype), bytes_of(max_shard_size)
-    ranks, where = RankGroup(), _checkpoint(folder_at(checkpoint))
-    manifest = intact(ranks, where)
+    ranks = RankGroup()
+    manifest = _checkpoint(ranks, folder_at(checkpoint))
     model = _identity(manifest)
     stored = {n.removeprefix(MODEL): tensor for n, tensor in manifest.tensors.items() if n.startswith(MODEL)}
     entries = {name: Entry(tensor.shape, tensor.dtype) for name, tensor in stored.items()}
@@ -50,16 +50,16 @@ def export_checkpoint(
             return {name: _whole(reader, name, entries[name]).to(plan.dtypes[name]) for name in wanted[0]}
 
         plan.write(ranks, path, model, assemble)
-    return where
+    return manifest.folder
 
 
-def _checkpoint(given: Path) -> Path:
+def _checkpoint(ranks: RankGroup, given: Path) -> Manifest:
     if (given / NAME).exists():
-        return given
-    newest = RunFolder(given).latest()
+        return intact(ranks, given)
+    newest = RunFolder(given).newest_intact(ranks)
     if newest is None:
         raise CheckpointError(f"there is no checkpoint at {given}; pass what runtime.save or a RunFolder wrote")
-    return newest
+    return newest[1]
 
 
 def _identity(manifest: Manifest) -> Any:
