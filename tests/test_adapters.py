@@ -14,6 +14,7 @@ from nemo_dist import (
     MegatronFSDPConfig,
     NeMoAutoModelForCausalLM,
     ParallelismSizes,
+    export_checkpoint,
 )
 from nemo_dist.testing.equivalence import checkpoint
 from nemo_dist.testing.fake_cuda import WithCudaCalls
@@ -205,6 +206,17 @@ def test_adapters_that_are_added_after_the_runtime_are_refused_by_its_optimizer(
     for message in ranks(2).run(on_rank_add_late, checkpoint("llama")):
         assert ".second." in message
         assert "call setup.runtime(model) after" in message
+
+
+def on_rank_save(folder, path):
+    adapted(folder, FSDP2Config()).save(path)
+
+
+def test_a_checkpoint_with_adapters_is_not_exported_without_the_model(ranks, tmp_path):
+    ranks(2).run(on_rank_save, checkpoint("llama"), tmp_path / "saved")
+    with pytest.raises(CheckpointError, match=r"has not the weights of a plain LlamaForCausalLM .*runtime\.export"):
+        export_checkpoint(tmp_path / "saved", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def on_rank_export_tied(folder, out):
