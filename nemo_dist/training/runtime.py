@@ -164,10 +164,13 @@ class Runtime:
         """Return one optimizer over the parameters of all local parts.
 
         ``params``: parameters or parameter groups; by default all parameters that require gradients. ``options`` are
-        passed to *optimizer_type*.
+        passed to *optimizer_type*. A group may become two (experts are sharded by themselves) or be empty on a rank (of
+        another pipeline stage), so ``group["group_index"]`` of each of its ``param_groups`` is the index of the one in
+        ``params`` that it comes from.
 
         Raises ValueError on all ranks for an optimizer that does not step sharded parameters as one process steps whole
-        ones, and RankError when ranks pass another type, other options or other groups; all ranks must call this.
+        ones, for adapters that were added after this runtime was made, and where no rank has parameters; RankError when
+        ranks pass another type, other options or other groups; all ranks must call this.
         """
         told = {"type": f"{optimizer_type.__module__}.{optimizer_type.__qualname__}"}
         compare(
@@ -176,6 +179,8 @@ class Runtime:
         if params is None:
             params = [parameter for _, parameter in self.named_parameters() if parameter.requires_grad]
         groups = one_mesh_per_group(self._shards_of(params))
+        if not self.sharded.ranks.total([any(group["params"] for group in groups)])[0]:
+            raise ValueError("the optimizer got no parameters on any rank; pass some, or let some require gradients")
         refuse_late(self._named(), groups)
         self._compare_groups(groups)
         warn_of_lost_updates(groups)
