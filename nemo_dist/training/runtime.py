@@ -449,10 +449,11 @@ class Runtime:
 
 def _plain(value: Any) -> str:
     """Return the text of a number, text or tuple of them; of other values the type, as their text has addresses."""
-    plain = isinstance(value, bool | int | float | str | None) or (
-        isinstance(value, tuple | list) and all(isinstance(item, bool | int | float | str | None) for item in value)
-    )
-    return repr(value) if plain else type(value).__qualname__
+    if isinstance(value, tuple | list):
+        return f"({', '.join(map(_plain, value))})"
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return repr(value.item())
+    return repr(value) if isinstance(value, bool | int | float | str | None) else type(value).__qualname__
 
 
 def _dropping_gradients_of(optimizer: Any, droppers: Sequence[Callable[[], None]]) -> Any:
