@@ -220,11 +220,11 @@ class GlobalNormSGD(torch.optim.Optimizer):
 OWN = {"NormalisedSGD": NormalisedSGD, "GlobalNormSGD": GlobalNormSGD}
 
 
-def on_rank_own(setup, name, folder):
+def on_rank_own(setup, name, folder, lr=0.1):
     setup = DistributedSetup.build(**SETUPS[setup]())
     runtime = setup.runtime(LLAMA.load.from_pretrained(folder, distributed_setup=setup, dtype=torch.float32))
     try:
-        runtime.optimizer(OWN[name])
+        runtime.optimizer(OWN[name], lr=lr)
     except ValueError as error:
         return str(error)
     return "accepted"
@@ -242,6 +242,12 @@ def on_rank_own(setup, name, folder):
 def test_an_optimizer_of_a_third_party_is_judged_by_what_it_does(ranks, setup, name, said):
     for message in ranks(2).run(on_rank_own, setup, name, checkpoint("llama")):
         assert said in message
+
+
+@pytest.mark.parametrize("lr", [0.0, 1e-7])
+def test_what_an_optimizer_mixes_shows_at_any_rate(ranks, lr):
+    for message in ranks(2).run(on_rank_own, "fsdp2", "NormalisedSGD", checkpoint("llama"), lr):
+        assert "its update mixes the elements of different ranks" in message
 
 
 def test_what_is_tried_out_grows_only_along_the_sharded_dims():
