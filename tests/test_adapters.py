@@ -7,12 +7,14 @@ import torch.distributed as dist
 import transformers
 
 from nemo_dist import (
+    CheckpointError,
     DDPConfig,
     DistributedSetup,
     FSDP2Config,
     MegatronFSDPConfig,
     NeMoAutoModelForCausalLM,
     ParallelismSizes,
+    export_checkpoint,
 )
 from nemo_dist.testing.equivalence import checkpoint
 from nemo_dist.testing.fake_cuda import WithCudaCalls
@@ -128,3 +130,107 @@ def test_adapters_that_lengthen_the_sequence_are_refused(ranks):
     config = peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
     for message in ranks(2).run(on_rank_refusal, checkpoint("llama"), None, config):
         assert "PromptTuningConfig adds tokens of its own to every sequence" in message
+
+
+OTHER = peft.LoraConfig(r=2, target_modules=["k_proj", "o_proj"], task_type="CAUSAL_LM")
+
+
+def with_two(model):
+    model = peft.get_peft_model(model, LORA)
+    model.add_adapter("second", OTHER)
+    return model
+
+
+def of_lora(model):
+    return {name: parameter for name, parameter in model.named_parameters() if "lora_" in name}
+
+
+def switch(model, step):
+    """Train the first adapter, the second, and the first again; then leave one trainable that no loss reaches."""
+    model.set_adapter("second" if step % 2 else "default")
+    for name, parameter in of_lora(model).items():
+        if step == 3 and ".default." in name:
+            parameter.requires_grad_(True)
+
+
+def on_rank_switch(folder, strategy):
+    setup = DistributedSetup.build(strategy=strategy)
+    torch.manual_seed(dist.get_rank())
+    model = with_two(NeMoAutoModelForCausalLM.from_pretrained(folder, distributed_setup=setup))
+    runtime = setup.runtime(model)
+    own = of_lora(model)
+    start = {name: parameter.detach().clone() for name, parameter in own.items()}
+    optimizer = runtime.optimizer(torch.optim.AdamW, own.values(), lr=1e-2)
+    for step in range(4):
+        switch(model, step)
+        tokens, labels = batches(step)
+        rows = slice(2 * runtime.dp_rank, 2 * runtime.dp_rank + 2)
+        runtime.forward_backward({"input_ids": tokens[rows], "labels": labels[rows]})
+        optimizer.step()
+        optimizer.zero_grad()
+    return start, {name: parameter.detach() for name, parameter in own.items()}
+
+
+@pytest.mark.parametrize("strategy", [FSDP2Config(mp_policy=FP32), DDPConfig()], ids=["fsdp2", "ddp"])
+def test_adapters_that_are_thawed_and_frozen_between_steps_train_like_on_one_process(ranks, strategy):
+    folder = checkpoint("llama")
+    (start, end), *others = ranks(2).run(on_rank_switch, folder, strategy)
+    for other in others:
+        torch.testing.assert_close(other, (start, end), rtol=0, atol=0)
+
+    model = with_two(transformers.AutoModelForCausalLM.from_pretrained(folder))
+    own = of_lora(model)
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(start[name])
+    optimizer = torch.optim.AdamW(own.values(), lr=1e-2)
+    for step in range(4):
+        switch(model, step)
+        tokens, labels = batches(step)
+        model(input_ids=tokens, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    torch.testing.assert_close(end, {name: parameter.detach() for name, parameter in own.items()})
+
+
+def on_rank_add_late(folder):
+    runtime = adapted(folder, FSDP2Config())
+    runtime.model.add_adapter("second", OTHER)
+    runtime.model.set_adapter("second")
+    with pytest.raises(ValueError) as caught:
+        runtime.optimizer(torch.optim.AdamW)
+    return str(caught.value)
+
+
+def test_adapters_that_are_added_after_the_runtime_are_refused_by_its_optimizer(ranks):
+    for message in ranks(2).run(on_rank_add_late, checkpoint("llama")):
+        assert ".second." in message
+        assert "call setup.runtime(model) after" in message
+
+
+def on_rank_save(folder, path):
+    adapted(folder, FSDP2Config()).save(path)
+
+
+def test_a_checkpoint_with_adapters_is_not_exported_without_the_model(ranks, tmp_path):
+    ranks(2).run(on_rank_save, checkpoint("llama"), tmp_path / "saved")
+    with pytest.raises(CheckpointError, match=r"has not the weights of a plain LlamaForCausalLM .*runtime\.export"):
+        export_checkpoint(tmp_path / "saved", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def on_rank_export_tied(folder, out):
+    messages = []
+    for target in ("embed_tokens", "lm_head"):
+        config = peft.LoraConfig(r=4, target_modules=["q_proj", target], task_type="CAUSAL_LM")
+        with pytest.raises(CheckpointError) as caught:
+            adapted(folder, FSDP2Config(), config=config).export(out)
+        messages.append(str(caught.value))
+    return messages
+
+
+def test_adapters_of_a_tied_weight_are_not_merged_into_it(ranks, tmp_path):
+    for of_embedding, of_head in ranks(2).run(on_rank_export_tied, checkpoint("llama-tied"), tmp_path / "out"):
+        assert "model.embed_tokens is an adapter of a weight that other modules use too (it is tied)" in of_embedding
+        assert "lm_head is an adapter of a weight that other modules use too (it is tied)" in of_head
+    assert not (tmp_path / "out").exists()

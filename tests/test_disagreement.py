@@ -37,6 +37,7 @@ def on_rank_disagree(folders, path, what):
         ),
         "the type": lambda: runtime.optimizer([torch.optim.AdamW, torch.optim.SGD][odd], lr=1e-3),
         "the rate": lambda: runtime.optimizer(torch.optim.AdamW, lr=[0.1, 0.01][odd]),
+        "the rate as a tensor": lambda: runtime.optimizer(torch.optim.AdamW, lr=torch.tensor([0.5, 0.25][odd])),
         "the rate of a group": lambda: runtime.optimizer(
             torch.optim.AdamW, [{"params": list(runtime.model.parameters()), "lr": [0.1, 0.01][odd]}]
         ),
@@ -66,6 +67,7 @@ EXPECTED = {
     "another optimizer": 'optimizer is "SGD" on rank 1, but "AdamW" on the others',
     "the type": "type is torch.optim.sgd.SGD on rank 1, but torch.optim.adamw.AdamW on the others",
     "the rate": "lr is 0.01 on rank 1, but 0.1 on the others",
+    "the rate as a tensor": "lr is 0.25 on rank 1, but 0.5 on the others",
     "the rate of a group": "lr of model.embed_tokens.weight is 0.01 on rank 1, but 0.1 on the others",
     "a weight that is left out": "a step of model.embed_tokens.weight is left out on rank 1, but taken on the others",
     "a rate that was set": "lr of model.embed_tokens.weight is 0.01 on rank 1, but 0.1 on the others",

@@ -1,5 +1,6 @@
 """An export is a folder that plain transformers loads, with the very weights that the ranks hold."""
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -154,6 +155,21 @@ def test_tokenizer_and_processor_files_come_along(ranks, tmp_path):
     ranks(2).run(on_rank_export, "llama", source, tmp_path / "out", DATA_PARALLEL["ddp"])
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (tmp_path / "out" / name).read_text() == f'"{name}"'
+
+
+def on_rank_export_from_elsewhere(folder, out):
+    setup = DistributedSetup.build(strategy="ddp")
+    with contextlib.chdir(folder.parent):
+        model = SPECIMENS["llama"].load.from_pretrained(folder.name, distributed_setup=setup)
+    setup.runtime(model).export(out)
+
+
+def test_tokenizer_files_come_along_after_a_change_of_the_working_folder(ranks, tmp_path):
+    source = tmp_path / "model"
+    SPECIMENS["llama"].make(3).save_pretrained(source)
+    (source / "tokenizer.json").write_text("{}")
+    ranks(2).run(on_rank_export_from_elsewhere, source, tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
 
 
 def moe_config():

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from cases import cases, slow
+from cases import case_id, cases, slow
 from torch.distributed.tensor import Replicate, Shard
 
 from nemo_dist import DDPConfig, DistributedSetup, FSDP2Config, ParallelismSizes
@@ -122,6 +122,72 @@ def test_an_optimizer_that_mixes_elements_is_refused(ranks, setup, name):
         assert message.endswith("or a strategy that keeps the whole model on every rank")
 
 
+RATES = (0.3, 0.03)
+
+
+def in_groups(named):
+    """Return the embedding, which only the first stage has, and all else."""
+    first = [parameter for name, parameter in named if "embed_tokens" in name]
+    return [{"params": first}, {"params": [one for _, one in named if not any(one is other for other in first)]}]
+
+
+def on_rank_rates(specimen, sizes, folder):
+    setup = DistributedSetup.build(strategy=FSDP2Config(mp_policy=FP32), parallelism_sizes=ParallelismSizes(**sizes))
+    model = SPECIMENS[specimen].load.from_pretrained(folder, distributed_setup=setup, dtype=torch.float32)
+    runtime = setup.runtime(model)
+    optimizer = runtime.optimizer(torch.optim.SGD, in_groups(list(runtime.named_parameters())), lr=1.0)
+    for step in range(2):
+        for place, group in enumerate(optimizer.param_groups):
+            group["lr"] = RATES[group.get("group_index", place)]
+        runtime.forward_backward(rows_of_rank(batch(step), runtime))
+        optimizer.step()
+        optimizer.zero_grad()
+    return len(optimizer.param_groups), {n: whole(p) for n, p in runtime.named_parameters()}
+
+
+@cases(
+    ("specimen", "sizes", "groups"),
+    [("llama", {"pp_size": 2}, 2), ("qwen3-moe", {"ep_size": 2}, 3)],
+    lambda specimen, sizes, groups: case_id(specimen, sizes),
+)
+def test_rates_that_are_set_by_group_are_those_of_one_process(ranks, specimen, sizes, groups):
+    model = SPECIMENS[specimen].load.from_pretrained(checkpoint(specimen), dtype=torch.float32)
+    optimizer = torch.optim.SGD(in_groups(list(model.named_parameters())), lr=1.0)
+    for group, rate in zip(optimizer.param_groups, RATES, strict=True):
+        group["lr"] = rate
+    for step in range(2):
+        model(**batch(step)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    expected = dict(model.named_parameters())
+
+    for count, found in ranks(2).run(on_rank_rates, specimen, sizes, checkpoint(specimen)):
+        assert count == groups
+        for name, value in found.items():
+            assert (value - expected[name]).norm() <= 1e-5 * expected[name].norm(), name
+
+
+def on_rank_one_stage(folder):
+    """Train the head alone, which only the last stage has; then nothing."""
+    setup = DistributedSetup.build(**SETUPS["pp"]())
+    runtime = setup.runtime(LLAMA.load.from_pretrained(folder, distributed_setup=setup, dtype=torch.float32))
+    head = [parameter for name, parameter in runtime.named_parameters() if name == "lm_head.weight"]
+    optimizer = runtime.optimizer(torch.optim.AdamW, head, lr=0.1)
+    runtime.forward_backward(rows_of_rank(batch(0), runtime))
+    optimizer.step()
+    with pytest.raises(ValueError, match="got no parameters on any rank"):
+        runtime.optimizer(torch.optim.AdamW, [])
+    return {n: whole(p) for n, p in runtime.named_parameters()}
+
+
+def test_a_stage_without_trained_parameters_has_an_optimizer_too(ranks):
+    model = LLAMA.load.from_pretrained(checkpoint("llama"), dtype=torch.float32)
+    model(**batch(0)).loss.backward()
+    torch.optim.AdamW([model.lm_head.weight], lr=0.1).step()
+    for found in ranks(2).run(on_rank_one_stage, checkpoint("llama")):
+        torch.testing.assert_close(found, {name: model.get_parameter(name).detach() for name in found})
+
+
 class NormalisedSGD(torch.optim.Optimizer):
     """Divide the gradient of a tensor by its norm: of a shard's local part, which is not the tensor's."""
 
@@ -154,11 +220,11 @@ class GlobalNormSGD(torch.optim.Optimizer):
 OWN = {"NormalisedSGD": NormalisedSGD, "GlobalNormSGD": GlobalNormSGD}
 
 
-def on_rank_own(setup, name, folder):
+def on_rank_own(setup, name, folder, lr=0.1):
     setup = DistributedSetup.build(**SETUPS[setup]())
     runtime = setup.runtime(LLAMA.load.from_pretrained(folder, distributed_setup=setup, dtype=torch.float32))
     try:
-        runtime.optimizer(OWN[name])
+        runtime.optimizer(OWN[name], lr=lr)
     except ValueError as error:
         return str(error)
     return "accepted"
@@ -176,6 +242,12 @@ def on_rank_own(setup, name, folder):
 def test_an_optimizer_of_a_third_party_is_judged_by_what_it_does(ranks, setup, name, said):
     for message in ranks(2).run(on_rank_own, setup, name, checkpoint("llama")):
         assert said in message
+
+
+@pytest.mark.parametrize("lr", [0.0, 1e-7])
+def test_what_an_optimizer_mixes_shows_at_any_rate(ranks, lr):
+    for message in ranks(2).run(on_rank_own, "fsdp2", "NormalisedSGD", checkpoint("llama"), lr):
+        assert "its update mixes the elements of different ranks" in message
 
 
 def test_what_is_tried_out_grows_only_along_the_sharded_dims():

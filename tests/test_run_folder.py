@@ -146,6 +146,18 @@ def test_the_command_exports_what_the_ranks_would(ranks, tmp_path, name, world, 
     assert type(loaded).__name__ == SPECIMENS[specimen].load.from_pretrained(checkpoint(specimen)).__class__.__name__
 
 
+def test_the_command_exports_the_newest_checkpoint_that_is_whole(ranks, tmp_path):
+    ranks(2).run(on_rank_save_steps, runs.folders("llama"), tmp_path / "run", [1, 2], {})
+    weights = tmp_path / "run" / "step-00000002" / "rank-00000.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.warns(UserWarning, match="step 2 of .* is left out"):
+        answer = CliRunner().invoke(app, ["export", str(tmp_path / "run"), str(tmp_path / "out")])
+    assert answer.exit_code == 0, answer.output
+    assert "step-00000001" in answer.output
+
+
 def test_the_command_refuses_in_one_block(tmp_path):
     answer = CliRunner().invoke(app, ["export", str(tmp_path / "none"), str(tmp_path / "out")])
     assert answer.exit_code == 2

@@ -106,6 +106,24 @@ def test_parameter_groups_are_kept(ranks):
     assert groups == [(0.1, decayed), (0.0, plain)]
 
 
+def on_rank_buffer(folder, broadcast):
+    """Return a buffer of the model after a step before which every rank had written its number into it."""
+    setup = DistributedSetup.build(strategy=DDPConfig(broadcast_buffers=broadcast))
+    model = NeMoAutoModelForCausalLM.from_pretrained(folder, distributed_setup=setup)
+    model.register_buffer("seen", torch.zeros(2))
+    runtime = setup.runtime(model)
+    tokens = torch.arange(1, 25).reshape(2, 12)
+    for _ in range(2):
+        model.seen.fill_(torch.distributed.get_rank())
+        runtime.forward_backward({"input_ids": tokens, "labels": tokens})
+    return model.seen.tolist()
+
+
+@pytest.mark.parametrize(("broadcast", "found"), [(True, [[0, 0], [0, 0]]), (False, [[0, 0], [1, 1]])])
+def test_ddp_sends_buffers_where_it_is_asked_to(ranks, broadcast, found):
+    assert ranks(2).run(on_rank_buffer, checkpoint("llama"), broadcast) == found
+
+
 def on_rank_refusals(folder):
     setup, model, runtime = start("fsdp2", folder)
     other = DistributedSetup.build(strategy=STRATEGIES["fsdp2"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,12 @@ def write_companions(folder: Path, model: Any, dtype: torch.dtype | None = None)
         origin = _companion(model.config, name)
         if origin is not None:
             shutil.copyfile(origin, folder / name)
+
+
+def remember_origin(model: Any) -> None:
+    """Keep the folder that *model* was loaded from as an absolute path, as the working folder may change later."""
+    if os.path.isdir(model.config.name_or_path or ""):
+        model.config.name_or_path = os.path.abspath(model.config.name_or_path)
 
 
 def _companion(config: Any, name: str) -> Path | None:

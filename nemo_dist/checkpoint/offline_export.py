@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from nemo_dist.checkpoint.manifest import IDENTITY, NAME, Manifest
 from nemo_dist.checkpoint.run_folder import RunFolder
 from nemo_dist.checkpoint.safetensors_writer import DTYPE_OF
 from nemo_dist.checkpoint.save import MODEL
+from nemo_dist.checkpoint.state_dict import canonical_names
 from nemo_dist.errors import CheckpointError
 from nemo_dist.mesh.rank_group import RankGroup
 
@@ -32,16 +33,17 @@ def export_checkpoint(
 ) -> Path:
     """Export *checkpoint* to the folder *path* as plain Hugging Face files; return the folder of the checkpoint used.
 
-    *checkpoint* is what ``Runtime.save`` wrote, or a ``RunFolder``, of which the newest complete checkpoint is used.
+    *checkpoint* is what ``Runtime.save`` wrote, or a ``RunFolder``, of which the newest undamaged checkpoint is used.
     Needs one process and memory for the parameters that are converted together, mostly one tensor. ``dtype`` and
     ``max_shard_size`` are those of ``Runtime.export``. Raises CheckpointError for a checkpoint that is damaged, or
-    whose model class transformers does not have.
+    whose model class transformers does not have or names its weights otherwise, as with PEFT's adapters.
     """
     target, limit = dtype_of(dtype), bytes_of(max_shard_size)
-    ranks, where = RankGroup(), _checkpoint(folder_at(checkpoint))
-    manifest = intact(ranks, where)
+    ranks = RankGroup()
+    manifest = _checkpoint(ranks, folder_at(checkpoint))
     model = _identity(manifest)
     stored = {n.removeprefix(MODEL): tensor for n, tensor in manifest.tensors.items() if n.startswith(MODEL)}
+    _refuse_others(manifest, model, stored.keys())
     entries = {name: Entry(tensor.shape, tensor.dtype) for name, tensor in stored.items()}
     plan = Plan.of(model, entries, target, limit)
     with Reader(manifest) as reader:
@@ -50,16 +52,28 @@ def export_checkpoint(
             return {name: _whole(reader, name, entries[name]).to(plan.dtypes[name]) for name in wanted[0]}
 
         plan.write(ranks, path, model, assemble)
-    return where
+    return manifest.folder
 
 
-def _checkpoint(given: Path) -> Path:
+def _checkpoint(ranks: RankGroup, given: Path) -> Manifest:
     if (given / NAME).exists():
-        return given
-    newest = RunFolder(given).latest()
+        return intact(ranks, given)
+    newest = RunFolder(given).newest_intact(ranks)
     if newest is None:
         raise CheckpointError(f"there is no checkpoint at {given}; pass what runtime.save or a RunFolder wrote")
-    return newest
+    return newest[1]
+
+
+def _refuse_others(manifest: Manifest, model: Any, stored: Set[str]) -> None:
+    """Raise CheckpointError where the names of the weights in the checkpoint are not those of the model's class."""
+    state = model.state_dict(keep_vars=True)
+    odd = sorted((stored - state.keys()) | (set(canonical_names(model, state).values()) - stored))
+    if odd:
+        raise CheckpointError(
+            f"{manifest.folder} has not the weights of a plain {type(model).__name__} ({odd[0]} and {len(odd) - 1} "
+            "more are in one of them only), as when it was saved with adapters; load it into the model that it was "
+            "saved from, and call runtime.export(...) there"
+        )
 
 
 def _identity(manifest: Manifest) -> Any:

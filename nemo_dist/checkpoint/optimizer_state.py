@@ -14,7 +14,8 @@ from nemo_dist.errors import CheckpointError
 from nemo_dist.mesh.dtensor import from_local, local_slice
 
 # Options for how an optimizer runs on this machine; they do not change its result, so they are not saved.
-_OWN = ("foreach", "fused", "capturable", "differentiable")
+GROUP = "group_index"  # the option with the index that the user gave a group, which another topology may split
+_OWN = ("foreach", "fused", "capturable", "differentiable", GROUP)
 
 
 def named(
@@ -112,6 +113,7 @@ def group_options(optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> lis
             [names[id(parameter)] for parameter in group["params"] if id(parameter) in names],
         ]
         for group in optimizer.param_groups
+        if group["params"]
     ]
 
 

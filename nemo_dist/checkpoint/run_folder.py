@@ -22,6 +22,7 @@ from nemo_dist.checkpoint.preemption import CODE, stop_request
 from nemo_dist.checkpoint.save import save
 from nemo_dist.checkpoint.sharded_model import Holder
 from nemo_dist.errors import CheckpointError, RankError
+from nemo_dist.mesh.rank_group import RankGroup
 from nemo_dist.planning.validation import integer
 
 _NAME = re.compile(r"step-([0-9]{8,19})")
@@ -120,17 +121,25 @@ class RunFolder:
         ``Runtime.load``. Raises CheckpointError when all are damaged, or when the newest undamaged one does not fit the
         model.
         """
+        found = self.newest_intact(runtime.sharded.ranks)
+        if found is None:
+            return None
+        step, manifest = found
+        return step, load_from(runtime.sharded, manifest, optimizer, schedulers=schedulers, data=data)
+
+    def newest_intact(self, ranks: RankGroup) -> tuple[int, Manifest] | None:
+        """Return step and manifest of the newest checkpoint that is undamaged, None when there is none; collective.
+
+        Warns of damaged ones that are newer. Raises CheckpointError when all are damaged.
+        """
         async_save.finish()
-        ranks = runtime.sharded.ranks
         listed = ranks.decide(f"listing {self.path}", lambda: self._newest_first(self.steps()), lambda found: found[:1])
         steps = listed[0]
         for step in steps:
             try:
-                manifest = intact(ranks, self._folder(step))
+                return step, intact(ranks, self._folder(step))
             except (CheckpointError, RankError) as error:
-                warnings.warn(f"step {step} of {self.path} is left out: {error}", stacklevel=2)
-                continue
-            return step, load_from(runtime.sharded, manifest, optimizer, schedulers=schedulers, data=data)
+                warnings.warn(f"step {step} of {self.path} is left out: {error}", stacklevel=3)
         if steps:
             raise CheckpointError(f"none of the checkpoints in {self.path} is whole: steps {steps}")
         return None

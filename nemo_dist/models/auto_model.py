@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
 from nemo_dist.checkpoint.hf_export import export
+from nemo_dist.checkpoint.hf_side_files import remember_origin
 from nemo_dist.checkpoint.sharded_model import ShardedModel
 from nemo_dist.errors import CheckpointError, RankError
 from nemo_dist.hf_model import has_adapters, inner_model
@@ -138,6 +139,7 @@ def _finish(setup: DistributedSetup, parts: list[nn.Module]) -> object:
     model = inner_model(parts[0])
     if isinstance(model, PreTrainedModel):
         refuse_other_loops(model)
+        remember_origin(model)
         own: Any = model if isinstance(given, nn.Module) else given
         with suppress(AttributeError):  # what a plugin presents may take none
             own.save_pretrained = partial(_save_pretrained, setup.sharded(parts), model, model.save_pretrained)

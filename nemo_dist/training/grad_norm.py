@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.utils import get_total_norm
 
+from nemo_dist.checkpoint.optimizer_state import GROUP
 from nemo_dist.mesh.dtensor import local
 from nemo_dist.mesh.mesh_context import MeshContext
 from nemo_dist.mesh.rank_group import RankGroup
@@ -26,10 +27,18 @@ def by_mesh(tensors: Iterable[Any]) -> dict[Any, list[Any]]:
 
 
 def one_mesh_per_group(params: Iterable[Any]) -> list[dict[str, Any]]:
-    """Split parameter groups by device mesh, as torch's fused and foreach optimizers do not accept mixed ones."""
+    """Split parameter groups by device mesh, as torch's fused and foreach optimizers do not accept mixed ones.
+
+    Each has its index among *params* as its ``group_index``. One that is empty here stays, as other ranks may have its
+    parameters.
+    """
     listed = list(params)
     groups = listed if listed and isinstance(listed[0], dict) else [{"params": listed}]
-    return [{**group, "params": members} for group in groups for members in by_mesh(list(group["params"])).values()]
+    return [
+        {**group, "params": members, GROUP: index}
+        for index, group in enumerate(groups)
+        for members in (by_mesh(group["params"]) or {None: []}).values()
+    ]
 
 
 def global_norm(grads: Iterable[Tensor], norm_type: float, axes: Iterable[str], mesh: MeshContext) -> Tensor:

@@ -74,7 +74,7 @@ def _layers(model: nn.Module) -> dict[str, Any]:
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
             found[name] = module
-            problems += _problems(name, module) if isinstance(module, LoraLayer) else [_strange(name, module)]
+            problems += _problems(model, name, module) if isinstance(module, LoraLayer) else [_strange(name, module)]
     if problems:
         raise CheckpointError(
             "a model with these adapters of PEFT cannot be exported: "
@@ -89,12 +89,18 @@ def _strange(name: str, module: object) -> str:
     return f"{name} is a {type(module).__module__}.{type(module).__name__}"
 
 
-def _problems(name: str, layer: Any) -> Sequence[str]:
-    """Say what in a layer of LoRA is more than a product that is added to the weight."""
+def _problems(model: nn.Module, name: str, layer: Any) -> Sequence[str]:
+    """Say what in a layer of LoRA is more than a product that is added to a weight of its own."""
     base = layer.get_base_layer()
     plain = isinstance(getattr(base, "weight", None), Tensor) and hasattr(layer, "get_delta_weight")
     others = [adapter for adapter in _active(layer) if adapter in layer.lora_variant or layer.lora_bias.get(adapter)]
-    return [] if plain and not others else [_strange(name, layer)]
+    if not plain or others:
+        return [_strange(name, layer)]
+    rest = (module for module in model.modules() if module is not base)
+    tied = _active(layer) and any(
+        base.weight is parameter for module in rest for parameter in module.parameters(recurse=False)
+    )
+    return [f"{name} is an adapter of a weight that other modules use too (it is tied)"] if tied else []
 
 
 def _active(layer: Any) -> list[str]:

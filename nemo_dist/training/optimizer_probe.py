@@ -22,7 +22,8 @@ from nemo_dist.mesh.store_consensus import consensus
 from nemo_dist.planning.mesh_plan import Role
 
 _STEPS = 3
-_TOLERANCE = 1e-5  # relative to the largest change of an element
+_RATE = 0.1  # at least: in steps as small as those at the beginning of a warm-up, no difference would be seen
+_TOLERANCE = 1e-5
 
 
 def refuse_what_mixes_elements(
@@ -128,6 +129,9 @@ def _stepped(
     params = [nn.Parameter(tensor.clone()) for tensor in tensors]
     try:
         optimizer = kind([{**more, "params": params}], **options)
+        for group in optimizer.param_groups:
+            if isinstance(group.get("lr"), int | float | Tensor):
+                group["lr"] = max(float(group["lr"]), _RATE)
         for step in range(_STEPS):
             for parameter in params:
                 parameter.grad = parameter.detach().sin() * (step + 1)

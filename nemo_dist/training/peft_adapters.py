@@ -7,7 +7,7 @@ same matrices compute with them is the matter of the plugin of that axis.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -34,6 +34,7 @@ FEATURE = "adapters"  # what a plugin lists in ``composes_with`` when it is test
 _COPY_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # types of tasks for which PEFT saves a copy of the head
 _LOADED = "loaded_by_nemo_dist"
 _MADE_WHOLE = "adapters_made_beside_whole_weights"
+_KEPT_EQUAL = "kept_equal_by_nemo_dist"
 
 
 def mark_loaded(parts: Iterable[nn.Module]) -> None:
@@ -157,21 +158,24 @@ def refuse_prompts(part: nn.Module) -> None:
 
 
 def adapters(parts: Sequence[nn.Module], mesh: MeshContext, plugins: Sequence[Plugin]) -> dict[str, RuntimePart]:
-    """Broadcast the trainable parameters added to *parts* to all ranks, and average their gradients from now on.
+    """Broadcast the parameters added to *parts* to all ranks, and average their gradients from now on.
 
-    Returns the runtime part that does so, or an empty dict when nothing was added or one rank sees all tokens.
-    Collective over the mesh when something was added. Raises ValueError where such training is not tested against one
-    process.
+    Those that are frozen now belong to them where others are trained, as ``set_adapter`` of PEFT thaws them later.
+    Returns the runtime part that does so, or an empty dict when none that is trained was added or one rank sees all
+    tokens. Collective over the mesh when something was added. Raises ValueError where such training is not tested
+    against one process.
     """
     added = {
         name: parameter
         for part in parts
         for name, parameter in part.named_parameters()
-        if parameter.requires_grad and not hasattr(parameter, _LOADED)
+        if not hasattr(parameter, _LOADED)
     }
-    if not added:
+    if not any(parameter.requires_grad for parameter in added.values()):
         return {}
     _refuse(added, parts, mesh, plugins)
+    for parameter in added.values():
+        setattr(parameter, _KEPT_EQUAL, True)
     group = mesh.group(Role.TOKENS)
     for same in (group, *map(mesh.group, _sharing(mesh))):
         if same is not None:
@@ -183,6 +187,22 @@ def adapters(parts: Sequence[nn.Module], mesh: MeshContext, plugins: Sequence[Pl
         return {FEATURE: RuntimePart(after_backward=replicas.average)}  # an engine has a backward per microbatch
     replicas.start()
     return {FEATURE: RuntimePart(no_sync=replicas.unsynchronised)}
+
+
+def refuse_late(named: Iterable[tuple[str, nn.Parameter]], groups: Iterable[Mapping[str, Any]]) -> None:
+    """Raise ValueError where *groups* have parameters of the model that ``adapters`` did not find as it was called."""
+    stepped = {id(parameter) for group in groups for parameter in group["params"]}
+    late = [
+        name
+        for name, parameter in named
+        if id(parameter) in stepped and not (hasattr(parameter, _LOADED) or hasattr(parameter, _KEPT_EQUAL))
+    ]
+    if late:
+        raise ValueError(
+            f"{len(late)} parameters were added to the model, or trained for the first time, after the runtime was "
+            f"made ({late[0]}, ...), so ranks would train them apart; call setup.runtime(model) after that, and make "
+            "the optimizer with the new runtime"
+        )
 
 
 def _refuse(
@@ -244,7 +264,9 @@ class _Replicas:
 
     def start(self) -> None:
         for parameter in self.parameters:
-            parameter.register_post_accumulate_grad_hook(self._arrived)
+            trained = parameter.requires_grad
+            parameter.requires_grad_(True).register_post_accumulate_grad_hook(self._arrived)
+            parameter.requires_grad_(trained)
 
     @contextmanager
     def unsynchronised(self) -> Iterator[None]:
@@ -260,13 +282,24 @@ class _Replicas:
             run_after_backward(self.average)
 
     def average(self) -> None:
-        """All-reduce the accumulated gradients to their mean; what an earlier call averaged stays the same."""
+        """All-reduce the accumulated gradients to their mean; what an earlier call averaged stays the same.
+
+        A parameter without a gradient on all ranks stays without, so that optimizers pass it by.
+        """
         self._due = False
-        for parameter in self.parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        _together(gradients, lambda values: dist.all_reduce(values.div_(self.group.size()), group=self.group))
+        trained = [parameter for parameter in self.parameters if parameter.requires_grad]
+        without = [index for index, parameter in enumerate(trained) if parameter.grad is None]
+        reached = torch.ones(len(trained), device=self.parameters[0].device)
+        for index in without:
+            trained[index].grad = torch.zeros_like(trained[index])
+            reached[index] = 0
+        gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
+        _together(
+            [*gradients, reached], lambda values: dist.all_reduce(values.div_(self.group.size()), group=self.group)
+        )
+        for index in without:
+            if not reached[index]:
+                trained[index].grad = None
 
 
 @torch.no_grad()

@@ -39,7 +39,7 @@ from nemo_dist.training.evaluation import mean_loss, outputs_of
 from nemo_dist.training.grad_norm import by_mesh, global_norm, one_mesh_per_group
 from nemo_dist.training.merged_adapters import merged
 from nemo_dist.training.optimizer_probe import keeps_state, refuse_what_mixes_elements, warn_of_lost_updates
-from nemo_dist.training.peft_adapters import adapters, refuse_prompts
+from nemo_dist.training.peft_adapters import adapters, refuse_late, refuse_prompts
 from nemo_dist.training.replica_check import ReplicaCheck, check_replicas
 from nemo_dist.training.router_aux_loss import RouterLoss
 from nemo_dist.training.step_loss import LossFunction, ModelLoss, OwnLoss, chosen_loss, refuse_rows_that_meet
@@ -164,10 +164,13 @@ class Runtime:
         """Return one optimizer over the parameters of all local parts.
 
         ``params``: parameters or parameter groups; by default all parameters that require gradients. ``options`` are
-        passed to *optimizer_type*.
+        passed to *optimizer_type*. A group may become two (experts are sharded by themselves) or be empty on a rank (of
+        another pipeline stage), so ``group["group_index"]`` of each of its ``param_groups`` is the index of the one in
+        ``params`` that it comes from.
 
         Raises ValueError on all ranks for an optimizer that does not step sharded parameters as one process steps whole
-        ones, and RankError when ranks pass another type, other options or other groups; all ranks must call this.
+        ones, for adapters that were added after this runtime was made, and where no rank has parameters; RankError when
+        ranks pass another type, other options or other groups; all ranks must call this.
         """
         told = {"type": f"{optimizer_type.__module__}.{optimizer_type.__qualname__}"}
         compare(
@@ -176,6 +179,9 @@ class Runtime:
         if params is None:
             params = [parameter for _, parameter in self.named_parameters() if parameter.requires_grad]
         groups = one_mesh_per_group(self._shards_of(params))
+        if not self.sharded.ranks.total([any(group["params"] for group in groups)])[0]:
+            raise ValueError("the optimizer got no parameters on any rank; pass some, or let some require gradients")
+        refuse_late(self._named(), groups)
         self._compare_groups(groups)
         warn_of_lost_updates(groups)
         refuse_what_mixes_elements(optimizer_type, groups, options, self.mesh)
@@ -443,10 +449,11 @@ class Runtime:
 
 def _plain(value: Any) -> str:
     """Return the text of a number, text or tuple of them; of other values the type, as their text has addresses."""
-    plain = isinstance(value, bool | int | float | str | None) or (
-        isinstance(value, tuple | list) and all(isinstance(item, bool | int | float | str | None) for item in value)
-    )
-    return repr(value) if plain else type(value).__qualname__
+    if isinstance(value, tuple | list):
+        return f"({', '.join(map(_plain, value))})"
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return repr(value.item())
+    return repr(value) if isinstance(value, bool | int | float | str | None) else type(value).__qualname__
 
 
 def _dropping_gradients_of(optimizer: Any, droppers: Sequence[Callable[[], None]]) -> Any:

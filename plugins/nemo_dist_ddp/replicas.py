@@ -60,7 +60,11 @@ class Replicas:
         self.trained = [parameter.requires_grad for parameter in self.parameters]
         self.ddp = None  # first, so that the hooks of the old one are gone
         if any(self.trained):
-            self.ddp = DistributedDataParallel(nn.ParameterList(self.parameters), **self.options)
+            held = nn.ParameterList(self.parameters)
+            if self.options["broadcast_buffers"]:
+                for index, buffer in enumerate(self.model.buffers()):
+                    held.register_buffer(f"of_model_{index}", buffer)
+            self.ddp = DistributedDataParallel(held, **self.options)
 
 
 def replicate(part: nn.Module, mesh: MeshContext, options: dict[str, Any]) -> None:
