@@ -1,9 +1,12 @@
 """Models as users write them: a class derived from Llama's with a few lines of their own."""
 
+from itertools import pairwise
+
 import torch
 import transformers
 from torch import nn
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaMLP
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaMLP, LlamaModel
 
 SIZES = {
     "vocab_size": 96,
@@ -28,6 +31,7 @@ class OwnModel(LlamaForCausalLM):
     """Llama with the change that its config names."""
 
     config_class = OwnConfig
+    _no_split_modules = [*LlamaForCausalLM._no_split_modules, "Leaving"]
 
     def __init__(self, config):
         super().__init__(config)
@@ -113,6 +117,55 @@ class Gated(LlamaMLP):
         return super().forward(x) * self.gate.tanh()
 
 
+class Calling(LlamaDecoderLayer):
+    """Runs a projection of its feed-forward by itself, too."""
+
+    def forward(self, hidden_states, **kwargs):
+        features = self.mlp.up_proj(hidden_states)
+        return super().forward(hidden_states, **kwargs) + 0.1 * features.mean(-1, keepdim=True)
+
+
+class Leaving(LlamaDecoderLayer):
+    """Leaves something for the next block in a dict that all are given."""
+
+    def forward(self, hidden_states, box=None, **kwargs):
+        first = box.setdefault("first", hidden_states)
+        return super().forward(hidden_states, **kwargs) + 0.5 * first
+
+
+class Following(LlamaDecoderLayer):
+    """Adds what the block before it made, past the hidden states."""
+
+    before = (None,)  # in a tuple, which holds no modules
+
+    def forward(self, hidden_states, **kwargs):
+        made = super().forward(hidden_states, **kwargs)
+        self.made = made - hidden_states
+        return made if self.before[0] is None else made + 0.5 * self.before[0].made
+
+
+class Reaching(LlamaModel):
+    """Runs the modules of its blocks by itself, not the blocks, and reads the weight of one."""
+
+    def forward(self, input_ids=None, position_ids=None, **kwargs):
+        hidden = self.embed_tokens(input_ids)
+        hidden = hidden + 0.1 * nn.functional.linear(hidden, self.layers[0].self_attn.o_proj.weight)
+        positions = torch.arange(hidden.shape[1], device=hidden.device)[None] if position_ids is None else position_ids
+        rotary = self.rotary_emb(hidden, position_ids=positions)
+        for layer in self.layers:
+            normed = layer.input_layernorm(hidden)
+            hidden = hidden + layer.self_attn(normed, position_embeddings=rotary, attention_mask=None)[0]
+            hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden))
+
+
+class Boxed(LlamaModel):
+    """Gives all blocks one dict."""
+
+    def forward(self, input_ids=None, **kwargs):
+        return super().forward(input_ids=input_ids, box={"rows": len(input_ids)}, **kwargs)
+
+
 def _feed_forwards(kind):
     def change(model):
         for layer in model.model.layers:
@@ -128,6 +181,31 @@ def _second_layer(kind):
     return change
 
 
+def _layers(kind):
+    def change(model):
+        model.model.layers = nn.ModuleList(kind(model.config, index) for index in range(len(model.model.layers)))
+
+    return change
+
+
+def _follow(model):
+    _layers(Following)(model)
+    for before, layer in pairwise(model.model.layers):
+        layer.before = (before,)
+
+
+def _leave(model):
+    _inner(Boxed)(model)
+    _layers(Leaving)(model)
+
+
+def _inner(kind):
+    def change(model):
+        model.model = kind(model.config)
+
+    return change
+
+
 CHANGES = {
     "": lambda model: None,
     "counting": _feed_forwards(Counting),
@@ -137,6 +215,10 @@ CHANGES = {
     "gated": _feed_forwards(Gated),
     "twice": _second_layer(Twice),
     "skipping": _second_layer(Skipping),
+    "calling": _layers(Calling),
+    "following": _follow,
+    "leaving": _leave,
+    "reaching": _inner(Reaching),
 }
 
 transformers.AutoConfig.register("own_llama", OwnConfig)

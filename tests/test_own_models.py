@@ -8,10 +8,17 @@ from own_models import SIZES, OwnConfig, on_meta
 from nemo_dist import DDPConfig, DistributedSetup, FSDP2Config, NeMoAutoModelForCausalLM
 from nemo_dist.errors import TopologyError
 from nemo_dist.hf_model import has_own_code
+from nemo_dist.testing.equivalence import TOLERANCE, tensor_differences, whole_state
 from nemo_dist.testing.precision import FP32
 from nemo_dist.testing.shrink import tiny
+from nemo_dist.testing.tensors import rows_of_rank
 from nemo_dist.training.loss_weighting import judge_loss
-from nemo_dist.training.rehearsal import depends_on_padding, depends_on_rows
+from nemo_dist.training.rehearsal import depends_on_padding, depends_on_rows, read_from_outside
+from nemo_dist_pipeline.partition.model_structure import ModelStructure
+from nemo_dist_pipeline.partition.proof import require_exact
+from nemo_dist_pipeline.partition.stage_model import stages_of
+from nemo_dist_tensor.structure import completed
+from nemo_dist_tensor.tp_plan import match
 
 
 @pytest.mark.parametrize(
@@ -71,3 +78,42 @@ def on_rank_refusal(change, strategy):
 )
 def test_what_ranks_cannot_share_is_refused_before_the_first_step(ranks, change, strategy, message):
     assert all(message in found for found in ranks(2).run(on_rank_refusal, change, strategy))
+
+
+def test_code_around_a_cut_module_that_uses_what_is_cut_is_found():
+    model = on_meta("calling")
+
+    (problem,) = completed(model, match(model, {}), 2)[1]
+
+    assert "OwnModel does not compute with its projections cut over ranks what it computes with whole ones" in problem
+    assert "use tp_size=1" in problem
+
+
+def test_what_blocks_leave_for_later_ones_is_found():
+    model = on_meta("following")
+    structure = ModelStructure.of(model)
+
+    with pytest.raises(ValueError, match=r"model\.layers\.2, Following differs.*more than hidden states"):
+        require_exact(model, structure, stages_of(structure, structure.divide(model, 2)))
+
+
+def test_modules_that_are_read_from_outside_are_found():
+    assert "model.layers.0" not in read_from_outside(on_meta("twice"))
+    assert {"model.layers.0", "model.layers.3", "model.layers.0.self_attn"} <= read_from_outside(on_meta("reaching"))
+
+
+def on_rank_gradients(change, strategy):
+    torch.manual_seed(0)
+    runtime = runtime_of(change, strategy)
+    tokens = (torch.arange(48).view(4, 12) * 5) % 90 + 3
+    runtime.forward_backward(rows_of_rank({"input_ids": tokens, "labels": tokens}, runtime))
+    return whole_state(runtime, {name: parameter.grad for name, parameter in runtime.named_parameters()})
+
+
+@pytest.mark.parametrize("change", ["leaving", "reaching"])
+def test_blocks_that_share_more_than_hidden_states_are_sharded_exactly(ranks, change):
+    """Under ddp every module has whole weights, and what it is given is handed to it as it is."""
+    sharded, _ = ranks(2).run(on_rank_gradients, change, FSDP2Config(mp_policy=FP32))
+    whole, _ = ranks(2).run(on_rank_gradients, change, DDPConfig())
+
+    assert tensor_differences("gradients", sharded, whole, TOLERANCE) == []

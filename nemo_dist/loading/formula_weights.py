@@ -9,6 +9,7 @@ because ``sin(a + b) = sin(a) cos(b) + cos(a) sin(b)``. So a product with it tak
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -52,6 +53,7 @@ class FormulaWeights(TorchDispatchMode):
         matrices = [p for p in model.parameters() if p.ndim > 1]
         self._scales: dict[int, float] = {storage_id(p): p.shape[-1] ** -0.5 for p in matrices}
         self._order: dict[int, int] = {}
+        self.on_read: Callable[[list[Tensor]], None] | None = None  # called with the meta tensors of an operation
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -61,6 +63,8 @@ class FormulaWeights(TorchDispatchMode):
         lazy = [tensor for tensor in given if tensor.is_meta]
         if not lazy or (function.is_view and len(lazy) == len(given)):
             return function(*args, **kwargs)
+        if self.on_read is not None:
+            self.on_read(lazy)
         rule = _RULES.get(function)
         if rule is not None:
             found = rule(self, *args)

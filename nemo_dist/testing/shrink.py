@@ -101,14 +101,12 @@ _INDEXER = {
 }
 _ONE_STREAM = {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}}
 _SECTIONS = {
-    "text_config": {
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 12, 12]},
-        "head_dim": 64,
-    }
+    "text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 12, 12]}}
 }
+_SECTIONS_OF_HEADS = {"text_config": _SECTIONS["text_config"] | {"head_dim": 64}}
 _UNSET: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("glm46v", "glm4v", "glm4v_moe", "glm_ocr", "glmga"), _SECTIONS),
-    **dict.fromkeys(("paddleocr_vl", "qwen2_5_vl", "qwen2_vl"), _SECTIONS),
+    **dict.fromkeys(("glm46v", "glm4v", "glm4v_moe", "glm_ocr", "glmga", "paddleocr_vl"), _SECTIONS_OF_HEADS),
+    **dict.fromkeys(("qwen2_5_vl", "qwen2_vl"), _SECTIONS),  # their heads are as wide as the model
     "hunyuan_vl": {"text_config": {"head_dim": 128}},
     "t5": {"decoder_start_token_id": 0},
     "udop": {"decoder_start_token_id": 0},

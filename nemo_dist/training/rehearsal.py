@@ -16,14 +16,15 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from nemo_dist.hf_model import accepts, class_name
+from nemo_dist.hf_model import accepts, class_name, has_own_code
 from nemo_dist.loading.formula_weights import FormulaWeights, weightless
-from nemo_dist.torch_private import tensors_in
+from nemo_dist.torch_private import storage_id, tensors_in
 from nemo_dist.training.router_aux_loss import SWITCH
 
 TOLERANCE = 1e-4  # relative; models compute norms and router probabilities in float32
 _ROWS = 4  # that are run together and each alone; a forward that decides by one of them decides otherwise by another
 _SEQUENCES = (5, 7)  # lengths of the sequences that are packed into one row
+_READ = "_nemo_dist_read_from_outside"  # in the model's __dict__
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -43,7 +44,7 @@ class Rehearsal:
     """A weightless copy of a model, to run on a few tokens."""
 
     model: Any
-    _mode: Any
+    weights: FormulaWeights
 
     @classmethod
     def of(cls, model: nn.Module) -> Rehearsal:
@@ -59,7 +60,7 @@ class Rehearsal:
         """Run the copy on *inputs*, tensors of (rows, length), without a cache."""
         given = {**inputs, "use_cache": False} if accepts(self.model, "use_cache") else inputs
         shape = inputs["input_ids"].shape
-        with torch.random.fork_rng([]), torch.device("cpu"), _recording(self.model, shape) as outputs, self._mode:
+        with torch.random.fork_rng([]), torch.device("cpu"), _recording(self.model, shape) as outputs, self.weights:
             output = self.model(**given)
         return Run(output=output, outputs=outputs, shape=shape)
 
@@ -167,6 +168,44 @@ def depends_on_padding(model: Any) -> bool:
         return _unlike(_result(both.output)[:1], _result(alone.output))
     except Exception:  # whatever a forward of any family raises
         return False
+
+
+def read_from_outside(model: Any) -> frozenset[str]:
+    """Return the names of the modules of which an operation takes a weight while the module itself does not run.
+
+    Told of models with the user's own code, and only where they can be run on tokens alone.
+    """
+    if not has_own_code(model):
+        return frozenset()
+    if _READ not in vars(model):
+        try:
+            vars(model)[_READ] = _read_from_outside(Rehearsal.of(model))
+        except Exception:  # whatever a forward of any family raises
+            vars(model)[_READ] = frozenset()
+    found: frozenset[str] = vars(model)[_READ]
+    return found
+
+
+def _read_from_outside(rehearsal: Rehearsal) -> frozenset[str]:
+    model = rehearsal.model
+    names = {storage_id(parameter): name for name, parameter in model.named_parameters()}
+    running: list[str] = []
+    found: set[str] = set()
+
+    def read(tensors: list[Tensor]) -> None:
+        for name in filter(None, (names.get(storage_id(tensor)) for tensor in tensors)):
+            parts = name.split(".")
+            found.update({".".join(parts[:end]) for end in range(1, len(parts))}.difference(running))
+
+    def ended(*_: Any) -> None:
+        running.pop()
+
+    for name, module in model.named_modules():
+        module.register_forward_pre_hook(lambda *_, of=name: running.append(of))
+        module.register_forward_hook(ended)
+    rehearsal.weights.on_read = read
+    rehearsal.run({"input_ids": torch.arange(sum(_SEQUENCES))[None] % model.config.get_text_config().vocab_size})
+    return frozenset(found)
 
 
 def _unlike(ours: Tensor, theirs: Tensor) -> bool:

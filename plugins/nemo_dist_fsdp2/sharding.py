@@ -21,7 +21,9 @@ from nemo_dist.planning.mesh_plan import Role
 from nemo_dist.plugin.mixed_precision import mixed_precision
 from nemo_dist.plugin.resharding import reshard_with
 from nemo_dist.plugin.sharding_override import ShardingOverride, sharding_overrides
+from nemo_dist.training.rehearsal import read_from_outside
 from nemo_dist_fsdp2.buffers import follow_compute_dtype
+from nemo_dist_fsdp2.containers import keep_writes
 from nemo_dist_fsdp2.policies import offload
 from nemo_dist_fsdp2.resharding import Resharding
 
@@ -64,6 +66,10 @@ def shard(model: nn.Module, mesh: MeshContext, config: FSDP2Config) -> None:
     if end:
         fully_shard(end, reshard_after_forward=bool(reshard), **options)
     fully_shard(model, reshard_after_forward=bool(reshard), **options)
+    if hf_model.has_own_code(model):
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                keep_writes(module)
     follow_compute_dtype(model, options["mp_policy"].param_dtype)
     _prefetch([block for block in blocks if isinstance(block, FSDPModule)], config)
     resharding = Resharding.of(model)
@@ -162,17 +168,20 @@ def untied(model: nn.Module, modules: Iterable[nn.Module]) -> list[nn.Module]:
     """Leave out modules that are sharded already, have no parameters, or have one that is used outside of them too.
 
     Another module shares it, or code elsewhere reads it by itself, as Gemma 4 does with the embedding of padding, or
-    asks it for the dtype of the compute, which it has only while it is gathered.
+    runs what is in the module without the module, or asks it for the dtype of the compute, which it has only while it
+    is gathered.
     """
     names = {module: name for name, module in model.named_modules()}
     uses = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     sharded = {inner for module in model.modules() if isinstance(module, FSDPModule) for inner in module.modules()}
+    outside = read_from_outside(model)
     kept = []
     for module in modules:
         own = Counter(id(p) for child in module.modules() for p in child.parameters(recurse=False))
         alone = own and module not in sharded and all(uses[key] == own[key] for key in own)
         name = names.get(module, "")
-        if alone and not hf_model.reads_weight(model, name) and not hf_model.gives_dtype(model, name):
+        read = name in outside or hf_model.reads_weight(model, name) or hf_model.gives_dtype(model, name)
+        if alone and not read:
             kept.append(module)
     return kept
 

@@ -1,4 +1,7 @@
-"""Prove, before a weight is read, that a block computes with cut tokens between its regions what it does with all."""
+"""Prove, before a weight is read, that a block computes with cut tokens between its regions what it does with all.
+
+A model of the user's own code is proven as a whole, too: its code may do anything between the modules that are cut.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,11 @@ import attrs
 from torch import nn
 from torch.distributed.tensor import Placement
 
+from nemo_dist.hf_model import class_name
 from nemo_dist_tensor.block_structure import Blocks
 from nemo_dist_tensor.collectives import Peers
 from nemo_dist_tensor.install import Installer
-from nemo_dist_tensor.probe import Recording, prove
+from nemo_dist_tensor.probe import Recording, prove, whole_model
 from nemo_dist_tensor.tp_plan import Rules, generic
 
 _BLOCK = "block"
@@ -60,6 +64,24 @@ def sequence_problems(model: Any, rules: Rules, recording: Recording, ranks: int
                 f"{why}; use sequence_parallel=False"
             )
     return list(dict.fromkeys(problems))
+
+
+def model_problems(model: Any, rules: Rules, ranks: int, sequence: bool) -> list[str]:
+    """Return why *model* does not compute by *rules* what it computes whole; it runs with random weights."""
+
+    def cut(twin: nn.Module, peers: Peers) -> Mapping[str, Placement | None]:
+        installer = Installer(twin, model.config, rules, peers)
+        placements = installer.placements()
+        installer.install(Blocks.of(twin, rules).install(peers, sequence))
+        return placements
+
+    verdict = prove(*whole_model(model), 2 if ranks % 2 == 0 else ranks, cut)
+    why = verdict.problem or "".join(f"the gradient of {name} differs" for name in sorted(verdict.summed)[:1])
+    found = (
+        f"{class_name(model)} does not compute with its projections cut over ranks what it computes with whole ones, "
+        f"though each module with projections does: {why}; use tp_size=1 and shard it with fsdp2"
+    )
+    return [found] if why else []
 
 
 def _inside(rules: Rules, block: str) -> Rules:

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import Placement, Shard
 from transformers.pytorch_utils import Conv1D
 
-from nemo_dist.hf_model import class_name, compute_experts_one_by_one, plain_class
+from nemo_dist.hf_model import accepts, class_name, compute_experts_one_by_one, plain_class
 from nemo_dist.torch_private import StridedShard, changes_in_place, disable_current_modes, tensors_in, tree_map_only
+from nemo_dist.training.rehearsal import read_from_outside
 from nemo_dist_tensor.collectives import Peers
 
 ROWS, LENGTH = 2, 6
@@ -86,16 +87,17 @@ class Recording:
         """Run a copy of *model* (on meta); None when that does not work, so that nothing is known of its calls."""
         with disable_current_modes(), torch.random.fork_rng(devices=[]), torch.device("cpu"):
             try:
+                read = read_from_outside(model)
                 twin, alike = _twin(model)
-                found = cls._run(twin, alike)
-                return cls._run(_twin(model)[0], {}) if alike and not found.complete else found
+                found = cls._run(twin, alike, read)
+                return cls._run(_twin(model)[0], {}, read) if alike and not found.complete else found
             except Exception:
                 return None
 
     @classmethod
-    def _run(cls, model: Any, alike: Mapping[str, str]) -> Recording:
+    def _run(cls, model: Any, alike: Mapping[str, str], read: Collection[str]) -> Recording:
         """Run *model* with random weights, without the blocks of *alike*, each with the one that stands for it."""
-        _materialise(model, set(alike))
+        _materialise(model, set(alike), read)
         _leave_out(model, alike)
         calls: dict[str, Call] = {}
         returned: dict[str, str] = {}
@@ -110,12 +112,10 @@ class Recording:
         if head is not None:
             handles.append(head.register_forward_hook(lambda *call: logits.append(call[-1])))
             model.loss_function = lambda logits_=None, *_, **more: _keep(logits, more.get("logits", logits_))
-        words = min(model.config.get_text_config().vocab_size, _WORDS)
-        ids = torch.randint(3, words - 2, (ROWS, LENGTH))
         complete = True
         with torch.enable_grad():
             try:
-                model(input_ids=ids, labels=ids, use_cache=False)
+                model(**_inputs(model))
             except Exception:
                 complete = False  # what it called before is known all the same
         for handle in handles:
@@ -127,6 +127,19 @@ class Recording:
             calls |= {inside[name]: calls[name] for name in list(calls) if name in inside}
             returned |= {inside[name]: inside[child] for name, child in list(returned.items()) if name in inside}
         return cls(modules, calls, returned, complete, len(logits) == 2 and _scaled_only(logits[1], logits[0]))
+
+
+def whole_model(model: Any) -> tuple[nn.Module, Call]:
+    """Return a copy of *model* (on meta) with random weights, and how to call it for its loss."""
+    with disable_current_modes(), torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        twin, _ = _twin(model)
+        _materialise(twin, (), read_from_outside(model))
+        return twin, Call((), _inputs(twin))
+
+
+def _inputs(model: Any) -> dict[str, Any]:
+    ids = torch.randint(3, min(model.config.get_text_config().vocab_size, _WORDS) - 2, (ROWS, LENGTH))
+    return {"input_ids": ids, "labels": ids} | ({"use_cache": False} if accepts(model, "use_cache") else {})
 
 
 def _twin(model: Any) -> tuple[Any, dict[str, str]]:
@@ -233,13 +246,16 @@ def _multiplies(kind: type[nn.Linear], bias: bool) -> bool:
             return False
 
 
-def _materialise(model: nn.Module, but: Collection[str]) -> None:
-    """Give *model*, *but* for some blocks, random weights and buffers; ties stay where that matters to no rule."""
+def _materialise(model: nn.Module, but: Collection[str], read: Collection[str]) -> None:
+    """Give *model*, *but* for some blocks, random weights and buffers; ties stay where that matters to no rule.
+
+    The modules *read* keep the shapes of their weights, which code elsewhere takes.
+    """
     outside = tuple(f"{block}." for block in but)
     for name, module in model.named_modules():
         if outside and f"{name}.".startswith(outside):
             continue
-        if is_projection(module):
+        if is_projection(module) and name not in read:
             _thin(module)
         for own, parameter in list(module._parameters.items()):
             if parameter is not None and parameter.is_meta:
@@ -248,7 +264,7 @@ def _materialise(model: nn.Module, but: Collection[str]) -> None:
             if buffer is not None and buffer.is_meta:
                 module._buffers[own] = _buffer(own, buffer)
         if isinstance(module, nn.Embedding):
-            module.padding_idx = None
+            module.num_embeddings, module.padding_idx = len(module.weight), None
 
 
 def _thin(module: Any) -> None:
@@ -360,15 +376,16 @@ def prove(unit: nn.Module, call: Call, ranks: int, cut: Cut) -> Verdict:
     for parameter in shared.values():
         parameter.requires_grad_(False)  # a gradient or a copy of all experts would need gigabytes
     try:
-        whole = _run(unit, call)
         copies, placements = [], {}
         peers = SimulatedPeers.make(ranks)
-        for peer in peers:
+        for peer in peers:  # before anything runs: what a run leaves in a module cannot be copied
             twin = copy.deepcopy(unit, dict(shared))
             placements = dict(cut(twin, peer))
             for name, placement in _with_factors(twin, placements).items():
                 _shard(twin, name, placement, peer)
             copies.append(twin)
+        with disable_current_modes(), torch.device("cpu"):
+            whole = _run(unit, call)
         parts = _threads(copies, call, peers[0].exchange)
     except Exception as error:
         return Verdict(problem=f"its forward fails when it is cut ({type(error).__name__}: {str(error)[:200]})")
@@ -443,7 +460,11 @@ def _run(unit: nn.Module, call: Call) -> _Result:
     before = {id(tensor) for tensor in _shared(args, kwargs)}
     with torch.enable_grad():
         output = unit(*args, **kwargs)
-        found = [t for t in tensors_in(output) if t.is_floating_point()]
+        found = [
+            t
+            for t in tensors_in(list(output.values()) if isinstance(output, dict) else output)
+            if t.is_floating_point()
+        ]
         handed_on = [t.detach() for t in _shared(args, kwargs) if id(t) not in before]
         first = found[0]
         direction = torch.randn(first.shape, generator=generator)

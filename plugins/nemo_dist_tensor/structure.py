@@ -24,10 +24,11 @@ from torch import nn
 from torch.distributed.tensor import Placement
 from transformers.pytorch_utils import Conv1D
 
-from nemo_dist.hf_model import forward_source, input_embedding, plain_class, reads_weight
+from nemo_dist.hf_model import forward_source, has_own_code, input_embedding, plain_class, reads_weight
+from nemo_dist.training.rehearsal import read_from_outside
 from nemo_dist_tensor import parameter_sharding
 from nemo_dist_tensor.attention_heads import AttentionHeads
-from nemo_dist_tensor.block_proof import sequence_problems
+from nemo_dist_tensor.block_proof import model_problems, sequence_problems
 from nemo_dist_tensor.collectives import Peers
 from nemo_dist_tensor.install import Installer
 from nemo_dist_tensor.parallel_regions import Region
@@ -54,6 +55,8 @@ def completed(
     found, problems = completion.run()
     if sequence and not problems and completion.recording is not None:
         problems = sequence_problems(model, found, completion.recording, ranks)
+    if not problems and completion.is_recorded and has_own_code(model):
+        problems = model_problems(model, found, ranks, sequence)
     return found, problems
 
 
@@ -71,16 +74,18 @@ def _with_ends(model: Any, rules: Rules) -> Rules:
 
 
 def _without_read(model: Any, rules: Rules) -> Rules:
-    """Return *rules* without those for the embedding and the head that do more with their weight than a rule knows.
+    """Return *rules* without those for modules whose weight does more than a rule knows.
 
-    Code elsewhere reads the weight by itself, or the embedding has a norm of its own, which each rank would use for
-    its own words only, or the weight is tied to one without a rule, which loading would put in the place of the shard.
+    Code elsewhere reads the weight by itself; or an embedding has a norm of its own, which each rank would use for its
+    own words only; or embedding or head are tied to what has no rule, which loading would put in the place of a shard.
     """
     ends = [name for name in _ends(model) if name]
     ruled = [name for name in ends if name in rules.modules and name not in rules.given]
-    read = [name for name in ruled if _has_a_norm(model, name) or reads_weight(model, name)]
+    outside = read_from_outside(model)
+    read = [name for name in ruled if _has_a_norm(model, name) or reads_weight(model, name) or name in outside]
     half = any(mate not in rules.modules for name in ruled for mate in _mates(model, name))
-    dropped = ends if half or (read and _tied(model)) else read  # a tied weight cannot be cut for one use only
+    dropped = list(ends if half or (read and _tied(model)) else read)  # a tied weight cannot be cut for one use only
+    dropped += [name for name in rules.modules if name in outside and name not in rules.given]
     return attrs.evolve(rules, modules={name: s for name, s in rules.modules.items() if name not in dropped})
 
 
