@@ -151,7 +151,7 @@ def test_every_topology_draws_the_same_slices(ranks, specimen, world, layout):
     assert seen == expected.keys()
 
 
-@pytest.mark.parametrize("specimen", ["llama", "bert", "mixtral"])
+@pytest.mark.parametrize("specimen", ["llama", "bert-sequences", "mixtral"])
 def test_slices_have_mean_and_variance_of_what_transformers_draws(ranks, specimen):
     ((expected, _),) = ranks(1).run(on_rank_build, specimen, DATA_PARALLEL["fsdp2"], "whole")
     ((found, _),) = ranks(1).run(on_rank_build, specimen, DATA_PARALLEL["fsdp2"], "slices")

@@ -369,9 +369,14 @@ Cut = Callable[[nn.Module, SimulatedPeers], Mapping[str, Placement | None]]
 def prove(unit: nn.Module, call: Call, ranks: int, cut: Cut) -> Verdict:
     """Compare *unit* as it is with the parts that *cut* makes of copies of it for *ranks* simulated ranks.
 
-    ``cut`` installs the forwards of one rank in a copy and returns the placements of its parameters, by name.
+    ``cut`` installs the forwards of one rank in a copy and returns the placements of its parameters, by name. Random
+    generators are left as they were.
     """
-    unit, call = _fewer_experts(unit, call)
+    with torch.random.fork_rng(devices=[]):
+        return _proven(*_fewer_experts(unit, call), ranks, cut)
+
+
+def _proven(unit: nn.Module, call: Call, ranks: int, cut: Cut) -> Verdict:
     shared = {id(parameter): parameter for parameter in unit.parameters() if parameter.numel() > _MOST}
     for parameter in shared.values():
         parameter.requires_grad_(False)  # a gradient or a copy of all experts would need gigabytes
