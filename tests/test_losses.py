@@ -6,9 +6,10 @@ from cases import cases, slow
 from loss_runs import LOSSES, LossTask, assert_as_one_process, setups
 from torch.nn.functional import cross_entropy, kl_div, log_softmax, logsigmoid, softmax
 
-from nemo_dist import DistributedSetup
+from nemo_dist import DistributedSetup, FSDP2Config, NeMoAutoModelForCausalLM, ParallelismSizes
 from nemo_dist.losses import DPO, Contrastive, CrossEntropy, Distillation, row_scores, top_k
 from nemo_dist.testing.equivalence import checkpoint
+from nemo_dist.testing.precision import FP32
 from nemo_dist.testing.tiny_models import SPECIMENS
 from nemo_dist.training.step_loss import summed
 from nemo_dist.training.whole_rows import Outputs
@@ -44,6 +45,31 @@ def test_the_router_loss_is_added_to_a_loss_of_ones_own(ranks, name):
 def test_rows_that_fill_up_a_microbatch_do_not_count(ranks):
     assert_as_one_process(ranks, LossTask(loss="of rows", rows=7), "pp in pairs of rows")
     assert_as_one_process(ranks, LossTask(loss="of rows"), "pp, filled up")  # microbatches without a row that counts
+
+
+def sharpened(outputs, batch):
+    labels = batch["labels"][:, 1:]
+    logits = batch["sharpness"] * outputs.logits[:, :-1]
+    return cross_entropy(logits.transpose(1, 2), labels, reduction="none"), torch.ones(labels.shape)
+
+
+def on_rank_sharpen(folder, sizes):
+    setup = DistributedSetup.build(strategy=FSDP2Config(mp_policy=FP32), parallelism_sizes=ParallelismSizes(**sizes))
+    model = NeMoAutoModelForCausalLM.from_pretrained(folder, distributed_setup=setup, dtype=torch.float32)
+    runtime = setup.runtime(model, loss=sharpened)
+    tokens = (torch.arange(48).view(4, 12) * 5) % 90 + 3
+    batches = [
+        {"input_ids": rows, "labels": rows, "sharpness": value}
+        for rows, value in ((tokens[:2], torch.tensor(0.5)), (tokens[2:], torch.tensor(2.0)))
+    ]
+    return runtime.forward_backward(batches).item(), runtime.clip_grad_norm_(1e9).item()
+
+
+def test_stages_take_a_value_without_rows_from_each_batch(ranks):
+    folder = checkpoint("llama")
+    (expected,) = ranks(1).run(on_rank_sharpen, folder, {})
+    for found in ranks(2).run(on_rank_sharpen, folder, {"pp_size": 2}):
+        assert found == pytest.approx(expected, rel=1e-5)
 
 
 # ---- what the ready-made ones compute, by hand or by torch ----

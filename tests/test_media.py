@@ -89,3 +89,23 @@ def test_ranks_with_and_without_images_are_refused_instead_of_hanging(ranks, str
     for message, form in zip(pool.run(on_rank_gradients, strategy, checkpoint("llava"), images), forms, strict=True):
         assert message.startswith("RankError: the batches of different data-parallel ranks")
         assert f"this rank was given: {form}. Give every rank equally many batches" in message
+
+
+def on_rank_look(how, folder, images):
+    setup = DistributedSetup.build(strategy=STRATEGIES["fsdp2"])
+    runtime = setup.runtime(LLAVA.load.from_pretrained(folder, distributed_setup=setup, dtype=torch.float32))
+    batches = [batch(index, image) for index, image in enumerate(images[dist.get_rank()])]
+    try:
+        runtime.evaluate([batches]) if how == "evaluate" else runtime.forward(batches[0])
+    except RuntimeError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("how", "images", "forms"), [("evaluate", *FEWER), ("evaluate", *ONE_SIDED), ("forward", *ONE_SIDED)]
+)
+def test_looking_at_unlike_batches_is_refused_instead_of_hanging(ranks, how, images, forms):
+    for message, form in zip(ranks(2).run(on_rank_look, how, checkpoint("llava"), images), forms, strict=True):
+        assert message.startswith("RankError: the batches of different data-parallel ranks")
+        assert f"this rank was given: {form}. Give every rank equally many batches" in message

@@ -273,7 +273,7 @@ def on_rank_own_loop(folder, batch):
     _setup, pipeline = load("llama-deep", "interleaved_1f1b", folder=folder)
     run = Microbatches.of(pipeline.parts[-1], batch, torch.ones(()), 1, 0)
     losses = []
-    pipeline.schedule(run).step(target=run.weights, losses=losses, return_outputs=False, **run.inputs)
+    pipeline.schedule(run).step(target=run.weights, losses=losses, return_outputs=False, **run.arguments)
     return sum(loss.item() for loss in losses)
 
 

@@ -9,6 +9,7 @@ import transformers
 from setups import DATA_PARALLEL
 
 from nemo_dist import DistributedSetup, MeshContext
+from nemo_dist.losses import CrossEntropy
 from nemo_dist.testing.equivalence import Task, assert_equivalent, checkpoint
 from nemo_dist.testing.tensors import rows_of_rank
 from nemo_dist.testing.tiny_models import SPECIMENS
@@ -39,6 +40,23 @@ def on_rank_losses(folder):
     batch = rows_of_rank(Task(specimen="qwen3-moe").batches(0)[0], runtime)
     switches = ({"output_router_logits": True}, {"output_router_logits": False}, {})
     return [runtime.forward_backward({**batch, **switch}).item() for switch in switches]
+
+
+def on_rank_see_twice(folder):
+    setup = DistributedSetup.build(**DATA_PARALLEL["fsdp2"])
+    model = SPECIMENS["qwen3-moe"].load.from_pretrained(folder, distributed_setup=setup, dtype=torch.float32)
+    first = setup.runtime(model)
+    batch = rows_of_rank(Task(specimen="qwen3-moe").batches(0)[0], first)
+    found = []
+    for runtime in (first, setup.runtime(model, loss=CrossEntropy()), first):
+        found.append((runtime.forward_backward(batch).item(), runtime.clip_grad_norm_(1e9).item()))
+        model.zero_grad()
+    return found
+
+
+def test_another_runtime_of_the_model_leaves_the_router_loss_on(ranks):
+    for before, _, after in ranks(2).run(on_rank_see_twice, checkpoint("qwen3-moe")):
+        assert after == before
 
 
 def plain_loss():

@@ -148,6 +148,18 @@ class BatchLoop:
         """What the plugin that runs the batches in place of this loop gives, if one does."""
         return next((part for part in self.parts if part.engine is not None), None)
 
+    def require_same_modules(self, given: Sequence[Batch]) -> None:
+        """Raise RankError where ranks that run their modules together have batches for which they run others."""
+        if self._lockstep and self._token_group is not None:
+            sums = tally(torch.zeros((), device=self.mesh.device), given)
+            dist.all_reduce(sums, group=self._token_group)
+            self._judge_form(sums, given)
+
+    def _judge_form(self, sums: Tensor, given: Sequence[Batch]) -> None:
+        # Reading the sums from a GPU waits for it, so they are read only where ranks are likely to differ.
+        if self._lockstep and (sums.device.type == "cpu" or len(given) > 1 or self._has_towers):
+            require_one_form(sums, given)
+
     def _total(self, counts: Tensor | None, given: Sequence[Batch]) -> Tensor | None:
         """Sum *counts* over the ranks that see different tokens, if known; raise RankError if batches would hang."""
         if self._token_group is None:
@@ -156,9 +168,7 @@ class BatchLoop:
         nothing = torch.zeros((), device=self.mesh.device)
         sums = tally(nothing if counts is None or not whole else counts.sum(), given)
         dist.all_reduce(sums, group=self._token_group)
-        # Reading the sums from a GPU waits for it, so they are read only where ranks are likely to differ.
-        if self._lockstep and (sums.device.type == "cpu" or len(given) > 1 or self._has_towers):
-            require_one_form(sums, given)
+        self._judge_form(sums, given)
         if whole or counts is None:
             return sums[0].float() if whole else None
         return self.sum_over_batches(counts.sum())  # of weights that are no whole numbers

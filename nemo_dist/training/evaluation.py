@@ -41,6 +41,7 @@ def mean_loss(loop: BatchLoop, loader: Iterable[Batch | Sequence[Batch]], ranks:
             given = taken.batches if isinstance(taken, _Again) else taken
             batches = [given] if isinstance(given, Mapping) else list(given)
             agreement.once(batches, loop.mesh)
+            loop.require_same_modules(batches)
             found = loop.measure([_without_router_loss(loop, loop.prepared(batch)) for batch in batches])
             if not isinstance(taken, _Again):
                 total += found
@@ -56,6 +57,7 @@ def mean_loss(loop: BatchLoop, loader: Iterable[Batch | Sequence[Batch]], ranks:
 
 def outputs_of(loop: BatchLoop, batch: Batch) -> Outputs:
     """Return the outputs for whole rows of *batch*; see :meth:`nemo_dist.Runtime.forward`."""
+    loop.require_same_modules([batch])
     calls = WholeRows(model=inner_model(loop.sharded.parts[-1]), parts=loop.parts)
     inputs = _without_router_loss(loop, loop.batch(calls.inputs(batch)))
     engine = loop.engine

@@ -43,11 +43,15 @@ _EXPERTS = ("num_experts", "num_local_experts", "moe_num_experts", "n_routed_exp
 _TOP_K = ("num_experts_per_tok",)
 _COEFFICIENT = ("router_aux_loss_coef", "aux_loss_coef")
 _ARGUMENTS = ("gate_logits", "num_experts", "top_k", "attention_mask")
+_LOSS = "_nemo_dist_router_loss"  # in the model's __dict__
 
 
 @attrs.define(eq=False)
 class RouterLoss:
-    """The load balancing loss of one model, whose routers have hooks; they do nothing outside of ``step``."""
+    """The load balancing loss of one model, whose routers have hooks; they do nothing outside of ``step``.
+
+    A model has one, whatever runtimes it has: the hooks of two would take each other's masks.
+    """
 
     experts: int
     top_k: int
@@ -59,6 +63,7 @@ class RouterLoss:
     _active: bool = False
     _counting: bool = False
     _mask: Tensor | None = None
+    _hooks: list[Any] = attrs.field(factory=list)
     # Of shape (2 * experts + 1,): choices per expert, summed probabilities per expert, number of tokens routed.
     _sums: Tensor = attrs.field(init=False)
     _slope: Tensor = attrs.field(init=False)  # (experts,): gradient of the loss by each expert's summed probabilities
@@ -92,9 +97,9 @@ class RouterLoss:
                 raise ValueError(unknown)
             return cls(0, 0, 0.0, default, mesh.device, (), unknown)
         groups = [group for role in (Role.TOKENS, Role.LAYERS) if (group := mesh.group(role)) is not None]
-        loss = cls(int(experts), int(top_k), float(coefficient), default, mesh.device, groups)
-        for part in parts:
-            loss._hook(part)
+        loss: RouterLoss = vars(model).setdefault(_LOSS, cls(0, 0, 0.0, default, mesh.device, groups))
+        loss.experts, loss.top_k, loss.coefficient, loss.default = int(experts), int(top_k), float(coefficient), default
+        loss._hook(parts)
         return loss
 
     def wanted(self, batches: Iterable[Batch]) -> bool:
@@ -144,10 +149,15 @@ class RouterLoss:
         self._sums = torch.zeros(2 * self.experts + 1, device=self.device)
         self._slope = torch.zeros(self.experts, device=self.device)
 
-    def _hook(self, part: nn.Module) -> None:
-        part.register_forward_pre_hook(self._note_mask, with_kwargs=True, prepend=True)
-        for module, index in _routers(part).items():
-            module.register_forward_hook(partial(self._route, index))
+    def _hook(self, parts: Iterable[nn.Module]) -> None:
+        """Register the hooks on *parts* as they are now, in place of earlier ones."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        for part in parts:
+            self._hooks.append(part.register_forward_pre_hook(self._note_mask, with_kwargs=True, prepend=True))
+            for module, index in _routers(part).items():
+                self._hooks.append(module.register_forward_hook(partial(self._route, index)))
 
     def _note_mask(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         counted = kwargs.pop(COUNTED, None)  # a forward without it does not belong to this step

@@ -276,7 +276,8 @@ class Runtime:
         ranks may have different numbers of them, but each at least one. The load balancing loss of routers, which is
         one of a training step, is left out.
 
-        Raises ValueError where nothing counts, RankError on all ranks when the loader of one fails.
+        Raises ValueError where nothing counts, RankError on all ranks when the loader of one fails, or when batches
+        make ranks run different modules, as for ``forward_backward``.
         """
         with explained():
             return mean_loss(self._loop, batches, self.sharded.ranks, self.dp_rank)
@@ -285,7 +286,9 @@ class Runtime:
         """Return the model's outputs for *batch*: whole rows and whole logits on every rank that shares the batch.
 
         Without gradients, labels and dropout: for a frozen reference or teacher, or to look at logits. The outputs are
-        attributes, and items, under the names that transformers gives them. Collective over the ranks of the batch.
+        attributes, and items, under the names that transformers gives them. Collective over the ranks of the batch, and
+        where forwards of different ranks run in lockstep (the strategy shards the model, for one) over all ranks, each
+        with its batch; RankError where those make them run different modules.
         """
         with explained():
             return outputs_of(self._loop, batch)

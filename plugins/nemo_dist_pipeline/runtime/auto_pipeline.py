@@ -256,12 +256,12 @@ class AutoPipeline:
         target = run.weights * run.count if scaled else run.weights
         # The schedule divides all of a gradient at its end, so earlier batches must not be in it yet.
         with gradients_set_aside(list(self.parameters())) if scaled else nullcontext():
-            self.schedule(run, loss).step(target=target, losses=losses, return_outputs=False, **run.inputs)
+            self.schedule(run, loss).step(target=target, losses=losses, return_outputs=False, **run.arguments)
         total = torch.stack([loss.detach().float() for loss in losses]).sum() if losses else run.weights.new_zeros(())
         return total / run.count if scaled else total
 
     def schedule(self, run: Microbatches, loss: Any = None) -> TorchSchedule:
-        """Return torch's schedule for the shapes of *run*; call its ``step(target=run.weights, **run.inputs)``."""
+        """Return torch's schedule for the shapes of *run*; call its ``step(target=run.weights, **run.arguments)``."""
         key = run.shape, id(loss)
         if key not in self._built:
             while len(self._built) >= self.config.pp_cached_schedules:  # before new buffers are made

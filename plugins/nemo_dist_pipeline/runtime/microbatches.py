@@ -23,6 +23,13 @@ _LABELS = ("labels", "shift_labels")
 
 
 @attrs.frozen(eq=False)
+class Unsplit:
+    """A value that every microbatch gets as it is; torch's schedules would split the tensors in it."""
+
+    value: Any
+
+
+@attrs.frozen(eq=False)
 class Microbatches:
     """The inputs of one run of a schedule.
 
@@ -40,6 +47,17 @@ class Microbatches:
         """What two runs must have in common to use the same buffers."""
         shapes = tuple((name, value.shape[1:]) for name, value in self.inputs.items() if isinstance(value, Tensor))
         return self.count, shapes
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The inputs as torch's schedule takes them, with what has no rows in an ``Unsplit``."""
+        return {name: value if _has_rows(value, self.rows) else Unsplit(value) for name, value in self.inputs.items()}
+
+    def goes_with(self, other: Microbatches) -> bool:
+        """Whether *other*, of the same shape, has the same values without rows, of which a run passes one to all."""
+        return self.inputs.keys() == other.inputs.keys() and all(
+            _same(value, other.inputs[name]) for name, value in self.inputs.items() if not _has_rows(value, self.rows)
+        )
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Return the inputs of microbatch *index*."""
@@ -123,6 +141,7 @@ class MicrobatchSplitter:
             len(runs) > 1
             and self.placement.joins
             and len({run.shape for run in runs}) == 1
+            and all(runs[0].goes_with(run) for run in runs[1:])
             and not self.placement.microbatch_problem(sum(run.count for run in runs))
         )
         joined = [Microbatches.joined(runs)] if together else runs
@@ -157,6 +176,12 @@ def _rows(batch: Batch) -> int:
 
 def _has_rows(value: Any, rows: int) -> bool:
     return isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == rows
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return torch.equal(one, other)
+    return type(one) is type(other) and bool(one == other)
 
 
 def _aligned(name: str, value: Any, rows: int) -> Any:

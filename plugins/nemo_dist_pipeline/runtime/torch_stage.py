@@ -25,6 +25,7 @@ from torch.distributed.pipelining.schedules import (
 from nemo_dist.hf_model import is_media
 from nemo_dist_pipeline.partition.skeleton import accepted
 from nemo_dist_pipeline.partition.stage_model import StageInfo, run_stage
+from nemo_dist_pipeline.runtime.microbatches import Unsplit
 from nemo_dist_pipeline.schedule.actions import Action, Order, order_of
 from nemo_dist_pipeline.schedule.schedules import Schedule
 
@@ -71,7 +72,8 @@ class ModelStage(PipelineStage):
 
     def forward_maybe_with_nosync(self, *args: Tensor, **kwargs: Any) -> Tensor:
         """Run the model: return hidden states for the next stage, or the loss."""
-        out = run_part(self.submod, self._info, args[0] if args else None, kwargs, self._loss)
+        inputs = {name: value.value if isinstance(value, Unsplit) else value for name, value in kwargs.items()}
+        out = run_part(self.submod, self._info, args[0] if args else None, inputs, self._loss)
         if self._info.is_last:
             loss: Tensor = out.loss if self._loss is None else out[0]
             return loss
