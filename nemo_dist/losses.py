@@ -49,7 +49,8 @@ class CrossEntropy:
     ``class_weights``: the weight of each class, by which losses and their mean are weighted, as torch's
     ``CrossEntropyLoss(weight=...)`` does; None weighs all alike. ``z_loss``: the factor of the squared logarithm of the
     softmax's denominator, which is added to each loss and keeps logits from drifting (PaLM, arXiv:2204.02311).
-    ``label_smoothing``: as of torch's, the share of the target that is spread over all classes.
+    ``label_smoothing``: as of torch's, the share of the target that is spread over all classes, of which then none may
+    have the weight 0.
     """
 
     per_token = True
@@ -57,6 +58,13 @@ class CrossEntropy:
     class_weights: Tensor | None = None
     z_loss: float = 0.0
     label_smoothing: float = 0.0
+
+    def __attrs_post_init__(self) -> None:
+        if self.label_smoothing and self.class_weights is not None and bool((self.class_weights == 0).any()):
+            raise ValueError(
+                "label_smoothing spreads a label over all classes, so class_weights of 0 have no mean with it; give "
+                "these classes a small weight, or set label_smoothing to 0"
+            )
 
     def count(self, batch: Batch) -> Tensor:
         """Return the sum of the weights of the labels."""
@@ -66,12 +74,16 @@ class CrossEntropy:
         """Return the loss of every label, and its weight."""
         labels = labels_of(batch).reshape(-1)
         logits = outputs.logits.float().reshape(len(labels), -1)
+        weights = self._weights(labels)
+        each = None if self.class_weights is None else self.class_weights.to(logits)
         losses = cross_entropy(
-            logits, labels, reduction="none", ignore_index=IGNORED, label_smoothing=self.label_smoothing
+            logits, labels, each, reduction="none", ignore_index=IGNORED, label_smoothing=self.label_smoothing
         )
+        if each is not None:  # torch's losses are times the weight of their label, by which they are weighted here
+            losses = losses / torch.where(weights == 0, 1, weights)
         if self.z_loss:
             losses = losses + self.z_loss * logits.logsumexp(-1).square()
-        return losses, self._weights(labels)
+        return losses, weights
 
     def _weights(self, labels: Tensor) -> Tensor:
         counts = labels != IGNORED

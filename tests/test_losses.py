@@ -88,15 +88,19 @@ def mean(loss, outputs, batch):
     return total / count
 
 
-def test_cross_entropy_with_class_weights_is_torchs():
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_cross_entropy_with_class_weights_is_torchs(smoothing):
     outputs, labels = drawn()
     weights = torch.tensor([0.5, 1.0, 2.0, 0.1, 3.0])
-    found = mean(CrossEntropy(class_weights=weights, z_loss=0.2), outputs, {"shift_labels": labels})
+    loss = CrossEntropy(class_weights=weights, z_loss=0.2, label_smoothing=smoothing)
+    found = mean(loss, outputs, {"shift_labels": labels})
     logits, flat = outputs.logits.flatten(0, 1), labels.flatten()
     z = logits.logsumexp(-1)[flat >= 0] ** 2
     of = weights[flat[flat >= 0]]
-    expected = cross_entropy(logits, flat, weight=weights) + 0.2 * (z * of).sum() / of.sum()
+    expected = cross_entropy(logits, flat, weight=weights, label_smoothing=smoothing) + 0.2 * (z * of).sum() / of.sum()
     torch.testing.assert_close(found, expected)
+    with pytest.raises(ValueError, match="class_weights of 0 have no mean with it"):
+        CrossEntropy(class_weights=weights - 0.1, label_smoothing=0.3)
 
 
 def test_distillation_is_torchs_divergence_and_its_top_k_that_of_the_likeliest_tokens():

@@ -6,12 +6,14 @@ import warnings
 import checkpoint_runs as runs
 import pytest
 import torch
-from cases import cases
+from cases import cases, slow
 from torch import nn
 
-from nemo_dist import RankError
+from nemo_dist import DistributedSetup, FSDP2Config, RankError
+from nemo_dist.losses import DPO, CrossEntropy
 from nemo_dist.testing.equivalence import MAX_NORM, OPTIMIZER, Task, checkpoint
 from nemo_dist.testing.fake_cuda import WithCudaCalls
+from nemo_dist.testing.precision import FP32
 from nemo_dist.testing.tensors import rows_of_rank
 from nemo_dist.testing.tiny_models import SPECIMENS
 from nemo_dist.training.router_aux_loss import COUNTED
@@ -85,6 +87,36 @@ def test_padding_goes_on_and_counts_only_what_is_real(ranks, name, specimen, acc
     answers = pool_for(name, ranks).run(on_rank_train, name, runs.folders(specimen), specimen, True, accumulate)
     assert_equal_to(alone(specimen, max(COUNTS), accumulate), answers)
     assert [said for *_, said in answers] == [[]] * len(answers)
+
+
+LOSSES = {"dpo": DPO(), "cross entropy": CrossEntropy(label_smoothing=0.1)}
+
+
+def on_rank_train_own(folder, specimen, loss, counts):
+    """As above with a *loss* of the user's own; one rank gets what two have together in each step."""
+    torch.manual_seed(0)
+    setup = DistributedSetup.build(strategy=FSDP2Config(mp_policy=FP32))
+    model = SPECIMENS[specimen].load.from_pretrained(folder, distributed_setup=setup, dtype=torch.float32)
+    runtime = setup.runtime(model, loss=LOSSES[loss])
+    task = Task(specimen=specimen, rows=4)
+    loader = []
+    for step in range(counts[runtime.dp_rank]):
+        (batch,) = task.batches(step)
+        batch["reference_scores"] = -torch.arange(4.0) * (step + 1)
+        alone = runtime.dp_size == 1 and step >= min(COUNTS)
+        loader.append({k: v[:2] for k, v in batch.items()} if alone else rows_of_rank(batch, runtime))
+    found = []
+    for batch in runtime.batches(loader, pad=True):
+        found.append((runtime.forward_backward(batch).item(), runtime.clip_grad_norm_(1e9).item()))
+        model.zero_grad()
+    return found
+
+
+@cases(("specimen", "loss"), [("mixtral", "cross entropy"), slow("llama", "dpo")])
+def test_padding_does_not_count_in_a_loss_of_ones_own(ranks, specimen, loss):
+    (expected,) = ranks(1).run(on_rank_train_own, checkpoint(specimen), specimen, loss, (max(COUNTS),))
+    for found in ranks(2).run(on_rank_train_own, checkpoint(specimen), specimen, loss, COUNTS):
+        assert torch.tensor(found).allclose(torch.tensor(expected), rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", STRATEGIES)

@@ -21,7 +21,7 @@ from nemo_dist.plugin.resharding import keep_gathered
 from nemo_dist.training.batch_checks import BatchCheck, require_one_form, tally
 from nemo_dist.training.model_inputs import ModelInputs
 from nemo_dist.training.router_aux_loss import COUNTED, SWITCH, RouterLoss
-from nemo_dist.training.step_loss import ModelLoss, OwnLoss
+from nemo_dist.training.step_loss import ROWS, ModelLoss, OwnLoss
 
 
 @attrs.frozen(kw_only=True, eq=False, slots=False)
@@ -74,11 +74,12 @@ class BatchLoop:
         if isinstance(self.loss, ModelLoss):
             return self.batch(batch)
         batch = self._here(batch)  # once, for model and loss
-        return self.batch(self.loss.model_inputs(batch)) | self.loss.reads(batch)
+        counted = {COUNTED: batch[COUNTED]} if COUNTED in batch else {}
+        return self.batch(self.loss.model_inputs(batch) | counted) | self.loss.reads(batch)
 
     def batch(self, batch: Batch) -> dict[str, Any]:
         """Return what this rank computes on for the *batch* of its data-parallel coordinate, on its device."""
-        batch = self._inputs(batch)
+        batch = self._inputs({name: value for name, value in batch.items() if name != ROWS})
         for part in self.parts:
             batch = part.batch(batch) if part.batch else batch
         counting = self.router_loss is not None and not self.router_loss.unknown

@@ -242,8 +242,11 @@ class Runtime:
         ranks. ``loader`` gives what ``forward_backward`` takes; it is never read ahead, so that its state can be saved.
 
         Costs one all-reduce of four integers per batch. Raises RankError when ranks that share a batch have different
-        numbers of them; with ``pad``, ValueError for a rank that had no batch at all and for float labels.
+        numbers of them; with ``pad``, ValueError for a rank that had no batch at all, for float labels, and for a loss
+        that compares the rows of all ranks, as batches that are made up would be compared with.
         """
+        if pad and isinstance(self.loss, OwnLoss) and self.loss.rows_together is None:
+            raise ValueError("the loss compares all rows of all ranks, so no batch can be made up; leave out pad=True")
         return in_step(loader, self.sharded.ranks, self.dp_rank, pad)
 
     def forward_backward(self, batches: Batch | Sequence[Batch]) -> Tensor:

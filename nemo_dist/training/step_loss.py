@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from nemo_dist.mesh.mesh_context import MeshContext
 
 READS = "loss."  # in the batches of a step, names of what only the loss reads start with it
-ROWS = f"{READS}rows"  # 1 for a row of the batch, 0 for one that an engine appended: an int tensor on the CPU
+# 1 for a row of the batch, 0 for one that an engine appended, or of a batch that was made up: an int tensor on the CPU.
+ROWS = f"{READS}rows"
 
 LossFunction = Callable[[Any, Batch], tuple[Any, Any]]
 
@@ -100,7 +101,8 @@ class OwnLoss:
 
     def reads(self, batch: Batch) -> dict[str, Any]:
         """Return what ``function`` gets as the batch: all of it, and the labels of a next-token model shifted."""
-        view = dict(batch)
+        view = {name: value for name, value in batch.items() if name != ROWS}
+        rows = {ROWS: batch[ROWS].cpu()} if ROWS in batch else {}
         labels = view.get("labels")
         if self._shifts and isinstance(labels, Tensor) and not labels.is_floating_point():
             view.setdefault("shift_labels", pad(labels, (0, 1), value=IGNORED)[..., 1:])
@@ -112,17 +114,19 @@ class OwnLoss:
             for name, value in view.items():
                 if is_per_token(value, shape):
                     view[name] = split.split_tokens(value, IGNORED if name in LABELS else 0)
-        return {f"{READS}{name}": value for name, value in view.items()}
+        return {f"{READS}{name}": value for name, value in view.items()} | rows
 
     def inputs(self, batch: Batch) -> dict[str, Any]:
         """Return *batch* without what only the loss reads."""
         return {name: value for name, value in batch.items() if not name.startswith(READS)}
 
     def count(self, batch: Batch) -> Tensor | None:
-        """Return what the ``count`` of the function says of *batch*, None where it has none."""
+        """Return what the ``count`` of the function says of *batch*, None where it has none; 0 for one made up."""
         counted = getattr(self.function, "count", None)
         if counted is None:
             return None
+        if ROWS in batch and not batch[ROWS].any():
+            return torch.zeros(())
         return torch.as_tensor(counted(_view(batch)), dtype=torch.float32)
 
     def __call__(self, outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ from nemo_dist.mesh.rank_group import RankGroup
 from nemo_dist.mesh.store_consensus import share
 from nemo_dist.plugin.hookspecs import Batch
 from nemo_dist.training.router_aux_loss import COUNTED
+from nemo_dist.training.step_loss import ROWS
 
 _LABELS = ("labels", "shift_labels")
 Batches = Batch | Sequence[Batch]  # what forward_backward takes
@@ -92,7 +93,7 @@ class _Taken:
 
 
 def without_labels(batches: Any) -> Any:
-    """Return a copy of *batches*, a batch or a list of them, in which no label and no token counts.
+    """Return a copy of *batches*, a batch or a list of them, in which no label, no token and no row counts.
 
     Raises ValueError for labels that no number leaves out.
     """
@@ -111,7 +112,8 @@ def without_labels(batches: Any) -> Any:
     tokens = next((padded[name] for name in ("input_ids", "inputs_embeds") if padded.get(name) is not None), None)
     if isinstance(tokens, Tensor):
         padded[COUNTED] = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-    return padded
+    rows = next((len(value) for value in padded.values() if isinstance(value, Tensor) and value.ndim), 0)
+    return padded | {ROWS: torch.zeros(rows, dtype=torch.int32)}
 
 
 def _warn(found: Sequence[Sequence[Any]]) -> None:

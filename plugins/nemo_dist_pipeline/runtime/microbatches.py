@@ -81,7 +81,7 @@ class Microbatches:
         count = max(minimum, -(-rows // size))
         if loss is not None:
             given = {name: _aligned(name, value, rows) for name, value in batch.items()}
-            padded = _padded({**given, ROWS: torch.ones(rows, dtype=torch.int32)}, rows, count * size)
+            padded = _padded({ROWS: torch.ones(rows, dtype=torch.int32), **given}, rows, count * size)
             return cls(padded, weight.float().expand(count), count, count * size)
         padded = _padded({name: _aligned(name, value, rows) for name, value in batch.items()}, rows, count * size)
         whole = cls(padded, weight.new_empty(0), count, count * size)
