@@ -185,13 +185,15 @@ DEFAULT = (
 
 
 def dense():
-    """Strategies, and what the matrix of dense axes has on up to 4 ranks, in every mode of recomputation."""
+    """Strategies, and all dense axes on up to 4 ranks, three of them on 8, in every mode of recomputation."""
     modes = cycle(MODES)
     for strategy in (SHARDED, DDPConfig(), *(MegatronFSDPConfig(zero_dp_strategy=level) for level in (1, 2, 3))):
         yield 2, "llama-tied", {}, {"strategy": strategy}
     yield 4, "llama-tied", {"tp_size": 2}, {"strategy": MegatronFSDPConfig()}
-    for world in (2, 4):
-        for replicate, _, cp, tp in factorisations(world):
+    for world in (2, 4, 8):
+        for replicate, shard, cp, tp in factorisations(world):
+            if world == 8 and max(replicate, shard, cp, tp) > 2:
+                continue
             for sequence in (False, True)[: 1 + (tp > 1)]:
                 sizes = {"dp_replicate_size": replicate, "cp_size": cp, "tp_size": tp}
                 strategy = FSDP2Config(mp_policy=FP32, sequence_parallel=sequence)
@@ -199,7 +201,7 @@ def dense():
 
 
 def experts():
-    """What the matrix of experts has on up to 4 ranks."""
+    """What the matrix of experts has."""
     for world, sizes, recompute in TOPOLOGIES.values():
         specimen = "qwen3-moe-deep" if "pp_size" in sizes else "qwen3-moe"
         yield world, specimen, sizes, {"activation_checkpointing": recompute}
@@ -233,7 +235,7 @@ def name_of(world, specimen, sizes, options):
     )
 
 
-FOUND = {name_of(*row): row for row in (*dense(), *experts(), *pipelines()) if row[0] <= 4}
+FOUND = {name_of(*row): row for row in (*dense(), *experts(), *pipelines())}
 COMPOSITIONS = [row if name in DEFAULT else slow(*row) for name, row in FOUND.items()]
 
 

@@ -134,7 +134,7 @@ def count_labels(model: nn.Module, batch: Batch) -> Tensor:
     if labels is None:
         raise ValueError(f"the batch has no labels (it has {sorted(batch)}); add 'labels', -100 where none counts")
     if labels.is_floating_point():
-        return torch.tensor(float(labels.numel()), device=labels.device)
+        return torch.full((), float(labels.numel()), device=labels.device)  # which a device does not wait for
     proven: bool | None = vars(model).get(_SHIFTS)
     if predicts_next_token(model) if proven is None else proven:
         labels = labels if "shift_labels" in batch else labels[..., 1:]

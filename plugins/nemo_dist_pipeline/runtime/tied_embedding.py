@@ -76,11 +76,19 @@ class TiedWeight:
 
 @contextmanager
 def gradients_set_aside(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Within the context gradients of *parameters* start from None; the earlier ones are added back afterwards."""
+    """Within the context gradients of *parameters* start from None; the earlier ones are added back afterwards.
+
+    After an error they are what they were.
+    """
     earlier = [parameter.grad for parameter in parameters]
     for parameter in parameters:
         parameter.grad = None
-    yield
+    try:
+        yield
+    except BaseException:
+        for parameter, old in zip(parameters, earlier, strict=True):
+            parameter.grad = old
+        raise
     for parameter, old in zip(parameters, earlier, strict=True):
         if old is not None:
             parameter.grad = old if parameter.grad is None else parameter.grad + old
