@@ -156,8 +156,8 @@ def forge(content: Any, whole: Mapping[str, bytes], chance: Random) -> tuple[str
         try:
             change(forged, chance)
             said.append(change.__name__)
-        except (LookupError, TypeError, ValueError, AttributeError):
-            continue  # an earlier change has left nothing to do this to
+        except (LookupError, TypeError, ValueError, AttributeError, RecursionError):
+            continue  # an earlier change has left nothing to do this to, or a value too deep to copy
     with _deep():
         return " and ".join(said), {manifest.NAME: _sealed(forged), **files}
 

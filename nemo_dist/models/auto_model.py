@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -128,6 +128,12 @@ def _refuse_placement(kwargs: dict[str, Any]) -> None:
         raise TypeError("weights_only=False would run code from the checkpoint; convert it to safetensors")
 
 
+def _made_on_cpu() -> AbstractContextManager[Any]:
+    """Within the context a user's default device neither draws the weights nor receives whole ones."""
+    # A device as a context costs time in every operation, so it is none where it would change nothing.
+    return nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
+
+
 def _finish(setup: DistributedSetup, parts: list[nn.Module]) -> object:
     for module in (module for part in parts for module in part.modules()):
         for name, buffer in module.named_buffers(recurse=False):
@@ -221,7 +227,7 @@ class _Loader:
         if problem := unloadable(pretrained_model_name_or_path):
             raise CheckpointError(problem)
         with (
-            torch.device("cpu"),
+            _made_on_cpu(),
             read_through(_target(setup), pretrained_model_name_or_path, Draws(setup.ranks)) as reading,
         ):
             model = cls.auto.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
@@ -254,7 +260,7 @@ class _Loader:
                 raise TypeError(f"init={init!r} needs distributed_setup or device_mesh; leave it out on one process")
             return cls.auto.from_config(config, **kwargs)
         _refuse_placement(kwargs)
-        with torch.device("cpu"):  # a user's default device neither draws the weights nor receives whole ones
+        with _made_on_cpu():
             return cls._new(config, setup, kwargs, init)
 
     @classmethod
