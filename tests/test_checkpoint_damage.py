@@ -4,6 +4,8 @@ import os
 import pickle
 import shutil
 import zlib
+from types import SimpleNamespace
+from unittest import mock
 
 import checkpoint_runs as runs
 import pytest
@@ -12,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from nemo_dist import CheckpointError
 from nemo_dist.checkpoint.json_state import from_json
+from nemo_dist.checkpoint.load import Reader
 from nemo_dist.checkpoint.manifest import Manifest
 
 
@@ -310,3 +313,13 @@ def test_a_manifest_cannot_name_an_arbitrary_attribute_of_torch(copy):
 def test_forged_values_are_refused(value):
     with pytest.raises((ValueError, KeyError, TypeError)):
         from_json(value)
+
+
+def test_a_read_that_a_signal_interrupts_is_named(copy):
+    """A handler's exception becomes a ValueError inside of torch."""
+    interrupted = SimpleNamespace(get_tensor=mock.Mock(side_effect=ValueError("of torch's")))
+    reader = Reader(Manifest.read(copy))
+    name, stored = next((n, t) for n, t in reader.manifest.tensors.items() if n.startswith("model/"))
+    reader._files.update(dict.fromkeys(range(len(reader.manifest.files)), interrupted))
+    with pytest.raises(CheckpointError, match=f"reading {name} from .* was interrupted"):
+        reader.fill("", {name: torch.empty(stored.shape)})

@@ -180,10 +180,16 @@ class Reader:
         """Read the chunk *wanted* of the stored tensor *name* into the view *into*, which has its sizes."""
         for slice_ in self.manifest.slices(name, wanted):
             file = self._open(slice_.file)
-            if slice_.spans is None:
-                found = file.get_tensor(slice_.label)
-            else:
-                found = file.get_slice(slice_.label)[slice_.spans]
+            try:
+                if slice_.spans is None:
+                    found = file.get_tensor(slice_.label)
+                else:
+                    found = file.get_slice(slice_.label)[slice_.spans]
+            except ValueError as error:  # torch puts it in the place of what a signal handler raises meanwhile
+                raise CheckpointError(
+                    f"reading {name} from {self.manifest.folder} was interrupted, most likely by a signal; load it "
+                    "again, into a model made anew where this process goes on"
+                ) from error
             slice_.into.of(into).copy_(found)
 
     def open(self, files: Iterable[int]) -> None:
