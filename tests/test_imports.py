@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -111,15 +112,24 @@ def imports(node, *, types=True, functions=True):
 
 
 MODULES = sources()
-TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
 PLUGINS = sorted({name.partition(".")[0] for name in MODULES} - {"nemo_dist"})
-# Where the lazy public names come from: `from nemo_dist import MeshPlan` imports nemo_dist.planning.mesh_plan.
-HOMES = {f"nemo_dist.{target.rpartition('.')[2]}": target for target in imports(TREES["nemo_dist"])}
+
+
+@cache
+def trees():
+    """The syntax trees of all modules, by name."""
+    return {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
+
+
+@cache
+def homes():
+    """Where the lazy public names come from: `from nemo_dist import MeshPlan` imports nemo_dist.planning.mesh_plan."""
+    return {f"nemo_dist.{target.rpartition('.')[2]}": target for target in imports(trees()["nemo_dist"])}
 
 
 def module_of(target):
     """The module of ours that an imported name lives in: `a.b` for `a.b.name`; empty for others' names."""
-    target = HOMES.get(target, target)
+    target = homes().get(target, target)
     while target and target not in MODULES:
         target = target.rpartition(".")[0]
     return target
@@ -127,7 +137,7 @@ def module_of(target):
 
 def at_import(name):
     """What the module *name* imports when it is imported, of ours and of others."""
-    found = set(imports(TREES[name], types=False, functions=False))
+    found = set(imports(trees()[name], types=False, functions=False))
     return {module_of(target) or target.partition(".")[0] for target in found}
 
 
@@ -142,8 +152,10 @@ def closure(*names):
     return seen
 
 
-# Every arrow between our modules: also those for types only, and those inside functions.
-ARROWS = {name: {module_of(target) for target in imports(tree)} - {"", name} for name, tree in TREES.items()}
+@cache
+def arrows():
+    """Every arrow between our modules: also those for types only, and those inside functions."""
+    return {name: {module_of(target) for target in imports(tree)} - {"", name} for name, tree in trees().items()}
 
 
 def package_of(name):
@@ -169,7 +181,7 @@ def test_packages_import_only_those_before_them():
     """For every module, imports for types and inside functions included."""
     up = [
         f"{name} -> {other}"
-        for name, others in ARROWS.items()
+        for name, others in arrows().items()
         for other in others
         if name.startswith("nemo_dist.") and name not in LAZY and other.startswith("nemo_dist.")
         if ORDER.index(package_of(other)) > ORDER.index(package_of(name))
@@ -179,7 +191,7 @@ def test_packages_import_only_those_before_them():
 
 def test_no_module_imports_itself_through_others():
     """For every module, imports for types and inside functions included; a package and its modules are one."""
-    reached = {name: set(others) - LAZY for name, others in ARROWS.items() if name not in LAZY}
+    reached = {name: set(others) - LAZY for name, others in arrows().items() if name not in LAZY}
     for middle in reached:
         for others in reached.values():
             if middle in others:
@@ -204,11 +216,11 @@ def test_what_plans_does_not_import_torch():
 def test_plugins_import_no_other_plugin_and_only_what_is_for_them():
     foreign = [
         f"{name} -> {target}"
-        for name, tree in TREES.items()
+        for name, tree in trees().items()
         for target in imports(tree)
         if package_of(name) in PLUGINS and (where := module_of(target))
         if package_of(where) != package_of(name)
-        if not HOMES.get(target, "").startswith("nemo_dist.") and not within(where, FOR_PLUGINS)
+        if not homes().get(target, "").startswith("nemo_dist.") and not within(where, FOR_PLUGINS)
     ]
     assert foreign == []
 
@@ -268,11 +280,11 @@ def defined(tree):
 
 
 def test_a_private_name_of_torch_or_transformers_stands_in_one_module():
-    ours = {name for tree in TREES.values() for name in defined(tree)}
+    ours = {name for tree in trees().values() for name in defined(tree)}
     home = {name: module for module, names in PRIVATE.items() for name in names}
     strange = {
         f"{name} in {module}"
-        for module, tree in TREES.items()
+        for module, tree in trees().items()
         for name in set(named_private(tree, home)) - USUAL
         if (name in home and home[name] != module) or (name not in home and name not in ours)
     }
@@ -323,10 +335,10 @@ def test_the_core_names_no_plugin_and_no_strategy():
     plugins, strategies, configs = catalogue()
     words = re.compile(rf"\b({'|'.join(sorted(strategies | configs | set(PLUGINS)))})\b")
     found = []
-    for name, tree in TREES.items():
+    for name, tree in trees().items():
         if package_of(name) in PLUGINS or name in LAZY or package_of(name) == "testing":
             continue
-        found += [f"{name} imports {other}" for other in ARROWS[name] if package_of(other) in PLUGINS]
+        found += [f"{name} imports {other}" for other in arrows()[name] if package_of(other) in PLUGINS]
         found += [f"{name} says {text!r}" for text in strings(tree) if words.search(text)]
         exact = plugins - WORDS.get(name, set())
         found += [f"{name} has the name {text!r}" for text in strings(tree) if text in exact]
@@ -339,7 +351,7 @@ def test_a_package_of_the_core_says_what_is_in_it():
         name
         for name in MODULES
         if name.count(".") == 2 and name.startswith("nemo_dist.") and not name.endswith("__main__")
-        if f"``{name.rpartition('.')[2]}``" not in (ast.get_docstring(TREES[name.rpartition(".")[0]]) or "")
+        if f"``{name.rpartition('.')[2]}``" not in (ast.get_docstring(trees()[name.rpartition(".")[0]]) or "")
     ]
     assert unnamed == []
 

@@ -59,8 +59,11 @@ def _size(sizes, world, axis):
 def test_an_axis_of_a_view_is_drawn_where_it_is_named():
     plan = find(strategies.plans(64, axes=("dp_shard", "vp"), plugins=(Pods,)), lambda found: found.world_size > 3)
     assert any("vp" in view for view in (plan.dense, *plan.views)) or plan.size("dp_shard") == plan.world_size
-    wide = find(strategies.plans(64, axes=("dp_shard", "vp"), plugins=(Pods,)), lambda found: "vp" in _wide(found))
-    assert wide.view_of("vp").names == ("pp", "vp_rest", "vp") and _wide(wide) <= {"dp_shard", "vp", "vp_rest"}
+    wide = find(
+        strategies.plans(64, axes=("dp_shard", "vp"), plugins=(Pods,)),
+        lambda found: "vp" in _wide(found) and _wide(found) <= {"dp_shard", "vp", "vp_rest"},
+    )
+    assert wide.view_of("vp").names == ("pp", "vp_rest", "vp")
 
 
 def _wide(plan):
