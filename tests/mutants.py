@@ -266,6 +266,14 @@ def wrong_rows_loaded_on_one_rank():
     return in_every_part(flip)
 
 
+def buffers_not_loaded():
+    def zero(part):
+        for name in {name for name, _ in part.named_buffers()} & part.state_dict().keys():
+            part.get_buffer(name).zero_()
+
+    return in_every_part(zero)
+
+
 def optimizer_state_not_loaded():
     def make(load):
         return lambda sharded, path, optimizer=None, **others: load(sharded, path, None, **others)

@@ -1,6 +1,7 @@
 """``verify``: a proof for a user's own model and setup, what it prints, and the parts that find where a run departs."""
 
 import attrs
+import mutants
 import pytest
 import torch
 import transformers
@@ -12,8 +13,10 @@ from nemo_dist.cli.main import app
 from nemo_dist.planning.mesh_plan import MeshPlan
 from nemo_dist.testing import verify
 from nemo_dist.testing.axes import Held, blame
+from nemo_dist.testing.comparison import Comparison
 from nemo_dist.testing.layouts import Tokens, Verdict, match
 from nemo_dist.testing.local_topology import LARGEST, fit
+from nemo_dist.testing.proof_run import STEPS, Result
 from nemo_dist.testing.tiny_models import SPECIMENS
 from nemo_dist.testing.tiny_work import loader_of
 from nemo_dist.testing.trace import GRADIENT, INPUT, OUTPUT, Site, Trace
@@ -84,6 +87,53 @@ def test_the_command_proves_a_model_of_a_folder(tmp_path):
     result = CliRunner().invoke(app, ["verify", str(tmp_path), "--tp", "2", "--ranks", "2"])
     assert result.exit_code == 0, result.output
     assert "equal  gradients: 21 parameters, each step" in result.stdout
+
+
+def result_of(weight, **changed):
+    """What a run of a model with one *weight* gave, the same in each step."""
+    each = {"losses": 1.0, "norms": 1.0, "gradients": {"w": weight}, "parameters": {"w": weight}, **changed}
+    return Result(loaded={"w": weight}, **{name: [value] * (STEPS + 1) for name, value in each.items()})
+
+
+NOT_A_NUMBER = torch.full((4,), float("nan"))
+UNCERTAIN = {
+    "a loss that is no number": {"losses": float("nan")},
+    "a gradient that is no number": {"gradients": {"w": NOT_A_NUMBER}},
+    "a weight that is no number": {"parameters": {"w": NOT_A_NUMBER}},
+    "a gradient that rounding changes": {"gradients": {"w": torch.tensor([1.0, 1, 1, 1.2])}},
+    "a loss that rounding changes": {"losses": 1.1},
+}
+
+
+@pytest.mark.parametrize("swapped", [False, True], ids=["rounded otherwise", "as it is"])
+@pytest.mark.parametrize("values", UNCERTAIN.values(), ids=UNCERTAIN)
+def test_what_one_process_does_not_tell_is_not_called_equal(values, swapped):
+    sure, unsure = result_of(torch.ones(4)), result_of(torch.ones(4), **values)
+    single, other = (unsure, sure) if swapped else (sure, unsure)
+    for ranks in ([single, single], [result_of(100 * torch.ones(4))] * 2):
+        found = Comparison(single=single, other=other, results=ranks, plan=MeshPlan.resolve(ParallelismSizes(), 2))
+        check = found.checks()[0]
+        assert check.what == "one process" and not check.ok and "nothing can be compared" in check.found
+
+
+def test_a_rank_without_numbers_is_wrong_and_rounding_in_place_of_zero_is_not():
+    right = result_of(torch.ones(4), gradients={"w": torch.ones(4), "zero": torch.tensor([1e-9, 0])})
+    other = result_of(torch.ones(4), gradients={"w": torch.ones(4), "zero": torch.tensor([0, 2e-9])})
+    lost = result_of(torch.ones(4), gradients={"w": NOT_A_NUMBER, "zero": torch.tensor([0, 2e-9])})
+
+    def wrong(*ranks):
+        plan = MeshPlan.resolve(ParallelismSizes(), 2)
+        found = Comparison(single=right, other=other, results=ranks, plan=plan)
+        return [check.what for check in found.checks() if not check.ok]
+
+    assert wrong(right, other) == []
+    assert wrong(right, lost) == ["gradients", "save and load"]
+
+
+def test_a_buffer_of_the_checkpoint_that_ranks_lack_is_found(ranks):
+    config = transformers.AutoConfig.for_model("deepseek_v3")
+    report = verify({}, config, ranks=2, pool=ranks, around=mutants.buffers_not_loaded)
+    assert not report.checks[0].ok and "e_score_correction_bias" in report.checks[0].found
 
 
 # ---- the topology ----

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 import nemo_dist
+from nemo_dist.checkpoint.state_dict import own_state
 from nemo_dist.errors import CheckpointError, NemoDistError
-from nemo_dist.hf_model import inner_model
+from nemo_dist.hf_model import inner_model, name_root
 from nemo_dist.setup.setup import DistributedSetup
 from nemo_dist.testing.equivalence import MAX_NORM, OPTIMIZER, whole_state
 from nemo_dist.testing.tensors import rows_of_rank
@@ -54,8 +55,8 @@ class Work:
 class Result:
     """What one process, or one rank, computed.
 
-    ``loaded`` are the parameters before the first step.
-    ``gradients`` and ``parameters`` are those after each step, whole and by name. ``tokens``, with ``traces``, are the
+    ``loaded`` are the parameters and persistent buffers before the first step, ``parameters`` those after each step,
+    and ``gradients`` those of each step, whole and by name. ``tokens``, with ``traces``, are the
     numbers of the tokens that this rank computed on. ``refused``: why there is nothing else; ``unsaved``: why the run
     went on without a save and a load in between.
     """
@@ -83,7 +84,7 @@ def run_alone(work: Work, dtype: torch.dtype = torch.float32, nudged: bool = Fal
             for parameter in model.parameters():
                 parameter.mul_(1 + torch.finfo(dtype).eps * torch.randn_like(parameter).sign())
     optimizer = torch.optim.AdamW(model.parameters(), **OPTIMIZER)
-    result = Result(loaded={name: p.detach().clone() for name, p in model.named_parameters()})
+    result = Result(loaded=tensors_of(model))
     for step in work.steps:
         batch = {n: v.to(dtype) if v.is_floating_point() else v for n, v in joined(work.batches[step]).items()}
         with _tracing(result, [model]) if step == work.traced else nullcontext():
@@ -94,8 +95,16 @@ def run_alone(work: Work, dtype: torch.dtype = torch.float32, nudged: bool = Fal
         result.norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM).item())
         optimizer.step()
         optimizer.zero_grad()
-        result.parameters.append({name: p.detach().clone() for name, p in model.named_parameters()})
+        result.parameters.append(tensors_of(model))
     return result
+
+
+def tensors_of(model: Any) -> dict[str, Tensor]:
+    """Return copies of the parameters of *model*, a tied one once, and of its persistent buffers."""
+    found = dict(model.named_parameters())
+    persistent = model.state_dict(keep_vars=True)
+    found |= {name: buffer for name, buffer in model.named_buffers() if name in persistent}
+    return {name: tensor.detach().clone() for name, tensor in found.items()}
 
 
 def run_on_rank(work: Work, keywords: Mapping[str, Any], out: Path, around: Around | None) -> Result:
@@ -131,7 +140,7 @@ class _RankRun:
         return cls(work=work, keywords=keywords, runtime=runtime, optimizer=optimizer)
 
     def all(self, out: Path) -> Result:
-        self.result.loaded = whole_state(self.runtime, dict(self.runtime.named_parameters()))
+        self.result.loaded = self._tensors()
         for step in self.work.steps:
             if step == STEPS:
                 try:
@@ -157,7 +166,14 @@ class _RankRun:
         self.result.norms.append(self.runtime.clip_grad_norm_(MAX_NORM).item())
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.result.parameters.append(whole_state(self.runtime, dict(self.runtime.named_parameters())))
+        self.result.parameters.append(self._tensors())
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Return what ``tensors_of`` returns of the whole model, as far as this rank has it."""
+        state = dict(self.runtime.named_parameters())
+        buffers = {name for part in self.runtime.parts for name, _ in name_root(part).named_buffers()}
+        state |= {name: tensor for name, tensor in own_state(self.runtime.sharded).items() if name in buffers}
+        return whole_state(self.runtime, state)
 
     def _reload(self, out: Path) -> None:
         """Save, and continue with a model that was loaded anew."""

@@ -82,13 +82,14 @@ def loader_of(config: Any) -> str:
 
 
 def _model(loader: str, config: Any) -> Any:
-    """Return a model with seeded weights, with noise on what is 1-D (biases, norms): zeros and ones hide mistakes."""
+    """Return a model with seeded weights, with noise on vectors (biases, norms): zeros and ones hide mistakes."""
     torch.manual_seed(0)
     model = getattr(nemo_dist, loader).from_config(config, dtype=torch.float32)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+        saved = {value.data_ptr(): value for value in model.state_dict().values()}  # a tied weight once
+        for tensor in saved.values():
+            if tensor.numel() == max(tensor.shape, default=0) and tensor.is_floating_point():
+                tensor.add_(torch.randn_like(tensor), alpha=0.1)
     return model
 
 
