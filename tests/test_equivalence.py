@@ -1,11 +1,12 @@
 """Training under a strategy is training on one process: loss, every gradient, clipped norm, three AdamW steps."""
 
 import pytest
+import torch
 from cases import cases, crossed
 from setups import DATA_PARALLEL
 
 from nemo_dist import DDPConfig, FSDP2Config
-from nemo_dist.testing.equivalence import Task, assert_equivalent
+from nemo_dist.testing.equivalence import Outcome, Task, assert_equivalent, differences
 from nemo_dist.testing.precision import FP32
 
 SPECIMENS = ["llama", "llama-tied", "bert-sequences", "bert-tokens", "llava"]
@@ -50,3 +51,12 @@ def test_an_option_of_ddp_does_not_change_the_numbers(ranks, option):
 
 def test_rows_that_do_not_divide_the_ranks_weigh_by_their_labels(ranks):
     assert_equivalent(ranks(4), Task(specimen="llama", rows=7), **DATA_PARALLEL["fsdp2"])
+
+
+@pytest.mark.parametrize("rounded", [float("nan"), float("inf"), 2.0])
+def test_a_rounding_that_tells_nothing_explains_no_difference(rounded):
+    def outcome(loss, gradient):
+        return Outcome(losses=[loss], norms=[1.0], gradients={"w": torch.full((2,), gradient)}, parameters={})
+
+    found = differences(outcome(3.0, 3.0), outcome(1.0, 1.0), other=outcome(rounded, rounded))
+    assert [line.partition(":")[0] for line in found] == ["losses[0]", "gradients"]

@@ -14,13 +14,10 @@ from torch import Tensor
 from nemo_dist.planning.mesh_plan import MeshPlan
 from nemo_dist.testing.axes import Held, blame
 from nemo_dist.testing.layouts import relative
-from nemo_dist.testing.localise import Culprit, bound
+from nemo_dist.testing.localise import MOST, Culprit, bound
 from nemo_dist.testing.proof_run import STEPS, Result, tensors_of
 
 LEAST = 1e-5  # the least relative error of a loss or norm that counts
-MOST = (
-    1e-2  # the most that rounding may explain; where it explains more, one process itself does not tell what is right
-)
 SMALL = 1e-5  # relative to the largest of its kind: the norm of a tensor that may be zero in exact arithmetic
 
 
