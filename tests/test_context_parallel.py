@@ -98,9 +98,9 @@ def test_a_length_that_does_not_divide_is_padded_and_masked():
 
 def test_sequences_are_numbered_as_transformers_numbers_packed_ones():
     positions = torch.tensor([[0, 1, 2, 0, 1, 0], [3, 4, 5, 6, 0, 1]])
-    assert sequence_ids(None, positions, causal=True).tolist() == [[1, 1, 1, 2, 2, 3], [1, 1, 1, 1, 2, 2]]
-    assert sequence_ids(None, positions, causal=False).unique().tolist() == [1]
-    assert sequence_ids(torch.tensor([[1, 1, 0]]), positions[:1, :3], causal=True).tolist() == [[1, 1, 0]]
+    assert sequence_ids(None, positions, packs=True).tolist() == [[1, 1, 1, 2, 2, 3], [1, 1, 1, 1, 2, 2]]
+    assert sequence_ids(None, positions, packs=False).unique().tolist() == [1]
+    assert sequence_ids(torch.tensor([[1, 1, 0]]), positions[:1, :3], packs=True).tolist() == [[1, 1, 0]]
 
 
 @pytest.mark.parametrize(
@@ -124,6 +124,13 @@ def test_tokens_are_numbered_as_the_model_numbers_them():
         first, second = (split(batch)["position_ids"] for split in splitters(2, False, numbering=kind, pad_token=1))
         numbers[kind] = torch.cat((first, second), dim=1).tolist()
     assert numbers == {"places": [[0, 1, 2, 3]], "mask": [[-1, -1, 0, 1]], "tokens": [[1, 1, 2, 3]]}
+
+
+def test_tokens_that_a_model_numbers_anew_after_padding_are_one_sequence():
+    batch = {"input_ids": torch.tensor([[5, 6, 1, 7]])}
+    first, second = splitters(2, False, numbering="tokens", pad_token=1)
+    assert torch.cat((first(batch)["position_ids"], second(batch)["position_ids"]), 1).tolist() == [[2, 3, 1, 4]]
+    assert first(batch)["sequence_ids"].tolist() == [[1, 1, 1, 1]]
 
 
 def test_padding_that_embeddings_do_not_show_needs_positions():

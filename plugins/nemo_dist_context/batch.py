@@ -35,8 +35,8 @@ class SequenceSplitter:
     """Split the batches of one model.
 
     ``shifts``: the model's loss compares a token's output with the next label. ``numbering``: how the model numbers the
-    tokens of a batch without positions, one of ``NUMBERINGS``. ``causal``: positions that restart mean packed
-    sequences. ``pad_token``: the number of the padding token, if any.
+    tokens of a batch without positions, one of ``NUMBERINGS``. ``causal``: positions of a batch that restart mean
+    packed sequences. ``pad_token``: the number of the padding token, if any.
     """
 
     layout: SequenceLayout
@@ -58,9 +58,10 @@ class SequenceSplitter:
         _refuse(tensors, rows, length)
         mask = tensors.pop("attention_mask", None)
         device = next(iter(tensors.values())).device
+        packs = self.causal and "position_ids" in tensors
         if "position_ids" not in tensors:
             tensors["position_ids"] = self._positions(mask, tensors.get("input_ids"), rows, length, device)
-        ids = sequence_ids(mask, tensors["position_ids"], self.causal).expand(rows, length)
+        ids = sequence_ids(mask, tensors["position_ids"], packs).expand(rows, length)
         counted = tensors.pop(COUNTED, None)
         if self.shifts and "labels" in tensors:
             tensors.setdefault("shift_labels", pad(tensors["labels"], (0, 1), value=IGNORED)[:, 1:])
@@ -97,14 +98,15 @@ def split_tokens(layout: SequenceLayout, value: Tensor, fill: float) -> Tensor:
     return _padded(value, whole, fill).index_select(1, index_of(layout, "indices", whole, value.device))
 
 
-def sequence_ids(mask: Tensor | None, positions: Tensor, causal: bool) -> Tensor:
+def sequence_ids(mask: Tensor | None, positions: Tensor, packs: bool) -> Tensor:
     """Return the sequence ids, int32, of a batch: from its mask, or from positions (rows, length) that restart.
 
-    As in transformers, positions matter only where there is no mask and attention is causal.
+    As in transformers, positions matter only where there is no mask; *packs*: where they came with the batch, and
+    attention is causal.
     """
     if mask is not None:
         return (mask != 0).int()
-    if not causal:
+    if not packs:
         return torch.ones_like(positions, dtype=torch.int32)
     restarts = positions.diff(dim=1, prepend=positions[:, :1] - 1) != 1
     return restarts.cumsum(1, dtype=torch.int32) + 1

@@ -220,13 +220,14 @@ def _layout(rank: int) -> SequenceLayout:
 
 
 def _batch(model: Any, length: int, padded: bool) -> dict[str, Tensor]:
-    """Return a batch of two rows; *padded*, one from the left and one from the right."""
+    """Return a batch of two rows; *padded*, on the left and on the right, else one row has such a token inside."""
     config = model.config.get_text_config()
     pad = _pad_token(model) or 0
     tokens = (torch.arange(2 * length).view(2, length) * 7 + 3) % config.vocab_size
     tokens = torch.where(tokens == pad, (pad + 1) % config.vocab_size, tokens)
     classes = config.vocab_size if not hasattr(model, "num_labels") or predicts_next_token(model) else 2
     if not padded:
+        tokens[0, length // 2] = pad  # as a separator, which some models number anew, and others leave out
         return {"input_ids": tokens, "labels": tokens % classes}
     places = torch.arange(length)
     mask = torch.stack((places >= 3, places < length - 4)).long()
