@@ -4,6 +4,7 @@ import weakref
 
 import pytest
 import torch
+import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -12,6 +13,7 @@ from nemo_dist.testing.equivalence import Task, assert_equivalent, checkpoint, t
 from nemo_dist.testing.precision import FP32
 from nemo_dist.testing.tiny_models import SPECIMENS
 from nemo_dist_recompute import RecomputeConfig
+from nemo_dist_recompute.apply import recompute
 
 STRATEGIES = {"fsdp2": FSDP2Config(mp_policy=FP32), "ddp": DDPConfig()}
 MODES = (False, "selective", "full")
@@ -194,3 +196,16 @@ def on_rank_generate(folder):
 def test_generation_still_uses_its_cache(on_ranks):
     plain, recomputed = on_ranks(1, on_rank_generate, checkpoint("llama"))[0]
     assert plain == recomputed
+
+
+def test_what_a_layer_gets_by_name_is_known_to_torch_which_keeps_the_random_state_of_its_device():
+    model = transformers.LlamaForCausalLM(SPECIMENS["llama"].config())
+    recompute(model, RecomputeConfig(mode="full"))
+    layer, seen = model.model.layers[0], []
+    layer._gradient_checkpointing_func = lambda function, *args: seen.append(args) or function(*args)
+    hidden = torch.randn(1, 4, model.config.hidden_size, requires_grad=True)
+    positions = model.model.rotary_emb(hidden, torch.arange(4)[None])
+
+    by_name = layer(hidden_states=hidden, position_embeddings=positions)
+    assert torch.equal(by_name, layer(hidden, position_embeddings=positions))
+    assert [args[0] is hidden for args in seen] == [True, True]

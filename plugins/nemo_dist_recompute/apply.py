@@ -71,7 +71,13 @@ def _recomputed(layer: Any, forward: Callable[..., Any], *args: Any, **kwargs: A
     caches = any(isinstance(value, Cache) for value in (*args, *kwargs.values()))
     if not torch.is_grad_enabled() or (caches and not layer._can_checkpoint_with_cache):
         return forward(*args, **kwargs)
-    return layer._gradient_checkpointing_func(partial(forward, **kwargs), *args)
+    names, places = tuple(kwargs), len(args)
+
+    def run(*given: Any) -> Any:
+        return forward(*given[:places], **dict(zip(names, given[places:], strict=True)))
+
+    # torch keeps the random state of the devices of what it is given by place, and of no others.
+    return layer._gradient_checkpointing_func(run, *args, *kwargs.values())
 
 
 def _in_scope(model: Any, layers: Iterable[nn.Module], scope: tuple[str, ...]) -> set[nn.Module]:
