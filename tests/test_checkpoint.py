@@ -227,6 +227,7 @@ def on_rank_train_narrow(folder, path, sizes):
     return local(model.get_parameter("model.layers.0.mlp.up_proj.weight")).numel(), saved
 
 
+@pytest.mark.slow
 def test_ranks_that_hold_nothing_of_a_weight_load_train_and_save(ranks, tmp_path):
     """Thousands of data-parallel ranks share the rows that tensor parallelism leaves of a small matrix; here one."""
     config = SPECIMENS["llama"].config()

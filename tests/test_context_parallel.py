@@ -171,6 +171,7 @@ def test_sinks_soft_caps_chunks_and_own_numbering_are_exact(ranks, specimen, len
     assert_equivalent(ranks(2), Task(specimen=specimen, length=length), **options(2, 2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_more_ranks_than_key_heads_are_exact(ranks, method):
     assert_equivalent(ranks(4), Task(specimen="llama", length=11), **options(4, 4, method=method))

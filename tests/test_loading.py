@@ -125,6 +125,7 @@ def test_a_missing_checkpoint_says_where_it_looked(ranks, tmp_path):
     assert all(kind == "CheckpointError" and str(tmp_path) in text for kind, text in answers), answers
 
 
+@pytest.mark.slow
 def test_a_wrong_shape_seen_by_one_rank_is_refused_on_every_rank(ranks, tmp_path):
     folder = checkpoint("bert-tokens")
     config = json.loads((folder / "config.json").read_text())

@@ -231,6 +231,7 @@ def on_rank_read(folder):
     return read.bytes, held, canonical(runtime, dict(model.named_parameters()))
 
 
+@pytest.mark.slow
 def test_every_rank_reads_and_holds_its_shards_and_nothing_else(ranks):
     expected = dict(SPECIMENS["llama"].make().named_parameters())
     total = sum(p.numel() * 4 for p in expected.values())

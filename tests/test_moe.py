@@ -37,11 +37,13 @@ def test_experts_over_ranks_match_one_process(ranks, specimen, world, sizes):
     assert_equivalent(ranks(world), Task(specimen=specimen), **options(**sizes))
 
 
+@pytest.mark.slow
 def test_experts_with_replicas_match_one_process(ranks):
     """The parameters of all replicas are compared bit for bit, those of the experts included."""
     assert_equivalent(ranks(4), Task(specimen="qwen2-moe"), **options(ep_size=2, dp_replicate_size=2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["full", pytest.param("selective", marks=pytest.mark.slow)])
 def test_recomputed_experts_match_one_process(ranks, mode):
     assert_equivalent(ranks(4), Task(specimen="qwen3-moe"), **options(ep_size=2, recompute=mode))
@@ -65,11 +67,13 @@ def test_a_rank_may_have_no_label_to_learn_from(ranks):
     assert_equivalent(ranks(4), Task(specimen="mixtral", rows=4), **options(ep_size=4))
 
 
+@pytest.mark.slow
 def test_experts_that_shards_do_not_divide_are_cut_along_the_hidden_size(ranks):
     """Three experts a rank on two ranks each."""
     assert_equivalent(ranks(4), Task(specimen="qwen3-moe-six"), **options(ep_size=2))
 
 
+@pytest.mark.slow
 def test_experts_without_resharding_match_one_process(ranks):
     assert_equivalent(ranks(4), Task(specimen="qwen3-moe"), **options(ep_size=2, moe={"reshard_after_forward": False}))
 
@@ -100,6 +104,7 @@ def test_experts_beside_context_parallelism_match_one_process(ranks, specimen, l
     assert_equivalent(ranks(4), Task(specimen=specimen, length=length), **options(**sizes))
 
 
+@pytest.mark.slow
 @cases(
     ("specimen", "sizes", "pipeline", "recompute"),
     [

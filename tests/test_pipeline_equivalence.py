@@ -25,6 +25,7 @@ def test_every_schedule_matches_one_process(ranks, schedule):
     assert_equivalent(ranks(2), Task(specimen="llama-deep"), **pipelined(2, schedule))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("specimen", "schedule"),
     [
@@ -45,11 +46,13 @@ def test_four_stages_of_uneven_layers_are_exact(ranks, schedule):
     assert_equivalent(ranks(4), Task(specimen="llama-deep-tied"), **pipelined(4, schedule))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["1F1B", "Interleaved1F1B"])
 def test_resharding_after_every_forward_does_not_change_the_numbers(ranks, schedule):
     assert_equivalent(ranks(4), Task(specimen="llama-deep"), **pipelined(2, schedule, reshard=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["full", "selective"])
 @pytest.mark.parametrize("schedule", SINGLE + LOOPED + V)
 def test_recomputed_activations_do_not_change_the_numbers(ranks, schedule, mode):

@@ -138,6 +138,7 @@ def test_the_theoretical_bubble_is_that_of_torchs_orders():
         assert schedule.bubble(pp, schedule.per_rank, count) == pytest.approx(simulated), (schedule.name, pp)
 
 
+@pytest.mark.slow
 def test_the_microbatch_rules_are_torchs():
     from torch.distributed.pipelining._schedule_visualizer import get_schedule_ops
 

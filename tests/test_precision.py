@@ -87,6 +87,7 @@ DEFAULT = {
 IN_EVERY_RUN = {"tp", "cp", "ep", "1f1b-llama-deep-tied", "zbv-llama-deep-tied"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case", [case if case in IN_EVERY_RUN else pytest.param(case, marks=pytest.mark.slow) for case in DEFAULT]
 )

@@ -54,17 +54,20 @@ def test_the_plan_of_every_kind_of_model_matches_one_process(ranks, specimen):
     assert_equivalent(ranks(2), Task(specimen=specimen, length=UNEVEN), **options(True, tp_size=2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sequence", [False, True], ids=["plain", "sequence"])
 def test_accumulated_batches_weigh_by_their_labels(ranks, sequence):
     assert_equivalent(ranks(4), Task(specimen="llama-tied", accumulate=3), **options(sequence, tp_size=2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["full", "selective"])
 @pytest.mark.parametrize("sequence", [False, True], ids=["plain", "sequence"])
 def test_recomputation_matches_one_process(ranks, mode, sequence):
     assert_equivalent(ranks(4), Task(specimen="qwen3", length=UNEVEN), **options(sequence, mode, tp_size=2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sequence", [False, True], ids=["plain", "sequence"])
 @cases(("world", "sizes"), [(4, {"cp_size": 2}), slow(8, {"cp_size": 2}), (4, {"pp_size": 2})])
 def test_tensor_parallelism_beside_cp_and_pp_matches_one_process(ranks, world, sizes, sequence):
@@ -74,6 +77,7 @@ def test_tensor_parallelism_beside_cp_and_pp_matches_one_process(ranks, world, s
     assert_equivalent(ranks(world), Task(specimen="llama", length=16), **choice)
 
 
+@pytest.mark.slow
 def test_more_ranks_than_tokens_match_one_process(ranks):
     assert_equivalent(ranks(4), Task(specimen="llama", length=3), **options(True, tp_size=4))
 
@@ -286,6 +290,7 @@ def on_rank_refusal(folder, choice, loader, what):
     return str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["from_pretrained", "from_config"])
 def test_a_dim_that_two_axes_cannot_both_shard_is_refused(ranks, what):
     loader, choice = SPECIMENS["llama-odd"].load, options(tp_size=2, cp_size=2)

@@ -23,6 +23,7 @@ def options(sequence=False, **sizes):
     return {"strategy": strategy, "parallelism_sizes": ParallelismSizes(**{"tp_size": 2, **sizes})}
 
 
+@pytest.mark.slow
 @cases(
     ("specimen", "world", "sequence"),
     [
