@@ -9,8 +9,8 @@ import torch
 from cases import cases, slow
 from torch import nn
 
-from nemo_dist import DistributedSetup, FSDP2Config, RankError
-from nemo_dist.losses import DPO, CrossEntropy
+from nemo_dist import DistributedSetup, FSDP2Config, NeMoAutoModel, RankError
+from nemo_dist.losses import DPO, Contrastive, CrossEntropy
 from nemo_dist.testing.equivalence import MAX_NORM, OPTIMIZER, Task, checkpoint
 from nemo_dist.testing.fake_cuda import WithCudaCalls
 from nemo_dist.testing.precision import FP32
@@ -117,6 +117,20 @@ def test_padding_does_not_count_in_a_loss_of_ones_own(ranks, specimen, loss):
     (expected,) = ranks(1).run(on_rank_train_own, checkpoint(specimen), specimen, loss, (max(COUNTS),))
     for found in ranks(2).run(on_rank_train_own, checkpoint(specimen), specimen, loss, COUNTS):
         assert torch.tensor(found).allclose(torch.tensor(expected), rtol=1e-5)
+
+
+def on_rank_make_up_rows(folder):
+    setup = DistributedSetup.build()
+    model = NeMoAutoModel.from_pretrained(folder, distributed_setup=setup)
+    runtime = setup.runtime(model, loss=Contrastive(mesh=setup.mesh_context))
+    with pytest.raises(ValueError) as caught:
+        runtime.batches([], pad=True)
+    return str(caught.value)
+
+
+def test_no_batch_is_made_up_where_all_rows_are_compared(ranks):
+    for said in ranks(2).run(on_rank_make_up_rows, checkpoint("llama")):
+        assert "the loss compares all rows of all ranks, so no batch can be made up; leave out pad=True" in said
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
