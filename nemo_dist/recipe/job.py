@@ -13,12 +13,13 @@ import attrs
 import torch
 
 from nemo_dist.checkpoint.run_folder import RunFolder
+from nemo_dist.losses import row_scores
 from nemo_dist.mesh.process_group import DistEnv, initialize_distributed
 from nemo_dist.planning.mesh_plan import Role
 from nemo_dist.recipe.config import DataSection, Recipe
 from nemo_dist.recipe.metrics import Metrics, judge_logging
 from nemo_dist.recipe.model import adapter_config, config_of, load_model
-from nemo_dist.recipe.optimization import judge_schedule, make_optimizer, make_schedule, optimizer_type
+from nemo_dist.recipe.optimization import judge_schedule, make_loss, make_optimizer, make_schedule, optimizer_type
 from nemo_dist.recipe.progress import Report, progress
 from nemo_dist.recipe.row_stream import RowStream
 from nemo_dist.recipe.throughput import Throughput
@@ -46,19 +47,38 @@ def train(recipe: Recipe) -> None:
     tokenizer = tokenizer_of(recipe.model, recipe.data)
     stream = stream_of(recipe, setup, tokenizer, recipe.data)
     others = recipe.evaluation_data
-    held_out = (
-        stream_of(recipe, setup, tokenizer, others).all(recipe.evaluate.rows) if others and recipe.evaluate else []
-    )
+    held_out = stream_of(recipe, setup, tokenizer, others) if others else None
     torch.manual_seed(recipe.training.seed)  # of the weights of a new model
-    with setup.runtime(load_model(recipe.model, setup)) as runtime:
+    with setup.runtime(load_model(recipe.model, setup), loss=make_loss(recipe.loss)) as runtime:
+        for one in (stream, held_out) if recipe.pairs else ():
+            score(one, runtime)
         setup.seed(recipe.training.seed)
-        job = Job.prepare(recipe, env, runtime, stream, held_out)
+        batches = held_out.all(recipe.evaluate.rows) if held_out and recipe.evaluate else []
+        job = Job.prepare(recipe, env, runtime, stream, batches)
         job.run()
         job.export(tokenizer)
 
 
+def score(stream: RowStream | None, runtime: Runtime) -> None:
+    """Give every row of *stream* the score of the model as it is, which is the reference of pairs; on every rank."""
+    if stream is None:
+        return
+    size, mine = stream.rows_of_batch * stream.ranks, stream.rank * stream.rows_of_batch
+    batches = stream.all()
+    scores = torch.zeros(len(batches) * size, device=runtime.mesh.device)
+    for number, batch in enumerate(batches):
+        first = number * size + mine
+        scores[first : first + stream.rows_of_batch] = row_scores(runtime.forward(batch), batch)
+    group = runtime.mesh.group(Role.BATCH)
+    if group is not None:
+        torch.distributed.all_reduce(scores, group=group)  # every rank scored rows of its own
+    pairs = zip(stream.rows, scores.tolist(), strict=False)
+    stream.rows = [attrs.evolve(row, score=value) for row, value in pairs]
+
+
 def judge(recipe: Recipe) -> None:
     """Raise ValueError for what the recipe asks for that torch, transformers or an optional package does not have."""
+    make_loss(recipe.loss)
     optimizer_type(recipe.optimizer)
     judge_schedule(recipe.scheduler)
     judge_logging(recipe.logging)
@@ -69,7 +89,7 @@ def judge(recipe: Recipe) -> None:
 
 def stream_of(recipe: Recipe, setup: DistributedSetup, tokenizer: Any, data: DataSection) -> RowStream:
     """Return the rows of *data* as this rank reads them; raise ValueError for tokens that the model does not have."""
-    rows = rows_of(data, tokenizer)
+    rows = rows_of(data, tokenizer, pairs=recipe.pairs)
     _refuse_unknown_tokens(rows, config_of(recipe.model).get_text_config().vocab_size)
     return RowStream(
         rows=rows,
@@ -81,6 +101,7 @@ def stream_of(recipe: Recipe, setup: DistributedSetup, tokenizer: Any, data: Dat
         shuffle=data.shuffle,
         pad_token=0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
         packing=data.packing,
+        together=2 if recipe.pairs else 1,
     )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nemo_dist.hf_model import IGNORED
 from nemo_dist.recipe.config import ALL, DataSection, ModelSection
-from nemo_dist.recipe.documents import Document, documents
+from nemo_dist.recipe.documents import Document, documents, preferences
 
 _BYTES = "bytes"
 _END = "<|end|>"
@@ -26,11 +26,15 @@ _TEMPLATE = (
 
 @attrs.frozen(eq=False)
 class Row:
-    """Tokens and labels, int32 of one length; ``lengths`` are those of the sequences that are packed into it."""
+    """Tokens and labels, int32 of one length; ``lengths`` are those of the sequences that are packed into it.
+
+    ``score``: of a row of a pair, the logarithm of the probability that the reference gives to its labels.
+    """
 
     tokens: Tensor
     labels: Tensor
     lengths: tuple[int, ...]
+    score: float | None = None
 
 
 def tokenizer_of(model: ModelSection, data: DataSection) -> Any:
@@ -61,14 +65,15 @@ def byte_tokenizer() -> Any:
     return tokenizer
 
 
-def rows_of(data: DataSection, tokenizer: Any) -> list[Row]:
+def rows_of(data: DataSection, tokenizer: Any, *, pairs: bool = False) -> list[Row]:
     """Return the rows of *data*, the same in every process: at most ``data.length`` tokens, packed where asked for.
 
     Text goes on in the next row; a conversation or a prompt with its completion is cut at the end, with a warning, and
-    left out where no label is left. Raises ValueError where nothing is left.
+    left out where no label is left. ``pairs``: the data are preferences, and rows alternate, chosen and rejected; with
+    one of them the other is left out. Raises ValueError where nothing is left.
     """
     cut = _Cut(data, tokenizer)
-    rows = list(cut.rows(documents(data.path, data.text)))
+    rows = list(cut.pairs(preferences(data.path)) if pairs else cut.rows(documents(data.path, data.text)))
     if cut.shortened or cut.dropped:
         warnings.warn(
             f"{data.path}: {cut.shortened} documents are longer than data.length {data.length} and were cut at the "
@@ -111,14 +116,23 @@ class _Cut:
 
     def rows(self, found: Iterable[Document]) -> Iterator[Row]:
         for document in found:
-            tokens, labels = self._labelled(document)
-            windows = not document.messages and not document.answer
-            if not windows and len(tokens) > self.data.length:
-                self.shortened += 1
-                tokens, labels = tokens[: self.data.length], labels[: self.data.length]
-            kept = [row for row in _windows(tokens, labels, self.data.length) if (row.labels != IGNORED).any()]
+            kept = self._rows(document, windows=not document.messages and not document.answer)
             self.dropped += not kept
             yield from kept
+
+    def pairs(self, found: Iterable[tuple[Document, Document]]) -> Iterator[Row]:
+        for pair in found:
+            kept = [row for document in pair for row in self._rows(document, windows=False)]
+            self.dropped += len(kept) < len(pair)
+            yield from kept if len(kept) == len(pair) else ()
+
+    def _rows(self, document: Document, *, windows: bool) -> list[Row]:
+        """Return the rows of *document* with a label that counts: one, cut at its end, or ``windows`` of all of it."""
+        tokens, labels = self._labelled(document)
+        if not windows and len(tokens) > self.data.length:
+            self.shortened += 1
+            tokens, labels = tokens[: self.data.length], labels[: self.data.length]
+        return [row for row in _windows(tokens, labels, self.data.length) if (row.labels != IGNORED).any()]
 
     def _labelled(self, document: Document) -> tuple[Tensor, Tensor]:
         """Return the tokens of *document*, and their labels."""
