@@ -119,18 +119,26 @@ def test_padding_does_not_count_in_a_loss_of_ones_own(ranks, specimen, loss):
         assert torch.tensor(found).allclose(torch.tensor(expected), rtol=1e-5)
 
 
-def on_rank_make_up_rows(folder):
-    setup = DistributedSetup.build()
-    model = NeMoAutoModel.from_pretrained(folder, distributed_setup=setup)
+def on_rank_compare_rows(folder, counts):
+    """Evaluate on as many batches as this rank has; one rank gets what two have together."""
+    setup = DistributedSetup.build(strategy=FSDP2Config(mp_policy=FP32))
+    model = NeMoAutoModel.from_pretrained(folder, distributed_setup=setup, dtype=torch.float32)
     runtime = setup.runtime(model, loss=Contrastive(mesh=setup.mesh_context))
     with pytest.raises(ValueError) as caught:
         runtime.batches([], pad=True)
-    return str(caught.value)
+    batches = [Task(rows=8).batches(step)[0] for step in range(counts[runtime.dp_rank])]
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        loss = runtime.evaluate([rows_of_rank({"input_ids": one["input_ids"]}, runtime) for one in batches])
+    return str(caught.value), loss.item(), [str(warning.message) for warning in warned]
 
 
 def test_no_batch_is_made_up_where_all_rows_are_compared(ranks):
-    for said in ranks(2).run(on_rank_make_up_rows, checkpoint("llama")):
+    ((_, expected, _),) = ranks(1).run(on_rank_compare_rows, checkpoint("llama"), (min(COUNTS),))
+    for said, loss, warned in ranks(2).run(on_rank_compare_rows, checkpoint("llama"), COUNTS):
         assert "the loss compares all rows of all ranks, so no batch can be made up; leave out pad=True" in said
+        assert loss == pytest.approx(expected, rel=1e-5)
+        assert any("rank 1 had no more than 2 batches, and the others had more" in line for line in warned)
 
 
 @pytest.mark.parametrize("name", STRATEGIES)

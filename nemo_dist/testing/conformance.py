@@ -287,13 +287,13 @@ class PluginConformance:
 
         A plugin beside a strategy is tried with every axis that ``build`` accepts: what is not exact it must refuse.
         """
-        unable = []
+        unable: list[str] = []
         for case in self.cases():
             task, pool = self.task(specimen=case.specimen), ranks(case.world)
             weights = checkpoint(task.specimen, task.seed)
-            alone = {"strategy": in_float32(case.strategy)} if case.strategy else None
+            alone = {"strategy": in_float32(case.strategy or default_strategy())}
             with laws.COMPOSES.judging(self.plugin):
-                if alone and all(pool.run(runs.on_rank_refusal, task, weights, alone, (RuntimeError,))):
+                if case.strategy and all(pool.run(runs.on_rank_refusal, task, weights, alone, (RuntimeError,))):
                     unable.append(case.strategy)
                 elif case.named or not all(pool.run(runs.on_rank_refusal, task, weights, case.build)):
                     self._compare(laws.COMPOSES, ranks, task, case)
