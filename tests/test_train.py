@@ -489,6 +489,13 @@ def test_the_example_of_experts_computes_the_same_on_one_rank(on_ranks, tmp_path
     assert numbers(tmp_path / "two", *NUMBERS) == pytest.approx(numbers(tmp_path / "one", *NUMBERS), rel=1e-5)
 
 
+@pytest.mark.slow
+def test_a_named_cross_entropy_is_the_loss_of_the_model(on_ranks, alone, tmp_path):
+    run(on_ranks, 1, example("sft", *QUIET, *into(tmp_path), "loss.type=cross_entropy"))
+
+    assert numbers(tmp_path, *NUMBERS) == pytest.approx(numbers(alone, *NUMBERS), rel=1e-5)
+
+
 def by_hand(recipe):
     """Return losses and norms of the DPO recipe on one process, with plain torch."""
     torch.manual_seed(recipe.training.seed)
