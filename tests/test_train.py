@@ -23,7 +23,7 @@ from nemo_dist.hf_model import IGNORED
 from nemo_dist.planning.device_flops import bfloat16_flops
 from nemo_dist.recipe import throughput
 from nemo_dist.recipe.config import DataSection, LoggingSection, Recipe
-from nemo_dist.recipe.documents import documents, preferences
+from nemo_dist.recipe.documents import documents
 from nemo_dist.recipe.dry_run import described
 from nemo_dist.recipe.job import judge, train
 from nemo_dist.recipe.metrics import FILE, Metrics
@@ -239,19 +239,17 @@ def test_a_preference_is_two_rows_of_one_prompt(tmp_path):
     assert counted == ["cd<|end|>", "e<|end|>", "gh<|end|>", "jklm"]  # the first token of a row follows nothing
 
 
-BAD_PAIRS = {
-    '{"prompt": "a", "completion": "b"}': r"is no preference, .*\(got \['completion', 'prompt'\]\)",
-    '{"chosen": "a", "rejected": "b"}': "prompt must be text",
-    '{"prompt": "a", "chosen": [], "rejected": []}': "prompt and chosen must be text, or lists of turns, both",
-    '"a"': "is no preference, .*got 'a'",
-}
-
-
-@pytest.mark.parametrize("line", BAD_PAIRS)
-def test_a_line_that_is_no_preference_is_named(line, tmp_path):
+@pytest.mark.parametrize(
+    ("line", "pairs", "message"),
+    [
+        ('{"prompt": "a", "completion": "b"}', True, "line 1 is no preference; loss.type 'dpo' takes"),
+        ('{"prompt": "a", "chosen": "b", "rejected": "c"}', False, "line 1 is a preference; set loss.type to 'dpo'"),
+    ],
+)
+def test_preferences_are_for_a_loss_that_compares(line, pairs, message, tmp_path):
     (tmp_path / "data.jsonl").write_text(line + "\n")
-    with pytest.raises(ValueError, match=rf"data\.jsonl, line 1:? {BAD_PAIRS[line]}"):
-        list(preferences(str(tmp_path / "data.jsonl")))
+    with pytest.raises(ValueError, match=message):
+        rows_of(DataSection(path=str(tmp_path / "data.jsonl")), byte_tokenizer(), pairs=pairs)
 
 
 BAD_LINES = {
@@ -261,6 +259,8 @@ BAD_LINES = {
     '{"messages": []}': "messages must be a list of turns",
     '{"messages": [{"content": "x"}]}': "a turn has a role and content",
     '{"text": 3}': "text must be text",
+    '{"chosen": "a", "rejected": "b"}': "prompt must be text",
+    '{"prompt": "a", "chosen": [], "rejected": []}': "chosen must be text",
 }
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nemo_dist.hf_model import IGNORED
 from nemo_dist.recipe.config import ALL, DataSection, ModelSection
-from nemo_dist.recipe.documents import Document, documents, preferences
+from nemo_dist.recipe.documents import Document, documents
 
 _BYTES = "bytes"
 _END = "<|end|>"
@@ -73,7 +73,8 @@ def rows_of(data: DataSection, tokenizer: Any, *, pairs: bool = False) -> list[R
     one of them the other is left out. Raises ValueError where nothing is left.
     """
     cut = _Cut(data, tokenizer)
-    rows = list(cut.pairs(preferences(data.path)) if pairs else cut.rows(documents(data.path, data.text)))
+    found = documents(data.path, data.text)
+    rows = list(cut.pairs(found) if pairs else cut.rows(found))
     if cut.shortened or cut.dropped:
         warnings.warn(
             f"{data.path}: {cut.shortened} documents are longer than data.length {data.length} and were cut at the "
@@ -116,15 +117,21 @@ class _Cut:
 
     def rows(self, found: Iterable[Document]) -> Iterator[Row]:
         for document in found:
+            if document.rejected is not None:
+                raise ValueError(f"data: {document.where} is a preference; set loss.type to 'dpo' to train on it")
             kept = self._rows(document, windows=not document.messages and not document.answer)
             self.dropped += not kept
             yield from kept
 
-    def pairs(self, found: Iterable[tuple[Document, Document]]) -> Iterator[Row]:
-        for pair in found:
-            kept = [row for document in pair for row in self._rows(document, windows=False)]
-            self.dropped += len(kept) < len(pair)
-            yield from kept if len(kept) == len(pair) else ()
+    def pairs(self, found: Iterable[Document]) -> Iterator[Row]:
+        for chosen in found:
+            if chosen.rejected is None:
+                raise ValueError(
+                    f"data: {chosen.where} is no preference; loss.type 'dpo' takes prompt, chosen and rejected"
+                )
+            kept = [row for one in (chosen, chosen.rejected) for row in self._rows(one, windows=False)]
+            self.dropped += len(kept) < 2
+            yield from kept if len(kept) == 2 else ()
 
     def _rows(self, document: Document, *, windows: bool) -> list[Row]:
         """Return the rows of *document* with a label that counts: one, cut at its end, or ``windows`` of all of it."""
