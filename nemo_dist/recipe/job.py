@@ -13,7 +13,6 @@ import attrs
 import torch
 
 from nemo_dist.checkpoint.run_folder import RunFolder
-from nemo_dist.losses import row_scores
 from nemo_dist.mesh.process_group import DistEnv, initialize_distributed
 from nemo_dist.planning.mesh_plan import Role
 from nemo_dist.recipe.config import DataSection, Recipe
@@ -21,6 +20,7 @@ from nemo_dist.recipe.metrics import Metrics, judge_logging
 from nemo_dist.recipe.model import adapter_config, config_of, load_model
 from nemo_dist.recipe.optimization import judge_schedule, make_loss, make_optimizer, make_schedule, optimizer_type
 from nemo_dist.recipe.progress import Report, progress
+from nemo_dist.recipe.reference_scores import score
 from nemo_dist.recipe.row_stream import RowStream
 from nemo_dist.recipe.throughput import Throughput
 from nemo_dist.recipe.tokens import Row, rows_of, tokenizer_of
@@ -47,41 +47,24 @@ def train(recipe: Recipe) -> None:
     tokenizer = tokenizer_of(recipe.model, recipe.data)
     stream = stream_of(recipe, setup, tokenizer, recipe.data)
     others = recipe.evaluation_data
-    held_out = stream_of(recipe, setup, tokenizer, others) if others else None
+    held_out = None if others is None else stream_of(recipe, setup, tokenizer, others)
     torch.manual_seed(recipe.training.seed)  # of the weights of a new model
     with setup.runtime(load_model(recipe.model, setup), loss=make_loss(recipe.loss)) as runtime:
-        for one in (stream, held_out) if recipe.pairs else ():
-            score(one, runtime)
+        if recipe.pairs:
+            score([stream, held_out], runtime)
         setup.seed(recipe.training.seed)
-        batches = held_out.all(recipe.evaluate.rows) if held_out and recipe.evaluate else []
-        job = Job.prepare(recipe, env, runtime, stream, batches)
+        evaluated = held_out.all(recipe.evaluate.rows) if held_out and recipe.evaluate else []
+        job = Job.prepare(recipe, env, runtime, stream, evaluated)
         job.run()
         job.export(tokenizer)
 
 
-def score(stream: RowStream | None, runtime: Runtime) -> None:
-    """Give every row of *stream* the score of the model as it is, which is the reference of pairs; on every rank."""
-    if stream is None:
-        return
-    size, mine = stream.rows_of_batch * stream.ranks, stream.rank * stream.rows_of_batch
-    batches = stream.all()
-    scores = torch.zeros(len(batches) * size, device=runtime.mesh.device)
-    for number, batch in enumerate(batches):
-        first = number * size + mine
-        scores[first : first + stream.rows_of_batch] = row_scores(runtime.forward(batch), batch)
-    group = runtime.mesh.group(Role.BATCH)
-    if group is not None:
-        torch.distributed.all_reduce(scores, group=group)  # every rank scored rows of its own
-    pairs = zip(stream.rows, scores.tolist(), strict=False)
-    stream.rows = [attrs.evolve(row, score=value) for row, value in pairs]
-
-
 def judge(recipe: Recipe) -> None:
     """Raise ValueError for what the recipe asks for that torch, transformers or an optional package does not have."""
-    make_loss(recipe.loss)
     optimizer_type(recipe.optimizer)
     judge_schedule(recipe.scheduler)
     judge_logging(recipe.logging)
+    make_loss(recipe.loss)
     adapter_config(recipe.model)
     if recipe.model.config is not None:
         config_of(recipe.model)
