@@ -144,14 +144,19 @@ class DPO:
     beta: float = 0.1
 
     def count(self, batch: Batch) -> Tensor:
-        """Return the number of pairs."""
-        return torch.tensor(len(batch["reference_scores"]) / 2)
+        """Return the number of pairs that have labels."""
+        return _labelled_pairs(batch).sum()
 
     def __call__(self, outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the loss of every pair, and a weight of 1."""
+        """Return the loss of every pair, and its weight: 1, or 0 where no label of its rows counts."""
         gained = row_scores(outputs, batch) - batch["reference_scores"].float()
         losses = -logsigmoid(self.beta * (gained[0::2] - gained[1::2]))
-        return losses, torch.ones_like(losses)
+        return losses, _labelled_pairs(batch).to(losses)
+
+
+def _labelled_pairs(batch: Batch) -> Tensor:
+    counts = (_next_labels(batch) != IGNORED).any(-1)
+    return (counts[0::2] | counts[1::2]).float()
 
 
 def row_scores(outputs: Any, batch: Batch) -> Tensor:
@@ -159,12 +164,15 @@ def row_scores(outputs: Any, batch: Batch) -> Tensor:
 
     Labels of -100 are left out.
     """
-    labels: Any = batch.get("shift_labels")
-    if labels is None:
-        labels = pad(labels_of(batch), (0, 1), value=IGNORED)[..., 1:]
-    labels = labels.to(outputs.logits.device)
+    labels = _next_labels(batch).to(outputs.logits.device)
     chosen = log_softmax(outputs.logits.float(), -1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
     return torch.where(labels != IGNORED, chosen, 0).sum(-1)
+
+
+def _next_labels(batch: Batch) -> Tensor:
+    """Return the labels of *batch*, each in the place before its own."""
+    labels: Tensor | None = batch.get("shift_labels")
+    return pad(labels_of(batch), (0, 1), value=IGNORED)[..., 1:] if labels is None else labels
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -215,7 +223,8 @@ def _mask(batch: Batch) -> Tensor:
 def gathered_rows(rows: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, int]:
     """Return the *rows* of all ranks of *group*, in rank order, and the place of this rank's first; all take part.
 
-    Ranks may have different numbers of rows. The backward sums the gradients that all ranks have for a row.
+    Ranks may have different numbers of rows. The backward sums the gradients that all ranks have for a row. A loss that
+    calls this has ``rows_together = None``.
     """
     if group is None:
         return rows, 0

@@ -14,6 +14,13 @@ from nemo_dist.testing.precision import FP32
 PLUGINS = Path(__file__).parents[1] / "plugins"
 
 
+class BesideMegatron:
+    """Tries a plugin beside Megatron-FSDP too, which needs CUDA's calls."""
+
+    def test_it_composes_with_what_it_says(self, ranks):
+        super().test_it_composes_with_what_it_says(lambda world_size: WithCudaCalls(ranks(world_size)))
+
+
 class TestFSDP2(PluginConformance):
     plugin = "fsdp2"
     build = {"strategy": FSDP2Config(mp_policy=FP32)}
@@ -36,12 +43,12 @@ class TestMegatronFSDP(PluginConformance):
         return lambda world_size: WithCudaCalls(ranks(world_size))
 
 
-class TestRecompute(PluginConformance):
+class TestRecompute(BesideMegatron, PluginConformance):
     plugin = "recompute"
     build = {"strategy": FSDP2Config(mp_policy=FP32), "plugins": ("recompute",)}
 
 
-class TestTensor(PluginConformance):
+class TestTensor(BesideMegatron, PluginConformance):
     plugin = "tensor"
     build = {
         "strategy": FSDP2Config(mp_policy=FP32, sequence_parallel=True),
@@ -49,7 +56,7 @@ class TestTensor(PluginConformance):
     }
 
 
-class TestContext(PluginConformance):
+class TestContext(BesideMegatron, PluginConformance):
     plugin = "context"
     build = {"strategy": FSDP2Config(mp_policy=FP32), "parallelism_sizes": ParallelismSizes(cp_size=2)}
 

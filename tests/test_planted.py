@@ -264,6 +264,7 @@ NUMBERS = [
     ("local_lost", RESUMES, "declares replicas_differ and keeps nothing of each rank"),
     ("sharded_moments", RESUMES, "optimizer is that of plugin 'sharded_moments'[^$]*lists only the parameters"),
     ("one_axis", COMPOSES, "replicas that must be equal on all ranks differ|cp_size=2"),
+    ("seeing_shards", COMPOSES, "'tp_size': 2|tp_size=2"),
     ("casting", PARITY, "norm.weight"),
     ("swapping", PARITY, "the first loss is wrong"),
     ("thawing", "test_it_trains_beside_frozen_parameters", "unexpected .*'model.embed_tokens.weight'"),
@@ -297,6 +298,14 @@ def test_the_kit_finds_what_is_wrong_on_ranks(ranks, plugin, law, message):
         getattr(kit(plugin), law)(ranks)
     said = str(caught.value)
     assert f"plugin {plugin!r} breaks a law: " in said and "look at: " in said and re.search(message, said), said
+
+
+def test_a_strategy_that_this_machine_cannot_run_is_left_out_and_named(ranks):
+    beside = kit("beside_elsewhere")
+    strategies = {case.strategy: case for case in beside.cases()}
+    beside.cases = lambda: [strategies["elsewhere"]]
+    with pytest.raises(pytest.skip.Exception, match="this machine cannot run elsewhere; what else it composes with"):
+        getattr(beside, COMPOSES)(ranks)
 
 
 def laws_on_ranks():

@@ -15,6 +15,7 @@ from cases import cases, slow
 from hypothesis import given
 from hypothesis import strategies as st
 from test_launchers import clean
+from torch.nn.functional import log_softmax, logsigmoid
 from torch.utils.flop_counter import FlopCounterMode
 
 from nemo_dist.checkpoint.preemption import CODE
@@ -71,6 +72,18 @@ WRONG = {
     "one of two": ({"training": {"batch_size": 4}}, "training needs one of steps and epochs"),
     "no model": ({"model": {"dtype": "float32"}}, "model needs one of path"),
     "labels": ({"data": {"path": CHAT, "train_on": "answer"}}, "did you mean 'answers'?"),
+    "a loss": (
+        {"loss": {"type": "dpoo"}},
+        "loss.type must be one of cross_entropy, dpo (got 'dpoo'); did you mean 'dpo'?",
+    ),
+    "packed pairs": (
+        {"loss": {"type": "dpo"}, "data": {"path": CHAT, "packing": True}},
+        "data.packing puts rows together that loss.type 'dpo' compares",
+    ),
+    "half a pair": (
+        {"loss": {"type": "dpo"}, "evaluate": {"path": CHAT, "rows": 3}},
+        "evaluate.rows must be even, as loss.type 'dpo' takes pairs (got 3)",
+    ),
     "no folder": ({"checkpoint": {"every": 3}}, "checkpoint.folder must be given"),
     "no tokenizer": ({"model": {"config": {"model_type": "llama"}}}, "model.tokenizer must be given"),
     "a dtype": ({"model": {"path": "x", "dtype": "bfloat61"}}, "(got 'bfloat61'); did you mean 'bfloat16'?"),
@@ -115,6 +128,15 @@ def test_names_that_others_do_not_have_are_refused_before_a_rank_starts(change):
     assert NAMES[change] in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [("loss.betta=0.1", "did you mean 'beta'"), ("loss.beta=high", r"loss.beta must be a number \(got 'high'\)")],
+)
+def test_options_that_a_loss_does_not_take_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        judge(example("dpo", change))
+
+
 CHANGES = {
     "training": r"section\.key=value \(got 'training'\)",
     "data.path.of=3": "goes into 'path', which is no section",
@@ -157,14 +179,15 @@ def command(*arguments, **options):
     )
 
 
-@pytest.mark.parametrize("name", ["sft", "lora", "moe"])
+@pytest.mark.parametrize("name", ["sft", "lora", "moe", "dpo"])
 def test_a_dry_run_says_what_each_example_does(name, tmp_path):
     recipe = example(name, f"checkpoint.folder={tmp_path / 'run'}")
     said = described(recipe, recipe.setup(2))
 
     assert f"model: {'Qwen3Moe' if name == 'moe' else 'Llama'}ForCausalLM of" in said
     assert "labels" in said and f"checkpoints: {tmp_path / 'run'}" in said
-    assert {"sft": "packed of 16", "lora": "adapters of LORA", "moe": "which are 0."}[name] in said
+    shown = {"sft": "packed of 16", "lora": "adapters of LORA", "moe": "which are 0.", "dpo": "16 rows, in pairs"}
+    assert shown[name] in said
     assert not (tmp_path / "run").exists()
 
 
@@ -202,6 +225,33 @@ def test_prompts_do_not_count_and_text_goes_on_in_the_next_row(tmp_path):
     assert [row.labels[0].item() for row in windows] == [IGNORED] * 2
 
 
+def test_a_preference_is_two_rows_of_one_prompt(tmp_path):
+    (tmp_path / "data.jsonl").write_text(
+        '{"prompt": "ab", "chosen": "cd", "rejected": "e"}\n{"prompt": "abcdef", "chosen": "g", "rejected": ""}\n'
+        '{"prompt": "", "chosen": "fgh", "rejected": "ijklmn"}\n'
+    )
+    tokenizer = byte_tokenizer()
+    with pytest.warns(UserWarning, match="3 documents are longer than data.length 5 .* and 1 have no label"):
+        found = rows_of(DataSection(path=str(tmp_path / "data.jsonl"), length=5), tokenizer, pairs=True)
+
+    assert [tokenizer.decode(row.tokens) for row in found] == ["abcd<|end|>", "abe<|end|>", "fgh<|end|>", "ijklm"]
+    counted = [tokenizer.decode(row.tokens[row.labels != IGNORED]) for row in found]
+    assert counted == ["cd<|end|>", "e<|end|>", "gh<|end|>", "jklm"]  # the first token of a row follows nothing
+
+
+@pytest.mark.parametrize(
+    ("line", "pairs", "message"),
+    [
+        ('{"prompt": "a", "completion": "b"}', True, "line 1 is no preference; loss.type 'dpo' takes"),
+        ('{"prompt": "a", "chosen": "b", "rejected": "c"}', False, "line 1 is a preference; set loss.type to 'dpo'"),
+    ],
+)
+def test_preferences_are_for_a_loss_that_compares(line, pairs, message, tmp_path):
+    (tmp_path / "data.jsonl").write_text(line + "\n")
+    with pytest.raises(ValueError, match=message):
+        rows_of(DataSection(path=str(tmp_path / "data.jsonl")), byte_tokenizer(), pairs=pairs)
+
+
 BAD_LINES = {
     "{": "line 2 is no JSON",
     '{"words": 1}': r"line 2 has the fields \['words'\], and none of messages",
@@ -209,6 +259,8 @@ BAD_LINES = {
     '{"messages": []}': "messages must be a list of turns",
     '{"messages": [{"content": "x"}]}': "a turn has a role and content",
     '{"text": 3}': "text must be text",
+    '{"chosen": "a", "rejected": "b"}': "prompt must be text",
+    '{"prompt": "a", "chosen": [], "rejected": []}': "chosen must be text",
 }
 
 
@@ -280,6 +332,15 @@ def test_the_rows_of_a_step_are_the_same_for_every_topology_and_after_every_stop
     for step in range(steps):
         assert sorted(t for share in shares for t in share[step]) == sorted(whole[before + step])
     assert all(part.state_dict() == alone.state_dict() for part in parts)
+
+
+def test_pairs_stay_together_in_every_order():
+    one = stream(rows([2] * 20), size=4, together=2)
+    order = [t for step in taken(one, 10) for t in step]  # two epochs
+    assert sorted(order) == sorted([*range(40)] * 2) and order[:40] != order[40:]
+    assert all(
+        order[at : at + 4] == list(range(order[at], order[at] + 4)) and order[at] % 4 == 0 for at in range(0, 80, 4)
+    )
 
 
 def test_an_epoch_has_every_row_once_and_the_next_another_order():
@@ -426,6 +487,62 @@ def test_the_example_of_experts_computes_the_same_on_one_rank(on_ranks, tmp_path
     run(on_ranks, 1, example("moe", *into(tmp_path / "one"), *steps, "distributed.ep_size=1"))
 
     assert numbers(tmp_path / "two", *NUMBERS) == pytest.approx(numbers(tmp_path / "one", *NUMBERS), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_named_cross_entropy_is_the_loss_of_the_model(on_ranks, alone, tmp_path):
+    run(on_ranks, 1, example("sft", *QUIET, *into(tmp_path), "loss.type=cross_entropy"))
+
+    assert numbers(tmp_path, *NUMBERS) == pytest.approx(numbers(alone, *NUMBERS), rel=1e-5)
+
+
+def by_hand(recipe):
+    """Return losses and norms of the DPO recipe on one process, with plain torch."""
+    torch.manual_seed(recipe.training.seed)
+    config = transformers.AutoConfig.for_model(**recipe.model.config)
+    model, reference = (transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32) for _ in range(2))
+    reference.load_state_dict(model.state_dict())
+    pairs = rows_of(recipe.data, byte_tokenizer(), pairs=True)
+    order = stream(pairs, size=recipe.training.batch_size, together=2, pad_token=0)
+    optimizer = torch.optim.AdamW(model.parameters(), **recipe.optimizer.options)
+    found = {}
+    for step in range(1, recipe.training.steps + 1):
+        (batch,) = order.take()
+        labels = batch.pop("labels")[:, 1:]
+        scores = [of_rows(one, batch, labels) for one in (model, reference)]
+        gained = scores[0] - scores[1].detach()
+        loss = -logsigmoid(recipe.loss.options["beta"] * (gained[0::2] - gained[1::2])).mean()
+        loss.backward()
+        found[step, "loss"] = loss.item()
+        found[step, "norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.training.clip).item()
+        optimizer.step()
+        optimizer.zero_grad()
+    return found
+
+
+def of_rows(model, batch, labels):
+    chosen = log_softmax(model(**batch).logits[:, :-1], -1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+    return (chosen * (labels != IGNORED)).sum(1)
+
+
+@cases(("count", "axis"), [(2, "dp"), slow(1, "dp"), *(slow(2, axis) for axis in ("tp", "cp", "pp"))])
+def test_preferences_are_trained_as_by_hand(on_ranks, tmp_path, count, axis):
+    pairs = ("distributed.pipeline={pp_microbatch_size: 2}",) if axis == "pp" else ()
+    recipe = example("dpo", *into(tmp_path), f"distributed.{axis}_size={count}", *pairs)
+    run(on_ranks, count, recipe)
+
+    assert numbers(tmp_path, "loss", "norm") == pytest.approx(by_hand(recipe), rel=1e-5)
+    assert len(numbers(tmp_path, "held_out_loss")) == 1
+
+
+def test_preferences_go_on_with_the_reference_of_the_start(on_ranks, tmp_path):
+    run(on_ranks, 1, example("dpo", *into(tmp_path / "whole")))
+    run(on_ranks, 1, example("dpo", *into(tmp_path / "stopped"), "training.steps=2"))
+    run(on_ranks, 1, example("dpo", *into(tmp_path / "stopped")))
+
+    for name in ("loss", "norm", "held_out_loss"):
+        whole, stopped = (numbers(tmp_path / folder, name) for folder in ("whole", "stopped"))
+        assert whole.items() <= stopped.items()
 
 
 # ---- stopped and started again ----

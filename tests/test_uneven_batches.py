@@ -9,8 +9,8 @@ import torch
 from cases import cases, slow
 from torch import nn
 
-from nemo_dist import DistributedSetup, FSDP2Config, RankError
-from nemo_dist.losses import DPO, CrossEntropy
+from nemo_dist import DistributedSetup, FSDP2Config, NeMoAutoModel, RankError
+from nemo_dist.losses import DPO, Contrastive, CrossEntropy
 from nemo_dist.testing.equivalence import MAX_NORM, OPTIMIZER, Task, checkpoint
 from nemo_dist.testing.fake_cuda import WithCudaCalls
 from nemo_dist.testing.precision import FP32
@@ -117,6 +117,28 @@ def test_padding_does_not_count_in_a_loss_of_ones_own(ranks, specimen, loss):
     (expected,) = ranks(1).run(on_rank_train_own, checkpoint(specimen), specimen, loss, (max(COUNTS),))
     for found in ranks(2).run(on_rank_train_own, checkpoint(specimen), specimen, loss, COUNTS):
         assert torch.tensor(found).allclose(torch.tensor(expected), rtol=1e-5)
+
+
+def on_rank_compare_rows(folder, counts):
+    """Evaluate on as many batches as this rank has; one rank gets what two have together."""
+    setup = DistributedSetup.build(strategy=FSDP2Config(mp_policy=FP32))
+    model = NeMoAutoModel.from_pretrained(folder, distributed_setup=setup, dtype=torch.float32)
+    runtime = setup.runtime(model, loss=Contrastive(mesh=setup.mesh_context))
+    with pytest.raises(ValueError) as caught:
+        runtime.batches([], pad=True)
+    batches = [Task(rows=8).batches(step)[0] for step in range(counts[runtime.dp_rank])]
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        loss = runtime.evaluate([rows_of_rank({"input_ids": one["input_ids"]}, runtime) for one in batches])
+    return str(caught.value), loss.item(), [str(warning.message) for warning in warned]
+
+
+def test_no_batch_is_made_up_where_all_rows_are_compared(ranks):
+    ((_, expected, _),) = ranks(1).run(on_rank_compare_rows, checkpoint("llama"), (min(COUNTS),))
+    for said, loss, warned in ranks(2).run(on_rank_compare_rows, checkpoint("llama"), COUNTS):
+        assert "the loss compares all rows of all ranks, so no batch can be made up; leave out pad=True" in said
+        assert loss == pytest.approx(expected, rel=1e-5)
+        assert any("rank 1 had no more than 2 batches, and the others had more" in line for line in warned)
 
 
 @pytest.mark.parametrize("name", STRATEGIES)

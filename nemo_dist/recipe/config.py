@@ -17,6 +17,8 @@ from nemo_dist.setup.setup import DistributedSetup
 from nemo_dist.setup.yaml_section import read_recipe, read_value
 
 ANSWERS, ALL = "answers", "all"
+DPO = "dpo"
+LOSSES = {"cross_entropy": "CrossEntropy", DPO: "DPO"}  # the classes in nemo_dist.losses
 _AUTO = "auto"
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _EXPONENT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")  # a number to people; YAML 1.1 reads text: 1e-4
@@ -110,6 +112,25 @@ class DataSection:
         if self.train_on not in (ANSWERS, ALL):
             hint = near(self.train_on, (ANSWERS, ALL))
             raise ValueError(f"data.train_on must be '{ANSWERS}' or '{ALL}' (got {shown(self.train_on)}){hint}")
+
+
+@attrs.frozen(kw_only=True)
+class LossSection:
+    """The ``type``, "cross_entropy" or "dpo" of ``nemo_dist.losses``, and its ``options``: every further key.
+
+    For "dpo" the data are preferences, and the reference is the model as it is loaded, before the first step.
+    """
+
+    name: ClassVar[str] = "loss"
+    rest: ClassVar[str] = "options"
+
+    type: str = attrs.field(validator=_text)
+    options: Mapping[str, Any] = attrs.field(factory=dict, validator=_mapping)
+
+    def __attrs_post_init__(self) -> None:
+        if self.type not in LOSSES:
+            hint = near(self.type, LOSSES)
+            raise ValueError(f"loss.type must be one of {', '.join(LOSSES)} (got {shown(self.type)}){hint}")
 
 
 @attrs.frozen(kw_only=True)
@@ -215,7 +236,7 @@ _SECTIONS: dict[str, type[Any]] = {
     section.name: section
     for section in (
         *(ModelSection, DataSection, OptimizerSection, SchedulerSection, TrainingSection, CheckpointSection),
-        *(EvaluateSection, LoggingSection),
+        *(EvaluateSection, LoggingSection, LossSection),
     )
 }
 _NEEDED = ("model", "data", "training")
@@ -232,6 +253,7 @@ class Recipe:
     scheduler: SchedulerSection = attrs.field(factory=SchedulerSection)
     checkpoint: CheckpointSection = attrs.field(factory=CheckpointSection)
     evaluate: EvaluateSection | None = None
+    loss: LossSection | None = None
     logging: LoggingSection = attrs.field(factory=LoggingSection)
     distributed: Mapping[str, Any] = attrs.field(factory=dict)
     given: Mapping[str, Any] = attrs.field(factory=dict, eq=False, repr=False)
@@ -275,7 +297,9 @@ class Recipe:
         if problems:
             raise TopologyError(problems)
         given = sections.get("distributed")
-        return cls(**made, distributed={} if given is None else given, given=dict(sections))
+        recipe = cls(**made, distributed={} if given is None else given, given=dict(sections))
+        recipe.refuse_broken_pairs()
+        return recipe
 
     @classmethod
     def from_json(cls, text: str) -> Recipe:
@@ -292,14 +316,31 @@ class Recipe:
         self.rows_of_batch(setup)
         return setup
 
+    @property
+    def pairs(self) -> bool:
+        """Whether the rows are pairs, of which a loss compares the two."""
+        return self.loss is not None and self.loss.type == DPO
+
+    def refuse_broken_pairs(self) -> None:
+        """Raise TopologyError where the loss compares the rows of a pair, and a section would tear pairs apart."""
+        problems = []
+        if self.pairs and self.data.packing:
+            problems.append("data.packing puts rows together that loss.type 'dpo' compares; leave it out")
+        if self.pairs and self.evaluate is not None and (self.evaluate.rows or 0) % 2:
+            problems.append(f"evaluate.rows must be even, as loss.type 'dpo' takes pairs (got {self.evaluate.rows})")
+        if problems:
+            raise TopologyError(problems)
+
     def rows_of_batch(self, setup: DistributedSetup) -> int:
         """Return the rows of one batch of one data-parallel rank."""
         ranks, batches, rows = setup.plan.size("dp"), self.training.accumulation, self.training.batch_size
-        if rows % (ranks * batches):
+        together = 2 if self.pairs else 1
+        if rows % (ranks * batches * together):
+            in_pairs = " in pairs" if self.pairs else ""
             raise TopologyError(
                 [
                     f"training.batch_size is {rows} rows, which {ranks} data-parallel ranks with accumulation "
-                    f"{batches} cannot share equally; make it a multiple of {ranks * batches}"
+                    f"{batches} cannot share equally{in_pairs}; make it a multiple of {ranks * batches * together}"
                 ]
             )
         return rows // (ranks * batches)

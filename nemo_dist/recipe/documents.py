@@ -14,6 +14,7 @@ from nemo_dist.planning.validation import near, shown
 _LINES = (".jsonl", ".ndjson")
 _OF_DATASETS = ("dataset_info.json", "state.json", "dataset_dict.json")  # what save_to_disk writes
 _MESSAGES, _PROMPT, _COMPLETION = "messages", "prompt", "completion"
+_CHOSEN, _REJECTED = "chosen", "rejected"
 
 
 @attrs.frozen(kw_only=True)
@@ -21,12 +22,14 @@ class Document:
     """One example: its ``text``, or the ``messages`` of a conversation, each a mapping with ``role`` and ``content``.
 
     ``answer``: where in the text the labels begin that count as an answer. ``where`` names the document in errors.
+    ``rejected``: of a preference, the document that this one was chosen over.
     """
 
     where: str
     text: str = ""
     answer: int = 0
     messages: tuple[Mapping[str, Any], ...] = ()
+    rejected: Document | None = None
 
 
 def documents(path: str, text: str = "text") -> Iterator[Document]:
@@ -95,15 +98,25 @@ def _document(where: str, row: Any, text: str) -> Document:
         raise ValueError(f"data: {where} is no mapping of fields (got {shown(row)})")
     if row.get(_MESSAGES) is not None:
         return Document(where=where, messages=tuple(_messages(where, row[_MESSAGES])))
+    if row.get(_CHOSEN) is not None and row.get(_REJECTED) is not None:
+        return attrs.evolve(_answered(where, row, _CHOSEN), rejected=_answered(where, row, _REJECTED))
     if row.get(_PROMPT) is not None and row.get(_COMPLETION) is not None:
-        prompt, completion = _of_text(where, _PROMPT, row[_PROMPT]), _of_text(where, _COMPLETION, row[_COMPLETION])
-        return Document(where=where, text=prompt + completion, answer=len(prompt))
+        return _answered(where, row, _COMPLETION)
     if row.get(text) is not None:
         return Document(where=where, text=_of_text(where, text, row[text]))
     raise ValueError(
         f"data: {where} has the fields {shown(sorted(row))}, and none of {_MESSAGES}, {_PROMPT} with {_COMPLETION}, or "
         f"{text} (data.text names another)"
     )
+
+
+def _answered(where: str, row: Mapping[str, Any], field: str) -> Document:
+    """Return the document of the prompt of *row* and the answer in *field*: texts, or turns of a conversation."""
+    prompt, answer = row.get(_PROMPT), row[field]
+    if field != _COMPLETION and isinstance(answer, list) and isinstance(prompt, list | None):
+        return Document(where=where, messages=tuple(_messages(where, [*(prompt or ()), *answer])))
+    begun, rest = _of_text(where, _PROMPT, prompt), _of_text(where, field, answer)
+    return Document(where=where, text=begun + rest, answer=len(begun))
 
 
 def _of_text(where: str, field: str, value: Any) -> str:

@@ -34,10 +34,10 @@ def _lines(recipe: Recipe, setup: DistributedSetup, model: Any, tokenizer: Any) 
     made = f"from {recipe.model.path}" if recipe.model.path else "with new weights"
     adapters = f", adapters of {recipe.model.peft['peft_type']}" if recipe.model.peft else ""
     yield f"model: {type(model).__name__} of {weights:,} parameters {made}, stored in {recipe.model.dtype}{adapters}"
-    rows, text = _data(recipe.data, tokenizer)
+    rows, text = _data(recipe.data, tokenizer, recipe.pairs)
     yield f"data: {text}"
     if recipe.evaluation_data is not None:
-        yield f"evaluation: {_data(recipe.evaluation_data, tokenizer)[1]}"
+        yield f"evaluation: {_data(recipe.evaluation_data, tokenizer, recipe.pairs)[1]}"
     training, ranks = recipe.training, setup.plan.size("dp")
     size = recipe.rows_of_batch(setup)
     yield f"step: {training.batch_size} rows = {ranks} data ranks x {training.accumulation} batches x {size} rows"
@@ -51,11 +51,11 @@ def _lines(recipe: Recipe, setup: DistributedSetup, model: Any, tokenizer: Any) 
     yield f"metrics: {recipe.folder}"
 
 
-def _data(data: DataSection, tokenizer: Any) -> tuple[int, str]:
+def _data(data: DataSection, tokenizer: Any, pairs: bool) -> tuple[int, str]:
     """Return how many rows *data* has, and what it is in words."""
-    rows = rows_of(data, tokenizer)
+    rows = rows_of(data, tokenizer, pairs=pairs)
     tokens = sum(len(row.tokens) for row in rows)
     counted = sum(int((row.labels != IGNORED).sum()) for row in rows)
-    packed = f", packed of {sum(len(row.lengths) for row in rows)}" if data.packing else ""
+    packed = f", packed of {sum(len(row.lengths) for row in rows)}" if data.packing else ", in pairs" * pairs
     most = max(len(row.tokens) for row in rows)
     return len(rows), f"{data.path}: {len(rows)} rows{packed}, {tokens:,} tokens, at most {most}, {counted:,} labels"

@@ -18,8 +18,9 @@ from nemo_dist.planning.mesh_plan import Role
 from nemo_dist.recipe.config import DataSection, Recipe
 from nemo_dist.recipe.metrics import Metrics, judge_logging
 from nemo_dist.recipe.model import adapter_config, config_of, load_model
-from nemo_dist.recipe.optimization import judge_schedule, make_optimizer, make_schedule, optimizer_type
+from nemo_dist.recipe.optimization import judge_schedule, make_loss, make_optimizer, make_schedule, optimizer_type
 from nemo_dist.recipe.progress import Report, progress
+from nemo_dist.recipe.reference_scores import score
 from nemo_dist.recipe.row_stream import RowStream
 from nemo_dist.recipe.throughput import Throughput
 from nemo_dist.recipe.tokens import Row, rows_of, tokenizer_of
@@ -46,13 +47,14 @@ def train(recipe: Recipe) -> None:
     tokenizer = tokenizer_of(recipe.model, recipe.data)
     stream = stream_of(recipe, setup, tokenizer, recipe.data)
     others = recipe.evaluation_data
-    held_out = (
-        stream_of(recipe, setup, tokenizer, others).all(recipe.evaluate.rows) if others and recipe.evaluate else []
-    )
+    held_out = None if others is None else stream_of(recipe, setup, tokenizer, others)
     torch.manual_seed(recipe.training.seed)  # of the weights of a new model
-    with setup.runtime(load_model(recipe.model, setup)) as runtime:
+    with setup.runtime(load_model(recipe.model, setup), loss=make_loss(recipe.loss)) as runtime:
+        if recipe.pairs:
+            score([stream, held_out], runtime)
         setup.seed(recipe.training.seed)
-        job = Job.prepare(recipe, env, runtime, stream, held_out)
+        evaluated = held_out.all(recipe.evaluate.rows) if held_out and recipe.evaluate else []
+        job = Job.prepare(recipe, env, runtime, stream, evaluated)
         job.run()
         job.export(tokenizer)
 
@@ -62,6 +64,7 @@ def judge(recipe: Recipe) -> None:
     optimizer_type(recipe.optimizer)
     judge_schedule(recipe.scheduler)
     judge_logging(recipe.logging)
+    make_loss(recipe.loss)
     adapter_config(recipe.model)
     if recipe.model.config is not None:
         config_of(recipe.model)
@@ -69,7 +72,7 @@ def judge(recipe: Recipe) -> None:
 
 def stream_of(recipe: Recipe, setup: DistributedSetup, tokenizer: Any, data: DataSection) -> RowStream:
     """Return the rows of *data* as this rank reads them; raise ValueError for tokens that the model does not have."""
-    rows = rows_of(data, tokenizer)
+    rows = rows_of(data, tokenizer, pairs=recipe.pairs)
     _refuse_unknown_tokens(rows, config_of(recipe.model).get_text_config().vocab_size)
     return RowStream(
         rows=rows,
@@ -81,6 +84,7 @@ def stream_of(recipe: Recipe, setup: DistributedSetup, tokenizer: Any, data: Dat
         shuffle=data.shuffle,
         pad_token=0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
         packing=data.packing,
+        together=2 if recipe.pairs else 1,
     )
 
 

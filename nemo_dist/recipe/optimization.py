@@ -1,4 +1,4 @@
-"""The optimizer and the schedule of its learning rate, by the names that torch and transformers give them."""
+"""The loss, the optimizer and the schedule of its learning rate, by the names that their packages give them."""
 
 from __future__ import annotations
 
@@ -6,13 +6,27 @@ import inspect
 from collections.abc import Iterable
 from typing import Any
 
+import attrs
 import torch
 from torch.optim import Optimizer
 
+from nemo_dist import losses
 from nemo_dist.errors import UnknownNameError
 from nemo_dist.planning.validation import near, shown
-from nemo_dist.recipe.config import OptimizerSection, SchedulerSection
+from nemo_dist.recipe.config import LOSSES, LossSection, OptimizerSection, SchedulerSection
 from nemo_dist.training.runtime import Runtime
+
+
+def make_loss(section: LossSection | None) -> Any:
+    """Return the loss of the recipe, None for the model's own; raise ValueError for what are not its options."""
+    if section is None:
+        return None
+    kind: Any = getattr(losses, LOSSES[section.type])
+    _refuse_unknown("loss", section.options, [field.name for field in attrs.fields(kind) if field.type == "float"])
+    for name, value in section.options.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"loss.{name} must be a number (got {shown(value)})")
+    return kind(**section.options)
 
 
 def optimizer_type(section: OptimizerSection) -> type[Optimizer]:

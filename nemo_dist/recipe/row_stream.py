@@ -34,6 +34,7 @@ class RowStream:
     shuffle: bool = True
     pad_token: int = 0
     packing: bool = False
+    together: int = 1  # neighbouring rows that stay so
     taken: int = 0
     tokens: int = 0  # of the last step, over all ranks, without padding
     _order: tuple[int, Tensor] | None = None
@@ -75,6 +76,8 @@ class RowStream:
         if self.packing:
             places = [torch.cat([torch.arange(length) for length in row.lengths]) for row in rows]
             batch["position_ids"] = _stacked(places, width, 0)
+        if rows[0].score is not None:
+            batch["reference_scores"] = torch.tensor([row.score for row in rows])
         return batch
 
     def _index(self, place: int) -> int:
@@ -83,8 +86,9 @@ class RowStream:
             return within
         if self._order is None or self._order[0] != epoch:
             drawn = torch.Generator().manual_seed(_number(f"{self.seed}/{epoch}"))
-            self._order = epoch, torch.randperm(len(self.rows), generator=drawn)
-        return int(self._order[1][within])
+            self._order = epoch, torch.randperm(len(self.rows) // self.together, generator=drawn)
+        group, within = divmod(within, self.together)
+        return int(self._order[1][group]) * self.together + within
 
     @cached_property
     def _digest(self) -> str:

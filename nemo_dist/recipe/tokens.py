@@ -26,11 +26,15 @@ _TEMPLATE = (
 
 @attrs.frozen(eq=False)
 class Row:
-    """Tokens and labels, int32 of one length; ``lengths`` are those of the sequences that are packed into it."""
+    """Tokens and labels, int32 of one length; ``lengths`` are those of the sequences that are packed into it.
+
+    ``score``: of a row of a pair, the logarithm of the probability that the reference gives to its labels.
+    """
 
     tokens: Tensor
     labels: Tensor
     lengths: tuple[int, ...]
+    score: float | None = None
 
 
 def tokenizer_of(model: ModelSection, data: DataSection) -> Any:
@@ -61,14 +65,16 @@ def byte_tokenizer() -> Any:
     return tokenizer
 
 
-def rows_of(data: DataSection, tokenizer: Any) -> list[Row]:
+def rows_of(data: DataSection, tokenizer: Any, *, pairs: bool = False) -> list[Row]:
     """Return the rows of *data*, the same in every process: at most ``data.length`` tokens, packed where asked for.
 
     Text goes on in the next row; a conversation or a prompt with its completion is cut at the end, with a warning, and
-    left out where no label is left. Raises ValueError where nothing is left.
+    left out where no label is left. ``pairs``: the data are preferences, and rows alternate, chosen and rejected; with
+    one of them the other is left out. Raises ValueError where nothing is left.
     """
     cut = _Cut(data, tokenizer)
-    rows = list(cut.rows(documents(data.path, data.text)))
+    found = documents(data.path, data.text)
+    rows = list(cut.pairs(found) if pairs else cut.rows(found))
     if cut.shortened or cut.dropped:
         warnings.warn(
             f"{data.path}: {cut.shortened} documents are longer than data.length {data.length} and were cut at the "
@@ -111,14 +117,29 @@ class _Cut:
 
     def rows(self, found: Iterable[Document]) -> Iterator[Row]:
         for document in found:
-            tokens, labels = self._labelled(document)
-            windows = not document.messages and not document.answer
-            if not windows and len(tokens) > self.data.length:
-                self.shortened += 1
-                tokens, labels = tokens[: self.data.length], labels[: self.data.length]
-            kept = [row for row in _windows(tokens, labels, self.data.length) if (row.labels != IGNORED).any()]
+            if document.rejected is not None:
+                raise ValueError(f"data: {document.where} is a preference; set loss.type to 'dpo' to train on it")
+            kept = self._rows(document, windows=not document.messages and not document.answer)
             self.dropped += not kept
             yield from kept
+
+    def pairs(self, found: Iterable[Document]) -> Iterator[Row]:
+        for chosen in found:
+            if chosen.rejected is None:
+                raise ValueError(
+                    f"data: {chosen.where} is no preference; loss.type 'dpo' takes prompt, chosen and rejected"
+                )
+            kept = [row for one in (chosen, chosen.rejected) for row in self._rows(one, windows=False)]
+            self.dropped += len(kept) < 2
+            yield from kept if len(kept) == 2 else ()
+
+    def _rows(self, document: Document, *, windows: bool) -> list[Row]:
+        """Return the rows of *document* with a label that counts: one, cut at its end, or ``windows`` of all of it."""
+        tokens, labels = self._labelled(document)
+        if not windows and len(tokens) > self.data.length:
+            self.shortened += 1
+            tokens, labels = tokens[: self.data.length], labels[: self.data.length]
+        return [row for row in _windows(tokens, labels, self.data.length) if (row.labels != IGNORED).any()]
 
     def _labelled(self, document: Document) -> tuple[Tensor, Tensor]:
         """Return the tokens of *document*, and their labels."""

@@ -58,6 +58,17 @@ def loaded(task: Task, folder: Path, build: Mapping[str, Any]) -> tuple[Distribu
     return setup, task.load(folder, distributed_setup=setup)
 
 
+def on_rank_refusal(
+    task: Task, folder: Path, build: Mapping[str, Any], kinds: tuple[type[Exception], ...] = (ValueError,)
+) -> str:
+    """Return the words of the error, one of *kinds*, with which *build* refuses the model in *folder*, or none."""
+    try:
+        loaded(task, folder, build)
+    except kinds as refusal:
+        return str(refusal)
+    return ""
+
+
 def started(task: Task, folder: Path, build: Mapping[str, Any]) -> tuple[Runtime, Any]:
     """Return a runtime of the model in *folder* under *build*, and an optimizer; called on every rank."""
     setup, model = loaded(task, folder, build)

@@ -147,9 +147,10 @@ TIED = Law(
     "code that replaces or clones parameters by name: lm_head.weight is model.embed_tokens.weight",
 )
 COMPOSES = Law(
-    "it computes what one process computes with every strategy and axis that it says it composes with",
-    "composes_with, which should list only what is tested; the group and divisor of its collectives (Role.TOKENS); "
-    "DTensors where it expects whole tensors",
+    "it computes what one process computes with every strategy and axis that it says it composes with, and beside a "
+    "strategy with every axis that build accepts",
+    "composes_with, which should list only what is tested; validate, which refuses the axes that it is not exact "
+    "beside; the group and divisor of its collectives (Role.TOKENS); DTensors where it expects whole tensors",
 )
 RESUMES = Law(
     "a run that is saved and loaded, twice, goes on as if it had never stopped, bit for bit",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from nemo_dist.errors import PluginError, TopologyError
+from nemo_dist.errors import NemoDistError, PluginError
 from nemo_dist.planning.mesh_plan import DENSE_AXES
 from nemo_dist.planning.sizes import ParallelismSizes
 from nemo_dist.plugin.protocol import Stage, declared
@@ -35,7 +36,7 @@ def smallest(name: str) -> dict[str, Any]:
     own = sorted(kind.axes - set(DENSE_AXES), key=lambda axis: (axis not in roles, axis))
     for axis in own:
         wide = chosen | {"parallelism_sizes": ParallelismSizes(extra={axis: 2})}
-        if axis in roles or _is_accepted(wide):
+        if axis in roles or is_accepted(wide, 2):
             return wide
     return chosen
 
@@ -69,10 +70,10 @@ def _quietly(registry: Registry, name: str) -> Any:
         return None
 
 
-def _is_accepted(keywords: dict[str, Any]) -> bool:
-    """Whether ``build`` takes *keywords*; not with an axis that a view derives from another."""
+def is_accepted(keywords: Mapping[str, Any], world_size: int) -> bool:
+    """Whether ``build`` takes *keywords* on *world_size* ranks."""
     try:
-        DistributedSetup.build(**keywords, world_size=2)
-    except TopologyError:
+        DistributedSetup.build(**keywords, world_size=world_size)
+    except NemoDistError:
         return False
     return True

@@ -470,6 +470,35 @@ class OneAxis(Averaging):
         return mesh.size(Role.BATCH)
 
 
+@planted("seeing_shards")
+class SeeingShards(Beside):
+    """Scale what a layer gets by the share of features that a rank sees: all of them, but under tp."""
+
+    @hookimpl
+    def shard(self, parts):
+        from nemo_dist_planted_modules import scale_by_features
+
+        scale_by_features(parts)
+
+
+@planted("elsewhere")
+class Elsewhere(Averaging):
+    """Need a device that no machine has; this one is sound."""
+
+    @hookimpl
+    def shard(self):
+        raise RuntimeError("strategy 'elsewhere' needs a device that is not here")
+
+
+@planted("beside_elsewhere", composes_with=frozenset({"fsdp2", "elsewhere"}))
+class BesideElsewhere(Beside):
+    """Compose with a strategy that cannot run here; this one is sound too."""
+
+    @hookimpl
+    def explain(self):
+        return "beside_elsewhere: nothing to do"
+
+
 @planted("casting")
 class Casting(Averaging):
     """Store the norms with half of their bits."""

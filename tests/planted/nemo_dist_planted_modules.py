@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from nemo_dist import PluginState, RuntimePart
+from nemo_dist.hf_model import blocks, inner_model
 from nemo_dist.plugin.forwards import wrap_forward
 
 
@@ -93,6 +95,16 @@ def drift(weight, optimizer):
 
 def untie(model):
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+
+
+def scale_by_features(parts):
+    def around(whole, forward, seen):
+        return forward(seen * (seen.shape[-1] / whole))
+
+    for part in map(inner_model, parts):
+        whole = part.config.num_attention_heads * part.config.head_dim
+        for block in blocks(part).values():
+            wrap_forward(block.self_attn.o_proj, partial(around, whole))
 
 
 def cast_norms(model):

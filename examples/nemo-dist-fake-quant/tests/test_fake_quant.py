@@ -45,7 +45,8 @@ def test_inputs_take_as_many_values_as_the_bits_have(bits):
 
 
 def test_what_would_not_be_exact_is_refused():
-    with pytest.raises(TopologyError, match="fake_quant takes one scale per token"):
-        DistributedSetup.build(parallelism_sizes=ParallelismSizes(tp_size=2), plugins=("fake_quant",), world_size=2)
+    sizes = ParallelismSizes(tp_size=2, ep_size=2)
+    with pytest.raises(TopologyError, match=r"(?s)takes one scale per token.*not proven with ep_size 2"):
+        DistributedSetup.build(parallelism_sizes=sizes, plugins=("fake_quant",), world_size=2)
     with pytest.raises(ValueError, match="bits must be an int from 2 up"):
         FakeQuantConfig(bits=1)
