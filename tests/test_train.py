@@ -98,6 +98,7 @@ NAMES = {
     "optimizer.type=AdamV": "optimizer.type 'AdamV' is no class of torch.optim; did you mean 'Adam",
     "optimizer.weigth_decay=0.1": "optimizer has an unknown key 'weigth_decay'; did you mean 'weight_decay'?",
     "scheduler.type=cosin": "scheduler.type 'cosin' is no schedule of the recipe; did you mean 'cosine'?",
+    "scheduler={warmup: 100}": "but the schedule 'constant' has none; set scheduler.type to one that has: c",
     "scheduler.num_cycle=2": "scheduler has an unknown key 'num_cycle'; did you mean 'num_cycles'?",
     "model.peft={peft_type: LORE}": "is no kind of adapters of PEFT; did you mean 'LORA'?",
     "model.peft={peft_type: LORA, rank: 4}": "model.peft has an unknown key 'rank'",

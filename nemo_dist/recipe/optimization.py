@@ -14,6 +14,8 @@ from nemo_dist.planning.validation import near, shown
 from nemo_dist.recipe.config import OptimizerSection, SchedulerSection
 from nemo_dist.training.runtime import Runtime
 
+_WARMUP = "num_warmup_steps"
+
 
 def optimizer_type(section: OptimizerSection) -> type[Optimizer]:
     """Return the class; raise UnknownNameError for one that torch.optim lacks, and for options that it lacks."""
@@ -39,7 +41,7 @@ def make_optimizer(section: OptimizerSection, runtime: Runtime) -> Any:
 
 
 def judge_schedule(section: SchedulerSection) -> None:
-    """Raise UnknownNameError for a schedule that transformers lacks, and for options that it does not take."""
+    """Raise ValueError for a schedule that transformers lacks, and for options or a warmup that it does not take."""
     from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
     known: dict[str, Any] = {kind.value: make for kind, make in TYPE_TO_SCHEDULER_FUNCTION.items()}
@@ -50,12 +52,15 @@ def judge_schedule(section: SchedulerSection) -> None:
             f"scheduler.type {shown(section.type)} is no schedule of the recipe{near(section.type, known)}; known: "
             f"{', '.join(sorted(known))}"
         )
-    given = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")
-    _refuse_unknown(
-        "scheduler",
-        section.options,
-        [name for name in inspect.signature(known[section.type]).parameters if name not in given],
-    )
+    takes = {name: list(inspect.signature(make).parameters) for name, make in known.items()}
+    given = ("optimizer", _WARMUP, "num_training_steps", "last_epoch")
+    _refuse_unknown("scheduler", section.options, [name for name in takes[section.type] if name not in given])
+    if section.warmup and _WARMUP not in takes[section.type]:
+        others = ", ".join(sorted(name for name in takes if _WARMUP in takes[name]))
+        raise ValueError(
+            f"scheduler.warmup is {section.warmup}, but the schedule '{section.type}' has none; set scheduler.type to "
+            f"one that has: {others}"
+        )
 
 
 def make_schedule(section: SchedulerSection, optimizer: Any, steps: int) -> Any:
