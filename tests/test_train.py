@@ -220,6 +220,19 @@ def test_a_line_that_is_no_document_is_named(line, tmp_path):
         list(documents(str(tmp_path / "data.jsonl")))
 
 
+JSON_FILES = {
+    "lines.JSONL": '{"text": "one"}\n{"text": "two"}\n',
+    "lines.json": '{"text": "one"}\n{"text": "two"}\n',
+    "array.json": '[{"text": "one"},\n {"text": "two"}]',
+}
+
+
+@pytest.mark.parametrize("name", JSON_FILES)
+def test_json_in_any_usual_file_is_read_as_documents(name, tmp_path):
+    (tmp_path / name).write_text(JSON_FILES[name])
+    assert [document.text for document in documents(str(tmp_path / name))] == ["one", "two"]
+
+
 def test_a_path_that_is_not_there_gets_the_near_one():
     with pytest.raises(ValueError, match=r"there is no .*chats\.jsonl; did you mean 'chat\.jsonl'\?"):
         list(documents(str(EXAMPLES / "chats.jsonl")))
