@@ -73,6 +73,7 @@ WRONG = {
     "labels": ({"data": {"path": CHAT, "train_on": "answer"}}, "did you mean 'answers'?"),
     "no folder": ({"checkpoint": {"every": 3}}, "checkpoint.folder must be given"),
     "no tokenizer": ({"model": {"config": {"model_type": "llama"}}}, "model.tokenizer must be given"),
+    "a date": ({"data": {"path": CHAT, "date": "July"}}, "data.date must be a date, as 2024-07-26 (got 'July')"),
     "a dtype": ({"model": {"path": "x", "dtype": "bfloat61"}}, "(got 'bfloat61'); did you mean 'bfloat16'?"),
 }
 
@@ -191,6 +192,17 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"chat\.jsonl, line 1: the chat template writes turn .* in another way"):
         rows_of(section, tokenizer)
     assert rows_of(DataSection(path=CHAT, train_on="all"), tokenizer)
+
+
+def test_a_template_that_asks_for_today_gets_the_date_of_the_recipe():
+    tokenizer = byte_tokenizer()
+    asks = "{% macro day() %}{{ strftime_now('%d %b %Y') }}{% endmacro %}{{ day() if strftime_now is defined }}"
+    tokenizer.chat_template = asks + tokenizer.chat_template
+    first, *_ = rows_of(DataSection(path=CHAT, date="2024-07-26"), tokenizer)
+    assert tokenizer.decode(first.tokens).startswith("26 Jul 2024<|")
+
+    with pytest.raises(ValueError, match=r"line 1: the chat template failed: it writes the date of today.* data\.date"):
+        rows_of(DataSection(path=CHAT), tokenizer)
 
 
 def test_prompts_do_not_count_and_text_goes_on_in_the_next_row(tmp_path):

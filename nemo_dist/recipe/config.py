@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -47,8 +48,16 @@ _mapping = _judge((Mapping,), "a mapping")
 
 def _positive(section: Any, field: attrs.Attribute[Any], value: Any) -> None:
     _judge((int, float), "a number")(section, field, value)
-    if not value > 0:
-        raise ValueError(f"{section.name}.{field.name} must be above 0 (got {value})")
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"{section.name}.{field.name} must be finite and above 0 (got {value})")
+
+
+def _date(section: Any, field: attrs.Attribute[Any], value: Any) -> None:
+    _text(section, field, value)
+    try:
+        datetime.fromisoformat(value)
+    except ValueError:
+        raise ValueError(f"{section.name}.{field.name} must be a date, as 2024-07-26 (got {shown(value)})") from None
 
 
 def _field(default: Any, validator: Any) -> Any:
@@ -93,7 +102,8 @@ class DataSection:
 
     Rows have at most ``length`` tokens. ``packing``: several documents in one row, kept apart. ``text``: the field of a
     JSON line that is text. ``train_on``: "answers" counts the labels of an assistant's turns and of completions alone,
-    "all" those of every token. ``chat_template``: a file, by default the tokenizer's own.
+    "all" those of every token. ``chat_template``: a file, by default the tokenizer's own. ``date``: what a template
+    that asks for that of today gets.
     """
 
     name: ClassVar[str] = "data"
@@ -105,6 +115,7 @@ class DataSection:
     text: str = _field("text", _text)
     train_on: str = _field(ANSWERS, _text)
     chat_template: str | None = _field(None, _text)
+    date: str | None = _field(None, _date)
 
     def __attrs_post_init__(self) -> None:
         if self.train_on not in (ANSWERS, ALL):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ _TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+# The parts of a form of strftime that can stand in a template.
+_OF_DATES = [f"%{flag}{letter}" for flag in ("", "-") for letter in "aAbBcdDeFHIjmMpSTuUVwWxXyY%"]
 
 
 @attrs.frozen(eq=False)
@@ -100,7 +104,7 @@ def _joined(rows: Sequence[Row]) -> Row:
     )
 
 
-@attrs.define(eq=False)
+@attrs.define(eq=False, slots=False)
 class _Cut:
     """Tokenizes documents into rows, and counts those that did not fit."""
 
@@ -175,11 +179,23 @@ class _Cut:
     def _rendered(self, document: Document, turns: Sequence[Any], add_generation_prompt: bool = False) -> str:
         try:
             text: str = self.tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=add_generation_prompt
+                turns, tokenize=False, add_generation_prompt=add_generation_prompt, **self._dated
             )
         except Exception as error:  # whatever a template raises, or that there is none
             raise ValueError(f"data: {document.where}: the chat template failed: {error}") from error
         return text
+
+    @cached_property
+    def _dated(self) -> dict[str, Any]:
+        """What has a template that asks for the date of today write that of the recipe, every day and on every rank."""
+        if "strftime_now" not in str(self.tokenizer.chat_template):
+            return {}
+        written = "raise_exception('it writes the date of today, which a run goes on without tomorrow; set data.date')"
+        if self.data.date is not None:
+            date = datetime.fromisoformat(self.data.date)
+            written = "form" + "".join(f"|replace({part!r}, {date.strftime(part)!r})" for part in _OF_DATES)
+        macro = f"{{%- macro strftime_now(form) -%}}{{{{ {written} }}}}{{%- endmacro -%}}"
+        return {"chat_template": macro + self.tokenizer.get_chat_template()}
 
 
 def _windows(tokens: Tensor, labels: Tensor, length: int) -> Iterator[Row]:
