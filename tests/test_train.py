@@ -205,6 +205,20 @@ def test_a_template_that_asks_for_today_gets_the_date_of_the_recipe():
         rows_of(DataSection(path=CHAT), tokenizer)
 
 
+def test_the_end_that_a_tokenizer_adds_by_itself_counts_as_the_one_added_here(tmp_path):
+    from tokenizers.processors import TemplateProcessing
+
+    (tmp_path / "data.jsonl").write_text('{"prompt": "ab", "completion": "cd"}\n')
+    section, tokenizer = DataSection(path=str(tmp_path / "data.jsonl")), byte_tokenizer()
+    (expected,) = rows_of(section, tokenizer)
+    end = tokenizer.eos_token, tokenizer.eos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"$A {end[0]}", special_tokens=[end])
+    (found,) = rows_of(section, tokenizer)
+
+    assert found.labels[-1] == tokenizer.eos_token_id
+    assert torch.equal(found.tokens, expected.tokens) and torch.equal(found.labels, expected.labels)
+
+
 def test_prompts_do_not_count_and_text_goes_on_in_the_next_row(tmp_path):
     (tmp_path / "data.jsonl").write_text('{"prompt": "ab", "completion": "cd"}\n\n{"text": "0123456789"}\n')
     tokenizer = byte_tokenizer()

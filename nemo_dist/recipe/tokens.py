@@ -133,8 +133,9 @@ class _Cut:
             counted = [(document.answer, len(document.text))]
             tokens, labels = self._encoded(document, document.text, counted, add_special_tokens=True)
             end = self.tokenizer.eos_token_id
-            if end is not None and tokens[-1:] != [end]:
-                tokens, labels = [*tokens, end], [*labels, end]
+            if end is not None:  # it counts, whether the tokenizer has added it or not
+                before = len(tokens) - (tokens[-1:] == [end])
+                tokens, labels = [*tokens[:before], end], [*labels[:before], end]
         return torch.tensor(tokens, dtype=torch.int32), torch.tensor(labels, dtype=torch.int32)
 
     def _encoded(
