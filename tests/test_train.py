@@ -6,7 +6,9 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from nemo_dist.checkpoint.preemption import CODE
 from nemo_dist.hf_model import IGNORED
 from nemo_dist.planning.device_flops import bfloat16_flops
-from nemo_dist.recipe import throughput
+from nemo_dist.recipe import job, throughput
 from nemo_dist.recipe.config import DataSection, LoggingSection, Recipe
 from nemo_dist.recipe.documents import documents
 from nemo_dist.recipe.dry_run import described
@@ -354,6 +356,25 @@ def test_lines_of_steps_that_are_trained_again_are_dropped(tmp_path):
     assert lines(tmp_path) == [{"step": 1, "loss": 3}, {"step": 2, "loss": 2.5}]
 
 
+def test_the_numbers_of_an_earlier_run_are_kept_beside(tmp_path):
+    for loss in (3, 4, 5):
+        metrics = Metrics.open(LoggingSection(), tmp_path, 0, {})
+        metrics.write(1, {"loss": loss})
+    kept = [json.loads((tmp_path / f"{FILE}{end}").read_text())["loss"] for end in (".1", ".2", "")]
+    assert kept == [3, 4, 5]
+
+
+def test_a_run_that_an_error_ends_is_no_finished_one_in_wandb(monkeypatch, tmp_path):
+    ended = []
+    tracked = SimpleNamespace(finish=lambda exit_code: ended.append(exit_code))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: tracked))  # which tests do not install
+    for errors in ([], [RuntimeError]):
+        with suppress(RuntimeError), closing(Metrics.open(LoggingSection(wandb={}), tmp_path, 0, {})):
+            for error in errors:
+                raise error
+    assert ended == [0, 1]
+
+
 def test_operations_are_those_that_torch_counts():
     config = transformers.LlamaConfig(
         vocab_size=96, hidden_size=32, intermediate_size=56, num_hidden_layers=3, num_attention_heads=4
@@ -466,6 +487,25 @@ def test_the_example_of_experts_computes_the_same_on_one_rank(on_ranks, tmp_path
     run(on_ranks, 1, example("moe", *into(tmp_path / "one"), *steps, "distributed.ep_size=1"))
 
     assert numbers(tmp_path / "two", *NUMBERS) == pytest.approx(numbers(tmp_path / "one", *NUMBERS), rel=1e-5)
+
+
+def on_rank_stop(recipe):
+    """Return how often the metrics were closed in a run that is stopped."""
+    closed = []
+
+    def stop(*_):
+        raise SystemExit(CODE)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job.Job, "_save", stop)
+        patch.setattr(job.Metrics, "close", lambda self: closed.append(self))
+        with pytest.raises(SystemExit):
+            train(Recipe.from_json(recipe))
+    return len(closed)
+
+
+def test_the_numbers_of_a_run_that_is_stopped_are_closed(on_ranks, tmp_path):
+    assert on_ranks(1, on_rank_stop, example("sft", *QUIET, *into(tmp_path)).to_json()) == [1]
 
 
 # ---- stopped and started again ----

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -156,10 +157,9 @@ class Job:
         if main:
             ranks = self.env.world_size
             speed = Throughput.of(config_of(recipe.model), recipe.data.length, ranks)
-        with progress(self.steps, self.done, recipe.logging.every, main) as report:
+        with closing(metrics), progress(self.steps, self.done, recipe.logging.every, main) as report:
             for step in range(self.done + 1, self.steps + 1):
                 self._step(step, speed, metrics, report)
-        metrics.close()
 
     def _step(self, step: int, speed: Throughput, metrics: Metrics, report: Report) -> None:
         """Train one step, write its numbers, and evaluate and save where it is time."""
