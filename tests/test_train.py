@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from test_launchers import clean
 from torch.utils.flop_counter import FlopCounterMode
 
+from nemo_dist import RankError, TopologyError
 from nemo_dist.checkpoint.preemption import CODE
 from nemo_dist.hf_model import IGNORED
 from nemo_dist.planning.device_flops import bfloat16_flops
@@ -487,6 +488,31 @@ def test_the_example_of_experts_computes_the_same_on_one_rank(on_ranks, tmp_path
     run(on_ranks, 1, example("moe", *into(tmp_path / "one"), *steps, "distributed.ep_size=1"))
 
     assert numbers(tmp_path / "two", *NUMBERS) == pytest.approx(numbers(tmp_path / "one", *NUMBERS), rel=1e-5)
+
+
+def on_rank_train_own(recipes):
+    train(Recipe.from_json(recipes[torch.distributed.get_rank()]))
+
+
+DIFFERENT = {
+    "rows": ("data.path={}/one", "data.path={}/two"),
+    "held-out rows": ("evaluate.path={}/one", "evaluate.path={}/two"),
+    "training.batch_size": ("training.batch_size=4", "training.batch_size=8"),
+}
+
+
+@cases(("what",), [("rows",), *map(slow, list(DIFFERENT)[1:])])
+def test_ranks_with_other_data_or_another_recipe_are_refused(on_ranks, tmp_path, what):
+    (tmp_path / "one").write_text("abcd" * 99)
+    (tmp_path / "two").write_text("abcd" * 98)
+    recipes = [example("sft", change.format(tmp_path)).to_json() for change in DIFFERENT[what]]
+    with pytest.raises(RankError, match=rf"the ranks disagree about the recipe and its data:(.|\n)*- {what} is "):
+        on_ranks(2, on_rank_train_own, recipes)
+
+
+def test_what_only_a_rank_finds_wrong_is_refused_in_words(on_ranks, tmp_path):
+    with pytest.raises(RankError, match=r"TopologyError: - .*gone"):
+        run(on_ranks, 1, example("sft", f"model.tokenizer={tmp_path / 'gone'}"))
 
 
 def on_rank_stop(recipe):

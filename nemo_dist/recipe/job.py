@@ -14,7 +14,9 @@ import attrs
 import torch
 
 from nemo_dist.checkpoint.run_folder import RunFolder
+from nemo_dist.errors import NemoDistError, TopologyError
 from nemo_dist.mesh.process_group import DistEnv, initialize_distributed
+from nemo_dist.mesh.store_consensus import brief, compare, reported
 from nemo_dist.planning.mesh_plan import Role
 from nemo_dist.recipe.config import DataSection, Recipe
 from nemo_dist.recipe.metrics import Metrics, judge_logging
@@ -43,19 +45,40 @@ def train(recipe: Recipe) -> None:
     """Train from the newest checkpoint of the run on, where there is one; call it on every rank."""
     env = initialize_distributed("gloo" if recipe.distributed.get("device_type") == "cpu" else None)
     setup = recipe.setup(env.world_size)
-    judge(recipe)
-    tokenizer = tokenizer_of(recipe.model, recipe.data)
-    stream = stream_of(recipe, setup, tokenizer, recipe.data)
-    others = recipe.evaluation_data
-    held_out = (
-        stream_of(recipe, setup, tokenizer, others).all(recipe.evaluate.rows) if others and recipe.evaluate else []
-    )
+    rank = setup.mesh_context.rank(Role.BATCH)
+    with reported("reading the recipe and its data"), _in_words():
+        judge(recipe)
+        tokenizer = tokenizer_of(recipe.model, recipe.data)
+        stream = stream_of(recipe, setup, tokenizer, recipe.data, rank)
+        others = recipe.evaluation_data
+        held_out = None if others is None else stream_of(recipe, setup, tokenizer, others, rank)
+    _compare(recipe, {"rows": stream, "held-out rows": held_out})
     torch.manual_seed(recipe.training.seed)  # of the weights of a new model
     with setup.runtime(load_model(recipe.model, setup)) as runtime:
         setup.seed(recipe.training.seed)
-        job = Job.prepare(recipe, env, runtime, stream, held_out)
+        evaluated = held_out.all(recipe.evaluate.rows) if held_out and recipe.evaluate else []
+        job = Job.prepare(recipe, env, runtime, stream, evaluated)
         job.run()
         job.export(tokenizer)
+
+
+@contextmanager
+def _in_words() -> Iterator[None]:
+    """Have what is wrong with a recipe end a rank in a sentence, without a traceback, as it ends the command line."""
+    try:
+        yield
+    except NemoDistError:
+        raise
+    except (ValueError, OSError) as error:
+        raise TopologyError([str(error)]) from error
+
+
+def _compare(recipe: Recipe, streams: Mapping[str, RowStream | None]) -> None:
+    """Raise RankError where ranks have other rows, or another recipe, as from copies of files on several machines."""
+    fields = {name: stream.state_dict()["digest"] for name, stream in streams.items() if stream is not None}
+    for name, section in attrs.asdict(recipe, filter=lambda field, _: field.name != "given").items():
+        fields |= {f"{name}.{key}": brief(value) for key, value in (section or {}).items()}
+    compare("the recipe and its data", fields)
 
 
 def judge(recipe: Recipe) -> None:
@@ -68,16 +91,20 @@ def judge(recipe: Recipe) -> None:
         config_of(recipe.model)
 
 
-def stream_of(recipe: Recipe, setup: DistributedSetup, tokenizer: Any, data: DataSection) -> RowStream:
-    """Return the rows of *data* as this rank reads them; raise ValueError for tokens that the model does not have."""
-    rows = rows_of(data, tokenizer)
-    _refuse_unknown_tokens(rows, config_of(recipe.model).get_text_config().vocab_size)
+def stream_of(recipe: Recipe, setup: DistributedSetup, tokenizer: Any, data: DataSection, rank: int) -> RowStream:
+    """Return the rows of *data* as data-parallel *rank* reads them.
+
+    Raises ValueError for tokens that the model does not have.
+    """
+    rows, known = rows_of(data, tokenizer), config_of(recipe.model).get_text_config().vocab_size
+    _refuse_unknown_tokens(rows, known)
+    pad = tokenizer.pad_token_id
     return RowStream(
         rows=rows,
         rows_of_batch=recipe.rows_of_batch(setup),
         accumulation=recipe.training.accumulation,
         ranks=setup.plan.size("dp"),
-        rank=setup.mesh_context.rank(Role.BATCH),
+        rank=rank,
         seed=recipe.training.seed,
         shuffle=data.shuffle,
         pad_token=0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
