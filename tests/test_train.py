@@ -27,7 +27,7 @@ from nemo_dist.recipe import job, throughput
 from nemo_dist.recipe.config import DataSection, LoggingSection, Recipe
 from nemo_dist.recipe.documents import documents
 from nemo_dist.recipe.dry_run import described
-from nemo_dist.recipe.job import judge, train
+from nemo_dist.recipe.job import judge, stream_of, train
 from nemo_dist.recipe.metrics import FILE, Metrics
 from nemo_dist.recipe.row_stream import RowStream
 from nemo_dist.recipe.tokens import Row, byte_tokenizer, packed, rows_of
@@ -330,6 +330,16 @@ def test_an_epoch_has_every_row_once_and_the_next_another_order():
     one = stream(given_rows, size=20)
     first, second = taken(one, 2)
     assert sorted(first) == sorted(second) == list(range(40)) and first != second
+
+
+def test_a_padding_token_that_the_model_does_not_have_is_not_used():
+    tokenizer = byte_tokenizer()
+    size = len(tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    recipe = example("sft", f"model.config.vocab_size={size}")
+    batches = stream_of(recipe, recipe.setup(1), tokenizer, recipe.data, 0).all()
+    assert any("attention_mask" in batch for batch in batches)
+    assert all(int(batch["input_ids"].max()) < size for batch in batches)
 
 
 def test_a_position_in_other_data_is_refused():

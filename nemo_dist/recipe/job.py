@@ -107,7 +107,7 @@ def stream_of(recipe: Recipe, setup: DistributedSetup, tokenizer: Any, data: Dat
         rank=rank,
         seed=recipe.training.seed,
         shuffle=data.shuffle,
-        pad_token=0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        pad_token=pad if pad is not None and pad < known else 0,  # it is masked, and counts for nothing
         packing=data.packing,
     )
 
