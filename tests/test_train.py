@@ -525,6 +525,14 @@ def test_what_only_a_rank_finds_wrong_is_refused_in_words(on_ranks, tmp_path):
         run(on_ranks, 1, example("sft", f"model.tokenizer={tmp_path / 'gone'}"))
 
 
+def test_epochs_with_another_size_of_steps_are_refused_at_resume(on_ranks, alone):
+    longer = ("training.steps=null", "training.epochs=9", f"checkpoint.folder={alone}", "training.batch_size=2")
+    with pytest.raises(
+        RankError, match=r"TopologyError: - training\.batch_size is 2, but the run read 16 rows in its 4 steps"
+    ):
+        run(on_ranks, 1, example("sft", *QUIET, *longer))
+
+
 def on_rank_stop(recipe):
     """Return how often the metrics were closed in a run that is stopped."""
     closed = []

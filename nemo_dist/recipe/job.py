@@ -129,6 +129,19 @@ def steps_of(recipe: Recipe, rows: int) -> int:
     return max(1, round((training.epochs or 0) * rows / training.batch_size))
 
 
+def _refuse_other_steps(recipe: Recipe, done: int, taken: int) -> None:
+    """Raise TopologyError where steps of another size have come before: epochs do not say how many are then left."""
+    training = recipe.training
+    if training.epochs is not None and taken != done * training.batch_size:
+        raise TopologyError(
+            [
+                f"training.batch_size is {training.batch_size}, but the run read {taken} rows in its {done} steps, so "
+                "training.epochs does not say how many are left; keep training.batch_size, or set training.steps in "
+                "place of training.epochs"
+            ]
+        )
+
+
 @attrs.frozen(kw_only=True, eq=False)
 class Job:
     """The loop of a run from step ``done`` to ``steps``, and all that is saved with it."""
@@ -159,6 +172,7 @@ class Job:
             folder = RunFolder(kept.folder, keep_last=kept.keep_last, keep_every=kept.keep_every)
             if kept.resume:
                 found = folder.resume(runtime, optimizer, schedulers=[schedule], data=stream)
+            _refuse_other_steps(recipe, found[0] if found else 0, stream.taken)
         return cls(
             recipe=recipe,
             env=env,
