@@ -18,10 +18,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_launchers import clean
 from torch.utils.flop_counter import FlopCounterMode
+from typer.testing import CliRunner
 
 from nemo_dist import RankError, TopologyError
 from nemo_dist.checkpoint.preemption import CODE
+from nemo_dist.cli.main import app
 from nemo_dist.hf_model import IGNORED
+from nemo_dist.mesh.launch_env import Launch
 from nemo_dist.planning.device_flops import bfloat16_flops
 from nemo_dist.recipe import job, throughput
 from nemo_dist.recipe.config import DataSection, LoggingSection, Recipe
@@ -76,6 +79,7 @@ WRONG = {
     "labels": ({"data": {"path": CHAT, "train_on": "answer"}}, "did you mean 'answers'?"),
     "no folder": ({"checkpoint": {"every": 3}}, "checkpoint.folder must be given"),
     "no tokenizer": ({"model": {"config": {"model_type": "llama"}}}, "model.tokenizer must be given"),
+    "endless": ({"training": {"epochs": float("inf"), "batch_size": 4}}, "training.epochs must be finite and above 0"),
     "a date": ({"data": {"path": CHAT, "date": "July"}}, "data.date must be a date, as 2024-07-26 (got 'July')"),
     "a dtype": ({"model": {"path": "x", "dtype": "bfloat61"}}, "(got 'bfloat61'); did you mean 'bfloat16'?"),
 }
@@ -104,6 +108,14 @@ NAMES = {
     "scheduler.type=cosin": "scheduler.type 'cosin' is no schedule of the recipe; did you mean 'cosine'?",
     "scheduler={warmup: 100}": "but the schedule 'constant' has none; set scheduler.type to one that has: c",
     "scheduler.num_cycle=2": "scheduler has an unknown key 'num_cycle'; did you mean 'num_cycles'?",
+    "scheduler.type=warmup_stable_decay": "as the section sets it (TypeError: get_wsd_schedule() missing 1 required",
+    "scheduler={type: cosine, num_cycles: x}": "scheduler.type 'cosine' does not run as the section sets it (could not",
+    "scheduler={type: polynomial, warmup: 12}": "(ZeroDivisionError: ",  # in its last step
+    "optimizer={type: LBFGS}": "(TypeError: LBFGS.step() missing 1 required positional argument: 'closure'); change",
+    "optimizer.lr=fast": "optimizer.type 'AdamW' does not run as the section sets it (TypeError: ",
+    "optimizer.betas=[0.9]": "optimizer.type 'AdamW' does not run as the section sets it",
+    "data.path=docs/examples/chats.jsonl": "there is no docs/examples/chats.jsonl; did you mean 'chat.jsonl'?",
+    "evaluate.path=/gone": "there is no /gone",
     "model.peft={peft_type: LORE}": "is no kind of adapters of PEFT; did you mean 'LORA'?",
     "model.peft={peft_type: LORA, rank: 4}": "model.peft has an unknown key 'rank'",
     "model.peft={peft_type: LORA, target_modules: all, layers_to_transform: [1]}": "model.peft is refused by PEFT: ",
@@ -146,10 +158,14 @@ def test_rows_that_do_not_divide_over_the_ranks_are_refused():
 
 def test_changes_reach_any_depth_and_numbers_are_numbers():
     recipe = example(
-        "sft", "optimizer.lr=3e-4", "distributed.mp_policy.param_dtype=bfloat16", "model.config.head_dim=8"
+        "sft",
+        *("optimizer={options: {lr: 3e-4, betas: [9e-1, 95e-2]}}", "model.options={revision: '1e4'}"),
+        *("distributed.mp_policy.param_dtype=bfloat16", "model.config={initializer_range: 2e-2}"),
+        *("model.config.model_type=llama", "model.config.head_dim=8"),
     )
 
-    assert recipe.optimizer.options["lr"] == 3e-4
+    assert recipe.optimizer.options == {"lr": 3e-4, "betas": [0.9, 0.95]}
+    assert recipe.model.config["initializer_range"] == 2e-2 and recipe.model.options["revision"] == "1e4"
     assert recipe.distributed["mp_policy"]["param_dtype"] == "bfloat16"
     assert recipe.model.config["head_dim"] == 8
     assert Recipe.from_json(recipe.to_json()) == recipe
@@ -260,6 +276,21 @@ JSON_FILES = {
 def test_json_in_any_usual_file_is_read_as_documents(name, tmp_path):
     (tmp_path / name).write_text(JSON_FILES[name])
     assert [document.text for document in documents(str(tmp_path / name))] == ["one", "two"]
+
+
+OTHER_FILES = {
+    "train.csv": "train.csv is a table; save it with datasets' save_to_disk, or write JSON lines",
+    "train.PARQUET": "train.PARQUET is a table; save it",
+    "README.md": r"has JSON, and \['README\.md'\], which would be read",
+}
+
+
+@pytest.mark.parametrize("name", OTHER_FILES)
+def test_a_file_that_is_hardly_meant_as_text_is_refused(name, tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"text": "one"}\n')
+    (tmp_path / name).write_text("text,label\none,1\n")
+    with pytest.raises(ValueError, match=OTHER_FILES[name]):
+        list(documents(str(tmp_path)))
 
 
 def test_a_path_that_is_not_there_gets_the_near_one():
@@ -500,6 +531,9 @@ def test_the_example_of_experts_computes_the_same_on_one_rank(on_ranks, tmp_path
     assert numbers(tmp_path / "two", *NUMBERS) == pytest.approx(numbers(tmp_path / "one", *NUMBERS), rel=1e-5)
 
 
+# ---- refused on ranks, in words ----
+
+
 def on_rank_train_own(recipes):
     train(Recipe.from_json(recipes[torch.distributed.get_rank()]))
 
@@ -523,6 +557,16 @@ def test_ranks_with_other_data_or_another_recipe_are_refused(on_ranks, tmp_path,
 def test_what_only_a_rank_finds_wrong_is_refused_in_words(on_ranks, tmp_path):
     with pytest.raises(RankError, match=r"TopologyError: - .*gone"):
         run(on_ranks, 1, example("sft", f"model.tokenizer={tmp_path / 'gone'}"))
+
+
+def test_a_rank_of_torchrun_says_a_refusal_in_words(monkeypatch):
+    def refuse(recipe):
+        raise TopologyError(["too many rows"])
+
+    monkeypatch.setattr(job, "run", refuse)
+    monkeypatch.setattr(Launch, "read", lambda: Launch(rank=0, world_size=1, local_rank=0, told="a test"))
+    result = CliRunner().invoke(app, ["train", str(EXAMPLES / "sft.yaml"), "--set", f"data.path={CHAT}"])
+    assert result.exit_code == 2 and result.stderr == "error: too many rows\n"
 
 
 def test_epochs_with_another_size_of_steps_are_refused_at_resume(on_ranks, alone):

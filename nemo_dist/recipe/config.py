@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -20,7 +21,6 @@ from nemo_dist.setup.yaml_section import read_recipe, read_value
 ANSWERS, ALL = "answers", "all"
 _AUTO = "auto"
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
-_EXPONENT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")  # a number to people; YAML 1.1 reads text: 1e-4
 
 
 def _judge(kinds: tuple[type, ...], words: str) -> Any:
@@ -338,22 +338,15 @@ def _unknown(where: str, key: str, valid: Iterable[str]) -> str:
 
 
 def _gathered(section: Any, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return *values* with numbers for text like ``1e-4``; further keys of a section with options go to those."""
-    values = {key: _number(value) for key, value in values.items()}
+    """Return *values* with what is no field of a section with options as one of those."""
     rest = getattr(section, "rest", None)
     if rest is None or rest in values:
-        return values
+        return dict(values)
     known = [field.name for field in attrs.fields(section)]
     return {
         **{key: value for key, value in values.items() if key in known},
         rest: {key: value for key, value in values.items() if key not in known},
     }
-
-
-def _number(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_number(item) for item in value]
-    return float(value) if isinstance(value, str) and _EXPONENT.fullmatch(value) else value
 
 
 def _in_words(section: str, error: Exception) -> str:

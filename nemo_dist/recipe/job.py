@@ -19,15 +19,18 @@ from nemo_dist.mesh.process_group import DistEnv, initialize_distributed
 from nemo_dist.mesh.store_consensus import brief, compare, reported
 from nemo_dist.planning.mesh_plan import Role
 from nemo_dist.recipe.config import DataSection, Recipe
+from nemo_dist.recipe.documents import files_of
 from nemo_dist.recipe.metrics import Metrics, judge_logging
 from nemo_dist.recipe.model import adapter_config, config_of, load_model
-from nemo_dist.recipe.optimization import judge_schedule, make_optimizer, make_schedule, optimizer_type
+from nemo_dist.recipe.optimization import make_optimizer, make_schedule, tried_optimizer
 from nemo_dist.recipe.progress import Report, progress
 from nemo_dist.recipe.row_stream import RowStream
 from nemo_dist.recipe.throughput import Throughput
 from nemo_dist.recipe.tokens import Row, rows_of, tokenizer_of
 from nemo_dist.setup.setup import DistributedSetup
 from nemo_dist.training.runtime import Runtime
+
+_MANY = 1000  # steps, of a schedule that is tried out before the rows of its epochs are counted
 
 
 def main() -> None:
@@ -82,9 +85,10 @@ def _compare(recipe: Recipe, streams: Mapping[str, RowStream | None]) -> None:
 
 
 def judge(recipe: Recipe) -> None:
-    """Raise ValueError for what the recipe asks for that torch, transformers or an optional package does not have."""
-    optimizer_type(recipe.optimizer)
-    judge_schedule(recipe.scheduler)
+    """Raise ValueError for what the recipe asks for and is not there, or does not work when it is tried out."""
+    for data in filter(None, (recipe.data, recipe.evaluation_data)):
+        files_of(data.path)
+    make_schedule(recipe.scheduler, tried_optimizer(recipe.optimizer), recipe.training.steps or _MANY)
     judge_logging(recipe.logging)
     adapter_config(recipe.model)
     if recipe.model.config is not None:
