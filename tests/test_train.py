@@ -555,7 +555,7 @@ def test_ranks_with_other_data_or_another_recipe_are_refused(on_ranks, tmp_path,
 
 
 def test_what_only_a_rank_finds_wrong_is_refused_in_words(on_ranks, tmp_path):
-    with pytest.raises(RankError, match=r"TopologyError: - .*gone"):
+    with pytest.raises(RankError, match=r"TopologyError: - no tokenizer at '.*gone'; give"):
         run(on_ranks, 1, example("sft", f"model.tokenizer={tmp_path / 'gone'}"))
 
 

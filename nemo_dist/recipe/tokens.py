@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from nemo_dist.hf_model import IGNORED
+from nemo_dist.models.meta_model import in_one_line
+from nemo_dist.planning.validation import shown
 from nemo_dist.recipe.config import ALL, DataSection, ModelSection
 from nemo_dist.recipe.documents import Document, documents
 
@@ -38,11 +40,17 @@ class Row:
 
 
 def tokenizer_of(model: ModelSection, data: DataSection) -> Any:
-    """Return the tokenizer of the recipe, with the chat template that it asks for."""
+    """Return the tokenizer of the recipe with the chat template that it asks for; raise ValueError where none is."""
     from transformers import AutoTokenizer
 
     name = model.tokenizer or model.path
-    tokenizer: Any = byte_tokenizer() if name == _BYTES else AutoTokenizer.from_pretrained(name)
+    try:
+        tokenizer: Any = byte_tokenizer() if name == _BYTES else AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # every class reads its files in its own way
+        raise ValueError(
+            f"no tokenizer at {shown(name)}; give model.tokenizer a folder that has one, a name on the hub, or "
+            f"'{_BYTES}' ({in_one_line(error)})"
+        ) from error
     if data.chat_template is not None:
         tokenizer.chat_template = Path(data.chat_template).expanduser().read_text(encoding="utf-8")
     return tokenizer
