@@ -6,7 +6,9 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,15 +19,19 @@ from hypothesis import strategies as st
 from test_launchers import clean
 from torch.nn.functional import log_softmax, logsigmoid
 from torch.utils.flop_counter import FlopCounterMode
+from typer.testing import CliRunner
 
+from nemo_dist import RankError, TopologyError
 from nemo_dist.checkpoint.preemption import CODE
+from nemo_dist.cli.main import app
 from nemo_dist.hf_model import IGNORED
+from nemo_dist.mesh.launch_env import Launch
 from nemo_dist.planning.device_flops import bfloat16_flops
-from nemo_dist.recipe import throughput
+from nemo_dist.recipe import job, throughput
 from nemo_dist.recipe.config import DataSection, LoggingSection, Recipe
 from nemo_dist.recipe.documents import documents
 from nemo_dist.recipe.dry_run import described
-from nemo_dist.recipe.job import judge, train
+from nemo_dist.recipe.job import judge, stream_of, train
 from nemo_dist.recipe.metrics import FILE, Metrics
 from nemo_dist.recipe.row_stream import RowStream
 from nemo_dist.recipe.tokens import Row, byte_tokenizer, packed, rows_of
@@ -86,6 +92,8 @@ WRONG = {
     ),
     "no folder": ({"checkpoint": {"every": 3}}, "checkpoint.folder must be given"),
     "no tokenizer": ({"model": {"config": {"model_type": "llama"}}}, "model.tokenizer must be given"),
+    "endless": ({"training": {"epochs": float("inf"), "batch_size": 4}}, "training.epochs must be finite and above 0"),
+    "a date": ({"data": {"path": CHAT, "date": "July"}}, "data.date must be a date, as 2024-07-26 (got 'July')"),
     "a dtype": ({"model": {"path": "x", "dtype": "bfloat61"}}, "(got 'bfloat61'); did you mean 'bfloat16'?"),
 }
 
@@ -111,7 +119,16 @@ NAMES = {
     "optimizer.type=AdamV": "optimizer.type 'AdamV' is no class of torch.optim; did you mean 'Adam",
     "optimizer.weigth_decay=0.1": "optimizer has an unknown key 'weigth_decay'; did you mean 'weight_decay'?",
     "scheduler.type=cosin": "scheduler.type 'cosin' is no schedule of the recipe; did you mean 'cosine'?",
+    "scheduler={warmup: 100}": "but the schedule 'constant' has none; set scheduler.type to one that has: c",
     "scheduler.num_cycle=2": "scheduler has an unknown key 'num_cycle'; did you mean 'num_cycles'?",
+    "scheduler.type=warmup_stable_decay": "as the section sets it (TypeError: get_wsd_schedule() missing 1 required",
+    "scheduler={type: cosine, num_cycles: x}": "scheduler.type 'cosine' does not run as the section sets it (could not",
+    "scheduler={type: polynomial, warmup: 12}": "(ZeroDivisionError: ",  # in its last step
+    "optimizer={type: LBFGS}": "(TypeError: LBFGS.step() missing 1 required positional argument: 'closure'); change",
+    "optimizer.lr=fast": "optimizer.type 'AdamW' does not run as the section sets it (TypeError: ",
+    "optimizer.betas=[0.9]": "optimizer.type 'AdamW' does not run as the section sets it",
+    "data.path=docs/examples/chats.jsonl": "there is no docs/examples/chats.jsonl; did you mean 'chat.jsonl'?",
+    "evaluate.path=/gone": "there is no /gone",
     "model.peft={peft_type: LORE}": "is no kind of adapters of PEFT; did you mean 'LORA'?",
     "model.peft={peft_type: LORA, rank: 4}": "model.peft has an unknown key 'rank'",
     "model.peft={peft_type: LORA, target_modules: all, layers_to_transform: [1]}": "model.peft is refused by PEFT: ",
@@ -163,10 +180,14 @@ def test_rows_that_do_not_divide_over_the_ranks_are_refused():
 
 def test_changes_reach_any_depth_and_numbers_are_numbers():
     recipe = example(
-        "sft", "optimizer.lr=3e-4", "distributed.mp_policy.param_dtype=bfloat16", "model.config.head_dim=8"
+        "sft",
+        *("optimizer={options: {lr: 3e-4, betas: [9e-1, 95e-2]}}", "model.options={revision: '1e4'}"),
+        *("distributed.mp_policy.param_dtype=bfloat16", "model.config={initializer_range: 2e-2}"),
+        *("model.config.model_type=llama", "model.config.head_dim=8"),
     )
 
-    assert recipe.optimizer.options["lr"] == 3e-4
+    assert recipe.optimizer.options == {"lr": 3e-4, "betas": [0.9, 0.95]}
+    assert recipe.model.config["initializer_range"] == 2e-2 and recipe.model.options["revision"] == "1e4"
     assert recipe.distributed["mp_policy"]["param_dtype"] == "bfloat16"
     assert recipe.model.config["head_dim"] == 8
     assert Recipe.from_json(recipe.to_json()) == recipe
@@ -213,6 +234,31 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"chat\.jsonl, line 1: the chat template writes turn .* in another way"):
         rows_of(section, tokenizer)
     assert rows_of(DataSection(path=CHAT, train_on="all"), tokenizer)
+
+
+def test_a_template_that_asks_for_today_gets_the_date_of_the_recipe():
+    tokenizer = byte_tokenizer()
+    asks = "{% macro day() %}{{ strftime_now('%d %b %Y') }}{% endmacro %}{{ day() if strftime_now is defined }}"
+    tokenizer.chat_template = asks + tokenizer.chat_template
+    first, *_ = rows_of(DataSection(path=CHAT, date="2024-07-26"), tokenizer)
+    assert tokenizer.decode(first.tokens).startswith("26 Jul 2024<|")
+
+    with pytest.raises(ValueError, match=r"line 1: the chat template failed: it writes the date of today.* data\.date"):
+        rows_of(DataSection(path=CHAT), tokenizer)
+
+
+def test_the_end_that_a_tokenizer_adds_by_itself_counts_as_the_one_added_here(tmp_path):
+    from tokenizers.processors import TemplateProcessing
+
+    (tmp_path / "data.jsonl").write_text('{"prompt": "ab", "completion": "cd"}\n')
+    section, tokenizer = DataSection(path=str(tmp_path / "data.jsonl")), byte_tokenizer()
+    (expected,) = rows_of(section, tokenizer)
+    end = tokenizer.eos_token, tokenizer.eos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"$A {end[0]}", special_tokens=[end])
+    (found,) = rows_of(section, tokenizer)
+
+    assert found.labels[-1] == tokenizer.eos_token_id
+    assert torch.equal(found.tokens, expected.tokens) and torch.equal(found.labels, expected.labels)
 
 
 def test_prompts_do_not_count_and_text_goes_on_in_the_next_row(tmp_path):
@@ -269,6 +315,34 @@ def test_a_line_that_is_no_document_is_named(line, tmp_path):
     (tmp_path / "data.jsonl").write_text('{"text": "good"}\n' + line + "\n")
     with pytest.raises(ValueError, match=rf"data\.jsonl, {BAD_LINES[line]}|data\.jsonl, line 2: {BAD_LINES[line]}"):
         list(documents(str(tmp_path / "data.jsonl")))
+
+
+JSON_FILES = {
+    "lines.JSONL": '{"text": "one"}\n{"text": "two"}\n',
+    "lines.json": '{"text": "one"}\n{"text": "two"}\n',
+    "array.json": '[{"text": "one"},\n {"text": "two"}]',
+}
+
+
+@pytest.mark.parametrize("name", JSON_FILES)
+def test_json_in_any_usual_file_is_read_as_documents(name, tmp_path):
+    (tmp_path / name).write_text(JSON_FILES[name])
+    assert [document.text for document in documents(str(tmp_path / name))] == ["one", "two"]
+
+
+OTHER_FILES = {
+    "train.csv": "train.csv is a table; save it with datasets' save_to_disk, or write JSON lines",
+    "train.PARQUET": "train.PARQUET is a table; save it",
+    "README.md": r"has JSON, and \['README\.md'\], which would be read",
+}
+
+
+@pytest.mark.parametrize("name", OTHER_FILES)
+def test_a_file_that_is_hardly_meant_as_text_is_refused(name, tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"text": "one"}\n')
+    (tmp_path / name).write_text("text,label\none,1\n")
+    with pytest.raises(ValueError, match=OTHER_FILES[name]):
+        list(documents(str(tmp_path)))
 
 
 def test_a_path_that_is_not_there_gets_the_near_one():
@@ -350,6 +424,16 @@ def test_an_epoch_has_every_row_once_and_the_next_another_order():
     assert sorted(first) == sorted(second) == list(range(40)) and first != second
 
 
+def test_a_padding_token_that_the_model_does_not_have_is_not_used():
+    tokenizer = byte_tokenizer()
+    size = len(tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    recipe = example("sft", f"model.config.vocab_size={size}")
+    batches = stream_of(recipe, recipe.setup(1), tokenizer, recipe.data, 0).all()
+    assert any("attention_mask" in batch for batch in batches)
+    assert all(int(batch["input_ids"].max()) < size for batch in batches)
+
+
 def test_a_position_in_other_data_is_refused():
     with pytest.raises(ValueError, match="the run was at row 2 of other data"):
         stream(rows([3, 4])).load_state_dict(stream(rows([3, 5]), taken=2).state_dict())
@@ -373,6 +457,25 @@ def test_lines_of_steps_that_are_trained_again_are_dropped(tmp_path):
     metrics.write(2, {"loss": 2.5})
     metrics.close()
     assert lines(tmp_path) == [{"step": 1, "loss": 3}, {"step": 2, "loss": 2.5}]
+
+
+def test_the_numbers_of_an_earlier_run_are_kept_beside(tmp_path):
+    for loss in (3, 4, 5):
+        metrics = Metrics.open(LoggingSection(), tmp_path, 0, {})
+        metrics.write(1, {"loss": loss})
+    kept = [json.loads((tmp_path / f"{FILE}{end}").read_text())["loss"] for end in (".1", ".2", "")]
+    assert kept == [3, 4, 5]
+
+
+def test_a_run_that_an_error_ends_is_no_finished_one_in_wandb(monkeypatch, tmp_path):
+    ended = []
+    tracked = SimpleNamespace(finish=lambda exit_code: ended.append(exit_code))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: tracked))  # which tests do not install
+    for errors in ([], [RuntimeError]):
+        with suppress(RuntimeError), closing(Metrics.open(LoggingSection(wandb={}), tmp_path, 0, {})):
+            for error in errors:
+                raise error
+    assert ended == [0, 1]
 
 
 def test_operations_are_those_that_torch_counts():
@@ -543,6 +646,71 @@ def test_preferences_go_on_with_the_reference_of_the_start(on_ranks, tmp_path):
     for name in ("loss", "norm", "held_out_loss"):
         whole, stopped = (numbers(tmp_path / folder, name) for folder in ("whole", "stopped"))
         assert whole.items() <= stopped.items()
+
+
+# ---- refused on ranks, in words ----
+
+
+def on_rank_train_own(recipes):
+    train(Recipe.from_json(recipes[torch.distributed.get_rank()]))
+
+
+DIFFERENT = {
+    "rows": ("data.path={}/one", "data.path={}/two"),
+    "held-out rows": ("evaluate.path={}/one", "evaluate.path={}/two"),
+    "training.batch_size": ("training.batch_size=4", "training.batch_size=8"),
+}
+
+
+@cases(("what",), [("rows",), *map(slow, list(DIFFERENT)[1:])])
+def test_ranks_with_other_data_or_another_recipe_are_refused(on_ranks, tmp_path, what):
+    (tmp_path / "one").write_text("abcd" * 99)
+    (tmp_path / "two").write_text("abcd" * 98)
+    recipes = [example("sft", change.format(tmp_path)).to_json() for change in DIFFERENT[what]]
+    with pytest.raises(RankError, match=rf"the ranks disagree about the recipe and its data:(.|\n)*- {what} is "):
+        on_ranks(2, on_rank_train_own, recipes)
+
+
+def test_what_only_a_rank_finds_wrong_is_refused_in_words(on_ranks, tmp_path):
+    with pytest.raises(RankError, match=r"TopologyError: - no tokenizer at '.*gone'; give"):
+        run(on_ranks, 1, example("sft", f"model.tokenizer={tmp_path / 'gone'}"))
+
+
+def test_a_rank_of_torchrun_says_a_refusal_in_words(monkeypatch):
+    def refuse(recipe):
+        raise TopologyError(["too many rows"])
+
+    monkeypatch.setattr(job, "run", refuse)
+    monkeypatch.setattr(Launch, "read", lambda: Launch(rank=0, world_size=1, local_rank=0, told="a test"))
+    result = CliRunner().invoke(app, ["train", str(EXAMPLES / "sft.yaml"), "--set", f"data.path={CHAT}"])
+    assert result.exit_code == 2 and result.stderr == "error: too many rows\n"
+
+
+def test_epochs_with_another_size_of_steps_are_refused_at_resume(on_ranks, alone):
+    longer = ("training.steps=null", "training.epochs=9", f"checkpoint.folder={alone}", "training.batch_size=2")
+    with pytest.raises(
+        RankError, match=r"TopologyError: - training\.batch_size is 2, but the run read 16 rows in its 4 steps"
+    ):
+        run(on_ranks, 1, example("sft", *QUIET, *longer))
+
+
+def on_rank_stop(recipe):
+    """Return how often the metrics were closed in a run that is stopped."""
+    closed = []
+
+    def stop(*_):
+        raise SystemExit(CODE)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job.Job, "_save", stop)
+        patch.setattr(job.Metrics, "close", lambda self: closed.append(self))
+        with pytest.raises(SystemExit):
+            train(Recipe.from_json(recipe))
+    return len(closed)
+
+
+def test_the_numbers_of_a_run_that_is_stopped_are_closed(on_ranks, tmp_path):
+    assert on_ranks(1, on_rank_stop, example("sft", *QUIET, *into(tmp_path)).to_json()) == [1]
 
 
 # ---- stopped and started again ----

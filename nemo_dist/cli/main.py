@@ -275,7 +275,8 @@ def train(
 
         job.judge(asked)
     if launch_of_ranks is not None:
-        job.run(asked)
+        with _refusals(NemoDistError):
+            job.run(asked)
         return
     typer.echo(f"starting {count} ranks")
     sys.stdout.flush()
@@ -451,11 +452,12 @@ def _report(verdict: Verdict, options: DemoOptions) -> None:
 
 
 @contextmanager
-def _refusals() -> Iterator[None]:
-    """Turn an error of the user's request into one block on stderr and exit code 2."""
+def _refusals(*kinds: type[Exception]) -> Iterator[None]:
+    """Turn an error of the user's request, of *kinds* where given, into one block on stderr and exit code 2."""
+    caught = kinds or (NemoDistError, ValueError, TypeError, OSError)
     try:
         yield
-    except (NemoDistError, ValueError, TypeError, OSError) as error:
+    except caught as error:
         count = len(error.problems) if isinstance(error, TopologyError) else 1
         lines = str(error) if count == 1 else f"{count} problems\n{error}"
         typer.echo(f"error: {lines.removeprefix('- ')}", err=True)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,7 +23,6 @@ DPO = "dpo"
 LOSSES = {"cross_entropy": "CrossEntropy", DPO: "DPO"}  # the classes in nemo_dist.losses
 _AUTO = "auto"
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
-_EXPONENT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")  # a number to people; YAML 1.1 reads text: 1e-4
 
 
 def _judge(kinds: tuple[type, ...], words: str) -> Any:
@@ -49,8 +50,16 @@ _mapping = _judge((Mapping,), "a mapping")
 
 def _positive(section: Any, field: attrs.Attribute[Any], value: Any) -> None:
     _judge((int, float), "a number")(section, field, value)
-    if not value > 0:
-        raise ValueError(f"{section.name}.{field.name} must be above 0 (got {value})")
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"{section.name}.{field.name} must be finite and above 0 (got {value})")
+
+
+def _date(section: Any, field: attrs.Attribute[Any], value: Any) -> None:
+    _text(section, field, value)
+    try:
+        datetime.fromisoformat(value)
+    except ValueError:
+        raise ValueError(f"{section.name}.{field.name} must be a date, as 2024-07-26 (got {shown(value)})") from None
 
 
 def _field(default: Any, validator: Any) -> Any:
@@ -95,7 +104,8 @@ class DataSection:
 
     Rows have at most ``length`` tokens. ``packing``: several documents in one row, kept apart. ``text``: the field of a
     JSON line that is text. ``train_on``: "answers" counts the labels of an assistant's turns and of completions alone,
-    "all" those of every token. ``chat_template``: a file, by default the tokenizer's own.
+    "all" those of every token. ``chat_template``: a file, by default the tokenizer's own. ``date``: what a template
+    that asks for that of today gets.
     """
 
     name: ClassVar[str] = "data"
@@ -107,6 +117,7 @@ class DataSection:
     text: str = _field("text", _text)
     train_on: str = _field(ANSWERS, _text)
     chat_template: str | None = _field(None, _text)
+    date: str | None = _field(None, _date)
 
     def __attrs_post_init__(self) -> None:
         if self.train_on not in (ANSWERS, ALL):
@@ -368,22 +379,15 @@ def _unknown(where: str, key: str, valid: Iterable[str]) -> str:
 
 
 def _gathered(section: Any, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return *values* with numbers for text like ``1e-4``; further keys of a section with options go to those."""
-    values = {key: _number(value) for key, value in values.items()}
+    """Return *values* with what is no field of a section with options as one of those."""
     rest = getattr(section, "rest", None)
     if rest is None or rest in values:
-        return values
+        return dict(values)
     known = [field.name for field in attrs.fields(section)]
     return {
         **{key: value for key, value in values.items() if key in known},
         rest: {key: value for key, value in values.items() if key not in known},
     }
-
-
-def _number(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_number(item) for item in value]
-    return float(value) if isinstance(value, str) and _EXPONENT.fullmatch(value) else value
 
 
 def _in_words(section: str, error: Exception) -> str:

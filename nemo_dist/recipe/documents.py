@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import attrs
 
 from nemo_dist.planning.validation import near, shown
 
+_JSON = ".json"
 _LINES = (".jsonl", ".ndjson")
+_TABLES = (".csv", ".tsv", ".parquet", ".arrow")
 _OF_DATASETS = ("dataset_info.json", "state.json", "dataset_dict.json")  # what save_to_disk writes
 _MESSAGES, _PROMPT, _COMPLETION = "messages", "prompt", "completion"
 _CHOSEN, _REJECTED = "chosen", "rejected"
@@ -35,23 +38,43 @@ class Document:
 def documents(path: str, text: str = "text") -> Iterator[Document]:
     """Yield the documents at *path*, the same in every process; *text* is the field of a line that is text.
 
-    A line of JSON, or a row of ``datasets``, has ``messages``, or ``prompt`` and ``completion``, or *text*. Raises
+    A row of JSON or of ``datasets`` has ``messages``, or ``prompt`` and ``completion``, or *text*. Raises
     ValueError that names the file and the line of one that has none of these, and for a path that is not there.
+    """
+    for file in files_of(path):
+        yield from _saved_by_datasets(file, text) if file.is_dir() else _file(file, text)
+
+
+def files_of(path: str) -> list[Path]:
+    """Return the files of documents at *path*, or the folder itself that ``datasets`` saved.
+
+    Raises ValueError for a path that is not there, and for files that are hardly meant to be read as text.
     """
     found = Path(path).expanduser()
     if found.is_file():
-        yield from _file(found, text)
+        files = [found]
     elif not found.is_dir():
         beside = sorted(entry.name for entry in found.parent.iterdir()) if found.parent.is_dir() else []
         raise ValueError(f"data: there is no {path}{near(found.name, beside)}")
     elif any((found / name).is_file() for name in _OF_DATASETS):
-        yield from _saved_by_datasets(found, text)
+        return [found]
     else:
         files = sorted(entry for entry in found.rglob("*") if entry.is_file() and not _hidden(entry, found))
-        if not files:
-            raise ValueError(f"data: the folder {path} has no files")
-        for file in files:
-            yield from _file(file, text)
+    if not files:
+        raise ValueError(f"data: the folder {path} has no files")
+    for file in files:
+        if _kind(file) in _TABLES:
+            raise ValueError(f"data: {file} is a table; save it with datasets' save_to_disk, or write JSON lines")
+    others = [file.name for file in files if _kind(file) not in (_JSON, *_LINES)]
+    if 0 < len(others) < len(files):
+        raise ValueError(
+            f"data: {path} has JSON, and {shown(others)}, which would be read as text; leave these out, or name a file"
+        )
+    return files
+
+
+def _kind(file: Path) -> str:
+    return file.suffix.lower()
 
 
 def _hidden(file: Path, folder: Path) -> bool:
@@ -60,15 +83,27 @@ def _hidden(file: Path, folder: Path) -> bool:
 
 def _file(path: Path, text: str) -> Iterator[Document]:
     try:
-        if path.suffix not in _LINES:
+        if _kind(path) not in (_JSON, *_LINES):
             yield Document(where=str(path), text=path.read_text(encoding="utf-8"))
             return
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield _document(f"{path}, line {number}", _parsed(path, number, line), text)
+        for where, row in _rows_of_json(path):
+            yield _document(where, row, text)
     except UnicodeDecodeError as error:
         raise ValueError(f"data: {path} is no text in UTF-8 ({error.reason} at byte {error.start})") from None
+
+
+def _rows_of_json(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield where each row of JSON is, and the row: a line, or an item of the list that all of a file is."""
+    if _kind(path) == _JSON:
+        with suppress(json.JSONDecodeError):  # it has lines
+            whole = json.loads(path.read_text(encoding="utf-8"))
+            rows = whole if isinstance(whole, list) else [whole]
+            yield from ((f"{path}, item {number}", row) for number, row in enumerate(rows, start=1))
+            return
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                yield f"{path}, line {number}", _parsed(path, number, line)
 
 
 def _parsed(path: Path, number: int, line: str) -> Any:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,15 @@ import attrs
 import torch
 
 from nemo_dist.checkpoint.run_folder import RunFolder
+from nemo_dist.errors import NemoDistError, TopologyError
 from nemo_dist.mesh.process_group import DistEnv, initialize_distributed
+from nemo_dist.mesh.store_consensus import brief, compare, reported
 from nemo_dist.planning.mesh_plan import Role
 from nemo_dist.recipe.config import DataSection, Recipe
+from nemo_dist.recipe.documents import files_of
 from nemo_dist.recipe.metrics import Metrics, judge_logging
 from nemo_dist.recipe.model import adapter_config, config_of, load_model
-from nemo_dist.recipe.optimization import judge_schedule, make_loss, make_optimizer, make_schedule, optimizer_type
+from nemo_dist.recipe.optimization import make_loss, make_optimizer, make_schedule, tried_optimizer
 from nemo_dist.recipe.progress import Report, progress
 from nemo_dist.recipe.reference_scores import score
 from nemo_dist.recipe.row_stream import RowStream
@@ -26,6 +30,8 @@ from nemo_dist.recipe.throughput import Throughput
 from nemo_dist.recipe.tokens import Row, rows_of, tokenizer_of
 from nemo_dist.setup.setup import DistributedSetup
 from nemo_dist.training.runtime import Runtime
+
+_MANY = 1000  # steps, of a schedule that is tried out before the rows of its epochs are counted
 
 
 def main() -> None:
@@ -43,11 +49,14 @@ def train(recipe: Recipe) -> None:
     """Train from the newest checkpoint of the run on, where there is one; call it on every rank."""
     env = initialize_distributed("gloo" if recipe.distributed.get("device_type") == "cpu" else None)
     setup = recipe.setup(env.world_size)
-    judge(recipe)
-    tokenizer = tokenizer_of(recipe.model, recipe.data)
-    stream = stream_of(recipe, setup, tokenizer, recipe.data)
-    others = recipe.evaluation_data
-    held_out = None if others is None else stream_of(recipe, setup, tokenizer, others)
+    rank = setup.mesh_context.rank(Role.BATCH)
+    with reported("reading the recipe and its data"), _in_words():
+        judge(recipe)
+        tokenizer = tokenizer_of(recipe.model, recipe.data)
+        stream = stream_of(recipe, setup, tokenizer, recipe.data, rank)
+        others = recipe.evaluation_data
+        held_out = None if others is None else stream_of(recipe, setup, tokenizer, others, rank)
+    _compare(recipe, {"rows": stream, "held-out rows": held_out})
     torch.manual_seed(recipe.training.seed)  # of the weights of a new model
     with setup.runtime(load_model(recipe.model, setup), loss=make_loss(recipe.loss)) as runtime:
         if recipe.pairs:
@@ -59,10 +68,30 @@ def train(recipe: Recipe) -> None:
         job.export(tokenizer)
 
 
+@contextmanager
+def _in_words() -> Iterator[None]:
+    """Have what is wrong with a recipe end a rank in a sentence, without a traceback, as it ends the command line."""
+    try:
+        yield
+    except NemoDistError:
+        raise
+    except (ValueError, OSError) as error:
+        raise TopologyError([str(error)]) from error
+
+
+def _compare(recipe: Recipe, streams: Mapping[str, RowStream | None]) -> None:
+    """Raise RankError where ranks have other rows, or another recipe, as from copies of files on several machines."""
+    fields = {name: stream.state_dict()["digest"] for name, stream in streams.items() if stream is not None}
+    for name, section in attrs.asdict(recipe, filter=lambda field, _: field.name != "given").items():
+        fields |= {f"{name}.{key}": brief(value) for key, value in (section or {}).items()}
+    compare("the recipe and its data", fields)
+
+
 def judge(recipe: Recipe) -> None:
-    """Raise ValueError for what the recipe asks for that torch, transformers or an optional package does not have."""
-    optimizer_type(recipe.optimizer)
-    judge_schedule(recipe.scheduler)
+    """Raise ValueError for what the recipe asks for and is not there, or does not work when it is tried out."""
+    for data in filter(None, (recipe.data, recipe.evaluation_data)):
+        files_of(data.path)
+    make_schedule(recipe.scheduler, tried_optimizer(recipe.optimizer), recipe.training.steps or _MANY)
     judge_logging(recipe.logging)
     make_loss(recipe.loss)
     adapter_config(recipe.model)
@@ -70,19 +99,23 @@ def judge(recipe: Recipe) -> None:
         config_of(recipe.model)
 
 
-def stream_of(recipe: Recipe, setup: DistributedSetup, tokenizer: Any, data: DataSection) -> RowStream:
-    """Return the rows of *data* as this rank reads them; raise ValueError for tokens that the model does not have."""
-    rows = rows_of(data, tokenizer, pairs=recipe.pairs)
-    _refuse_unknown_tokens(rows, config_of(recipe.model).get_text_config().vocab_size)
+def stream_of(recipe: Recipe, setup: DistributedSetup, tokenizer: Any, data: DataSection, rank: int) -> RowStream:
+    """Return the rows of *data* as data-parallel *rank* reads them.
+
+    Raises ValueError for tokens that the model does not have.
+    """
+    rows, known = rows_of(data, tokenizer, pairs=recipe.pairs), config_of(recipe.model).get_text_config().vocab_size
+    _refuse_unknown_tokens(rows, known)
+    pad = tokenizer.pad_token_id
     return RowStream(
         rows=rows,
         rows_of_batch=recipe.rows_of_batch(setup),
         accumulation=recipe.training.accumulation,
         ranks=setup.plan.size("dp"),
-        rank=setup.mesh_context.rank(Role.BATCH),
+        rank=rank,
         seed=recipe.training.seed,
         shuffle=data.shuffle,
-        pad_token=0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        pad_token=pad if pad is not None and pad < known else 0,  # it is masked, and counts for nothing
         packing=data.packing,
         together=2 if recipe.pairs else 1,
     )
@@ -103,6 +136,19 @@ def steps_of(recipe: Recipe, rows: int) -> int:
     if training.steps is not None:
         return training.steps
     return max(1, round((training.epochs or 0) * rows / training.batch_size))
+
+
+def _refuse_other_steps(recipe: Recipe, done: int, taken: int) -> None:
+    """Raise TopologyError where steps of another size have come before: epochs do not say how many are then left."""
+    training = recipe.training
+    if training.epochs is not None and taken != done * training.batch_size:
+        raise TopologyError(
+            [
+                f"training.batch_size is {training.batch_size}, but the run read {taken} rows in its {done} steps, so "
+                "training.epochs does not say how many are left; keep training.batch_size, or set training.steps in "
+                "place of training.epochs"
+            ]
+        )
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -135,6 +181,7 @@ class Job:
             folder = RunFolder(kept.folder, keep_last=kept.keep_last, keep_every=kept.keep_every)
             if kept.resume:
                 found = folder.resume(runtime, optimizer, schedulers=[schedule], data=stream)
+            _refuse_other_steps(recipe, found[0] if found else 0, stream.taken)
         return cls(
             recipe=recipe,
             env=env,
@@ -160,10 +207,9 @@ class Job:
         if main:
             ranks = self.env.world_size
             speed = Throughput.of(config_of(recipe.model), recipe.data.length, ranks)
-        with progress(self.steps, self.done, recipe.logging.every, main) as report:
+        with closing(metrics), progress(self.steps, self.done, recipe.logging.every, main) as report:
             for step in range(self.done + 1, self.steps + 1):
                 self._step(step, speed, metrics, report)
-        metrics.close()
 
     def _step(self, step: int, speed: Throughput, metrics: Metrics, report: Report) -> None:
         """Train one step, write its numbers, and evaluate and save where it is time."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,10 @@ class Metrics:
 
     @classmethod
     def open(cls, section: LoggingSection, folder: Path, done: int, recipe: Mapping[str, Any]) -> Metrics:
-        """Return the metrics of a run that goes on after step *done*; lines of later steps are dropped."""
+        """Return the metrics of a run that goes on after step *done*; lines of later steps are dropped.
+
+        The numbers of a run that does not go on here stay beside, in ``metrics.jsonl.1`` and so on.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         made = cls()
         lines = _Lines.after(folder / FILE, done)
@@ -51,7 +56,7 @@ class Metrics:
 
             run: Any = wandb.init(**{"config": dict(recipe), "dir": str(folder), **section.wandb})
             made.writers.append(lambda step, values: run.log(dict(values), step=step))
-            made.closing.append(run.finish)
+            made.closing.append(lambda: run.finish(exit_code=int(sys.exc_info()[0] is not None)))
         return made
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -73,8 +78,14 @@ class _Lines:
 
     @classmethod
     def after(cls, path: Path, done: int) -> _Lines:
-        """Return the file at *path* without its lines of steps above *done*, which will be trained again."""
+        """Return the file at *path* without its lines of steps above *done*, which will be trained again.
+
+        Where that is every step, the file is one of an earlier run, and is kept beside.
+        """
         kept = []
+        if done == 0 and path.is_file():
+            numbers = (number for number in count(1) if not Path(f"{path}.{number}").exists())
+            path.rename(f"{path}.{next(numbers)}")
         if path.is_file():
             for line in path.read_text().splitlines():
                 try:
@@ -92,3 +103,4 @@ class _Lines:
 def _to_board(board: Any, step: int, values: Mapping[str, float]) -> None:
     for name, value in values.items():
         board.add_scalar(name, value, step)
+    board.flush()  # a rank that is ended takes with it what is not in the file

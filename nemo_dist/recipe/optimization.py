@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import attrs
@@ -12,9 +13,12 @@ from torch.optim import Optimizer
 
 from nemo_dist import losses
 from nemo_dist.errors import UnknownNameError
+from nemo_dist.models.meta_model import in_one_line
 from nemo_dist.planning.validation import near, shown
 from nemo_dist.recipe.config import LOSSES, LossSection, OptimizerSection, SchedulerSection
 from nemo_dist.training.runtime import Runtime
+
+_WARMUP = "num_warmup_steps"
 
 
 def make_loss(section: LossSection | None) -> Any:
@@ -48,12 +52,40 @@ def optimizer_type(section: OptimizerSection) -> type[Optimizer]:
 
 def make_optimizer(section: OptimizerSection, runtime: Runtime) -> Any:
     """Return the optimizer of all parameters that are trained."""
-    options = {name: tuple(value) if isinstance(value, list) else value for name, value in section.options.items()}
-    return runtime.optimizer(optimizer_type(section), **options)
+    return runtime.optimizer(optimizer_type(section), **_options(section))
 
 
-def judge_schedule(section: SchedulerSection) -> None:
-    """Raise UnknownNameError for a schedule that transformers lacks, and for options that it does not take."""
+def tried_optimizer(section: OptimizerSection) -> Optimizer:
+    """Return an optimizer that has stepped one small parameter; raise ValueError where it does not."""
+    kind, options = optimizer_type(section), _options(section)
+    if "capturable" in options:  # only on a GPU
+        options["capturable"] = False
+    parameter = torch.nn.Parameter(torch.ones(2, 2))
+    parameter.grad = torch.ones(2, 2)
+    with _tried(section):
+        optimizer = kind([parameter], **options)
+        optimizer.step()
+    return optimizer
+
+
+def _options(section: OptimizerSection) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in section.options.items()}
+
+
+@contextmanager
+def _tried(section: OptimizerSection | SchedulerSection) -> Iterator[None]:
+    """Have whatever is raised within be a ValueError about *section*."""
+    try:
+        yield
+    except Exception as error:  # each class checks its options in its own way, and some only as they use them
+        raise ValueError(
+            f"{section.name}.type '{section.type}' does not run as the section sets it ({in_one_line(error)}); change "
+            "the options, or the type"
+        ) from error
+
+
+def _judge_schedule(section: SchedulerSection) -> None:
+    """Raise ValueError for a schedule that transformers lacks, and for options or a warmup that it does not take."""
     from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
     known: dict[str, Any] = {kind.value: make for kind, make in TYPE_TO_SCHEDULER_FUNCTION.items()}
@@ -64,20 +96,28 @@ def judge_schedule(section: SchedulerSection) -> None:
             f"scheduler.type {shown(section.type)} is no schedule of the recipe{near(section.type, known)}; known: "
             f"{', '.join(sorted(known))}"
         )
-    given = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")
-    _refuse_unknown(
-        "scheduler",
-        section.options,
-        [name for name in inspect.signature(known[section.type]).parameters if name not in given],
-    )
+    takes = {name: list(inspect.signature(make).parameters) for name, make in known.items()}
+    given = ("optimizer", _WARMUP, "num_training_steps", "last_epoch")
+    _refuse_unknown("scheduler", section.options, [name for name in takes[section.type] if name not in given])
+    if section.warmup and _WARMUP not in takes[section.type]:
+        others = ", ".join(sorted(name for name in takes if _WARMUP in takes[name]))
+        raise ValueError(
+            f"scheduler.warmup is {section.warmup}, but the schedule '{section.type}' has none; set scheduler.type to "
+            f"one that has: {others}"
+        )
 
 
 def make_schedule(section: SchedulerSection, optimizer: Any, steps: int) -> Any:
-    """Return the scheduler for a run of so many *steps*."""
+    """Return the scheduler for a run of so many *steps*; raise ValueError where it has no rate for one of them."""
     from transformers import get_scheduler
 
-    judge_schedule(section)
-    return get_scheduler(section.type, optimizer, section.warmup, steps, dict(section.options) or None)
+    _judge_schedule(section)
+    with _tried(section):
+        schedule: Any = get_scheduler(section.type, optimizer, section.warmup, steps, dict(section.options) or None)
+        for step in (*range(0, steps, 1 + steps // 100), steps):
+            for factor in schedule.lr_lambdas:
+                factor(step)
+    return schedule
 
 
 def _refuse_unknown(where: str, options: Iterable[str], valid: list[str]) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ import torch
 from torch import Tensor
 
 from nemo_dist.hf_model import IGNORED
+from nemo_dist.models.meta_model import in_one_line
+from nemo_dist.planning.validation import shown
 from nemo_dist.recipe.config import ALL, DataSection, ModelSection
 from nemo_dist.recipe.documents import Document, documents
 
@@ -22,6 +26,8 @@ _TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+# The parts of a form of strftime that can stand in a template.
+_OF_DATES = [f"%{flag}{letter}" for flag in ("", "-") for letter in "aAbBcdDeFHIjmMpSTuUVwWxXyY%"]
 
 
 @attrs.frozen(eq=False)
@@ -38,11 +44,17 @@ class Row:
 
 
 def tokenizer_of(model: ModelSection, data: DataSection) -> Any:
-    """Return the tokenizer of the recipe, with the chat template that it asks for."""
+    """Return the tokenizer of the recipe with the chat template that it asks for; raise ValueError where none is."""
     from transformers import AutoTokenizer
 
     name = model.tokenizer or model.path
-    tokenizer: Any = byte_tokenizer() if name == _BYTES else AutoTokenizer.from_pretrained(name)
+    try:
+        tokenizer: Any = byte_tokenizer() if name == _BYTES else AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # every class reads its files in its own way
+        raise ValueError(
+            f"no tokenizer at {shown(name)}; give model.tokenizer a folder that has one, a name on the hub, or "
+            f"'{_BYTES}' ({in_one_line(error)})"
+        ) from error
     if data.chat_template is not None:
         tokenizer.chat_template = Path(data.chat_template).expanduser().read_text(encoding="utf-8")
     return tokenizer
@@ -106,7 +118,7 @@ def _joined(rows: Sequence[Row]) -> Row:
     )
 
 
-@attrs.define(eq=False)
+@attrs.define(eq=False, slots=False)
 class _Cut:
     """Tokenizes documents into rows, and counts those that did not fit."""
 
@@ -150,8 +162,9 @@ class _Cut:
             counted = [(document.answer, len(document.text))]
             tokens, labels = self._encoded(document, document.text, counted, add_special_tokens=True)
             end = self.tokenizer.eos_token_id
-            if end is not None and tokens[-1:] != [end]:
-                tokens, labels = [*tokens, end], [*labels, end]
+            if end is not None:  # it counts, whether the tokenizer has added it or not
+                before = len(tokens) - (tokens[-1:] == [end])
+                tokens, labels = [*tokens[:before], end], [*labels[:before], end]
         return torch.tensor(tokens, dtype=torch.int32), torch.tensor(labels, dtype=torch.int32)
 
     def _encoded(
@@ -196,11 +209,23 @@ class _Cut:
     def _rendered(self, document: Document, turns: Sequence[Any], add_generation_prompt: bool = False) -> str:
         try:
             text: str = self.tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=add_generation_prompt
+                turns, tokenize=False, add_generation_prompt=add_generation_prompt, **self._dated
             )
         except Exception as error:  # whatever a template raises, or that there is none
             raise ValueError(f"data: {document.where}: the chat template failed: {error}") from error
         return text
+
+    @cached_property
+    def _dated(self) -> dict[str, Any]:
+        """What has a template that asks for the date of today write that of the recipe, every day and on every rank."""
+        if "strftime_now" not in str(self.tokenizer.chat_template):
+            return {}
+        written = "raise_exception('it writes the date of today, which a run goes on without tomorrow; set data.date')"
+        if self.data.date is not None:
+            date = datetime.fromisoformat(self.data.date)
+            written = "form" + "".join(f"|replace({part!r}, {date.strftime(part)!r})" for part in _OF_DATES)
+        macro = f"{{%- macro strftime_now(form) -%}}{{{{ {written} }}}}{{%- endmacro -%}}"
+        return {"chat_template": macro + self.tokenizer.get_chat_template()}
 
 
 def _windows(tokens: Tensor, labels: Tensor, length: int) -> Iterator[Row]:

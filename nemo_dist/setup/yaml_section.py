@@ -8,6 +8,7 @@ used.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,7 @@ _MOST = 10_000  # values in the section, each alias counted
 _TAG = "tag:yaml.org,2002:"
 _MERGE = f"{_TAG}merge"
 _SCALARS = tuple(f"{_TAG}{kind}" for kind in ("null", "bool", "int", "float"))
+_EXPONENT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")  # a number to people; YAML 1.1 reads text: 1e-4
 _TEXTS = tuple(f"{_TAG}{kind}" for kind in ("str", "timestamp"))  # a date is no option, and its error quotes the text
 
 
@@ -164,7 +166,8 @@ class _Values:
 
     def _scalar(self, node: yaml.ScalarNode) -> Any:
         if node.tag in _TEXTS:
-            return node.value
+            bare = node.style is None and _EXPONENT.fullmatch(node.value)  # not in quotes
+            return float(node.value) if bare else node.value
         if node.tag not in _SCALARS:
             self._refuse_tag(node)
         try:
