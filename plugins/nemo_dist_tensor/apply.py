@@ -125,12 +125,18 @@ class Parallelizer:
                     f"{generic(name)} is a {type(module).__name__}, which the style {style!r} does not fit; "
                     f"it fits nn.{kind.__name__}"
                 )
+            elif kind is not nn.Module and "weight" not in module._parameters:
+                own = ", ".join(parameter for parameter, _ in module.named_parameters())
+                found.append(
+                    f"{generic(name)} computes its weight from others ({own}), as weight_norm and pruning do, and "
+                    f"the style {style!r} cuts only a weight of its own; leave that out, or use tp_size=1, and fsdp2"
+                )
             elif isinstance(module, nn.Embedding) and (module.max_norm or module.scale_grad_by_freq or module.sparse):
                 found.append(f"{generic(name)} uses max_norm, scale_grad_by_freq or sparse, so it cannot be cut")
             elif style == "colwise":
                 heads = AttentionHeads.of(self._module(name.rpartition(".")[0]), self.peers.size)
                 found += [f"{type(self.model).__name__}: {heads.problem}"] if heads and heads.problem else []
-        return found
+        return list(dict.fromkeys(found))  # one for all layers
 
     def _packed(self, placements: Mapping[str, Placement | None]) -> list[str]:
         """Say which packed parameters cannot be sharded."""
