@@ -5,6 +5,7 @@ from itertools import pairwise
 import torch
 import transformers
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaMLP, LlamaModel
 
@@ -194,6 +195,11 @@ def _follow(model):
         layer.before = (before,)
 
 
+def _normed(model):
+    for layer in model.model.layers:
+        weight_norm(layer.self_attn.o_proj)
+
+
 def _leave(model):
     _inner(Boxed)(model)
     _layers(Leaving)(model)
@@ -219,6 +225,7 @@ CHANGES = {
     "following": _follow,
     "leaving": _leave,
     "reaching": _inner(Reaching),
+    "normed": _normed,
 }
 
 transformers.AutoConfig.register("own_llama", OwnConfig)

@@ -73,6 +73,16 @@ def test_experts_that_shards_do_not_divide_are_cut_along_the_hidden_size(ranks):
     assert_equivalent(ranks(4), Task(specimen="qwen3-moe-six"), **options(ep_size=2))
 
 
+@cases(
+    ("world", "sizes"),
+    [(2, {"ep_size": 2}), (4, {"ep_size": 2}), (4, {"ep_size": 2, "dp_replicate_size": 2})],
+)
+def test_gradients_of_experts_that_are_reduced_in_float64_match_one_process(ranks, world, sizes):
+    """In dtypes other than float32 and bfloat16 torch divides gradients before and after it sums them."""
+    strategy = FSDP2Config(mp_policy={**FP32, "reduce_dtype": "float64"})
+    assert_equivalent(ranks(world), Task(specimen="mixtral"), **options(strategy=strategy, **sizes))
+
+
 @pytest.mark.slow
 def test_experts_without_resharding_match_one_process(ranks):
     assert_equivalent(ranks(4), Task(specimen="qwen3-moe"), **options(ep_size=2, moe={"reshard_after_forward": False}))

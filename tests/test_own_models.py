@@ -17,6 +17,8 @@ from nemo_dist.training.rehearsal import depends_on_padding, depends_on_rows, re
 from nemo_dist_pipeline.partition.model_structure import ModelStructure
 from nemo_dist_pipeline.partition.proof import require_exact
 from nemo_dist_pipeline.partition.stage_model import stages_of
+from nemo_dist_tensor.apply import Parallelizer
+from nemo_dist_tensor.probe import SimulatedPeers
 from nemo_dist_tensor.structure import completed
 from nemo_dist_tensor.tp_plan import match
 
@@ -89,6 +91,17 @@ def test_code_around_a_cut_module_that_uses_what_is_cut_is_found():
     assert "use tp_size=1" in problem
 
 
+def test_a_projection_that_computes_its_weight_from_others_is_not_cut():
+    model = on_meta("normed")
+
+    (problem,) = Parallelizer(model, match(model, {}), SimulatedPeers.make(2)[0], sequence=False).problems()
+
+    assert problem.startswith(
+        "model.layers.*.self_attn.o_proj computes its weight from others (parametrizations.weight"
+    )
+    assert problem.endswith("leave that out, or use tp_size=1, and fsdp2")
+
+
 def test_what_blocks_leave_for_later_ones_is_found():
     model = on_meta("following")
     structure = ModelStructure.of(model)
@@ -110,7 +123,7 @@ def on_rank_gradients(change, strategy):
     return whole_state(runtime, {name: parameter.grad for name, parameter in runtime.named_parameters()})
 
 
-@pytest.mark.parametrize("change", ["leaving", "reaching"])
+@pytest.mark.parametrize("change", ["leaving", "reaching", "normed"])
 def test_blocks_that_share_more_than_hidden_states_are_sharded_exactly(ranks, change):
     """Under ddp every module has whole weights, and what it is given is handed to it as it is."""
     sharded, _ = ranks(2).run(on_rank_gradients, change, FSDP2Config(mp_policy=FP32))

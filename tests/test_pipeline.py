@@ -1,6 +1,7 @@
 """AutoPipeline: what a rank has and reads, evaluation, loops of one's own, export, and a rank that dies."""
 
 import gc
+import math
 import os
 import signal
 import time
@@ -243,6 +244,19 @@ def test_evaluation_gives_loss_and_logits_and_leaves_gradients_alone(ranks, spec
             assert (grad - expected).norm() <= 1e-5 * expected.norm() + 1e-7, name
     (logits,) = [logits for _, _, logits in answers if logits is not None]
     torch.testing.assert_close(logits, output.logits.detach(), rtol=1e-4, atol=1e-5)
+
+
+def on_rank_weigh(folder, batch, weights):
+    _setup, pipeline = load("llama-deep", "1f1b", folder=folder)
+    return [pipeline.step(batch, weight).item() for weight in weights]
+
+
+def test_a_step_may_have_any_weight(ranks):
+    batch = batch_of("llama-deep")
+    loss = SPECIMENS["llama-deep"].load.from_pretrained(checkpoint("llama-deep"), dtype=torch.float32)(**batch).loss
+
+    for losses in ranks(2).run(on_rank_weigh, checkpoint("llama-deep"), batch, (-1.0, 0.5, 0.0, math.nan)):
+        assert losses == pytest.approx([-loss.item(), 0.5 * loss.item(), 0.0, math.nan], rel=1e-5, nan_ok=True)
 
 
 def mean_of_labels(logits, labels):

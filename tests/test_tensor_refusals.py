@@ -1,5 +1,7 @@
 """What tensor parallelism must refuse: at build what needs no model, at load the rest, with all reasons at once."""
 
+from operator import attrgetter
+
 import pytest
 import torch
 import transformers
@@ -13,8 +15,10 @@ from nemo_dist import (
     TopologyError,
 )
 from nemo_dist.testing.equivalence import Task, checkpoint
+from nemo_dist.testing.shrink import tiny
 from nemo_dist.testing.tiny_models import SPECIMENS
 from nemo_dist_tensor import TensorConfig
+from nemo_dist_tensor.random_choices import random_problems
 
 
 def refused(error=TopologyError, tp_size=2, **options):
@@ -137,12 +141,17 @@ REFUSED_AT_LOAD = {
         ["model.embed_tokens.weight and lm_head.weight are one tied parameter"],
     ),
     "untied by one rule": (config_of("llama-tied"), 2, {"tp_plan": {"lm_head": "replicate"}}, ["one tied parameter"]),
-    "dropout": (config_of("llama", attention_dropout=0.1), 2, {}, ["attention_dropout is the probability of a random"]),
+    "dropout": (
+        config_of("llama", attention_dropout=0.1),
+        2,
+        {},
+        ["model.layers.*.self_attn chooses at random in training", "set attention_dropout to 0 in the model's config"],
+    ),
     "two reasons": (
         config_of("llama-odd", attention_dropout=0.1),
         4,
         {},
-        ["6 attention heads", "attention_dropout is the probability"],
+        ["6 attention heads", "set attention_dropout to 0"],
     ),
     "attention outside of the plan": (
         transformers.DeepseekV3Config(
@@ -167,6 +176,57 @@ def test_a_model_that_does_not_fit_is_refused_at_load_on_every_rank(ranks, case)
 
     for message in ranks(tp_size).run(on_rank_failure, config, tp_size, options):
         assert [part for part in expected if part not in message] == [], message
+
+
+def tiny_on_meta(family, **options):
+    config = tiny(family).config
+    for name, value in options.items():
+        *parts, last = name.split("__")
+        setattr(attrgetter(".".join(parts))(config) if parts else config, last, value)
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(config)
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "where", "way_out"),
+    [
+        ("xglm", {"activation_dropout": 0.1}, "model", "set activation_dropout to 0 in the model's config"),
+        ("opt", {"layerdrop": 0.01}, "model.decoder", "set layerdrop to 0 in the model's config"),
+        (
+            "seed_oss",
+            {"attention_dropout": 0.1, "residual_dropout": 1e-3},
+            "model.layers.*.self_attn",
+            "set attention_dropout, residual_dropout to 0 in the model's config",
+        ),
+        (
+            "dbrx",
+            {"ffn_config__moe_jitter_eps": 0.01},
+            "transformer.blocks.*.ffn.router",
+            "set ffn_config.moe_jitter_eps to 0 in the model's config",
+        ),
+        ("phimoe", {}, "model.layers.*.mlp.router", "use tp_size=1, and fsdp2"),  # samples whatever its options are
+        ("cpmant", {"dropout_p": 0.1}, "cpmant.", "set it to 0 in the model's config"),
+    ],
+)
+def test_whatever_is_chosen_at_random_is_refused_with_a_way_out(family, options, where, way_out):
+    """The last one takes no small tokens alone, and is told by the names of its attributes."""
+    problem = random_problems(tiny_on_meta(family, **options))[0]
+
+    assert problem.startswith(where) and "tensor-parallel ranks would choose differently" in problem
+    assert problem.endswith(way_out)
+
+
+def test_an_option_that_only_the_code_knows_is_told_too():
+    with torch.device("meta"):
+        model = transformers.AutoModelForTokenClassification.from_config(tiny("llama").config)
+
+    assert random_problems(model)[0].endswith("set classifier_dropout to 0 in the model's config")
+
+
+@pytest.mark.parametrize("family", ["opt", "big_bird"])
+def test_what_is_drawn_and_makes_no_difference_is_not_refused(family):
+    """OPT draws for layers that it leaves out with probability 0, BigBird for modules that it makes in its forward."""
+    assert random_problems(tiny_on_meta(family)) == []
 
 
 def on_rank_forward(folder, options):

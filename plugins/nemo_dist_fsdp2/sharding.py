@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import Shard
@@ -110,10 +111,19 @@ def _shard_placed(model: nn.Module, options: dict[str, Any], reshard: bool) -> N
         placed = fully_shard(module, **{**options, **own})
         if override.mesh is None:
             continue
-        placed.set_gradient_divide_factor(float(override.grad_divisor))
-        # For a divisor other than the group size FSDP2 takes a premultiplied sum, which gloo lacks: sum, then divide.
-        # With a shard axis of one rank there is no reduction, and forcing a sum would divide twice.
-        placed.set_force_sum_reduction_for_comms(override.mesh.size(-1) > 1)
+        if override.mesh.size(-1) > 1:
+            # For a divisor other than the group size FSDP2 takes a premultiplied sum, which gloo lacks: divide the sum.
+            placed.set_gradient_divide_factor(float(override.grad_divisor))
+            placed.set_force_sum_reduction_for_comms(True)
+        else:
+            # A shard axis of one rank copies where others reduce, and there FSDP2 divides by its factor once more,
+            # unless the gradient is reduced in float32 or bfloat16: divide afterwards.
+            placed.set_gradient_divide_factor(1.0)
+            placed.set_all_reduce_hook(partial(_divide, divisor=override.grad_divisor))
+
+
+def _divide(gradients: Tensor, divisor: int) -> None:
+    gradients.div_(divisor)
 
 
 def _along(override: ShardingOverride, module: nn.Module) -> Callable[[nn.Parameter], Shard]:

@@ -20,6 +20,7 @@ from nemo_dist_tensor.attention_heads import AttentionHeads
 from nemo_dist_tensor.block_structure import Blocks
 from nemo_dist_tensor.collectives import Peers
 from nemo_dist_tensor.install import Installer
+from nemo_dist_tensor.random_choices import random_problems
 from nemo_dist_tensor.structure import completed
 from nemo_dist_tensor.styles import COLUMN, EMBEDDING, GATHERED, ROW
 from nemo_dist_tensor.tp_plan import Rules, generic, match, problems
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from nemo_dist_tensor.config import TensorConfig
 
 _SHARDED_OUTPUTS = ("output_hidden_states", "output_attentions")  # no rank has these whole
-_RANDOM = ("attention_dropout", "attn_dropout", "dropout", "hidden_dropout", "jitter_noise")  # attributes of modules
 
 
 def apply_tensor_parallelism(parts: list[nn.Module], mesh: MeshContext, config: TensorConfig) -> None:
@@ -107,7 +107,7 @@ class Parallelizer:
             *self._misfits(),
             *self._packed(placements),
             *parameter_sharding.tie_problems(self.model, placements),
-            *self._random(),
+            *random_problems(self.model),
             *(self._blocks.problems() if self.sequence else ()),
         ]
 
@@ -125,12 +125,18 @@ class Parallelizer:
                     f"{generic(name)} is a {type(module).__name__}, which the style {style!r} does not fit; "
                     f"it fits nn.{kind.__name__}"
                 )
+            elif kind is not nn.Module and "weight" not in module._parameters:
+                own = ", ".join(parameter for parameter, _ in module.named_parameters())
+                found.append(
+                    f"{generic(name)} computes its weight from others ({own}), as weight_norm and pruning do, and "
+                    f"the style {style!r} cuts only a weight of its own; leave that out, or use tp_size=1, and fsdp2"
+                )
             elif isinstance(module, nn.Embedding) and (module.max_norm or module.scale_grad_by_freq or module.sparse):
                 found.append(f"{generic(name)} uses max_norm, scale_grad_by_freq or sparse, so it cannot be cut")
             elif style == "colwise":
                 heads = AttentionHeads.of(self._module(name.rpartition(".")[0]), self.peers.size)
                 found += [f"{type(self.model).__name__}: {heads.problem}"] if heads and heads.problem else []
-        return found
+        return list(dict.fromkeys(found))  # one for all layers
 
     def _packed(self, placements: Mapping[str, Placement | None]) -> list[str]:
         """Say which packed parameters cannot be sharded."""
@@ -140,20 +146,6 @@ class Parallelizer:
             if placement is not None
         ]
         return [problem for problem in problems if problem]
-
-    def _random(self) -> list[str]:
-        """Say what draws random numbers in the forward: ranks would draw different ones for what must be equal."""
-        found = {
-            f"{generic(name)}.{option}"
-            for name, module in self.model.named_modules()
-            for option in (("p",) if isinstance(module, nn.Dropout) else _RANDOM)
-            if isinstance(value := getattr(module, option, None), float) and value > 0
-        }
-        return [
-            f"{name} is the probability of a random choice, which tensor-parallel ranks would make differently; set it "
-            "to 0 in the model's config"
-            for name in sorted(found)
-        ]
 
     def _keep_logits_cut(self) -> layers.LMHead | None:
         """Keep the logits sharded along the vocabulary whenever the model is called with labels and computes the loss.

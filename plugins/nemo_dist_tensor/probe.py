@@ -137,15 +137,26 @@ def whole_model(model: Any) -> tuple[nn.Module, Call]:
         return twin, Call((), _inputs(twin))
 
 
+def short_model(model: Any, config: Any) -> tuple[Any, dict[str, Any]]:
+    """Return such a copy, of *config*, in which one of the blocks that are alike stands for all, and tokens for it."""
+    twin, alike = _twin(model, config)
+    _materialise(twin, set(alike), read_from_outside(model))
+    _leave_out(twin, alike)
+    return twin, {name: value for name, value in _inputs(twin).items() if name != "labels"}
+
+
 def _inputs(model: Any) -> dict[str, Any]:
     ids = torch.randint(3, min(model.config.get_text_config().vocab_size, _WORDS) - 2, (ROWS, LENGTH))
     return {"input_ids": ids, "labels": ids} | ({"use_cache": False} if accepts(model, "use_cache") else {})
 
 
-def _twin(model: Any) -> tuple[Any, dict[str, str]]:
-    """Return a copy of *model* on meta, and the blocks of it that are like an earlier one, with that one."""
+def _twin(model: Any, config: Any = None) -> tuple[Any, dict[str, str]]:
+    """Return a copy of *model* on meta, and the blocks of it that are like an earlier one, with that one.
+
+    With *config* it is made of that one.
+    """
     with torch.device("meta"):
-        twin = plain_class(model)(copy.deepcopy(model.config))
+        twin = plain_class(model)(copy.deepcopy(model.config if config is None else config))
     twin = twin.float().eval()
     twin.set_attn_implementation("eager")
     compute_experts_one_by_one(twin)  # the other ways copy the matrices of all experts

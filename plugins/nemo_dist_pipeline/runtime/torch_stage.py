@@ -111,7 +111,7 @@ class ScheduleBuilder:
 def weighted_loss(loss: Tensor, weight: Tensor) -> Tensor:
     """Return *loss* times *weight*; 0 for a microbatch without labels, whose mean is 0/0."""
     weight = weight.squeeze().to(loss.dtype)
-    return torch.where(weight > 0, loss, torch.zeros_like(loss)) * weight
+    return torch.where(weight != 0, loss, torch.zeros_like(loss)) * weight
 
 
 def torch_order(schedule: Schedule, pp_size: int, per_rank: int, microbatches: int) -> Order:
