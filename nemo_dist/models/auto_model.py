@@ -38,6 +38,7 @@ from nemo_dist.training.peft_adapters import mark_loaded
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+_PLACE = ("cache_dir", "revision", "subfolder")  # keywords that say which files are meant by a name
 WHOLE, SLICES = "whole", "slices"  # how from_config draws
 INITS = (WHOLE, SLICES)
 _SIZES = "DistributedSetup.build(parallelism_sizes=ParallelismSizes({}=...))"
@@ -128,13 +129,17 @@ def _refuse_placement(kwargs: dict[str, Any]) -> None:
         raise TypeError("weights_only=False would run code from the checkpoint; convert it to safetensors")
 
 
+def _given(kwargs: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: kwargs[name] for name in names if name in kwargs}
+
+
 def _made_on_cpu() -> AbstractContextManager[Any]:
     """Within the context a user's default device neither draws the weights nor receives whole ones."""
     # A device as a context costs time in every operation, so it is none where it would change nothing.
     return nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
 
 
-def _finish(setup: DistributedSetup, parts: list[nn.Module]) -> object:
+def _finish(setup: DistributedSetup, parts: list[nn.Module], origin: dict[str, Any]) -> object:
     for module in (module for part in parts for module in part.modules()):
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(setup.mesh_context.device)
@@ -145,7 +150,7 @@ def _finish(setup: DistributedSetup, parts: list[nn.Module]) -> object:
     model = inner_model(parts[0])
     if isinstance(model, PreTrainedModel):
         refuse_other_loops(model)
-        remember_origin(model)
+        remember_origin(model, **_given(origin, *_PLACE))
         own: Any = model if isinstance(given, nn.Module) else given
         with suppress(AttributeError):  # what a plugin presents may take none
             own.save_pretrained = partial(_save_pretrained, setup.sharded(parts), model, model.save_pretrained)
@@ -231,7 +236,7 @@ class _Loader:
             read_through(_target(setup), pretrained_model_name_or_path, Draws(setup.ranks)) as reading,
         ):
             model = cls.auto.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        return _finish(setup, reading.parts(model))
+        return _finish(setup, reading.parts(model), kwargs)
 
     @classmethod
     def from_config(
@@ -285,7 +290,7 @@ class _Loader:
             parts = setup.shard(model)
             for part in parts:
                 drawn.fill(inner_model(part), _parameter_device(setup))
-        return _finish(setup, parts)
+        return _finish(setup, parts, {})
 
 
 # Names of NeMo AutoModel for classes of transformers that are called otherwise.
