@@ -132,6 +132,18 @@ def test_a_tokenizer_beside_the_subfolder_of_the_model_is_exported(setup, tmp_pa
     assert json_of(tmp_path / "out" / "tokenizer.json") == "mine"
 
 
+def test_what_lies_in_the_subfolder_says_whether_it_loads(setup, tmp_path):
+    shutil.copytree(checkpoint("llama"), tmp_path / "model")
+    (tmp_path / ".metadata").write_bytes(b"of torch.distributed.checkpoint")
+    loaded(setup, tmp_path, subfolder="model")
+    (tmp_path / ".metadata").rename(tmp_path / "model" / ".metadata")
+    loaded(setup, tmp_path / "model")
+    for file in (tmp_path / "model").glob("*.safetensors"):
+        file.rename(tmp_path / file.name)
+    with pytest.raises(CheckpointError, match=r"model is a checkpoint of torch\.distributed.* does not read"):
+        loaded(setup, tmp_path, subfolder="model")
+
+
 # ---- configs that transformers does not save ----
 
 
