@@ -1,5 +1,7 @@
 """PEFT's adapters on a sharded model train like on one process."""
 
+import shutil
+
 import peft
 import pytest
 import torch
@@ -16,8 +18,10 @@ from nemo_dist import (
     ParallelismSizes,
     export_checkpoint,
 )
+from nemo_dist.models import auto_model
 from nemo_dist.testing.equivalence import checkpoint
 from nemo_dist.testing.fake_cuda import WithCudaCalls
+from nemo_dist.testing.io_counter import BytesRead
 from nemo_dist.testing.precision import FP32
 
 LORA = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
@@ -234,3 +238,45 @@ def test_adapters_of_a_tied_weight_are_not_merged_into_it(ranks, tmp_path):
         assert "model.embed_tokens is an adapter of a weight that other modules use too (it is tied)" in of_embedding
         assert "lm_head is an adapter of a weight that other modules use too (it is tied)" in of_head
     assert not (tmp_path / "out").exists()
+
+
+def on_rank_load(sources):
+    """Return what is said of each source, and the bytes of weights that were read."""
+    setup, said = DistributedSetup.build(strategy="fsdp2"), []
+    for folder, place in sources:
+        with BytesRead() as reading, pytest.raises(CheckpointError) as caught:
+            NeMoAutoModelForCausalLM.from_pretrained(folder, distributed_setup=setup, **place)
+        said.append((str(caught.value), reading.bytes))
+    return said
+
+
+def test_a_folder_of_adapters_is_refused_before_the_model_is_read(ranks, tmp_path):
+    base = transformers.AutoModelForCausalLM.from_pretrained(checkpoint("llama"))
+    peft.get_peft_model(base, LORA).save_pretrained(tmp_path / "adapters")
+    shutil.copytree(tmp_path / "adapters", tmp_path / "whole")
+    shutil.copytree(checkpoint("llama"), tmp_path / "whole", dirs_exist_ok=True)
+    inner = {"subfolder": "adapters"}
+    shutil.copytree(checkpoint("llama"), tmp_path, dirs_exist_ok=True)
+    sources = [
+        (tmp_path / "adapters", {}),
+        (tmp_path / "whole", {}),
+        (tmp_path, inner),
+        (tmp_path, {"adapter_kwargs": inner}),
+    ]
+    for said in ranks(2).run(on_rank_load, sources):
+        for message, read in said:
+            assert "has adapters of PEFT" in message and "merge_and_unload" in message
+            assert not read
+
+
+def on_rank_load_unchecked(sources):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(auto_model, "_refuse_files", lambda *given: None)
+        return on_rank_load(sources)
+
+
+def test_adapters_that_only_transformers_finds_are_refused_where_it_would_read_them(ranks, tmp_path):
+    base = transformers.AutoModelForCausalLM.from_pretrained(checkpoint("llama"))
+    peft.get_peft_model(base, LORA).save_pretrained(tmp_path / "adapters")
+    for ((message, _),) in ranks(2).run(on_rank_load_unchecked, [(tmp_path / "adapters", {})]):
+        assert "would load more than one model" in message and "load it from a folder without adapters" in message

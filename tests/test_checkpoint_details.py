@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.optim import lr_scheduler
 
-from nemo_dist import DistributedSetup
+from nemo_dist import CheckpointError, DistributedSetup
 
 
 def by_name(runtime, optimizer):
@@ -172,6 +172,40 @@ def test_buffers_scalars_and_wider_moments_come_back_bit_for_bit(ranks, tmp_path
     tensors = json.loads((tmp_path / "c" / "manifest.json").read_text())["tensors"]
     assert tensors["model/model.embed_tokens.weight"][1] == "bfloat16"
     assert "model/lm_head.weight" not in tensors and "model/cache" not in tensors
+
+
+KEPT = {
+    "shards": lambda parameter, rank: parameter.to_local().detach().clone(),
+    "scales of the shard": lambda parameter, rank: torch.full((3,), float(rank)),
+    "a table": lambda parameter, rank: torch.arange(3.0),
+}
+
+
+def on_rank_keep_plain_tensors(folders, path):
+    """Save what an optimizer keeps in plain tensors beside DTensors; return what is said, or what comes back."""
+    runs.FOLDERS.update(folders)
+    runtime, optimizer = runs.start("fsdp2")
+    runs.steps(runtime, optimizer, runs.Task(), range(1))
+    said = {}
+    for index, (what, make) in enumerate(KEPT.items()):
+        for parameter in optimizer.state:
+            optimizer.state[parameter]["kept"] = make(parameter, runtime.dp_rank)
+        try:
+            runtime.save(path / str(index), optimizer)
+            runtime.load(path / str(index), optimizer)
+            said[what] = {tuple(state["kept"].tolist()) for state in optimizer.state.values()}
+        except CheckpointError as error:
+            said[what] = str(error)
+    return said
+
+
+def test_what_an_optimizer_keeps_apart_on_each_rank_is_refused(ranks, tmp_path):
+    for said in ranks(2).run(on_rank_keep_plain_tensors, runs.folders("llama"), tmp_path):
+        assert (
+            "AdamW keeps 'kept' of model.embed_tokens.weight as a plain tensor of this rank's shard" in said["shards"]
+        )
+        assert "keeps another kept of lm_head.weight on some ranks" in said["scales of the shard"]
+        assert said["a table"] == {(0.0, 1.0, 2.0)}
 
 
 class Position:

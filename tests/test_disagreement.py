@@ -184,9 +184,10 @@ def on_rank_load_other_things(paths, what):
     if what == "layers":
         config.num_hidden_layers = [3, 2][rank]
     source, load = (paths[rank], auto.from_pretrained) if what == "files" else (config, auto.from_config)
+    keywords = {"dtype": [torch.float32, torch.bfloat16][rank]} if what == "keywords" else {}
     start = time.monotonic()
     with pytest.raises(RankError) as caught:
-        load(source, distributed_setup=setup)
+        load(source, distributed_setup=setup, **keywords)
     return str(caught.value), time.monotonic() - start
 
 
@@ -196,6 +197,7 @@ def on_rank_load_other_things(paths, what):
         ("files", "model.safetensors is "),
         ("config", "config.rms_norm_eps is 0.5 on rank 1, but 1e-06 on the others"),
         ("layers", "config.num_hidden_layers is 2 on rank 1, but 3 on the others"),
+        ("keywords", 'dtype is "torch.bfloat16" on rank 1, but "torch.float32" on the others'),
     ],
 )
 def test_ranks_that_load_different_models_are_told_before_they_read(ranks, what, words):

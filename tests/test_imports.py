@@ -62,7 +62,6 @@ PRIVATE = {
         *("_weight_conversions", "_original_source_patterns", "_original_target_patterns"),
     ),
     "nemo_dist.checkpoint.hf_export": ("_keys_to_ignore_on_save",),
-    "nemo_dist.checkpoint.hf_side_files": ("_commit_hash",),
     "nemo_dist.checkpoint.scheduler_state": ("_schedulers", "_last_lr"),
     "nemo_dist.models.other_loops": ("_is_distributed_loading_by_transformers", "_is_accelerate_prepared"),
     "nemo_dist.training.router_aux_loss": ("_can_record_outputs",),

@@ -1,20 +1,24 @@
 """Saves and loads at odd paths and moments: from two threads, into links, while a script changes its folder."""
 
+import errno
 import os
 import shutil
 import threading
+from pathlib import Path
+from types import SimpleNamespace
 
 import checkpoint_runs as runs
 import pytest
 import torch.distributed as dist
 
 from nemo_dist import CheckpointError, RunFolder, initialize_distributed
-from nemo_dist.checkpoint import async_save, atomic_dir
+from nemo_dist.checkpoint import async_save, atomic_dir, run_folder
 from nemo_dist.checkpoint import load as load_module
 from nemo_dist.checkpoint import save as save_module
 from nemo_dist.checkpoint.atomic_dir import Staging
 from nemo_dist.checkpoint.folder_lock import claim, locked
 from nemo_dist.checkpoint.manifest import Manifest
+from nemo_dist.checkpoint.preemption import CODE
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +156,44 @@ def test_a_process_whose_folder_is_gone_saves_to_a_whole_path(one, tmp_path, mon
     assert runtime.load(tmp_path / "c", optimizer) == 2
 
 
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EXDEV, errno.EOPNOTSUPP, errno.ENOSYS], ids=errno.errorcode.get)
+def test_what_lies_beside_a_checkpoint_is_copied_where_there_are_no_hard_links(one, tmp_path, monkeypatch, number):
+    runtime, optimizer = one
+    runtime.save(tmp_path / "c", optimizer)
+    (tmp_path / "c" / "plots").mkdir()
+    for name in ("notes.txt", "plots/loss.png"):
+        (tmp_path / "c" / name).write_text(name)
+    (tmp_path / "c" / "link").symlink_to("notes.txt")
+
+    def refused(*given, **named):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "link", refused)
+    runtime.save(tmp_path / "c", optimizer, extra=2)
+    assert [(tmp_path / "c" / name).read_text() for name in ("notes.txt", "plots/loss.png")] == [
+        "notes.txt",
+        "plots/loss.png",
+    ]
+    assert os.readlink(tmp_path / "c" / "link") == "notes.txt"
+    assert Manifest.read(tmp_path / "c").about["extra"] == 2
+
+
 # ---- the folder of a run ----
+
+
+def test_a_job_that_must_end_saves_although_an_earlier_save_failed(one, tmp_path, monkeypatch):
+    """The request stands in for that of a signal, whose grace would end this process."""
+    runtime, optimizer = one
+    run = RunFolder(tmp_path)
+    monkeypatch.setattr(run_folder, "stop_request", SimpleNamespace(listen=lambda *given: None, name="SIGTERM"))
+    with monkeypatch.context() as broken:
+        broken.setattr(save_module, "write_folder", lambda *given, **named: Path("/").mkdir())
+        run.save(runtime, optimizer, step=1, asynchronous=True)._thread.join()
+    failed = pytest.warns(UserWarning, match=r"an earlier asynchronous save failed: .*File exists")
+    with failed, pytest.raises(SystemExit) as ended:
+        run.save_if_preempted(runtime, optimizer, step=2)
+    assert ended.value.code == CODE
+    assert run.steps() == [2]
 
 
 @pytest.mark.parametrize("step", [2**63, 10**30, 10**5000], ids=["2**63", "10**30", "10**5000"])
@@ -168,6 +209,32 @@ def test_the_largest_step_is_saved_and_found(one, tmp_path):
     run = RunFolder(tmp_path)
     run.save(runtime, optimizer, step=2**63 - 1)
     assert run.resume(runtime, optimizer) == (2**63 - 1, None)
+
+
+def test_a_job_that_is_killed_before_it_names_its_newest_checkpoint_goes_on_from_there(one, tmp_path):
+    runtime, optimizer = one
+    run = RunFolder(tmp_path)
+    run.save(runtime, optimizer, step=1)
+    shutil.copy2(tmp_path / "latest", tmp_path / "before")
+    run.save(runtime, optimizer, step=2)
+    (tmp_path / "before").rename(tmp_path / "latest")
+    assert run.latest() == tmp_path / "step-00000002"
+    assert run.resume(runtime, optimizer) == (2, None)
+
+
+def test_a_copy_of_a_run_that_went_back_goes_on_from_where_it_went(one, tmp_path):
+    """Copies have the time of copying: here all of one second, and the one to leave is the last."""
+    runtime, optimizer = one
+    run = RunFolder(tmp_path / "run")
+    for step in (1, 9, 3):
+        run.save(runtime, optimizer, step=step)
+    shutil.copytree(run.path, tmp_path / "copy", copy_function=shutil.copyfile)
+    os.utime(tmp_path / "copy" / "latest", (1, 1))
+    copy = RunFolder(tmp_path / "copy")
+    assert copy.resume(runtime, optimizer) == (3, None)
+    for step in (4, 9, 10):
+        copy.save(runtime, optimizer, step=step)
+        assert copy.resume(runtime, optimizer) == (step, None)
 
 
 LATEST = {

@@ -52,6 +52,13 @@ def test_a_tree_comes_back_with_its_types(value):
     assert_same(through_json(value), value)
 
 
+def test_equal_sets_are_the_same_text():
+    one, other = {0, 8}, {8, 0}  # which collide, so that each has the order in which it was filled
+    assert list(one) != list(other)
+    for nested in ((one, other), ({"seen": {(3, 0), (3, 8)}}, {"seen": {(3, 8), (3, 0)}})):
+        assert len({json.dumps(to_json(value)) for value in nested}) == 1
+
+
 def test_a_dict_that_looks_like_an_encoded_tensor_comes_back():
     value = {"nemo_dist": "tensor", "value": "AAAA"}
     assert through_json(value) == value

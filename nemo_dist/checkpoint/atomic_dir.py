@@ -110,6 +110,8 @@ class Staging:
         return self.final.with_name(f".{self.final.name}.lock")
 
 
+# What a file system says that cannot do what was asked: exchange two folders, or make a hard link.
+_NOT_THERE = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.EXDEV, errno.EMLINK)
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of linux/fcntl.h and linux/fs.h
 
 
@@ -125,20 +127,30 @@ def _exchange(one: Path, other: Path) -> bool:
     if call(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
         return True
     number = ctypes.get_errno()
-    if number in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM):
+    if number in _NOT_THERE:
         return False
     raise OSError(number, os.strerror(number), str(one), None, str(other))
 
 
 def _keep(old: Path, new: Path, stale: Callable[[str], bool]) -> None:
-    """Add the entries of *old* that are not *stale* to *new*: files as hard links, folders as copies of hard links."""
+    """Add the entries of *old* that are not *stale* to *new*: files as hard links, where there are such."""
     for entry in old.iterdir():
         if stale(entry.name) or (new / entry.name).exists():
             continue
         if entry.is_dir() and not entry.is_symlink():
-            shutil.copytree(entry, new / entry.name, symlinks=True, copy_function=os.link)
+            shutil.copytree(entry, new / entry.name, symlinks=True, copy_function=_link)
         else:
-            os.link(entry, new / entry.name, follow_symlinks=False)
+            _link(entry, new / entry.name)
+
+
+def _link(old: str | os.PathLike[str], new: str | os.PathLike[str]) -> None:
+    """Make *new* a hard link to the file or link *old*, or a copy: buckets and USB disks have no hard links."""
+    try:
+        os.link(old, new, follow_symlinks=False)
+    except OSError as error:
+        if error.errno not in _NOT_THERE:
+            raise
+        shutil.copy2(old, new, follow_symlinks=False)
 
 
 def _works_in(folder: Path) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nemo_dist.checkpoint.atomic_dir import write_folder
 from nemo_dist.checkpoint.chunks import assemble, survey
-from nemo_dist.checkpoint.hf_side_files import write_companions
+from nemo_dist.checkpoint.hf_side_files import refuse_invalid, write_companions
 from nemo_dist.checkpoint.hf_weight_conversion import (
     Group,
     ShapeAndDtype,
@@ -64,6 +64,8 @@ def export(
 
     state, entries = survey(ranks, "collecting what to export", collected)
     with ranks.agreed("planning the export"):
+        if ranks.first:  # which writes them
+            refuse_invalid(model)
         plan = Plan.of(skeleton(model), entries, dtype_of(dtype), bytes_of(max_shard_size))
     plan.write(ranks, path, model, lambda wanted: assemble(ranks, wanted, state, entries, plan.dtypes))
 
@@ -98,9 +100,14 @@ class Plan:
 
         def finish(folder: Path, _: list[Any]) -> None:
             _write_index(folder, self.bundles, names)
-            write_companions(folder, model, next((d for d in self.dtypes.values() if d.is_floating_point), None))
+            write_companions(folder, model, self._dtype())
 
         write_folder(ranks, path, "the export", write=write, finish=finish, stale=_is_weights)
+
+    def _dtype(self) -> torch.dtype | None:
+        """Return the dtype that the model will have for transformers: that of its first floating-point parameter."""
+        known = (self.dtypes.get(name) for name, _ in self.bare.named_parameters())
+        return next((dtype for dtype in known if dtype and dtype.is_floating_point), None)
 
 
 def pack(found: Sequence[Group], limit: int) -> list[Bundle]:

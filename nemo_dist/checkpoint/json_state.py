@@ -46,7 +46,10 @@ def to_json(value: Any, where: str = "extra", depth: int = 0, apart: dict[str, T
         return {_KIND: "bytes", "value": _text(bytes(value))}
     kind = type(value).__name__
     if type(value) is _SEQUENCES.get(kind):
-        return {_KIND: kind, "value": to_json(list(value), where, depth, apart)}
+        items = to_json(list(value), where, depth, apart)
+        if kind == "set":  # its order is another one in every process
+            items.sort(key=lambda item: json.dumps(item, sort_keys=True))
+        return {_KIND: kind, "value": items}
     if type(value) is _MAPPINGS.get(kind):
         return _mapping(value, kind, where, depth + 1, apart)
     if type(value).__module__ == "numpy":

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nemo_dist.checkpoint.atomic_dir import folder_at
 from nemo_dist.checkpoint.hf_export import Plan, bytes_of, dtype_of
+from nemo_dist.checkpoint.hf_side_files import refuse_invalid
 from nemo_dist.checkpoint.holdings import Entry
 from nemo_dist.checkpoint.layout import whole_of
 from nemo_dist.checkpoint.load import Reader, intact
@@ -44,6 +45,7 @@ def export_checkpoint(
     model = _identity(manifest)
     stored = {n.removeprefix(MODEL): tensor for n, tensor in manifest.tensors.items() if n.startswith(MODEL)}
     _refuse_others(manifest, model, stored.keys())
+    refuse_invalid(model)
     entries = {name: Entry(tensor.shape, tensor.dtype) for name, tensor in stored.items()}
     plan = Plan.of(model, entries, target, limit)
     with Reader(manifest) as reader:

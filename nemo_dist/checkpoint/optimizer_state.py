@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from nemo_dist.checkpoint.json_state import from_json, to_json
 from nemo_dist.errors import CheckpointError
-from nemo_dist.mesh.dtensor import from_local, local_slice
+from nemo_dist.mesh.dtensor import from_local, local, local_slice
 
 # Options for how an optimizer runs on this machine; they do not change its result, so they are not saved.
 GROUP = "group_index"  # the option with the index that the user gave a group, which another topology may split
@@ -43,17 +43,25 @@ def named(
 def moments(optimizer: Any, parameters: Mapping[str, nn.Parameter]) -> dict[str, dict[str, Tensor]]:
     """Return the optimizer state of the same shape as its parameter (``exp_avg``), by kind and parameter name.
 
-    Raises CheckpointError for a DTensor of another shape.
+    Raises CheckpointError for a DTensor of another shape, and for a plain tensor of the shape of the shard.
     """
     kinds: dict[str, dict[str, Tensor]] = {}
     for name, parameter in parameters.items():
         for kind, value in optimizer.state.get(parameter, {}).items():
-            if isinstance(value, Tensor) and value.shape == parameter.shape:
+            if not isinstance(value, Tensor):
+                continue
+            if value.shape == parameter.shape:
                 kinds.setdefault(kind, {})[name] = value
             elif isinstance(value, DTensor):
                 raise CheckpointError(
                     f"{type(optimizer).__name__} keeps {kind!r} of {name} as shards of shape {tuple(value.shape)}, not "
                     f"that of the parameter, {tuple(parameter.shape)}; this cannot be saved yet"
+                )
+            elif value.numel() > 1 and value.shape == local(parameter).shape:
+                raise CheckpointError(
+                    f"{type(optimizer).__name__} keeps {kind!r} of {name} as a plain tensor of this rank's shard "
+                    f"{tuple(value.shape)}, which does not say what part of {tuple(parameter.shape)} it is; keep it as "
+                    "a DTensor: torch.zeros_like(parameter)"
                 )
     return kinds
 

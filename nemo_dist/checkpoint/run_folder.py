@@ -17,7 +17,7 @@ from nemo_dist.checkpoint import async_save
 from nemo_dist.checkpoint.atomic_dir import Staging, discard, folder_at, sync
 from nemo_dist.checkpoint.folder_lock import claim
 from nemo_dist.checkpoint.load import intact, load_from
-from nemo_dist.checkpoint.manifest import Manifest
+from nemo_dist.checkpoint.manifest import NAME, Manifest
 from nemo_dist.checkpoint.preemption import CODE, stop_request
 from nemo_dist.checkpoint.save import save
 from nemo_dist.checkpoint.sharded_model import Holder
@@ -107,6 +107,10 @@ class RunFolder:
         stop_request.listen(tuple(map(int, signals)), grace_seconds)
         if not runtime.sharded.ranks.total([stop_request.name is not None])[0]:
             return
+        try:
+            async_save.finish()
+        except Exception as error:  # there is no later step that could save
+            warnings.warn(f"an earlier asynchronous save failed: {error}", stacklevel=2)
         self.save(runtime, optimizer, step=step, extra=extra, schedulers=schedulers, data=data)
         if runtime.sharded.ranks.first:
             sys.stderr.write(f"nemo_dist: saved step {step} in {self.path}, as a signal asked the job to end\n")
@@ -172,23 +176,33 @@ class RunFolder:
         return None
 
     def _newest_first(self, steps: list[int]) -> list[int]:
-        """Sort *steps*, newest first, but steps after the one that ``latest`` names last.
+        """Sort *steps*, newest first, but those last that are from before the run resumed at an earlier step.
 
-        Such steps are from before the run resumed at an earlier step.
+        ``latest`` names these after the newest, or is newer than they are. A step beyond it that is newer still was put
+        in place by a job that was killed before it could name that.
         """
-        pointed = _read_name(self.path / _LATEST)
-        return sorted(steps, key=lambda step: (pointed is not None and step > pointed, -step))
+        pointed, *left = _read_steps(self.path / _LATEST) or [_LARGEST]
+        old = {step for step in steps if step > pointed and (step in left or not self._newer_than_latest(step))}
+        return sorted(steps, key=lambda step: (step in old, -step))
+
+    def _newer_than_latest(self, step: int) -> bool:
+        try:
+            return (self._folder(step) / NAME).stat().st_mtime_ns > (self.path / _LATEST).stat().st_mtime_ns
+        except OSError:
+            return False
 
     def _folder(self, step: int) -> Path:
         return self.path / f"step-{step:08d}"
 
     def _committed(self, where: Path) -> None:
+        newest = int(where.name.removeprefix("step-"))
+        left = [self._folder(step) for step in self.steps() if step > newest]
         beside = self.path / f".{_LATEST}.partial"
-        beside.write_text(where.name + "\n")
+        beside.write_text("".join(f"{folder.name}\n" for folder in (where, *left)))
         sync(beside)
         beside.rename(self.path / _LATEST)
         sync(self.path)
-        self._prune(int(where.name.removeprefix("step-")))
+        self._prune(newest)
 
     def _prepare(self) -> None:
         """Keep other runs out, and tidy up what interrupted saves have left, which may be all the room there is."""
@@ -227,9 +241,10 @@ class RunFolder:
             return False
 
 
-def _read_name(pointer: Path) -> int | None:
+def _read_steps(pointer: Path) -> list[int]:
+    """Return the steps that the file *pointer* names, the newest first; none where it makes no sense."""
     try:
-        found = _NAME.fullmatch(pointer.read_text().strip()) if pointer.is_file() else None
+        found = [_NAME.fullmatch(line) for line in pointer.read_text().split()] if pointer.is_file() else []
     except (OSError, UnicodeDecodeError):
-        return None
-    return int(found[1]) if found else None
+        return []
+    return [int(name[1]) for name in found if name] if all(found) else []

@@ -273,7 +273,22 @@ def _unequal_states(digests: Sequence[Mapping[str, int]]) -> str:
 
 def _joined(several: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Merge what belongs to parameters: ``counts`` and ``options``, each value once with all names that have it."""
-    return {what: by_value([one[what] for one in several]) for what in several[0]}
+    merged = {what: by_value([one[what] for one in several]) for what in several[0]}
+    _refuse_several(merged.get("counts", ()))
+    return merged
+
+
+def _refuse_several(counts: Sequence[tuple[Mapping[str, Any], Sequence[str]]]) -> None:
+    """Raise CheckpointError where ranks have different values of one parameter, as one of them would be loaded."""
+    values: dict[str, Mapping[str, Any]] = {}
+    for value, names in counts:
+        for name in names:
+            first = values.setdefault(name, value)
+            if odd := [kind for kind in first.keys() | value.keys() if first.get(kind) != value.get(kind)]:
+                raise CheckpointError(
+                    f"the optimizer keeps another {' and '.join(sorted(odd))} of {name} on some ranks, and a "
+                    "checkpoint has one for all; keep what belongs to a shard in a DTensor like the parameter"
+                )
 
 
 def _turned(counts: Mapping[str, Any]) -> list[Any]:

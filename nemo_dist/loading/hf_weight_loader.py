@@ -136,8 +136,13 @@ class Reading:
     _parts: list[nn.Module] = attrs.field(factory=list)
     _occasion: str | None = _COMPARING  # where the ranks meet next; None once they have met in vain
 
-    def load(self, original: Callable[..., Any], model: Any, state: Any, files: Any, config: Any, *rest: Any) -> Any:
+    def load(self, original: Callable[..., Any], model: Any, state: Any, files: Any, config: Any) -> Any:
         """Shard *model*, then let transformers load the slices of every part; return its result for *model*."""
+        if self._parts:
+            raise CheckpointError(
+                f"transformers would load more than one model of {str(self.source)!r}, as it does for adapters, and "
+                "shards take one; load it from a folder without adapters"
+            )
         self._occasion = _COMPARING
         told = {"class": class_name(model)} | config_fields(model.config) | file_fields(files)
         refuse_differences("the model", self._meet(told))
@@ -153,7 +158,7 @@ class Reading:
         answer = None
         for part in parts:
             _keep_origin(part)
-            info, *rest_of_answer = self._read(original, part, state, files, config, *rest)
+            info, *rest_of_answer = self._read(original, part, state, files, config)
             infos[id(part)] = info
             answer = (info, *rest_of_answer) if part is model else answer
         found, generator = self._meet_and_hear(
@@ -262,8 +267,9 @@ def read_through(target: Target, source: Any, missing: Missing) -> Iterator[Read
     reading = Reading(target, source, missing)
     original = PreTrainedModel._load_pretrained_model
 
-    def load(model: Any, state: Any, files: Any, config: Any, *rest: Any, **more: Any) -> Any:
-        return reading.load(lambda *args: original(*args, **more), model, state, files, config, *rest)
+    # Under transformers' names, as its own call passes these by place, and the one for adapters by name.
+    def load(model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, **more: Any) -> Any:
+        return reading.load(lambda *args: original(*args, **more), model, state_dict, checkpoint_files, load_config)
 
     # typed as Any, because what is replaced is private to transformers
     private: Any = PreTrainedModel

@@ -16,6 +16,7 @@ from datetime import timedelta
 from typing import Any
 
 import attrs
+import torch
 import torch.distributed as dist
 
 from nemo_dist.errors import RankError
@@ -198,8 +199,13 @@ def compare(occasion: str, fields: Mapping[str, str], ranks: Sequence[int] | Non
 
 def brief(value: Any) -> str:
     """Return *value* as text for ``compare``: JSON, or the start of a long one and its checksum."""
-    text = json.dumps(value, sort_keys=True, default=lambda other: type(other).__name__)
+    text = json.dumps(value, sort_keys=True, default=_named)
     return text if len(text) <= _BRIEF else f"{text[:_BRIEF]}... ({zlib.crc32(text.encode()):08x})"
+
+
+def _named(value: Any) -> str:
+    """Return the name of a dtype, of another object that of its type, as its own text may be another on every rank."""
+    return str(value) if isinstance(value, torch.dtype) else type(value).__name__
 
 
 def refuse_differences(occasion: str, answers: Sequence[Mapping[str, str]]) -> None:

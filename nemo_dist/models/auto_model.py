@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -14,6 +15,7 @@ import transformers
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
+from transformers.utils import find_adapter_config_file, is_peft_available
 
 from nemo_dist.checkpoint.hf_export import export
 from nemo_dist.checkpoint.hf_side_files import remember_origin
@@ -27,7 +29,7 @@ from nemo_dist.loading.other_formats import unloadable
 from nemo_dist.loading.same_source import config_fields
 from nemo_dist.loading.slice_init import SliceInit, refuse_long_draws
 from nemo_dist.mesh.mesh_context import MeshContext
-from nemo_dist.mesh.store_consensus import refuse_differences, reported, share_and_hear
+from nemo_dist.mesh.store_consensus import brief, refuse_differences, reported, share_and_hear
 from nemo_dist.models.other_loops import refuse_other_loops
 from nemo_dist.planning.mesh_plan import Role
 from nemo_dist.plugin.protocol import declared
@@ -38,6 +40,8 @@ from nemo_dist.training.peft_adapters import mark_loaded
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+_PLACE = ("cache_dir", "revision", "subfolder")  # keywords that say which files are meant by a name
+_ACCESS = ("token", "local_files_only")
 WHOLE, SLICES = "whole", "slices"  # how from_config draws
 INITS = (WHOLE, SLICES)
 _SIZES = "DistributedSetup.build(parallelism_sizes=ParallelismSizes({}=...))"
@@ -128,13 +132,32 @@ def _refuse_placement(kwargs: dict[str, Any]) -> None:
         raise TypeError("weights_only=False would run code from the checkpoint; convert it to safetensors")
 
 
+def _refuse_files(source: Any, kwargs: dict[str, Any]) -> None:
+    """Raise CheckpointError for files that transformers does not load as a model, or into shards: of *source*."""
+    if not isinstance(source, str | os.PathLike):
+        return
+    if problem := unloadable(Path(source, kwargs.get("subfolder", ""))):
+        raise CheckpointError(problem)
+    place = _given(kwargs, *_PLACE, *_ACCESS) | (kwargs.get("adapter_kwargs") or {})
+    if is_peft_available() and find_adapter_config_file(os.fspath(source), **place):
+        raise CheckpointError(
+            f"{os.fspath(source)} has adapters of PEFT, which are not loaded into shards; merge them on one process "
+            "(PEFT's merge_and_unload, then save_pretrained) and load that folder, or load a folder without "
+            "adapter_config.json and train new ones: setup.add_adapters(model, peft_config)"
+        )
+
+
+def _given(kwargs: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: kwargs[name] for name in names if name in kwargs}
+
+
 def _made_on_cpu() -> AbstractContextManager[Any]:
     """Within the context a user's default device neither draws the weights nor receives whole ones."""
     # A device as a context costs time in every operation, so it is none where it would change nothing.
     return nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
 
 
-def _finish(setup: DistributedSetup, parts: list[nn.Module]) -> object:
+def _finish(setup: DistributedSetup, parts: list[nn.Module], origin: dict[str, Any]) -> object:
     for module in (module for part in parts for module in part.modules()):
         for name, buffer in module.named_buffers(recurse=False):
             module._buffers[name] = buffer.to(setup.mesh_context.device)
@@ -145,7 +168,7 @@ def _finish(setup: DistributedSetup, parts: list[nn.Module]) -> object:
     model = inner_model(parts[0])
     if isinstance(model, PreTrainedModel):
         refuse_other_loops(model)
-        remember_origin(model)
+        remember_origin(model, **_given(origin, *_PLACE))
         own: Any = model if isinstance(given, nn.Module) else given
         with suppress(AttributeError):  # what a plugin presents may take none
             own.save_pretrained = partial(_save_pretrained, setup.sharded(parts), model, model.save_pretrained)
@@ -224,14 +247,13 @@ class _Loader:
         _refuse_placement(kwargs)
         if kwargs.get("output_loading_info"):
             raise TypeError("output_loading_info is not supported with distributed_setup or device_mesh; leave it out")
-        if problem := unloadable(pretrained_model_name_or_path):
-            raise CheckpointError(problem)
         with (
             _made_on_cpu(),
             read_through(_target(setup), pretrained_model_name_or_path, Draws(setup.ranks)) as reading,
         ):
+            _refuse_files(pretrained_model_name_or_path, kwargs)
             model = cls.auto.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        return _finish(setup, reading.parts(model))
+        return _finish(setup, reading.parts(model), kwargs)
 
     @classmethod
     def from_config(
@@ -266,7 +288,7 @@ class _Loader:
     @classmethod
     def _new(cls, config: PretrainedConfig, setup: DistributedSetup, kwargs: dict[str, Any], init: str) -> Any:
         draws = Draws(setup.ranks)
-        told = config_fields(config) | {"init": init}
+        told = config_fields(config) | {name: brief(value) for name, value in (kwargs | {"init": init}).items()}
         same, generator = share_and_hear("the model", told, None, setup.ranks, word=draws.offer())
         refuse_differences("the model", same)
         draws.follow(generator)
@@ -285,7 +307,7 @@ class _Loader:
             parts = setup.shard(model)
             for part in parts:
                 drawn.fill(inner_model(part), _parameter_device(setup))
-        return _finish(setup, parts)
+        return _finish(setup, parts, {})
 
 
 # Names of NeMo AutoModel for classes of transformers that are called otherwise.
