@@ -48,7 +48,7 @@ PRIVATE = {
     ),
     "nemo_dist.hf_model": (
         *("_no_split_modules", "_hf_peft_config_loaded", "_is_hf_initialized", "_attn_implementation"),
-        *("_keep_in_fp32_modules_strict", "_loss_function", "_can_set_experts_implementation"),
+        *("_get_dtype_plan", "_loss_function", "_can_set_experts_implementation"),
     ),
     "nemo_dist.mesh.mesh_context": ("_flatten", "_flatten_mapping", "_get_root_mesh", "_set_pg_timeout"),
     "nemo_dist.mesh.rank_status": ("_get_default_store",),
