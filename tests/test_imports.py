@@ -26,7 +26,8 @@ FOR_PLUGINS = {
     *("nemo_dist.errors", "nemo_dist.hf_model", "nemo_dist.torch_private", "nemo_dist.hooks", "nemo_dist.testing"),
     *("nemo_dist.planning", "nemo_dist.mesh", "nemo_dist.plugin"),
     *("nemo_dist.training.loss_weighting", "nemo_dist.training.router_aux_loss", "nemo_dist.training.rehearsal"),
-    *("nemo_dist.training.step_loss", "nemo_dist.training.whole_rows", "nemo_dist.losses"),
+    *("nemo_dist.training.step_loss", "nemo_dist.training.whole_rows", "nemo_dist.training.forward_code"),
+    "nemo_dist.losses",
 }
 # These plan: importing them, with every plugin, leaves torch unimported.
 WITHOUT_TORCH = (
@@ -42,7 +43,7 @@ PRIVATE = {
     "nemo_dist.torch_private": (
         *("_StridedShard", "_python_dispatch", "_disable_current_modes", "_get_current_dispatch_mode", "_pytree"),
         *("_cdata", "_execution_engine", "_functional_collectives", "_c10d_functional", "_current_graph_task_id", "_C"),
-        *("_version", "_dtensor_spec", "_assert_async", "_resolve_process_group", "_subclasses", "_spec"),
+        *("_version", "_dtensor_spec", "_assert_async", "_resolve_process_group", "_subclasses", "_spec", "_BatchNorm"),
         *("_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_backward"),
         *("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward"),
     ),

@@ -25,6 +25,7 @@ from nemo_dist.training.rehearsal import read_from_outside
 from nemo_dist_fsdp2.buffers import follow_compute_dtype
 from nemo_dist_fsdp2.containers import keep_writes
 from nemo_dist_fsdp2.dtypes import kept_in_float32
+from nemo_dist_fsdp2.lost_writes import refuse_lost_writes
 from nemo_dist_fsdp2.policies import in_float32, inside, offload
 from nemo_dist_fsdp2.resharding import Resharding
 
@@ -74,6 +75,7 @@ def shard(model: nn.Module, mesh: MeshContext, config: FSDP2Config) -> None:
         fully_shard(end, reshard_after_forward=bool(reshard), **options)
     fully_shard(model, reshard_after_forward=bool(reshard), **options | {"mp_policy": policy})
     _shard_kept(model, kept, precise | {"reshard_after_forward": block_reshard})
+    refuse_lost_writes(model)
     follow_compute_dtype(model, policy.param_dtype)
     if hf_model.has_own_code(model):
         for module in model.modules():
