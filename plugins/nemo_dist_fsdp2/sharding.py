@@ -49,9 +49,11 @@ def shard(model: nn.Module, mesh: MeshContext, config: FSDP2Config) -> None:
         )
     policy = mixed_precision(config.mp_policy)
     kept = kept_in_float32(model, policy.param_dtype)
+    # A module that computes in a dtype of its own hands that on, and the next group must cast it.
+    own_dtypes = any(override.mp_policy is not None for override in sharding_overrides(model).values())
     options: dict[str, Any] = {
         "mesh": data_mesh(mesh),
-        "mp_policy": inside(policy, config.mp_policy),
+        "mp_policy": policy if own_dtypes else inside(policy, config.mp_policy),
         "offload_policy": offload(config.offload_policy),
         "ignored_params": kept or None,
     }
