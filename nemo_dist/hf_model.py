@@ -189,9 +189,12 @@ def set_attention(config: Any, name: str) -> None:
     config._attn_implementation = name
 
 
-def kept_in_float32(model: Any) -> frozenset[str]:
-    """Return parts of the names of the tensors that transformers keeps in float32 in a model of another dtype."""
-    return frozenset(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+def dtype_plan(model: Any, dtype: Any) -> dict[str, Any]:
+    """Return the dtypes of the tensors that transformers loads in another one than *dtype*, by a part of their names.
+
+    The parts are regular expressions, in which a lone "*" stands for anything.
+    """
+    return dict(model._get_dtype_plan(dtype))
 
 
 def compute_experts_one_by_one(model: Any) -> None:
@@ -201,12 +204,24 @@ def compute_experts_one_by_one(model: Any) -> None:
 
 
 def reads_weight(model: Any, name: str) -> bool:
-    """Whether code of *model* reads the weight of the module *name* by itself, other than by calling the module."""
+    """Whether code of *model* reads a parameter of the module *name* by itself, other than by calling the module."""
+    return _reads(model, name, "")
+
+
+def reads_values(model: Any, name: str) -> bool:
+    """Whether code of *model* reads numbers of a parameter of the module *name* by itself, not only its dtype, say."""
+    return _reads(model, name, r"(?!\.(dtype|device|shape)\b)")
+
+
+def _reads(model: Any, name: str, after: str) -> bool:
+    """Whether code of *model* names a parameter of the module *name*, followed by what matches *after*."""
     leaf = name.rpartition(".")[2]
-    if not leaf.isidentifier():  # one of a list, which code cannot name
+    own = "|".join(one for one, _ in model.get_submodule(name).named_parameters(recurse=False))
+    if not own or not leaf.isidentifier():  # one of a list, which code cannot name
         return False
     kinds: dict[Any, None] = dict.fromkeys(plain_class(module) for module in model.modules())
-    read = re.compile(rf"^[^\"'#]*\.{leaf}\.(weight|bias)\b", re.MULTILINE)  # not in a string, as names of ties are
+    # Not in a string, as names of ties are.
+    read = re.compile(rf"^[^\"'#]*\.{leaf}\.({own})\b{after}", re.MULTILINE)
     return any(read.search(forward_source(kind)) for kind in kinds)
 
 

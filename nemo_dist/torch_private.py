@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor.placement_types import _StridedShard
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
@@ -24,6 +25,7 @@ __all__ = [
     "FLASH_ATTENTION",
     "FLASH_ATTENTION_ON_CPU",
     "FUNCTIONAL_COLLECTIVES",
+    "BatchNorm",
     "StridedShard",
     "TorchDispatchMode",
     "all_gather_single",
@@ -47,6 +49,7 @@ __all__ = [
 # The placement of a tensor dim that another mesh axis, or a packed projection, has sharded before; torch has no public
 # name for it yet.
 StridedShard = _StridedShard
+BatchNorm = _BatchNorm  # the class of those of all dims, synchronised ones too
 current_dispatch_mode = _get_current_dispatch_mode
 disable_current_modes = _disable_current_modes
 

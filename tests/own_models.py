@@ -32,7 +32,8 @@ class OwnModel(LlamaForCausalLM):
     """Llama with the change that its config names."""
 
     config_class = OwnConfig
-    _no_split_modules = [*LlamaForCausalLM._no_split_modules, "Leaving"]
+    _no_split_modules = [*LlamaForCausalLM._no_split_modules, "Leaving", "Scaled"]
+    _keep_in_fp32_modules_strict = ["scaled_by"]
 
     def __init__(self, config):
         super().__init__(config)
@@ -124,6 +125,17 @@ class Calling(LlamaDecoderLayer):
     def forward(self, hidden_states, **kwargs):
         features = self.mlp.up_proj(hidden_states)
         return super().forward(hidden_states, **kwargs) + 0.1 * features.mean(-1, keepdim=True)
+
+
+class Scaled(LlamaDecoderLayer):
+    """Has a parameter that stays in float32 in a model of half precision."""
+
+    def __init__(self, config, index):
+        super().__init__(config, index)
+        self.scaled_by = nn.Parameter(torch.ones(config.hidden_size))
+
+    def forward(self, hidden_states, **kwargs):
+        return super().forward(hidden_states, **kwargs) * self.scaled_by.to(hidden_states.dtype)
 
 
 class Leaving(LlamaDecoderLayer):
@@ -222,6 +234,7 @@ CHANGES = {
     "twice": _second_layer(Twice),
     "skipping": _second_layer(Skipping),
     "calling": _layers(Calling),
+    "scaled": _layers(Scaled),
     "following": _follow,
     "leaving": _leave,
     "reaching": _inner(Reaching),

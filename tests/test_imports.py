@@ -27,7 +27,8 @@ FOR_PLUGINS = {
     *("nemo_dist.errors", "nemo_dist.hf_model", "nemo_dist.torch_private", "nemo_dist.hooks", "nemo_dist.testing"),
     *("nemo_dist.planning", "nemo_dist.mesh", "nemo_dist.plugin"),
     *("nemo_dist.training.loss_weighting", "nemo_dist.training.router_aux_loss", "nemo_dist.training.rehearsal"),
-    *("nemo_dist.training.step_loss", "nemo_dist.training.whole_rows", "nemo_dist.losses"),
+    *("nemo_dist.training.step_loss", "nemo_dist.training.whole_rows", "nemo_dist.training.forward_code"),
+    "nemo_dist.losses",
 }
 # These plan: importing them, with every plugin, leaves torch unimported.
 WITHOUT_TORCH = (
@@ -43,13 +44,13 @@ PRIVATE = {
     "nemo_dist.torch_private": (
         *("_StridedShard", "_python_dispatch", "_disable_current_modes", "_get_current_dispatch_mode", "_pytree"),
         *("_cdata", "_execution_engine", "_functional_collectives", "_c10d_functional", "_current_graph_task_id", "_C"),
-        *("_version", "_dtensor_spec", "_assert_async", "_resolve_process_group", "_subclasses", "_spec"),
+        *("_version", "_dtensor_spec", "_assert_async", "_resolve_process_group", "_subclasses", "_spec", "_BatchNorm"),
         *("_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_backward"),
         *("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward"),
     ),
     "nemo_dist.hf_model": (
         *("_no_split_modules", "_hf_peft_config_loaded", "_is_hf_initialized", "_attn_implementation"),
-        *("_keep_in_fp32_modules_strict", "_loss_function", "_can_set_experts_implementation"),
+        *("_get_dtype_plan", "_loss_function", "_can_set_experts_implementation"),
     ),
     "nemo_dist.mesh.mesh_context": ("_flatten", "_flatten_mapping", "_get_root_mesh", "_set_pg_timeout"),
     "nemo_dist.mesh.rank_status": ("_get_default_store",),

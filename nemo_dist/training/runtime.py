@@ -43,6 +43,7 @@ from nemo_dist.training.peft_adapters import adapters, refuse_late, refuse_promp
 from nemo_dist.training.replica_check import ReplicaCheck, check_replicas
 from nemo_dist.training.router_aux_loss import RouterLoss
 from nemo_dist.training.step_loss import LossFunction, ModelLoss, OwnLoss, chosen_loss, refuse_rows_that_meet
+from nemo_dist.training.train_mode import refuse_in_training
 from nemo_dist.training.uneven_batches import in_step
 from nemo_dist.training.whole_rows import Outputs
 
@@ -96,6 +97,7 @@ class Runtime:
                 "all others; leave one of them out"
             )
         refuse_rows_that_meet(within[-1], sharded.mesh)
+        refuse_in_training(within, sharded.mesh, any(part.lockstep for part in plugins.values()))
         of_step = chosen_loss(loss, within[-1], plugins, routers_known=router_loss is not None)
         states = {name: named_state(name, part.state) for name, part in plugins.items() if part.state is not None}
         sharded = attrs.evolve(sharded, states=states)

@@ -6,7 +6,6 @@ hold in bfloat16 then meets the others in float32: products are promoted, and th
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -14,9 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from nemo_dist import hf_model
 from nemo_dist.plugin.forwards import wrap_forward
 from nemo_dist.torch_private import changes_in_place
+from nemo_dist_fsdp2.dtypes import dtypes_in
 
 _ALWAYS_FLOAT32 = ("inv_freq",)  # the frequencies of rope, which transformers computes in float32 in every dtype
 
@@ -29,29 +28,13 @@ def follow_compute_dtype(model: nn.Module, dtype: torch.dtype | None) -> None:
     floating = {name for name, one in model.named_buffers() if one.is_floating_point() and one.dtype != dtype}
     if dtype is None or all(name.endswith(_ALWAYS_FLOAT32) for name in floating):
         return
-    wanted = _dtypes_in(model, dtype)
+    wanted = dtypes_in(model, dtype)
     for prefix, module in model.named_modules():
         names = {name: f"{prefix}.{name}".removeprefix(".") for name, _ in module.named_buffers(recurse=False)}
         cast = {name: wanted[full] for name, full in names.items() if full in floating & wanted.keys()}
         cast = {name: kind for name, kind in cast.items() if kind != module.get_buffer(name).dtype}
         if cast:
             wrap_forward(module, partial(_with_buffers_cast, module, cast))
-
-
-def _dtypes_in(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """Return the dtypes of the buffers of a model like *model* that is made in *dtype*; no memory is taken."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device("meta"):
-            plain: Any = hf_model.plain_class(model)(copy.deepcopy(model.config))
-    finally:
-        torch.set_default_dtype(before)
-    kept = hf_model.kept_in_float32(plain)
-    return {
-        name: torch.float32 if any(word in name for word in kept) else buffer.dtype
-        for name, buffer in plain.named_buffers()
-    }
 
 
 def _with_buffers_cast(

@@ -1,8 +1,12 @@
-"""Check the offload policy of FSDP2 in a config, torch's object or plain fields, without importing torch."""
+"""The policies of FSDP2: of offload, torch's object or plain fields in a config, and of dtypes, group by group.
+
+Imports torch only where it makes one.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from nemo_dist.errors import UnknownNameError
@@ -10,7 +14,7 @@ from nemo_dist.planning.validation import FrozenMapping, near, shown
 from nemo_dist.plugin.mixed_precision import is_torch_policy, without_target
 
 if TYPE_CHECKING:
-    from torch.distributed.fsdp import OffloadPolicy
+    from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy
 
 
 def offload_fields(value: Any) -> Any:
@@ -41,3 +45,20 @@ def offload(value: Any) -> OffloadPolicy:
     if value is None or isinstance(value, OffloadPolicy):
         return value or OffloadPolicy()
     return CPUOffloadPolicy(**{"pin_memory": torch.cuda.is_available(), **value})
+
+
+def inside(policy: MixedPrecisionPolicy, given: Any) -> MixedPrecisionPolicy:
+    """Return the policy of the groups inside of a model that has *policy*, made of *given* in a config.
+
+    Modules then get from each other what they do on one process; torch would cast what every group gets, float32
+    rotary embeddings and residuals too, and so it is where the user asked for that.
+    """
+    asked = given.get("cast_forward_inputs", False) if isinstance(given, Mapping) else given is not None
+    return policy if asked else replace(policy, cast_forward_inputs=False, output_dtype=None)
+
+
+def in_float32(policy: MixedPrecisionPolicy) -> MixedPrecisionPolicy:
+    """Return the policy of a group that is computed in float32, whatever *policy* the others have."""
+    import torch
+
+    return replace(policy, param_dtype=torch.float32, cast_forward_inputs=False, output_dtype=None)

@@ -33,7 +33,7 @@ class Resharding:
         modules: list[FSDPModule] = [module for module in model.modules() if isinstance(module, FSDPModule)]
         found = cls(model, modules, [(module._parameters, slot) for _, module, slot, _ in parameter_slots(model)])
         model.register_forward_pre_hook(found._leave_inference_mode, prepend=True)
-        model.register_forward_hook(found._start, always_call=True)
+        model.register_forward_pre_hook(found._start)  # after FSDP2's own
         return found
 
     def __attrs_post_init__(self) -> None:

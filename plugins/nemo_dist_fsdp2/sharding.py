@@ -25,7 +25,9 @@ from nemo_dist.plugin.sharding_override import ShardingOverride, sharding_overri
 from nemo_dist.training.rehearsal import read_from_outside
 from nemo_dist_fsdp2.buffers import follow_compute_dtype
 from nemo_dist_fsdp2.containers import keep_writes
-from nemo_dist_fsdp2.policies import offload
+from nemo_dist_fsdp2.dtypes import kept_in_float32
+from nemo_dist_fsdp2.lost_writes import refuse_lost_writes
+from nemo_dist_fsdp2.policies import in_float32, inside, offload
 from nemo_dist_fsdp2.resharding import Resharding
 
 if TYPE_CHECKING:
@@ -46,11 +48,17 @@ def shard(model: nn.Module, mesh: MeshContext, config: FSDP2Config) -> None:
                 for name in numbers
             ]
         )
+    policy = mixed_precision(config.mp_policy)
+    kept = kept_in_float32(model, policy.param_dtype)
+    # A module that computes in a dtype of its own hands that on, and the next group must cast it.
+    own_dtypes = any(override.mp_policy is not None for override in sharding_overrides(model).values())
     options: dict[str, Any] = {
         "mesh": data_mesh(mesh),
-        "mp_policy": mixed_precision(config.mp_policy),
+        "mp_policy": policy if own_dtypes else inside(policy, config.mp_policy),
         "offload_policy": offload(config.offload_policy),
+        "ignored_params": kept or None,
     }
+    precise = {**options, "mp_policy": in_float32(policy), "ignored_params": None}
     reshard = config.reshard_after_forward
     # A pipeline stage runs several forwards before the first backward: gather its blocks once for all of them.
     block_reshard = mesh.size(Role.LAYERS) == 1 if reshard is None else reshard
@@ -59,19 +67,23 @@ def shard(model: nn.Module, mesh: MeshContext, config: FSDP2Config) -> None:
     for block in blocks:
         if config.enable_compile:
             block.compile()
-        fully_shard(block, reshard_after_forward=block_reshard, **options)
+        how = precise if kept.issuperset(block.parameters()) else options
+        fully_shard(block, reshard_after_forward=block_reshard, **how)
     for embedding in untied(model, embeddings(model)):
-        fully_shard(embedding, reshard_after_forward=block_reshard, **options)
+        how = precise if kept.issuperset(embedding.parameters()) else options
+        fully_shard(embedding, reshard_after_forward=block_reshard, **how)
     # The backward starts where the forward ends, so freeing norm and head in between would only gather them twice.
-    end = untied(model, tail(model))
+    end = [module for module in untied(model, tail(model)) if not kept.issuperset(module.parameters())]
     if end:
         fully_shard(end, reshard_after_forward=bool(reshard), **options)
-    fully_shard(model, reshard_after_forward=bool(reshard), **options)
+    fully_shard(model, reshard_after_forward=bool(reshard), **options | {"mp_policy": policy})
+    _shard_kept(model, kept, precise | {"reshard_after_forward": block_reshard})
+    refuse_lost_writes(model)
+    follow_compute_dtype(model, policy.param_dtype)
     if hf_model.has_own_code(model):
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 keep_writes(module)
-    follow_compute_dtype(model, options["mp_policy"].param_dtype)
     _prefetch([block for block in blocks if isinstance(block, FSDPModule)], config)
     resharding = Resharding.of(model)
     reshard_with(model, resharding, resharding.gather)
@@ -124,6 +136,37 @@ def _shard_placed(model: nn.Module, options: dict[str, Any], reshard: bool) -> N
 
 def _divide(gradients: Tensor, divisor: int) -> None:
     gradients.div_(divisor)
+
+
+def _shard_kept(model: nn.Module, kept: set[nn.Parameter], options: dict[str, Any]) -> None:
+    """Shard the parameters *kept* in float32, which all groups so far left out, each with the module that reads it.
+
+    That is the module that owns it, or one around it whose code reads it. Raises TopologyError where that is a group
+    of its own already, as a group has one dtype.
+    """
+    readers: dict[str, set[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter in kept:
+            readers.setdefault(_reader(model, name.rpartition(".")[0]), set()).add(parameter)
+    modules = {name: model.get_submodule(name) for name in readers}
+    if problems := [
+        f"{hf_model.class_name(module)} {name!r} has parameters that transformers keeps in float32 beside others; "
+        "load it with dtype=torch.float32 and compute in that, mp_policy={'param_dtype': 'float32'}"
+        for name, module in modules.items()
+        if isinstance(module, FSDPModule)
+    ]:
+        raise TopologyError(problems)
+    for name, module in modules.items():
+        fully_shard(module, **options | {"ignored_params": set(module.parameters()) - readers[name]})
+
+
+def _reader(model: nn.Module, name: str) -> str:
+    """Return the innermost module, *name* or one around it, while whose forward the parameters of *name* are read."""
+    kind: Any = hf_model.plain_class(model.get_submodule(name))
+    runs = kind.forward is not nn.Module.forward
+    if name and (not runs or hf_model.reads_values(model, name)):
+        return _reader(model, name.rpartition(".")[0])
+    return name
 
 
 def _along(override: ShardingOverride, module: nn.Module) -> Callable[[nn.Parameter], Shard]:

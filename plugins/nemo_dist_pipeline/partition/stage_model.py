@@ -122,14 +122,16 @@ class LaterBlock(StandIn):
 class Entry:
     """Where hidden states enter a stage: the input of its first block is replaced by ``received``, where there is one.
 
-    ``dtype`` is that of the input that the model itself made.
+    ``dtype`` is that of the input that the model itself made; ``used`` says that the block ran.
     """
 
     received: Tensor | None = None
     dtype: torch.dtype | None = None
+    used: bool = False
 
     def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Replace the hidden states in the arguments of *block*; a forward pre-hook."""
+        self.used = True
         name = None if args else next(iter(kwargs))
         self.dtype = (args[0] if name is None else kwargs[name]).dtype
         if self.received is None:
@@ -179,11 +181,16 @@ def open_stage(model: Any) -> None:
 
 def run_stage(model: Any, hidden: Tensor | None, inputs: dict[str, Any]) -> Any:
     """Run *model*, an opened stage, on *hidden* (None at the first one); return hidden states or the model's output."""
-    model.pipeline_entry.received = hidden
+    entry: Entry = model.pipeline_entry
+    entry.received, entry.used = hidden, False
     try:
-        return model(**inputs)
+        output = model(**inputs)
     finally:
-        model.pipeline_entry.received = None
+        entry.received = None
+    if hidden is not None and not entry.used:
+        first = model.pipeline_stage.own_blocks[0]
+        raise RuntimeError(f"the forward of a stage left out its first block, {first}, and with it the stages before")
+    return output
 
 
 def set_hollow_dtype(model: nn.Module, dtype: torch.dtype) -> None:
