@@ -170,7 +170,7 @@ class _RankRun:
 
     def _tensors(self) -> dict[str, Tensor]:
         """Return what ``tensors_of`` returns of the whole model, as far as this rank has it."""
-        state = dict(self.runtime.named_parameters())
+        state: dict[str, Tensor] = dict(self.runtime.named_parameters())
         buffers = {name for part in self.runtime.parts for name, _ in name_root(part).named_buffers()}
         state |= {name: tensor for name, tensor in own_state(self.runtime.sharded).items() if name in buffers}
         return whole_state(self.runtime, state)
