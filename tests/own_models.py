@@ -47,6 +47,18 @@ class OwnModel(LlamaForCausalLM):
         return output
 
 
+class Sloped(LlamaMLP):
+    """Scales its output by numbers that it computes when it is made, and that no checkpoint has."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.register_buffer("slopes", 1 / torch.arange(1.0, config.hidden_size + 1), persistent=False)
+        self.register_buffer("order", torch.arange(config.hidden_size).flip(0), persistent=False)
+
+    def forward(self, hidden):
+        return super().forward(hidden)[..., self.order] * self.slopes
+
+
 class Counting(LlamaMLP):
     """Counts its forwards, the same on every rank."""
 
@@ -226,6 +238,7 @@ def _inner(kind):
 
 CHANGES = {
     "": lambda model: None,
+    "sloped": _feed_forwards(Sloped),
     "counting": _feed_forwards(Counting),
     "running": _feed_forwards(Running),
     "mixing": _feed_forwards(Mixing),

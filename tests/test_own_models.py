@@ -3,9 +3,10 @@
 import pytest
 import torch
 import transformers
-from own_models import SIZES, OwnConfig, on_meta
+from cases import case_id, cases
+from own_models import SIZES, OwnConfig, OwnModel, on_meta
 
-from nemo_dist import DDPConfig, DistributedSetup, FSDP2Config, NeMoAutoModelForCausalLM
+from nemo_dist import DDPConfig, DistributedSetup, FSDP2Config, NeMoAutoModelForCausalLM, ParallelismSizes
 from nemo_dist.errors import TopologyError
 from nemo_dist.hf_model import has_own_code
 from nemo_dist.testing.equivalence import TOLERANCE, tensor_differences, whole_state
@@ -130,3 +131,22 @@ def test_blocks_that_share_more_than_hidden_states_are_sharded_exactly(ranks, ch
     whole, _ = ranks(2).run(on_rank_gradients, change, DDPConfig())
 
     assert tensor_differences("gradients", sharded, whole, TOLERANCE) == []
+
+
+def on_rank_buffers(folder, sizes):
+    setup = DistributedSetup.build(FSDP2Config(mp_policy=FP32), ParallelismSizes(**sizes))
+    model = NeMoAutoModelForCausalLM.from_pretrained(folder, distributed_setup=setup)
+    return [dict(part.named_buffers()) for part in setup.runtime(model).parts]
+
+
+@cases(("sizes",), [({},), ({"pp_size": 2},), ({"tp_size": 2},)], lambda sizes: case_id(sizes) or "fsdp2")
+def test_what_a_class_computes_when_it_is_made_is_there_after_a_load(ranks, tmp_path, sizes):
+    """Transformers makes a model without memory, and leaves such buffers as it finds them."""
+    whole = OwnModel(OwnConfig(**SIZES, change="sloped"))
+    whole.save_pretrained(tmp_path)
+    expected = dict(whole.named_buffers())
+    assert "model.layers.0.mlp.slopes" in expected
+
+    for parts in ranks(2).run(on_rank_buffers, tmp_path, sizes):
+        for name, buffer in (item for part in parts for item in part.items()):
+            assert torch.equal(buffer, expected[name]), name

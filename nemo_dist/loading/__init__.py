@@ -2,8 +2,9 @@
 
 Here: ``hf_weight_loader`` (transformers' reader, run after the model is sharded), ``weight_conversion`` and
 ``conversion_rules`` (which weights are converted before they are sliced), ``deferred_init`` and ``missing_weights``
-(initial weights as one process draws them), ``slice_init`` and ``counted_draws`` (initial weights by slices),
-``formula_weights`` (run a model without its weights), ``same_source`` (do ranks load the same) and ``other_formats``
-(what checkpoints of other programs are). Not here: the public loaders, which are in ``nemo_dist.models``, and
+(initial weights as one process draws them), ``own_buffers`` (what a user's class computes when it is made),
+``slice_init`` and ``counted_draws`` (initial weights by slices), ``formula_weights`` (run a model without its weights),
+``same_source`` (do ranks load the same) and ``other_formats`` (what checkpoints of other programs are).
+Not here: the public loaders, which are in ``nemo_dist.models``, and
 checkpoints of a run.
 """

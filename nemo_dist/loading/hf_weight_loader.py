@@ -30,6 +30,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from nemo_dist.errors import CheckpointError, RankError, TopologyError
 from nemo_dist.hf_model import class_name, inner_model, plain_class
+from nemo_dist.loading.own_buffers import with_own_buffers
 from nemo_dist.loading.same_source import config_fields, file_fields
 from nemo_dist.loading.weight_conversion import convert_and_load
 from nemo_dist.mesh.dtensor import from_local, local_slice
@@ -186,7 +187,9 @@ class Reading:
 
     def _read(self, original: Callable[..., Any], part: Any, *args: Any) -> Any:
         whole = part._initialize_missing_keys
-        part._initialize_missing_keys = lambda quantized: self.missing.draw(part, lambda: whole(quantized))
+        part._initialize_missing_keys = lambda quantized: with_own_buffers(
+            part, lambda: self.missing.draw(part, lambda: whole(quantized))
+        )
         return original(part, *args)
 
     def _lacking(self, infos: Mapping[int, Any]) -> set[str]:
