@@ -63,7 +63,7 @@ def test_a_model_that_the_setup_refuses_is_reported_with_the_reason(ranks):
     config.attention_dropout = 0.1
     report = verify({"parallelism_sizes": TP}, config, full=True, ranks=2, pool=ranks)
     assert not report.ok and not report.checks
-    assert "attention_dropout is the probability of a random choice" in report.refused[0]
+    assert "set attention_dropout to 0 in the model" in report.refused[0]
     assert "refused: " in str(report)
 
 
