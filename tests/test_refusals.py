@@ -8,7 +8,9 @@ from nemo_dist import (
     DistributedSetup,
     FSDP2Config,
     MeshContext,
+    MoEParallelizerConfig,
     ParallelismSizes,
+    PipelineConfig,
     PluginError,
     Registry,
     Stage,
@@ -359,3 +361,17 @@ def test_a_role_with_two_owners_is_refused_when_it_is_needed():
     registry = Registry(roles=(Entry("pp", "one"), Entry("pp", "two", dist=Entry.Dist("other-dist"))))
     message = refused(PluginError, strategy="fsdp2", parallelism_sizes=ParallelismSizes(pp_size=2), registry=registry)
     assert "'pp' is declared by 'one' of some-dist 1.0 and 'two' of other-dist 1.0" in message
+
+
+@pytest.mark.parametrize(
+    ("config", "options"),
+    [
+        (MoEParallelizerConfig, {"lm_head_precision": 10**5000}),
+        (FSDP2Config, {"mp_policy": {"param_dtype": 10**5000}}),
+        (FSDP2Config, {"mp_policy": {10**5000: "float32"}}),
+        (PipelineConfig, {"pp_schedule_csv": 10**5000}),
+    ],
+)
+def test_a_number_that_python_does_not_write_is_refused_in_words(config, options):
+    with pytest.raises((TypeError, ValueError), match="<int>"):
+        config(**options)

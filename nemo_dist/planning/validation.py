@@ -69,9 +69,9 @@ def number_of_ranks(name: str, value: object) -> int:
     return ranks
 
 
-def near(word: str, words: Iterable[str]) -> str:
+def near(word: object, words: Iterable[str]) -> str:
     """Return ``; did you mean 'x'?`` for the closest of *words* to *word*, or an empty string."""
-    if len(word) > _LONGEST_NAME:
+    if not isinstance(word, str) or len(word) > _LONGEST_NAME:
         return ""
     close = difflib.get_close_matches(word, list(words), 1)
     return f"; did you mean {close[0]!r}?" if close else ""

@@ -127,7 +127,7 @@ def unknown_axis(axis: object, views: Sequence[View]) -> ValueError:
     """Return the ValueError for an *axis* that none of *views* has, with the nearest match and the valid names."""
     names = [*dict.fromkeys(name for view in views for name in (*view.names, *view.flattened))]
     where = f"view {views[0].name!r}" if len(views) == 1 else "the mesh"
-    return ValueError(f"{where} has no axis {axis!r}{near(str(axis), names)} (axes: {', '.join(names)})")
+    return ValueError(f"{where} has no axis {axis!r}{near(axis, names)} (axes: {', '.join(names)})")
 
 
 def _clash(one: View, other: View) -> str:

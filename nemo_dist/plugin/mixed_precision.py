@@ -37,7 +37,7 @@ def mixed_precision_fields(value: Any) -> Any:
     for field, content in value.items():
         if field not in _FIELDS:
             raise UnknownNameError(
-                f"mp_policy has no field {shown(field)}{near(str(field), _FIELDS)}; valid: {', '.join(_FIELDS)}"
+                f"mp_policy has no field {shown(field)}{near(field, _FIELDS)}; valid: {', '.join(_FIELDS)}"
             )
         if field in _DTYPES and content is not None and dtype_name(content) not in _NAMES:
             name = content if isinstance(content, str) else shown(content)
@@ -54,7 +54,7 @@ def mixed_precision_fields(value: Any) -> Any:
 
 def dtype_name(value: Any) -> Any:
     """Return ``"bfloat16"`` for ``"bf16"``, ``"torch.bfloat16"`` and ``torch.bfloat16``; None for None."""
-    name = str(value).removeprefix("torch.")
+    name = (value if isinstance(value, str) else shown(value)).removeprefix("torch.")
     return None if value is None else _SHORT.get(name, name)
 
 

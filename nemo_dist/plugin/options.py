@@ -93,7 +93,7 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], what: str) -> T:
     for key in values:
         if key not in accepted_names(cls):
             raise UnknownNameError(
-                f"{what} has an unknown key {shown(key)}{near(str(key), option_names(cls))}; {_valid(cls)}"
+                f"{what} has an unknown key {shown(key)}{near(key, option_names(cls))}; {_valid(cls)}"
             )
     return cls(**values)
 

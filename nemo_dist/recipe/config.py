@@ -50,8 +50,8 @@ _mapping = _judge((Mapping,), "a mapping")
 
 def _positive(section: Any, field: attrs.Attribute[Any], value: Any) -> None:
     _judge((int, float), "a number")(section, field, value)
-    if not (value > 0 and math.isfinite(value)):
-        raise ValueError(f"{section.name}.{field.name} must be finite and above 0 (got {value})")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{section.name}.{field.name} must be finite and above 0 (got {shown(value)})")
 
 
 def _date(section: Any, field: attrs.Attribute[Any], value: Any) -> None:
@@ -375,7 +375,7 @@ def _known(key: str) -> bool:
 
 def _unknown(where: str, key: str, valid: Iterable[str]) -> str:
     listed = ", ".join(valid)
-    return f"{where} has an unknown key {shown(key)}{near(str(key), listed.split(', '))}; valid keys: {listed}"
+    return f"{where} has an unknown key {shown(key)}{near(key, listed.split(', '))}; valid keys: {listed}"
 
 
 def _gathered(section: Any, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import attrs
 
 from nemo_dist.errors import PluginError
-from nemo_dist.planning.validation import integer
+from nemo_dist.planning.validation import integer, shown
 from nemo_dist.plugin.memory_estimate import RankShare
 from nemo_dist.search.enumeration import Topology, topologies
 from nemo_dist.search.estimate import Estimate, Estimator
@@ -38,7 +38,7 @@ class Question:
         integer("batch", self.batch)
         integer("seq", self.length)
         if not 1 <= self.imbalance < math.inf:
-            raise ValueError(f"imbalance must be a number from 1 up (got {self.imbalance})")
+            raise ValueError(f"imbalance must be a number from 1 up (got {shown(self.imbalance)})")
 
     @property
     def usable(self) -> int:

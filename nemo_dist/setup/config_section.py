@@ -90,7 +90,7 @@ def _hint(key: Any, valid: list[str], registry: Registry) -> str:
         for name in registry
         if registry.stage(name) == Stage.DATA and key in accepted_names(registry.load(name).config_type)
     ]
-    return f"; it is an option of {' and '.join(map(repr, others))}" if others else near(str(key), valid)
+    return f"; it is an option of {' and '.join(map(repr, others))}" if others else near(key, valid)
 
 
 def _extras(plugins: Any, registry: Registry) -> Iterator[Any]:

@@ -149,7 +149,7 @@ def _allowed(axes: Collection[str] | None, own: Mapping[str, Any]) -> list[str]:
     for axis in axes:
         if axis not in known:
             raise ValueError(
-                f"no axis {shown(axis)} is known here{near(str(axis), known)} (axes: {', '.join(known)}); name the "
+                f"no axis {shown(axis)} is known here{near(axis, known)} (axes: {', '.join(known)}); name the "
                 "plugin that claims it in plugins=(...)"
             )
     return [axis for axis in known if axis in axes]

@@ -31,7 +31,7 @@ def offload_fields(value: Any) -> Any:
     fields = without_target(fields, "CPUOffloadPolicy")
     for field, content in fields.items():
         if field != "pin_memory":
-            raise UnknownNameError(f"offload_policy has no field {shown(field)}{near(str(field), ['pin_memory'])}")
+            raise UnknownNameError(f"offload_policy has no field {shown(field)}{near(field, ['pin_memory'])}")
         if not isinstance(content, bool):
             raise TypeError(f"offload_policy.pin_memory must be True or False (got {shown(content)})")
     return FrozenMapping(fields)

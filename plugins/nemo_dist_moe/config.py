@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from nemo_dist.plugin.mixed_precision import mixed_precision_fields
+from nemo_dist.plugin.mixed_precision import dtype_name, mixed_precision_fields
 from nemo_dist.plugin.options import Fixed, boolean, one_of, options
 
 if TYPE_CHECKING:
@@ -43,6 +43,6 @@ class MoEParallelizerConfig:
     )
     lm_head_precision: str | None = attrs.field(
         default=None,
-        converter=lambda value: None if value is None else str(value).removeprefix("torch."),
+        converter=dtype_name,
         validator=attrs.validators.optional(one_of(_PRECISIONS)),
     )

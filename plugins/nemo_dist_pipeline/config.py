@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
@@ -21,7 +22,11 @@ def _schedule(instance: Any, attribute: Any, value: Any) -> None:
 
 
 def _path(value: Any) -> Any:
-    return value if value is None or isinstance(value, str) else str(value)
+    if value is None or isinstance(value, str):
+        return value
+    if not isinstance(value, os.PathLike):
+        raise TypeError(f"PipelineConfig.pp_schedule_csv must be a path (got {shown(value)})")
+    return os.fspath(value)
 
 
 def _names(value: Any) -> bool:

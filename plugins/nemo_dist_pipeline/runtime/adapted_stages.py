@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from nemo_dist.hf_model import inner_model
+from nemo_dist.hf_model import inner_model, input_embedding
 from nemo_dist.mesh.store_consensus import reported
 from nemo_dist_pipeline.partition.stage_model import StageInfo
 from nemo_dist_pipeline.runtime.forward_only import broadcast_tensors
@@ -61,15 +61,22 @@ def _made(part: nn.Module, make: Callable[[nn.Module], nn.Module]) -> nn.Module:
 
 
 @contextmanager
-def _only_its_own(model: nn.Module, stage: StageInfo) -> Iterator[None]:
-    """Within the context, the modules of other stages, which *model* keeps without weights, are not in it."""
+def _only_its_own(model: Any, stage: StageInfo) -> Iterator[None]:
+    """Within the context, the modules of other stages, which *model* keeps without weights, are not in it.
+
+    PEFT asks the embedding for its parameters, to find what is tied to it: that of another stage has none.
+    """
     others = {name for names in stage.division for name in names} - {*stage.modules, *stage.blocks}
     hidden = {name: model.get_submodule(name) for name in others}
     for name in hidden:
         _put(model, name, None)  # which keeps their place in the order of modules
+    asked = vars(model)
+    if input_embedding(model) is None:
+        asked["get_input_embeddings"] = nn.Module
     try:
         yield
     finally:
+        asked.pop("get_input_embeddings", None)
         for name, module in hidden.items():
             _put(model, name, module)
 
