@@ -101,6 +101,7 @@ def saved(on, tmp_path_factory):
     return save
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("specimen", "sources", "target"), list(cells()))
 def test_a_run_resumes_in_another_topology_and_loads_its_export(on, saved, specimen, sources, target):
     of = {source: saved(specimen, source) for source in sources}

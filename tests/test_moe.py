@@ -49,6 +49,7 @@ def test_recomputed_experts_match_one_process(ranks, mode):
     assert_equivalent(ranks(4), Task(specimen="qwen3-moe"), **options(ep_size=2, recompute=mode))
 
 
+@pytest.mark.slow
 def test_accumulated_batches_have_one_router_loss(ranks):
     task = Task(specimen="qwen3-moe-padded", accumulate=3, rows=4)
     assert_equivalent(ranks(4), task, **options(ep_size=4, recompute="full"))
@@ -88,6 +89,7 @@ def test_experts_without_resharding_match_one_process(ranks):
     assert_equivalent(ranks(4), Task(specimen="qwen3-moe"), **options(ep_size=2, moe={"reshard_after_forward": False}))
 
 
+@pytest.mark.slow
 @cases(
     ("specimen", "sizes", "moe"),
     [

@@ -41,6 +41,7 @@ def test_stages_shard_their_parameters_and_stay_exact(ranks, specimen, schedule)
     assert_equivalent(ranks(4), Task(specimen=specimen), **pipelined(2, schedule))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["1F1B", "Interleaved1F1B", "ZBVZeroBubble"])
 def test_four_stages_of_uneven_layers_are_exact(ranks, schedule):
     assert_equivalent(ranks(4), Task(specimen="llama-deep-tied"), **pipelined(4, schedule))

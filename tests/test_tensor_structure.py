@@ -168,6 +168,7 @@ def on_rank_equal(folder, choice):
     return True
 
 
+@pytest.mark.slow
 @cases(
     ("world", "sizes"), [(4, {"dp_replicate_size": 2, "tp_size": 1}), slow(8, {"dp_replicate_size": 2, "tp_size": 2})]
 )
