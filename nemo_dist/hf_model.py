@@ -126,13 +126,8 @@ def predicts_next_token(model: Any) -> bool:
 
 
 def has_own_code(model: nn.Module) -> bool:
-    """Whether *model* has a module of the user's own class."""
-    return any(map(is_own_code, model.modules()))
-
-
-def is_own_code(module: nn.Module) -> bool:
-    """Whether *module* is of the user's own class, from neither transformers, torch, PEFT nor a plugin."""
-    return not f"{plain_class(module).__module__}.".startswith(_LIBRARIES)
+    """Whether *model* has a module of the user's own class, from neither transformers, torch, PEFT nor a plugin."""
+    return any(not f"{plain_class(module).__module__}.".startswith(_LIBRARIES) for module in model.modules())
 
 
 def loss_kind(model: Any) -> str | None:

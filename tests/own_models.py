@@ -1,5 +1,6 @@
 """Models as users write them: a class derived from Llama's with a few lines of their own."""
 
+import random
 from itertools import pairwise
 
 import torch
@@ -54,9 +55,22 @@ class Sloped(LlamaMLP):
         super().__init__(config)
         self.register_buffer("slopes", 1 / torch.arange(1.0, config.hidden_size + 1), persistent=False)
         self.register_buffer("order", torch.arange(config.hidden_size).flip(0), persistent=False)
+        self.register_buffer("later", torch.arange(3.0))  # which checkpoints of an older version lack
 
     def forward(self, hidden):
         return super().forward(hidden)[..., self.order] * self.slopes
+
+
+class Lucky(LlamaMLP):
+    """Returns nothing at times, as drawn by the generator of Python."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.rate = 0.5
+
+    def forward(self, hidden):
+        left_out = self.training and random.random() < self.rate
+        return torch.zeros_like(hidden) if left_out else super().forward(hidden)
 
 
 class Counting(LlamaMLP):
@@ -239,6 +253,7 @@ def _inner(kind):
 CHANGES = {
     "": lambda model: None,
     "sloped": _feed_forwards(Sloped),
+    "lucky": _feed_forwards(Lucky),
     "counting": _feed_forwards(Counting),
     "running": _feed_forwards(Running),
     "mixing": _feed_forwards(Mixing),

@@ -204,10 +204,10 @@ def test_ring_attention_matches_one_process(ranks, world, specimen, length, bala
     ("world", "specimen", "sizes"),
     [
         (4, "llama-odd", {"tp_size": 2}),
-        slow(4, "llama-deep-tied", {"pp_size": 2}),
-        slow(2, "qwen3-moe", {"ep_size": 2}),
-        slow(4, "llama", {"dp_replicate_size": 2}),
-        slow(4, "llama", {}),
+        (4, "llama-deep-tied", {"pp_size": 2}),
+        (2, "qwen3-moe", {"ep_size": 2}),
+        (4, "llama", {"dp_replicate_size": 2}),
+        (4, "llama", {}),
     ],
 )
 def test_ring_attention_beside_other_axes_matches_one_process(ranks, world, specimen, sizes):

@@ -44,7 +44,7 @@ def test_experts_with_replicas_match_one_process(ranks):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["full", pytest.param("selective", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mode", ["full", "selective"])
 def test_recomputed_experts_match_one_process(ranks, mode):
     assert_equivalent(ranks(4), Task(specimen="qwen3-moe"), **options(ep_size=2, recompute=mode))
 
@@ -107,8 +107,8 @@ def test_experts_beside_tensor_parallelism_match_one_process(ranks, specimen, si
     ("specimen", "length", "sizes"),
     [
         ("qwen3-moe-padded", 10, {"cp_size": 2, "ep_size": 4}),  # two tokens are appended, which no router may count
-        pytest.param("qwen3-moe", 10, {"cp_size": 2}, marks=pytest.mark.slow),
-        pytest.param("qwen3-moe", 12, {"cp_size": 2, "tp_size": 2, "ep_size": 4}, marks=pytest.mark.slow),
+        ("qwen3-moe", 10, {"cp_size": 2}),
+        ("qwen3-moe", 12, {"cp_size": 2, "tp_size": 2, "ep_size": 4}),
     ],
     lambda specimen, length, sizes: case_id(specimen, sizes, f"{length} tokens"),
 )
@@ -124,7 +124,7 @@ def test_experts_beside_context_parallelism_match_one_process(ranks, specimen, l
         ("qwen3-moe-deep", {"pp_size": 2, "ep_size": 2}, {"pp_schedule": "zbv"}, False),
         ("qwen2-moe", {"pp_size": 2, "tp_size": 2, "ep_size": 2}, None, False),
         # Four rows are appended, which do not count.
-        pytest.param("qwen3-moe-deep", {"pp_size": 4}, {"pp_batch_size": 12}, False, marks=pytest.mark.slow),
+        ("qwen3-moe-deep", {"pp_size": 4}, {"pp_batch_size": 12}, False),
     ],
 )
 def test_experts_in_a_pipeline_match_one_process(ranks, specimen, sizes, pipeline, recompute):

@@ -1,7 +1,6 @@
 """Training a pipeline is training on one process: loss, every gradient, clipped norm, three AdamW steps."""
 
 import pytest
-from cases import slow
 
 from nemo_dist import FSDP2Config, ParallelismSizes, PipelineConfig
 from nemo_dist.testing.equivalence import Task, assert_equivalent
@@ -69,10 +68,10 @@ def test_recomputed_activations_do_not_change_the_numbers(ranks, schedule, mode)
     [
         ("llama-tied", "1F1B", {"sizes": {"tp_size": 2}}),
         ("llama-deep", "ZBVZeroBubble", {"sizes": {"tp_size": 2}}),
-        slow("llama-tied", "1F1B", {"sizes": {"tp_size": 2}, "sequence": True}),
+        ("llama-tied", "1F1B", {"sizes": {"tp_size": 2}, "sequence": True}),
         ("qwen3-deep", "InterleavedZeroBubble", {"sizes": {"tp_size": 2}, "sequence": True}),
         ("llama-tied", "1F1B", {"sizes": {"cp_size": 2}}),
-        slow("llama-deep", "InterleavedZeroBubble", {"sizes": {"cp_size": 2}}),
+        ("llama-deep", "InterleavedZeroBubble", {"sizes": {"cp_size": 2}}),
     ],
     ids=str,
 )

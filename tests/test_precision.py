@@ -84,13 +84,10 @@ DEFAULT = {
         for specimen in ("llama-deep", "llama-deep-tied")
     },
 }
-IN_EVERY_RUN = {"tp", "cp", "ep", "1f1b-llama-deep-tied", "zbv-llama-deep-tied"}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "case", [case if case in IN_EVERY_RUN else pytest.param(case, marks=pytest.mark.slow) for case in DEFAULT]
-)
+@pytest.mark.parametrize("case", DEFAULT)
 def test_the_default_trains_under_every_axis_up_to_bfloat16(ranks, case):
     """Gradients are computed in another dtype than they are reduced in, and two batches have one reduction."""
     world, specimen, sizes, options = DEFAULT[case]

@@ -69,7 +69,7 @@ def test_recomputation_matches_one_process(ranks, mode, sequence):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sequence", [False, True], ids=["plain", "sequence"])
-@cases(("world", "sizes"), [(4, {"cp_size": 2}), slow(8, {"cp_size": 2}), (4, {"pp_size": 2})])
+@cases(("world", "sizes"), [(4, {"cp_size": 2}), (8, {"cp_size": 2}), (4, {"pp_size": 2})])
 def test_tensor_parallelism_beside_cp_and_pp_matches_one_process(ranks, world, sizes, sequence):
     choice = options(sequence, tp_size=2, **sizes)
     if "pp_size" in sizes:

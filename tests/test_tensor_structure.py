@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from cases import cases, slow
+from cases import cases
 
 from nemo_dist import DistributedSetup, FSDP2Config, NeMoAutoModelForCausalLM, ParallelismSizes
 from nemo_dist.errors import RankError, TopologyError
@@ -29,19 +29,19 @@ def options(sequence=False, **sizes):
     [
         ("glm4-moe-norms", 2, False),
         ("glm4-moe-norms", 2, True),
-        slow("glm4-moe-norms", 4, False),
-        slow("glm4-moe-norms", 4, True),
+        ("glm4-moe-norms", 4, False),
+        ("glm4-moe-norms", 4, True),
         ("apertus", 2, False),
-        slow("apertus", 2, True),
+        ("apertus", 2, True),
         ("gpt-oss", 2, False),
-        slow("gpt-oss", 4, False),
+        ("gpt-oss", 4, False),
         ("gptj", 2, False),
-        slow("gptj", 2, True),
+        ("gptj", 2, True),
         ("opt", 2, False),
         ("mamba", 2, False),
-        slow("bloom", 2, False),
-        slow("bloom", 4, False),
-        slow("bert-tokens", 2, False),
+        ("bloom", 2, False),
+        ("bloom", 4, False),
+        ("bert-tokens", 2, False),
     ],
     lambda specimen, world, sequence: f"{specimen}, {world} ranks{', sequence' if sequence else ''}",
 )
@@ -169,9 +169,7 @@ def on_rank_equal(folder, choice):
 
 
 @pytest.mark.slow
-@cases(
-    ("world", "sizes"), [(4, {"dp_replicate_size": 2, "tp_size": 1}), slow(8, {"dp_replicate_size": 2, "tp_size": 2})]
-)
+@cases(("world", "sizes"), [(4, {"dp_replicate_size": 2, "tp_size": 1}), (8, {"dp_replicate_size": 2, "tp_size": 2})])
 def test_replicas_along_every_axis_are_equal(ranks, world, sizes):
     assert all(ranks(world).run(on_rank_equal, checkpoint("llama"), options(**sizes)))
 

@@ -93,11 +93,9 @@ class Comparison:
         if not found:
             return []
         first, value = found[0], f"{found[0].what} {found[0].name}".strip()
-        text = f"does not tell what is right, first {_position(first.step)}, {value}: it is "
-        text += (
-            "no number" if not first.allowed < float("inf") else "another one when numbers are rounded in another way"
-        )
-        return [Check(what="one process", ok=False, found=f"{text}; so nothing can be compared with it")]
+        why = "another in float64" if first.allowed < float("inf") else "no number"
+        text = f"it does not tell what is right, first {_position(first.step)}: {value} is {why}"
+        return [Check(what="one process", ok=False, found=f"{text}; change what the model computes there")]
 
     def _check(self, what: str, text: str, steps: Sequence[int], title: str = "") -> Check:
         all_ = [one for found in self._by_step for one in found if one.step in steps and what in ("", one.what)]

@@ -21,17 +21,21 @@ def dtypes_in(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
 
     No memory is taken.
     """
+    made = model if any(one.dtype == dtype for one in model.parameters()) else _made_in(model, dtype)
+    found = {name: tensor.dtype for name, tensor in (*made.named_parameters(), *made.named_buffers())}
+    kept = [(re.compile(name.replace("*", ".*")), other) for name, other in hf_model.dtype_plan(made, dtype).items()]
+    for name in made.state_dict():  # what no checkpoint has stays as it was made
+        found[name] = next((other for pattern, other in kept if pattern.search(name)), found.get(name, dtype))
+    return found
+
+
+def _made_in(model: Any, dtype: torch.dtype) -> Any:
     config = copy.deepcopy(model.config)
     for one in (config, *(getattr(config, tower) for tower in hf_model.towers(model))):
         if one is not None:
             one.dtype = dtype  # in which a model makes its towers
     with local_dtype(dtype), no_init_weights(), torch.device("meta"):
-        plain: Any = hf_model.plain_class(model)(config)
-    found = {name: tensor.dtype for name, tensor in (*plain.named_parameters(), *plain.named_buffers())}
-    kept = [(re.compile(name.replace("*", ".*")), other) for name, other in hf_model.dtype_plan(plain, dtype).items()]
-    for name in plain.state_dict():  # what no checkpoint has stays as it was made
-        found[name] = next((other for pattern, other in kept if pattern.search(name)), found.get(name, dtype))
-    return found
+        return hf_model.plain_class(model)(config)
 
 
 def kept_in_float32(model: nn.Module, compute: torch.dtype | None) -> set[nn.Parameter]:

@@ -2,7 +2,8 @@
 
 A copy with random weights runs in training. A module that draws several numbers, as dropout does, chooses. One that
 draws a single number between 0 and 1 may leave a layer out, with a probability that may be 0: it gets the largest one,
-in a second run the least one, and chooses if the outputs differ.
+in a second run the least one, and chooses if the outputs differ. What is drawn by other generators than torch's, those
+of numpy or Python, is found in the code.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from transformers import PretrainedConfig
 
 from nemo_dist.torch_private import TorchDispatchMode, disable_current_modes, tensors_in
 from nemo_dist.training.rehearsal import same
+from nemo_dist.training.train_mode import chances
 from nemo_dist_tensor.probe import short_model
 from nemo_dist_tensor.tp_plan import generic
 
@@ -31,12 +33,25 @@ def random_problems(model: Any) -> list[str]:
     """Say what *model* (on meta) chooses at random in training, and which options of its config turn that off."""
     choices, complete = _choices(model, model.config)
     if not choices:
-        return [] if complete else _by_name(model)
+        return _by_code(model) if complete else _by_name(model)
     options = _options_to_clear(model, len(choices))
     way_out = f"set {', '.join(options)} to 0 in the model's config" if options else "use tp_size=1, and fsdp2"
     return [
         f"{generic(choices[0]) or 'the model'} chooses at random in training, and tensor-parallel ranks would choose "
         f"differently; {way_out}"
+    ]
+
+
+def _by_code(model: nn.Module) -> list[str]:
+    found = {
+        generic(".".join((*filter(None, [chance.name]), *chance.path)))
+        for chance in chances(model)
+        if isinstance(chance.value, float) and chance.value > 0
+    }
+    return [
+        f"{name} is compared with a random number in training, and tensor-parallel ranks would draw another; set it to "
+        "0 in the model's config"
+        for name in sorted(found)
     ]
 
 

@@ -189,7 +189,10 @@ def run_stage(model: Any, hidden: Tensor | None, inputs: dict[str, Any]) -> Any:
         entry.received = None
     if hidden is not None and not entry.used:
         first = model.pipeline_stage.own_blocks[0]
-        raise RuntimeError(f"the forward of a stage left out its first block, {first}, and with it the stages before")
+        raise RuntimeError(
+            f"the forward of a stage left out its first block, {first}, and with it the stages before; a model that "
+            "leaves out blocks takes pp_size=1"
+        )
     return output
 
 
