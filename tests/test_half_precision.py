@@ -11,9 +11,11 @@ from own_models import SIZES, OwnConfig
 
 from nemo_dist import DistributedSetup, FSDP2Config, NeMoAutoModelForCausalLM, ParallelismSizes
 from nemo_dist.errors import TopologyError
+from nemo_dist.testing.equivalence import whole_state
 from nemo_dist.testing.family_names import families
 from nemo_dist.testing.shrink import tiny
 from nemo_dist.testing.temp_folders import scratch
+from nemo_dist.testing.tensors import rows_of_rank
 
 FEW = [
     "olmo2",  # rotary embeddings in float32
@@ -36,8 +38,8 @@ def checkpoint_of(family):
     return folder
 
 
-def batch():
-    tokens = torch.arange(48).view(2, 24) * 7 % 80 + 10
+def batch(rows=2):
+    tokens = torch.arange(24 * rows).view(rows, 24) * 7 % 80 + 10
     return {"input_ids": tokens, "labels": tokens}
 
 
@@ -159,3 +161,40 @@ def test_half_precision_gives_the_logits_of_one_process_in_every_family(ranks, p
         different += [case for case, names in found.items() if "logits" in names]
 
     assert not different
+
+
+def on_rank_train(folder, sizes):
+    """Return the loss, and every gradient whole, of a batch whose rows ranks share."""
+    setup = DistributedSetup.build("fsdp2", ParallelismSizes(**sizes))
+    model = NeMoAutoModelForCausalLM.from_pretrained(folder, distributed_setup=setup, dtype=torch.float32)
+    runtime = setup.runtime(model)
+    loss = runtime.forward_backward(rows_of_rank(batch(4), runtime)).item()
+    gradients = {name: one.grad for name, one in runtime.named_parameters() if one.grad is not None}
+    return loss, whole_state(runtime, gradients)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["ernie4_5_moe", "flint"])
+@pytest.mark.parametrize(
+    ("world", "sizes"),
+    [
+        (4, {"dp_replicate_size": 2}),
+        (2, {"tp_size": 2}),
+        (2, {"cp_size": 2}),
+        (2, {"pp_size": 2}),
+        (2, {"ep_size": 2}),
+    ],
+    ids=str,
+)
+def test_what_is_kept_in_float32_trains_beside_every_axis(ranks, world, sizes, family):
+    """Other axes round otherwise, so this is as near as bfloat16 is."""
+    folder = checkpoint_of(family)
+    model = plain(folder)
+    output = model(**batch(4))
+    output.loss.backward()
+    expected = {name: one.grad.float() for name, one in model.named_parameters() if one.grad is not None}
+
+    for loss, gradients in ranks(world).run(on_rank_train, folder, sizes):
+        assert loss == pytest.approx(output.loss.item(), rel=1e-2)
+        for name, one in gradients.items():
+            assert (one.float() - expected[name]).norm() < 0.03 * expected[name].norm(), name
