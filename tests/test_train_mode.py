@@ -20,7 +20,8 @@ from nemo_dist.testing.precision import FP32
 from nemo_dist.testing.shrink import tiny
 from nemo_dist.testing.temp_folders import scratch
 from nemo_dist.testing.tensors import rows_of_rank
-from nemo_dist.training.train_mode import chances, refuse_in_training
+from nemo_dist.training.forward_code import chances
+from nemo_dist.training.train_mode import refuse_in_training
 from nemo_dist_pipeline.partition.model_structure import ModelStructure
 from nemo_dist_pipeline.partition.stage_model import keep_stage, open_stage, run_stage, stages_of
 

@@ -7,11 +7,41 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
-from nemo_dist.hf_model import forward_source
+import attrs
+from torch import nn
+
+from nemo_dist.hf_model import forward_source, plain_class
 
 Path = tuple[str, ...]  # the names in ``self.a.b``, without ``self``
 
 _DRAWS = frozenset({"rand", "random", "uniform"})  # functions of torch, numpy and random, of a number from 0 to 1
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Chance:
+    """An option, the attribute ``path`` of *module*, that code of it compares with a random number."""
+
+    name: str
+    module: nn.Module
+    path: Path
+
+    @property
+    def value(self) -> Any:
+        """What the option is now, None where the module has none."""
+        return value_at(self.module, self.path)
+
+    @property
+    def acts(self) -> bool:
+        """Whether the next forward depends on it."""
+        return self.module.training and isinstance(self.value, int | float) and self.value > 0
+
+
+def chances(model: nn.Module) -> Iterator[Chance]:
+    """Yield the options of modules of *model* that their code compares with a random number, as LayerDrop does."""
+    for name, module in model.named_modules():
+        kind: Any = plain_class(module)
+        for path in compared_with_draws(kind):
+            yield Chance(name=name, module=module, path=path)
 
 
 @lru_cache(maxsize=4096)

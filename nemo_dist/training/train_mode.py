@@ -9,33 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import attrs
 from torch import nn
 
-from nemo_dist.hf_model import class_name, plain_class
+from nemo_dist.hf_model import class_name
 from nemo_dist.mesh.mesh_context import MeshContext
 from nemo_dist.planning.mesh_plan import Role
 from nemo_dist.torch_private import BatchNorm
-from nemo_dist.training.forward_code import Path, compared_with_draws, value_at
-
-
-@attrs.frozen(kw_only=True, eq=False)
-class Chance:
-    """An option, the attribute ``path`` of *module*, that code of it compares with a random number."""
-
-    name: str
-    module: nn.Module
-    path: Path
-
-    @property
-    def value(self) -> Any:
-        """What the option is now, None where the module has none."""
-        return value_at(self.module, self.path)
-
-    @property
-    def acts(self) -> bool:
-        """Whether the next forward depends on it."""
-        return self.module.training and isinstance(self.value, int | float) and self.value > 0
+from nemo_dist.training.forward_code import Chance, chances
 
 
 def refuse_in_training(models: Sequence[nn.Module], mesh: MeshContext, lockstep: bool) -> None:
@@ -49,14 +29,6 @@ def refuse_in_training(models: Sequence[nn.Module], mesh: MeshContext, lockstep:
             _before_forwards(model, _refuse_batch_statistics, list(_batch_norms(model)))
         if stages or lockstep:
             _before_forwards(model, _refuse_random_depth, list(chances(model)))
-
-
-def chances(model: nn.Module) -> Iterator[Chance]:
-    """Yield the options of modules of *model* that their code compares with a random number, as LayerDrop does."""
-    for name, module in model.named_modules():
-        kind: Any = plain_class(module)
-        for path in compared_with_draws(kind):
-            yield Chance(name=name, module=module, path=path)
 
 
 def _before_forwards(model: Any, judge: Callable[[Any, Any], None], found: Sequence[Any]) -> None:

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from nemo_dist.torch_private import TorchDispatchMode, disable_current_modes, tensors_in
+from nemo_dist.training.forward_code import chances
 from nemo_dist.training.rehearsal import same
-from nemo_dist.training.train_mode import chances
 from nemo_dist_tensor.probe import short_model
 from nemo_dist_tensor.tp_plan import generic
 
