@@ -96,7 +96,7 @@ class Trace:
         return hook
 
     def _gradient(self, site: Site) -> Any:
-        return lambda gradient: self._add(site, gradient)
+        return lambda gradient: None if gradient is None else self._add(site, gradient)  # torch gives None for zeros
 
     def _add(self, site: Site, tensor: Tensor) -> None:
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
