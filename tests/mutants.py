@@ -7,12 +7,12 @@ from contextlib import contextmanager
 from unittest.mock import patch
 
 import attrs
-import nemo_dist_context.apply
-import nemo_dist_tensor.apply
 import torch
 import torch.distributed as dist
 from torch.nn.functional import pad
 
+import nemo_dist_context.apply
+import nemo_dist_tensor.apply
 from nemo_dist.hf_model import blocks
 from nemo_dist.mesh.dtensor import local
 from nemo_dist.setup.setup import DistributedSetup
