@@ -116,7 +116,12 @@ def run_after_backward(function: Callable[[], None]) -> None:
 
 def in_backward() -> bool:
     """Whether this thread runs a backward pass now; a forward is then repeated by activation checkpointing."""
-    return int(torch._C._current_graph_task_id()) != -1
+    return number_of_backward() != -1
+
+
+def number_of_backward() -> int:
+    """Return a number of the backward pass that this thread runs now, which no other has; -1 where it runs none."""
+    return int(torch._C._current_graph_task_id())
 
 
 def assert_on_device(condition: Tensor, message: str) -> None:

@@ -28,7 +28,7 @@ FOR_PLUGINS = {
     *("nemo_dist.planning", "nemo_dist.mesh", "nemo_dist.plugin"),
     *("nemo_dist.training.loss_weighting", "nemo_dist.training.router_aux_loss", "nemo_dist.training.rehearsal"),
     *("nemo_dist.training.step_loss", "nemo_dist.training.whole_rows", "nemo_dist.training.forward_code"),
-    "nemo_dist.losses",
+    *("nemo_dist.training.gradient_average", "nemo_dist.losses"),
 }
 # These plan: importing them, with every plugin, leaves torch unimported.
 WITHOUT_TORCH = (

@@ -6,7 +6,7 @@ from cases import cases, slow
 from loss_runs import LOSSES, LossTask, assert_as_one_process, setups
 from torch.nn.functional import cross_entropy, kl_div, log_softmax, logsigmoid, softmax
 
-from nemo_dist import DistributedSetup, FSDP2Config, NeMoAutoModelForCausalLM, ParallelismSizes
+from nemo_dist import DDPConfig, DistributedSetup, FSDP2Config, NeMoAutoModelForCausalLM, ParallelismSizes
 from nemo_dist.losses import DPO, Contrastive, CrossEntropy, Distillation, row_scores, top_k
 from nemo_dist.testing.equivalence import checkpoint
 from nemo_dist.testing.precision import FP32
@@ -70,6 +70,67 @@ def test_stages_take_a_value_without_rows_from_each_batch(ranks):
     (expected,) = ranks(1).run(on_rank_sharpen, folder, {})
     for found in ranks(2).run(on_rank_sharpen, folder, {"pp_size": 2}):
         assert found == pytest.approx(expected, rel=1e-5)
+
+
+class Warmth(torch.nn.Module):
+    """A loss with a temperature that is trained, a parameter of its own or one of the model."""
+
+    def __init__(self, model=None):
+        super().__init__()
+        if model is None:
+            self.temperature = torch.nn.Parameter(torch.tensor(0.3))
+        self.read = lambda: self.temperature if model is None else model.temperature
+
+    def forward(self, outputs, batch):
+        labels = batch["labels"][:, 1:]
+        logits = self.read().exp() * outputs.logits[:, :-1]
+        return cross_entropy(logits.transpose(1, 2), labels, reduction="none"), (1 - labels % 3).float()
+
+
+def rows_of_one_rank(rank):
+    tokens = (torch.arange(48).view(4, 12) * 5) % 90 + 3
+    return {"input_ids": tokens[rank::2], "labels": tokens[rank::2]}
+
+
+def on_rank_warm(folder, strategy):
+    setup = DistributedSetup.build(strategy=strategy)
+    model = NeMoAutoModelForCausalLM.from_pretrained(folder, distributed_setup=setup, dtype=torch.float32)
+    loss = Warmth()
+    runtime = setup.runtime(model, loss=loss)
+    refusals = []
+    for attempt in (
+        lambda: runtime.forward_backward(rows_of_one_rank(runtime.dp_rank)),
+        lambda: runtime.optimizer(torch.optim.SGD, [*model.parameters(), *loss.parameters()], lr=0.1),
+    ):
+        with pytest.raises(ValueError) as refusal:
+            attempt()
+        refusals.append(str(refusal.value))
+    model.zero_grad()
+    model.temperature = torch.nn.Parameter(torch.tensor(0.3))
+    runtime = setup.runtime(model, loss=Warmth(model))
+    optimizer = runtime.optimizer(torch.optim.SGD, lr=0.1)
+    found = runtime.forward_backward(rows_of_one_rank(runtime.dp_rank)).item()
+    norm, gradient = runtime.clip_grad_norm_(1e9).item(), model.temperature.grad.item()
+    optimizer.step()
+    return refusals, found, norm, gradient, model.temperature.item()
+
+
+@pytest.mark.parametrize("strategy", [FSDP2Config(mp_policy=FP32), DDPConfig()], ids=["fsdp2", "ddp"])
+def test_a_parameter_of_a_loss_is_trained_as_one_of_the_model_and_weights_may_be_negative(ranks, strategy):
+    folder = checkpoint("llama")
+    model = NeMoAutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.temperature = torch.nn.Parameter(torch.tensor(0.3))
+    tokens = torch.cat([rows_of_one_rank(rank)["input_ids"] for rank in range(2)])
+    losses, weights = Warmth(model)(model(input_ids=tokens), {"labels": tokens})
+    assert weights.sum() < 0
+    expected = (losses * weights).sum() / weights.sum()
+    expected.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9).item()
+    for refusals, *found in ranks(2).run(on_rank_warm, folder, strategy):
+        gradient = model.temperature.grad.item()
+        assert found == pytest.approx([expected.item(), norm, gradient, 0.3 - 0.1 * gradient], rel=1e-4)
+        assert "the loss Warmth trains parameters of its own (temperature)" in refusals[0]
+        assert "1 of the parameters are not the model's (the first is of shape ())" in refusals[1]
 
 
 # ---- what the ready-made ones compute, by hand or by torch ----

@@ -307,6 +307,38 @@ def test_bfloat16_parameters_keep_float32_copies_by_default(ranks, preserve, wid
         assert moved == 1.0 if preserve else moved < 1.0
 
 
+def on_rank_edit_in_bfloat16(zero, folder, kept):
+    """Return the losses of weights that are halved after each, once after a step too."""
+    model, runtime = on_rank_start(zero, folder, torch.bfloat16, preserve_fp32_weights=kept)
+    optimizer = runtime.optimizer(torch.optim.SGD, lr=0.0)
+    batch = rows_of_rank(Task(rows=4).batches(0)[0], runtime)
+    losses = []
+    for step in range(3):
+        losses.append(runtime.forward_backward(batch).item())
+        if step == 1:
+            optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(0.5)
+    return losses
+
+
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("zero", ENDS)
+def test_weights_that_are_changed_between_steps_are_those_of_the_next_forward(ranks, zero, kept):
+    folder, batch = checkpoint("llama"), Task(rows=4).batches(0)[0]
+    model = NeMoAutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    expected = []
+    for _ in range(3):
+        expected.append(model(**batch).loss.item())
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(0.5)
+    for losses in ranks(2).run(on_rank_edit_in_bfloat16, zero, folder, kept):
+        assert losses == pytest.approx(expected, rel=5e-3)
+
+
 def on_rank_resume_in_bfloat16(folder, other, path):
     """Return what a bfloat16 run computes when it is saved, and what a run that loads it computes."""
     task, answers = Task(rows=4), []

@@ -217,7 +217,20 @@ class GlobalNormSGD(torch.optim.Optimizer):
             parameter.sub_(parameter.grad / norm, alpha=self.param_groups[0]["lr"])
 
 
-OWN = {"NormalisedSGD": NormalisedSGD, "GlobalNormSGD": GlobalNormSGD}
+class LateNormalisedSGD(NormalisedSGD):
+    """Divide so from the sixth step on, as optimizers do that begin with plain steps."""
+
+    steps = 0
+
+    def step(self):
+        self.steps += 1
+        return super().step() if self.steps > 5 else torch.optim.SGD.step(self)
+
+    def __init__(self, params, lr=0.1):
+        torch.optim.Optimizer.__init__(self, params, torch.optim.SGD([torch.zeros(1)], lr=lr).defaults)
+
+
+OWN = {one.__name__: one for one in (NormalisedSGD, GlobalNormSGD, LateNormalisedSGD)}
 
 
 def on_rank_own(setup, name, folder, lr=0.1):
@@ -234,6 +247,7 @@ def on_rank_own(setup, name, folder, lr=0.1):
     ("setup", "name", "said"),
     [
         ("fsdp2", "NormalisedSGD", "its update mixes the elements of different ranks"),
+        ("fsdp2", "LateNormalisedSGD", "its update mixes the elements of different ranks"),
         ("pp", "GlobalNormSGD", "depends on others, which another pipeline stage may hold"),
         ("ddp", "NormalisedSGD", "accepted"),
         ("fsdp2", "GlobalNormSGD", "accepted"),  # a DTensor's sum is that of all shards

@@ -63,6 +63,55 @@ def test_a_hand_written_loop_with_no_sync_gets_the_same_gradients(ranks, strateg
             torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
 
 
+def two_of_one_forward(model, batches):
+    loss = model(**batches[0]).loss
+    loss.backward(retain_graph=True)
+    loss.backward()
+
+
+def two_of_two_forwards(model, batches):
+    losses = [model(**batch).loss for batch in batches]
+    for loss in losses:
+        loss.backward()
+
+
+def of_the_parts_of_the_model(model, batches):
+    labels = batches[0]["labels"]
+    logits = model.lm_head(model.model(input_ids=batches[0]["input_ids"]).last_hidden_state)
+    model.loss_function(logits=logits, labels=labels, vocab_size=model.config.vocab_size).backward()
+
+
+def after_one_that_failed(model, batches):
+    handle = model.model.embed_tokens.weight.register_hook(lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        two_of_one_forward(model, batches)
+    handle.remove()
+    model.zero_grad()
+    of_the_parts_of_the_model(model, batches)
+
+
+BACKWARDS = [two_of_one_forward, two_of_two_forwards, of_the_parts_of_the_model, after_one_that_failed]
+
+
+def on_rank_backwards(folder, how, batches):
+    _, model, runtime = start("ddp", folder)
+    mine = [{name: value[runtime.dp_rank :: 2] for name, value in batch.items()} for batch in batches]
+    BACKWARDS[how](model, mine)
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("how", range(len(BACKWARDS)), ids=[how.__name__ for how in BACKWARDS])
+def test_ddp_averages_the_gradients_of_every_backward(ranks, how):
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(3, 90, (2, 4, 12), generator=generator)
+    batches = [{"input_ids": rows, "labels": rows} for rows in tokens]
+    model = NeMoAutoModelForCausalLM.from_pretrained(checkpoint("llama"))
+    BACKWARDS[how](model, batches)
+    for found in ranks(2).run(on_rank_backwards, checkpoint("llama"), how, batches):
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-6)
+
+
 def on_rank_place(folder, options):
     _, _, runtime = start("fsdp2", folder, **options)
     return runtime.dp_rank, runtime.dp_size
@@ -90,6 +139,22 @@ def test_clipping_reduces_the_global_norm_of_every_type(ranks, norm_type):
     for before, after in ranks(2).run(on_rank_norms, checkpoint("llama"), norm_type):
         assert before == pytest.approx(expected, rel=1e-5)
         assert after == pytest.approx(1e-3, rel=1e-3)
+
+
+def on_rank_unknown_norm(folder):
+    """Return the norms of gradients of which the last rank has one that is no number."""
+    _, _, runtime = start("fsdp2", folder)
+    tokens = torch.arange(1, 25).reshape(2, 12)
+    runtime.forward_backward({"input_ids": tokens, "labels": tokens})
+    if dist.get_rank() == 1:
+        for _, parameter in runtime.named_parameters():
+            parameter.grad.to_local()[-1:] = torch.nan
+    return [runtime.clip_grad_norm_(1.0, norm_type).item() for norm_type in (float("inf"), 2.0)]
+
+
+def test_a_gradient_that_is_no_number_makes_every_norm_unknown_on_all_ranks(ranks):
+    for norms in ranks(2).run(on_rank_unknown_norm, checkpoint("llama")):
+        assert all(norm != norm for norm in norms), norms
 
 
 def on_rank_group(folder):
@@ -135,6 +200,7 @@ def on_rank_refusals(folder):
         lambda: other.runtime(model),
         lambda: setup.runtime(plain),
         lambda: setup.runtime("model"),
+        lambda: runtime.clip_grad_norm_(1.0, norm_type=0),
     ):
         try:
             attempt()
@@ -145,9 +211,10 @@ def on_rank_refusals(folder):
 
 
 def test_wrong_use_of_a_runtime_is_refused(ranks):
-    empty, unlabelled, other, plain, text = ranks(1).run(on_rank_refusals, checkpoint("llama"))[0]
+    empty, unlabelled, other, plain, text, norm = ranks(1).run(on_rank_refusals, checkpoint("llama"))[0]
 
     assert "empty list" in empty
+    assert "norm_type must be above 0, or inf (got 0)" in norm
     assert "no labels" in unlabelled and "input_ids" in unlabelled
     assert "another setup" in other
     assert "no setup" in plain and "no setup" in text

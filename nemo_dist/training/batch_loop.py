@@ -61,6 +61,8 @@ class BatchLoop:
         for part in self.parts:
             if part.after_backward is not None:
                 part.after_backward()
+        if isinstance(self.loss, OwnLoss) and self.mesh.size(Role.TOKENS) > 1:
+            self.loss.refuse_own_gradients()
         return self.sum_over_batches(found / step.scale) + balance
 
     def _known(self, batches: Sequence[Batch]) -> Tensor | None:
@@ -299,8 +301,8 @@ def unchanged_draws(device: torch.device) -> Iterator[None]:
 
 
 def at_least_something(total: Tensor) -> Tensor:
-    """Return *total*, or 1 where nothing counts, and the sum of the losses is 0."""
-    return torch.where(total > 0, total, torch.ones_like(total))
+    """Return *total*, which may be negative, or 1 where nothing counts, and the sum of the losses is 0."""
+    return torch.where(total == 0, torch.ones_like(total), total)
 
 
 def require_same_count(known: Tensor, found: Tensor) -> None:

@@ -48,7 +48,7 @@ def mean_loss(loop: BatchLoop, loader: Iterable[Batch | Sequence[Batch]], ranks:
     group = loop.mesh.group(Role.TOKENS)
     if group is not None:
         dist.all_reduce(total, group=group)  # the ranks that see different tokens
-    if not total[1] > 0:
+    if total[1] == 0:
         raise ValueError(
             "nothing counts in the batches of all ranks (no label, or no batch), so they have no mean loss"
         )

@@ -56,13 +56,22 @@ def global_norm(grads: Iterable[Tensor], norm_type: float, axes: Iterable[str], 
         norm = get_total_norm(held, norm_type).float().to(mesh.device)
         terms.append(norm if infinite else norm**norm_type * (count * apart / ranks.size))
         parts = max(parts, count * apart)
-    total = torch.stack(terms)
-    total = total.max() if infinite else total.sum()
+    if infinite:
+        return _greatest(torch.stack(terms).max(), ranks) if parts > 1 else torch.stack(terms).max()
+    total = torch.stack(terms).sum()
     if parts > 1:
-        ranks.reduce(total, dist.ReduceOp.MAX if infinite else dist.ReduceOp.SUM)
-    elif not infinite:
+        ranks.reduce(total, dist.ReduceOp.SUM)
+    else:
         total = total * ranks.size
-    return total if infinite else total ** (1.0 / norm_type)
+    return total ** (1.0 / norm_type)
+
+
+def _greatest(value: Tensor, ranks: RankGroup) -> Tensor:
+    """Return the greatest *value* of all ranks; NaN where one has NaN, which a maximum of some backends passes by."""
+    unknown = value.isnan()
+    both = torch.stack([torch.where(unknown, 0, value), unknown.to(value.dtype)])
+    ranks.reduce(both, dist.ReduceOp.MAX)
+    return torch.where(both[1] > 0, torch.nan, both[0])
 
 
 def _by_number_of_parts(grads: Iterable[Tensor]) -> dict[int, list[Tensor]]:

@@ -7,14 +7,12 @@ same matrices compute with them is the matter of the plugin of that axis.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import attrs
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -28,10 +26,14 @@ from nemo_dist.plugin.protocol import Plugin, Stage, claimants
 from nemo_dist.plugin.registry import Registry
 from nemo_dist.plugin.resharding import gathered
 from nemo_dist.plugin.sharding_override import sharding_overrides
-from nemo_dist.torch_private import run_after_backward
+from nemo_dist.training.gradient_average import GradientAverage, together
 
 FEATURE = "adapters"  # what a plugin lists in ``composes_with`` when it is tested with them
 _COPY_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # types of tasks for which PEFT saves a copy of the head
+NOT_AVERAGED = (
+    "so no strategy averages their gradients over ranks; make them parameters of the model before "
+    "setup.runtime(model), as in model.temperature = torch.nn.Parameter(torch.zeros(()))"
+)
 _LOADED = "loaded_by_nemo_dist"
 _MADE_WHOLE = "adapters_made_beside_whole_weights"
 _KEPT_EQUAL = "kept_equal_by_nemo_dist"
@@ -179,24 +181,32 @@ def adapters(parts: Sequence[nn.Module], mesh: MeshContext, plugins: Sequence[Pl
     group = mesh.group(Role.TOKENS)
     for same in (group, *map(mesh.group, _sharing(mesh))):
         if same is not None:
-            _together(list(added.values()), partial(dist.broadcast, group_src=0, group=same))
+            together(list(added.values()), partial(dist.broadcast, group_src=0, group=same))
     if group is None:
         return {}
-    replicas = _Replicas(list(added.values()), group)
+    average = GradientAverage(list(added.values()), group)
     if _layers(mesh):
-        return {FEATURE: RuntimePart(after_backward=replicas.average)}  # an engine has a backward per microbatch
-    replicas.start()
-    return {FEATURE: RuntimePart(no_sync=replicas.unsynchronised)}
+        return {FEATURE: RuntimePart(after_backward=average.run)}  # an engine has a backward per microbatch
+    average.start()
+    return {FEATURE: RuntimePart(no_sync=average.unsynchronised)}
 
 
-def refuse_late(named: Iterable[tuple[str, nn.Parameter]], groups: Iterable[Mapping[str, Any]]) -> None:
-    """Raise ValueError where *groups* have parameters of the model that ``adapters`` did not find as it was called."""
-    stepped = {id(parameter) for group in groups for parameter in group["params"]}
-    late = [
-        name
-        for name, parameter in named
-        if id(parameter) in stepped and not (hasattr(parameter, _LOADED) or hasattr(parameter, _KEPT_EQUAL))
-    ]
+def refuse_unaveraged(
+    named: Iterable[tuple[str, nn.Parameter]], groups: Iterable[Mapping[str, Any]], mesh: MeshContext
+) -> None:
+    """Raise ValueError where *groups* have parameters that ranks would train apart.
+
+    Those are parameters of the model, *named*, that ``adapters`` did not find as it was called, and those of something
+    else (a loss, say), where ranks see different tokens or stages.
+    """
+    stepped = {id(parameter): parameter for group in groups for parameter in group["params"]}
+    own = [(name, parameter) for name, parameter in named if stepped.pop(id(parameter), None) is not None]
+    late = [name for name, parameter in own if not (hasattr(parameter, _LOADED) or hasattr(parameter, _KEPT_EQUAL))]
+    if stepped and mesh.size(Role.TOKENS) * mesh.size(Role.LAYERS) > 1:
+        shape = tuple(next(iter(stepped.values())).shape)
+        raise ValueError(
+            f"{len(stepped)} of the parameters are not the model's (the first is of shape {shape}), {NOT_AVERAGED}"
+        )
     if late:
         raise ValueError(
             f"{len(late)} parameters were added to the model, or trained for the first time, after the runtime was "
@@ -253,59 +263,3 @@ def _refuse_axes(some: str, mesh: MeshContext, plugins: Sequence[Plugin]) -> Non
         proven = any(FEATURE in plugin.composes_with for plugin in claimants(plugins, axis))
         if not mesh.roles[axis] & Role.TOKENS and not proven:
             raise ValueError(f"{some}; this is not proven with {axis} (got {axis}_size={wide[axis]}), leave it at 1")
-
-
-@attrs.define(eq=False)
-class _Replicas:
-    parameters: Sequence[nn.Parameter]
-    group: dist.ProcessGroup
-    _synchronised: bool = True
-    _due: bool = False
-
-    def start(self) -> None:
-        for parameter in self.parameters:
-            trained = parameter.requires_grad
-            parameter.requires_grad_(True).register_post_accumulate_grad_hook(self._arrived)
-            parameter.requires_grad_(trained)
-
-    @contextmanager
-    def unsynchronised(self) -> Iterator[None]:
-        self._synchronised = False
-        try:
-            yield
-        finally:
-            self._synchronised = True
-
-    def _arrived(self, _: Tensor) -> None:
-        if self._synchronised and not self._due:
-            self._due = True
-            run_after_backward(self.average)
-
-    def average(self) -> None:
-        """All-reduce the accumulated gradients to their mean; what an earlier call averaged stays the same.
-
-        A parameter without a gradient on all ranks stays without, so that optimizers pass it by.
-        """
-        self._due = False
-        trained = [parameter for parameter in self.parameters if parameter.requires_grad]
-        without = [index for index, parameter in enumerate(trained) if parameter.grad is None]
-        reached = torch.ones(len(trained), device=self.parameters[0].device)
-        for index in without:
-            trained[index].grad = torch.zeros_like(trained[index])
-            reached[index] = 0
-        gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
-        _together(
-            [*gradients, reached], lambda values: dist.all_reduce(values.div_(self.group.size()), group=self.group)
-        )
-        for index in without:
-            if not reached[index]:
-                trained[index].grad = None
-
-
-@torch.no_grad()
-def _together(tensors: Sequence[Tensor], collective: Callable[[Tensor], object]) -> None:
-    """Run *collective* in place on one flat vector of all *tensors*."""
-    vector = torch.cat([tensor.reshape(-1) for tensor in tensors])
-    collective(vector)
-    for tensor, values in zip(tensors, vector.split([tensor.numel() for tensor in tensors]), strict=True):
-        tensor.copy_(values.view_as(tensor))

@@ -39,7 +39,7 @@ from nemo_dist.training.evaluation import mean_loss, outputs_of
 from nemo_dist.training.grad_norm import by_mesh, global_norm, one_mesh_per_group
 from nemo_dist.training.merged_adapters import merged
 from nemo_dist.training.optimizer_probe import keeps_state, refuse_what_mixes_elements, warn_of_lost_updates
-from nemo_dist.training.peft_adapters import adapters, refuse_late, refuse_prompts
+from nemo_dist.training.peft_adapters import adapters, refuse_prompts, refuse_unaveraged
 from nemo_dist.training.replica_check import ReplicaCheck, check_replicas
 from nemo_dist.training.router_aux_loss import RouterLoss
 from nemo_dist.training.step_loss import LossFunction, ModelLoss, OwnLoss, chosen_loss, refuse_rows_that_meet
@@ -171,8 +171,9 @@ class Runtime:
         ``params`` that it comes from.
 
         Raises ValueError on all ranks for an optimizer that does not step sharded parameters as one process steps whole
-        ones, for adapters that were added after this runtime was made, and where no rank has parameters; RankError when
-        ranks pass another type, other options or other groups; all ranks must call this.
+        ones, for adapters that were added after this runtime was made, for parameters that are not the model's, and
+        where no rank has parameters; RankError when ranks pass another type, other options or other groups; all ranks
+        must call this.
         """
         told = {"type": f"{optimizer_type.__module__}.{optimizer_type.__qualname__}"}
         compare(
@@ -183,7 +184,7 @@ class Runtime:
         groups = one_mesh_per_group(self._shards_of(params))
         if not self.sharded.ranks.total([any(group["params"] for group in groups)])[0]:
             raise ValueError("the optimizer got no parameters on any rank; pass some, or let some require gradients")
-        refuse_late(self._named(), groups)
+        refuse_unaveraged(self._named(), groups, self.mesh)
         self._compare_groups(groups)
         warn_of_lost_updates(groups)
         refuse_what_mixes_elements(optimizer_type, groups, options, self.mesh)
@@ -336,8 +337,11 @@ class Runtime:
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
         """Scale all gradients to a global norm of at most *max_norm*; return the norm before, equal on every rank.
 
-        Every parameter of the whole model counts once, across all meshes, pipeline stages and experts.
+        Every parameter of the whole model counts once, across all meshes, pipeline stages and experts. ``norm_type`` is
+        the exponent, a number above 0 or ``inf``, the greatest absolute value; ValueError for another.
         """
+        if not norm_type > 0:
+            raise ValueError(f"norm_type must be above 0, or inf (got {norm_type!r})")
         with explained():
             return self._clip(max_norm, norm_type)
 

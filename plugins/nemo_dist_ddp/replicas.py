@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from nemo_dist import Role
+from nemo_dist.training.gradient_average import GradientAverage
 
 if TYPE_CHECKING:
     from nemo_dist.mesh.mesh_context import MeshContext
@@ -27,15 +28,29 @@ class Replicas:
     torch's module takes the trained parameters when it is made. It would wait for the gradients of one that was frozen
     since, and leave those of one that was thawed to each rank. Forwards without gradients pass it by. It looks for
     parameters without a gradient from the model's outputs on, or, with ``awaits_loss``, from the loss made of them.
+
+    A forward makes it ready for one backward. ``average`` does the same after every other one: the second of one
+    forward or of two, and those of forwards of a part of the model.
     """
 
     model: nn.Module
     options: dict[str, Any]
+    average: GradientAverage = attrs.field(init=False)
+    ready: bool = False
     synchronise: bool = True
     awaits_loss: bool = False
     ddp: DistributedDataParallel | None = None
     parameters: Sequence[nn.Parameter] = ()
     trained: Sequence[bool] = ()
+
+    def __attrs_post_init__(self) -> None:
+        self.average = GradientAverage(list(self.model.parameters()), self.options["process_group"], self._otherwise)
+        self.average.start()
+
+    def _otherwise(self) -> bool:
+        """Whether the backward that begins leaves gradients local, or is the one that torch's module is ready for."""
+        ready, self.ready = self.ready, False
+        return ready or not self.synchronise
 
     def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not torch.is_grad_enabled():
@@ -52,12 +67,17 @@ class Replicas:
 
     def before_backward(self, output: Any) -> Any:
         """Return *output*, on which the next backward starts, as torch's module prepares it."""
-        return output if self.ddp is None or not torch.is_grad_enabled() else self.ddp._post_forward(output)
+        if self.ddp is None or not torch.is_grad_enabled():
+            return output
+        self.ready = self.synchronise
+        return self.ddp._post_forward(output)
 
     def _take_over(self) -> None:
         """Make torch's module for what is trained now; all data-parallel ranks take part, as it compares shapes."""
         self.parameters = list(self.model.parameters())
         self.trained = [parameter.requires_grad for parameter in self.parameters]
+        self.average.parameters = self.parameters
+        self.average.start()
         self.ddp = None  # first, so that the hooks of the old one are gone
         if any(self.trained):
             held = nn.ParameterList(self.parameters)

@@ -84,8 +84,11 @@ class Engine:
         self.installed = self._edits()  # now, because a gather may write to what the shards are views of
 
     def _edits(self) -> int:
-        """Count writes to the local shards; those of an optimizer, to the DTensors, are not among them."""
-        return sum(changes_in_place(shard.to_local()) for shard in self.shards.values())
+        """Count writes to the shards: to the DTensors, and to their local tensors, which torch counts apart."""
+        return sum(changes_in_place(shard) + changes_in_place(shard.to_local()) for shard in self.shards.values())
+
+    def _stepped(self, *_: Any) -> None:
+        self.stale, self.installed = True, self._edits()  # the package installs what its own steps wrote
 
     def _continue_accumulating(self) -> None:
         """Prepare a backward after a synchronised one: accumulate on its gradients, unless they were set to None."""
@@ -185,7 +188,7 @@ class Engine:
         gradients, which may be those of a backward that came before, and drops them.
         """
         gradients = [(parameter, parameter.grad) for group in optimizer.param_groups for parameter in group["params"]]
-        optimizer.register_step_post_hook(lambda *_: setattr(self, "stale", True))
+        optimizer.register_step_post_hook(self._stepped)
         optimizer.step = lambda *args, **kwargs: None  # type: ignore[assignment]
         adopted: Optimizer = fully_shard_optimizer(optimizer, preproc_state_dict_for_dcp_ckpt=False)
         for parameter, gradient in gradients:
