@@ -1,6 +1,7 @@
 """Every optimizer of torch, and transformers' Adafactor, gives what it gives on one process, or is refused."""
 
 import inspect
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -262,6 +263,54 @@ def test_an_optimizer_of_a_third_party_is_judged_by_what_it_does(ranks, setup, n
 def test_what_an_optimizer_mixes_shows_at_any_rate(ranks, lr):
     for message in ranks(2).run(on_rank_own, "fsdp2", "NormalisedSGD", checkpoint("llama"), lr):
         assert "its update mixes the elements of different ranks" in message
+
+
+def averaging():
+    """Return the optimizer that the page on optimizers shows."""
+    page = (Path(__file__).parents[1] / "docs" / "optimizers.md").read_text()
+    found = {"torch": torch}
+    exec(page[page.index("class AveragingAdamW") : page.index("initialize_distributed(")], found)
+    return found["AveragingAdamW"]
+
+
+def average_alone(folder):
+    model = LLAMA.load.from_pretrained(folder, dtype=torch.float32)
+    optimizer = averaging()(model.parameters(), lr=1e-2, eps=1e-5)
+    for step in range(3):
+        model(**batch(step)).loss.backward()
+        optimizer.step()
+        model.zero_grad()
+    optimizer.swap()
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}, model(**batch(9)).loss.item()
+
+
+def on_rank_average(setup, folder, path, steps):
+    """Return the averages and the loss with them after the *steps*; what *path* has was stepped before."""
+    setup = DistributedSetup.build(**SETUPS[setup]())
+    runtime = setup.runtime(LLAMA.load.from_pretrained(folder, distributed_setup=setup, dtype=torch.float32))
+    optimizer = runtime.optimizer(averaging(), lr=1e-2, eps=1e-5)
+    if path.exists():
+        runtime.load(path, optimizer)
+    for step in steps:
+        runtime.forward_backward(rows_of_rank(batch(step), runtime))
+        optimizer.step()
+        optimizer.zero_grad()
+    if not path.exists():
+        runtime.save(path, optimizer)
+    optimizer.swap()
+    found = {name: whole(parameter) for name, parameter in runtime.named_parameters()}
+    return found, runtime.evaluate([rows_of_rank(batch(9), runtime)]).item()
+
+
+@cases(("first", "then"), [("fsdp2", "tp"), slow("ddp", "fsdp2"), slow("tp", "pp"), slow("pp", "ddp")])
+def test_an_average_of_the_weights_is_that_of_one_process_and_resumes(ranks, first, then, tmp_path):
+    folder = checkpoint("llama")
+    ranks(2).run(on_rank_average, first, folder, tmp_path / "saved", [0, 1])
+    expected, loss = average_alone(folder)
+    for found, with_it in ranks(2).run(on_rank_average, then, folder, tmp_path / "saved", [2]):
+        assert with_it == pytest.approx(loss, rel=1e-5)
+        for name, value in found.items():
+            assert (value - expected[name]).norm() <= 1e-5 * expected[name].norm(), name
 
 
 def test_what_is_tried_out_grows_only_along_the_sharded_dims():

@@ -37,6 +37,10 @@ class MeshContext:
     flattened: Mapping[str, tuple[str, ...]] = attrs.field(default=FLATTENED)
     roles: Mapping[str, Role] = attrs.field(default=DENSE_AXES)
 
+    def __deepcopy__(self, memo: object) -> MeshContext:
+        """Return this object: process groups are not copied, and a copy of a model is on the same ranks."""
+        return self
+
     @classmethod
     def realise(
         cls,

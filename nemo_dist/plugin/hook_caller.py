@@ -80,6 +80,10 @@ class PluginCalls:
                 raise PluginError(f"plugin {plugin.name!r} does not fit the hooks: {_one_line(error)}") from error
         self._refuse_hidden_rules()
 
+    def __deepcopy__(self, memo: object) -> PluginCalls:
+        """Return this object: a copy of a model has the plugins that the model has."""
+        return self
+
     def __getattr__(self, name: str) -> Callable[..., list[Any]]:
         def call(**arguments: Any) -> list[Any]:
             return [answer for _, answer in self.each(name, **arguments) if answer is not None]

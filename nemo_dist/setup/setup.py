@@ -160,6 +160,10 @@ class DistributedSetup(Composition):
 
         return section_of(self, Registry())
 
+    def __deepcopy__(self, memo: object) -> DistributedSetup:
+        """Return this object: a copy of a model was loaded with the same setup."""
+        return self
+
     @cached_property
     def mesh_context(self) -> MeshContext:
         """The live mesh of this setup; the first use is collective over all ranks of the process group.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -44,7 +45,15 @@ class Replicas:
     trained: Sequence[bool] = ()
 
     def __attrs_post_init__(self) -> None:
-        self.average = GradientAverage(list(self.model.parameters()), self.options["process_group"], self._otherwise)
+        self.average = GradientAverage((), self.options["process_group"], self._otherwise)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Replicas:
+        """Return what averages the gradients of a copy of the model, over the same ranks."""
+        return Replicas(model=copy.deepcopy(self.model, memo), options=self.options)
+
+    def hear(self) -> None:
+        """Hear of the gradients of all parameters that the model has now."""
+        self.average.parameters = list(self.model.parameters())
         self.average.start()
 
     def _otherwise(self) -> bool:
@@ -76,8 +85,7 @@ class Replicas:
         """Make torch's module for what is trained now; all data-parallel ranks take part, as it compares shapes."""
         self.parameters = list(self.model.parameters())
         self.trained = [parameter.requires_grad for parameter in self.parameters]
-        self.average.parameters = self.parameters
-        self.average.start()
+        self.hear()
         self.ddp = None  # first, so that the hooks of the old one are gone
         if any(self.trained):
             held = nn.ParameterList(self.parameters)
@@ -95,6 +103,7 @@ def replicate(part: nn.Module, mesh: MeshContext, options: dict[str, Any]) -> No
     # Searching for unused parameters is a precaution: that there are none is no news.
     warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
     replicas = Replicas(model=part, options={"process_group": group, **options})
+    replicas.hear()
     part.__dict__[_KEY] = replicas
     part.register_forward_pre_hook(replicas._before_forward, with_kwargs=True)
     part.register_forward_hook(replicas._after_forward)
