@@ -181,6 +181,43 @@ def test_a_stage_holds_what_a_search_says(on_ranks, specimen, schedule):
         assert_holds(on_rank, states)
 
 
+def on_rank_receive(options, rows):
+    """Return the pipeline rank, and the bytes of the buffers in which its schedule receives from other stages."""
+    initialize_distributed("gloo")
+    setup = DistributedSetup.build(**options)
+    model = SPECIMENS["llama-deep"].load.from_config(
+        SPECIMENS["llama-deep"].config(), distributed_setup=setup, dtype=torch.float32
+    )
+    runtime = setup.runtime(model)
+    batch = SPECIMENS["llama-deep"].batch(rows, LENGTH, torch.Generator().manual_seed(0))
+    runtime.forward_backward({"input_ids": batch["input_ids"], "labels": batch["input_ids"].clone()})
+    (schedule,) = model._built.values()
+    stages = getattr(schedule, "_stages", None) or [schedule._stage]
+    infos = [info for stage in stages for kept in (stage.args_recv_info, stage.grad_recv_info) for info in kept.values()]
+    buffers = [one.buffer for info in infos for one in info if getattr(one, "buffer", None) is not None]
+    return model.info.pp_rank, held(buffers)
+
+
+@cases(
+    ("world", "sizes", "schedule"),
+    [(4, {"cp_size": 2}, "1F1B"), slow(2, {}, "1F1B"), slow(2, {}, "Interleaved1F1B"), slow(4, {"tp_size": 2}, "1F1B")],
+    lambda world, sizes, schedule: case_id(sizes, schedule),
+)
+def test_a_stage_receives_into_the_buffers_that_a_search_says(on_ranks, world, sizes, schedule):
+    """The context plugin acts after the pipeline, so the sequence is not yet split when the pipeline answers."""
+    options = case({"pp_size": 2, **sizes}, False, None, (PipelineConfig(pp_schedule=schedule),))
+    setup = DistributedSetup.build(**options, world_size=world)
+    estimator = Estimator(
+        model=SearchedModel(SPECIMENS["llama-deep"].config()), hardware=Hardware.named("cpu"), batch=4, length=LENGTH
+    )
+    shares = estimator.shares(Topology.of(setup, options["plugins"]), 1)
+
+    said = [share.held["pipeline buffers"] for share in shares]
+    assert all(said)
+    for place, received in on_ranks(world, on_rank_receive, options, 4):
+        assert received == said[place]
+
+
 def test_a_search_drops_tensor_parallelism_that_a_load_refuses():
     """Llama 4 flattens the tokens of all rows, so its blocks do not compute the same with cut tokens."""
     model = meta_model(tiny("llama4_text").config)

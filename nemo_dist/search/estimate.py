@@ -126,8 +126,7 @@ class Estimator:
         """Return the bytes of *rank* by kind."""
         held = sum(stage.alive * self._held(stage, found) for stage in rank.stages) * rank.rows
         return {
-            **rank.states,
-            **rank.bytes,
+            **rank.held,
             "activations": round(held),
             "logits, loss and one backward": found.working * rank.rows,
         }
