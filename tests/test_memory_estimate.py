@@ -193,8 +193,10 @@ def on_rank_receive(options, rows):
     runtime.forward_backward({"input_ids": batch["input_ids"], "labels": batch["input_ids"].clone()})
     (schedule,) = model._built.values()
     stages = getattr(schedule, "_stages", None) or [schedule._stage]
-    infos = [info for stage in stages for kept in (stage.args_recv_info, stage.grad_recv_info) for info in kept.values()]
-    buffers = [one.buffer for info in infos for one in info if getattr(one, "buffer", None) is not None]
+    kept = [
+        info for stage in stages for infos in (stage.args_recv_info, stage.grad_recv_info) for info in infos.values()
+    ]
+    buffers = [one.buffer for info in kept for one in info if getattr(one, "buffer", None) is not None]
     return model.info.pp_rank, held(buffers)
 
 
@@ -216,6 +218,33 @@ def test_a_stage_receives_into_the_buffers_that_a_search_says(on_ranks, world, s
     assert all(said)
     for place, received in on_ranks(world, on_rank_receive, options, 4):
         assert received == said[place]
+
+
+def searched(config, sizes, imbalance):
+    """Return the bytes of activations and the seconds of a step, as a search says them for two ranks."""
+    setup = DistributedSetup.build(**case(sizes), world_size=2)
+    model, hardware = SearchedModel(config), Hardware.named("cpu")
+    estimator = Estimator(model=model, hardware=hardware, batch=2, length=LENGTH, imbalance=imbalance)
+    found = estimator.estimate(Topology.of(setup), 1, lambda size: True)
+    return found.memory["activations"], found.seconds
+
+
+def test_tokens_are_uneven_only_where_ranks_share_the_experts():
+    """A rank with all experts gets the tokens of all of them, however they are routed."""
+    config = SPECIMENS["qwen3-moe"].config()
+    config.output_router_logits = False
+
+    assert searched(config, {}, 3.0) == searched(config, {}, 1.0)
+    uneven, even = (searched(config, {"ep_size": 2}, imbalance) for imbalance in (3.0, 1.0))
+    assert uneven[0] > 1.5 * even[0] and uneven[1] > even[1]
+
+
+def test_a_convolution_is_no_expert():
+    """Its weight has three dims, as stacked experts have."""
+    model = SearchedModel(tiny("lfm2").config)
+    assert any(parameter.ndim == 3 for parameter in model.whole.parameters())
+    assert not model.routed
+    assert SearchedModel(SPECIMENS["qwen3-moe"].config()).routed
 
 
 def test_a_search_drops_tensor_parallelism_that_a_load_refuses():
