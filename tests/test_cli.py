@@ -266,9 +266,11 @@ def test_a_size_of_an_axis_is_a_number_of_ranks(size: str) -> None:
     assert "--axis must be NAME=SIZE" in said and len(said) < 400
 
 
-@pytest.mark.parametrize("words", [("--rows", "0"), ("--rows", "-1"), ("--length", "0")])
+@pytest.mark.parametrize("words", [("--rows", "0"), ("--rows", "-1"), ("--length", "0"), ("--per-node", "0")])
 def test_a_batch_without_rows_or_tokens_is_refused(words: tuple[str, str]) -> None:
-    assert f"{words[0][2:]} must be an int from 1 up (got {words[1]})" in refused("explain", "-n", "2", *words)
+    assert f"{words[0][2:].replace('-', '_')} must be an int from 1 up (got {words[1]})" in refused(
+        "explain", "-n", "2", *words
+    )
 
 
 def test_a_rank_in_the_environment_that_is_none_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

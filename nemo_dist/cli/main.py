@@ -25,6 +25,7 @@ from nemo_dist.cli.tables import (
     wrapped,
 )
 from nemo_dist.errors import NemoDistError, TopologyError
+from nemo_dist.planning.validation import integer
 from nemo_dist.plugin.registry import Registry
 
 if TYPE_CHECKING:
@@ -121,6 +122,7 @@ def explain(
     """
     with _refusals():
         setup = asked.build(world_size, config)
+        integer("per_node", per_node)
         stored = stored_dtype(dtype, config)
         found = None if model is None else _meta_model(model, stored)
         if page is None:
