@@ -268,9 +268,8 @@ def test_a_size_of_an_axis_is_a_number_of_ranks(size: str) -> None:
 
 @pytest.mark.parametrize("words", [("--rows", "0"), ("--rows", "-1"), ("--length", "0"), ("--per-node", "0")])
 def test_a_batch_without_rows_or_tokens_is_refused(words: tuple[str, str]) -> None:
-    assert f"{words[0][2:].replace('-', '_')} must be an int from 1 up (got {words[1]})" in refused(
-        "explain", "-n", "2", *words
-    )
+    name = words[0][2:].replace("-", "_")
+    assert f"{name} must be an int from 1 up (got {words[1]})" in refused("explain", "-n", "2", *words)
 
 
 def test_a_rank_in_the_environment_that_is_none_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,3 +280,9 @@ def test_a_rank_in_the_environment_that_is_none_is_named(monkeypatch: pytest.Mon
 def test_a_seed_that_torch_does_not_take_is_refused_before_a_rank_starts() -> None:
     assert "seed must be an int from 0 to 9223372036854775807" in refused("demo", "--seed", str(2**63))
     assert "nproc must be at most 1048576 ranks" in refused("demo", "--nproc", str(10**30))
+
+
+@pytest.mark.parametrize("size", ["1.2.3GB", ".GB", f"{'9' * 400}GB", "0GB", "-1GB", "²GB", "nan", ""])
+def test_a_largest_file_of_no_size_is_refused(size: str, tmp_path: Path) -> None:
+    said = refused("export", str(tmp_path), str(tmp_path / "out"), "--max-shard-size", size)
+    assert "max_shard_size must be a positive number of bytes or text like '5GB'" in said and len(said) < 300

@@ -21,7 +21,7 @@ from nemo_dist.setup.yaml_section import read_recipe, read_texts, read_value
 ANSWERS, ALL = "answers", "all"
 DPO = "dpo"
 LOSSES = {"cross_entropy": "CrossEntropy", DPO: "DPO"}  # the classes in nemo_dist.losses
-_AUTO = "auto"
+_AUTO, _STORED = "auto", "float32"  # _STORED: the dtype of parameters unless a recipe says another
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -79,7 +79,7 @@ class ModelSection:
 
     path: str | None = _field(None, _text)
     config: Mapping[str, Any] | None = _field(None, _mapping)
-    dtype: str = _field("float32", _text)
+    dtype: str = _field(_STORED, _text)
     attn_implementation: str | None = _field(None, _text)
     tokenizer: str | None = _field(None, _text)
     peft: Mapping[str, Any] | None = _field(None, _mapping)
@@ -109,8 +109,7 @@ def stored_dtype(path: str | os.PathLike[str]) -> str | None:
     found = read_texts(path, ModelSection.name)
     if not {"path", "config"} & found.keys() or "_target_" in found:  # of another program
         return None
-    default: str = attrs.fields(ModelSection).dtype.default
-    dtype = found.get("dtype", default)
+    dtype = found.get("dtype", _STORED)
     _refuse_dtype(dtype, (*_DTYPES, _AUTO))
     return None if dtype == _AUTO else dtype
 
