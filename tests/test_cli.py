@@ -282,7 +282,9 @@ def test_a_seed_that_torch_does_not_take_is_refused_before_a_rank_starts() -> No
     assert "nproc must be at most 1048576 ranks" in refused("demo", "--nproc", str(10**30))
 
 
-@pytest.mark.parametrize("size", ["1.2.3GB", ".GB", f"{'9' * 400}GB", "0GB", "-1GB", "²GB", "nan", ""])
+@pytest.mark.parametrize(
+    "size", ["1.2.3GB", ".GB", f"{'9' * 400}GB", f"{'9' * 305}GB", "0GB", "0.0001KB", "-1GB", "²GB", "nan", ""]
+)
 def test_a_largest_file_of_no_size_is_refused(size: str, tmp_path: Path) -> None:
     said = refused("export", str(tmp_path), str(tmp_path / "out"), "--max-shard-size", size)
     assert "max_shard_size must be a positive number of bytes or text like '5GB'" in said and len(said) < 300

@@ -242,6 +242,7 @@ def bytes_of(size: int | str) -> int:
         return size
     text = size.strip().upper() if isinstance(size, str) else ""
     found = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+) ?([KMG]I?B)", text)
-    if found is None or not 0 < float(found[1]) < math.inf:
+    amount = 0.0 if found is None else float(found[1]) * _UNITS[found[2]]
+    if not 1 <= amount < math.inf:
         raise ValueError(f"max_shard_size must be a positive number of bytes or text like '5GB' (got {shown(size)})")
-    return int(float(found[1]) * _UNITS[found[2]])
+    return int(amount)
