@@ -164,7 +164,7 @@ def test_a_check_of_a_plugin_that_is_not_there_starts_nothing() -> None:
 
 
 def test_an_axis_of_a_plugin_is_asked_for_by_name_and_size() -> None:
-    assert "--axis must be NAME=SIZE, as in --axis rows=2 (got rows)" in refused("plan", "-n", "4", "--axis", "rows")
+    assert "--axis must be NAME=SIZE, as in --axis rows=2 (got 'rows')" in refused("plan", "-n", "4", "--axis", "rows")
     assert "axis 'rows' has size 2" in refused("plan", "-n", "4", "--axis", "rows=2")
 
 

@@ -103,6 +103,14 @@ class Islands:
     config: dict = attrs.field(factory=dict)
 
 
+class Slices(Islands):
+    """The same, with an axis whose ranks read different parts of the same sequences."""
+
+    name: ClassVar[str] = "slices"
+    axes: ClassVar[frozenset[str]] = frozenset({"slices"})
+    roles: ClassVar = {"slices": Role.SEQUENCE}
+
+
 class Reduced(Sent):
     """Add up the bytes of gradients that this rank sends in the all-reduce of a strategy."""
 
@@ -180,6 +188,13 @@ def test_axes_of_other_plugins_that_split_the_batch_are_replicas(strategy):
     assert "4 replicas" in text
     words = {"fsdp2": "replicas     all-reduce of gradient shards", "ddp": "dp           all-reduce of gradients"}
     assert words[strategy] in text
+
+
+def test_ddp_averages_over_axes_of_other_plugins_that_split_sequences():
+    """Its ranks are all those that see different tokens."""
+    sizes = ParallelismSizes(extra={"slices": 4})
+    text = DistributedSetup.build("ddp", sizes, plugins=(Slices(),), world_size=8).explain()
+    assert "ddp: 8 replicas" in text and "dp_cp        all-reduce of gradients, by bucket" in text
 
 
 def test_explain_lists_the_collectives_of_every_axis_and_their_bytes():
