@@ -33,6 +33,7 @@ def test_the_command_prints_a_table_and_what_to_paste(config):
         "optimizer state",
         "not counted:",
         "to the byte",
+        "parameters are stored in float32",
         "activations",
     ):
         assert words in result.output

@@ -104,6 +104,7 @@ def explained(question: Question) -> list[str]:
     return [
         "how the figures came about",
         *(f"  {kind}: {how}" for kind, how in HOW.items()),
+        f"  parameters are stored in {question.model.dtype} (--dtype says another)",
         f"  not counted: {NOT_COUNTED}; {RESERVE:.0%} of the memory is kept free for them",
         f"  time: counted FLOPs at {rate.compute_efficiency:.0%} of the data sheet, bytes of other operators at "
         f"{rate.memory_efficiency:.0%}, sent bytes at {rate.network_efficiency:.0%} ({rate.name}); collectives within "
