@@ -164,7 +164,7 @@ def test_a_check_of_a_plugin_that_is_not_there_starts_nothing() -> None:
 
 
 def test_an_axis_of_a_plugin_is_asked_for_by_name_and_size() -> None:
-    assert "--axis must be NAME=SIZE, as in --axis rows=2 (got rows)" in refused("plan", "-n", "4", "--axis", "rows")
+    assert "--axis must be NAME=SIZE, as in --axis rows=2 (got 'rows')" in refused("plan", "-n", "4", "--axis", "rows")
     assert "axis 'rows' has size 2" in refused("plan", "-n", "4", "--axis", "rows=2")
 
 
@@ -241,3 +241,50 @@ def test_a_demo_whose_export_is_wrong_exits_with_one(tmp_path: Path, monkeypatch
     result = run.invoke(app, ["demo", "--out", str(tmp_path / "new")])
     assert result.exit_code == 1 and "does not compute the loss of the trained one" in result.stderr
     assert torch.tensor(wrong.difference).item() == pytest.approx(5e-4)
+
+
+@pytest.mark.parametrize("bound", ["inf", "nan", "-1", "0"])
+def test_a_bound_that_is_no_relative_error_is_refused(bound: str) -> None:
+    assert "--bound must be a finite number above 0" in refused("plugins", "check", "ddp", "--bound", bound)
+
+
+@pytest.mark.parametrize("law", ["resumes twice", "not", "resumess", "a or b"])
+def test_a_law_that_no_test_has_in_its_name_is_refused_with_the_names(law: str) -> None:
+    said = refused("plugins", "check", "ddp", "--law", law)
+    assert f"no test of the kit has {law!r} in its name" in said and "it_computes_what_one_process_computes" in said
+
+
+@pytest.mark.parametrize("name", ["none", "true", "_", "_1", "role", "stage"])
+def test_a_plugin_whose_class_python_does_not_allow_is_refused(name: str, tmp_path: Path) -> None:
+    assert "choose another name" in refused("new-plugin", name, "--into", str(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("size", ["²", "٣", "", "-1", "1e3", "9" * 5000])
+def test_a_size_of_an_axis_is_a_number_of_ranks(size: str) -> None:
+    said = refused("plan", "-n", "8", "--axis", f"rows={size}")
+    assert "--axis must be NAME=SIZE" in said and len(said) < 400
+
+
+@pytest.mark.parametrize("words", [("--rows", "0"), ("--rows", "-1"), ("--length", "0"), ("--per-node", "0")])
+def test_a_batch_without_rows_or_tokens_is_refused(words: tuple[str, str]) -> None:
+    name = words[0][2:].replace("-", "_")
+    assert f"{name} must be an int from 1 up (got {words[1]})" in refused("explain", "-n", "2", *words)
+
+
+def test_a_rank_in_the_environment_that_is_none_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "²")
+    assert "RANK is '²' in the environment, which is no number from 0 up" in refused("explain", "-n", "2")
+
+
+def test_a_seed_that_torch_does_not_take_is_refused_before_a_rank_starts() -> None:
+    assert "seed must be an int from 0 to 9223372036854775807" in refused("demo", "--seed", str(2**63))
+    assert "nproc must be at most 1048576 ranks" in refused("demo", "--nproc", str(10**30))
+
+
+@pytest.mark.parametrize(
+    "size", ["1.2.3GB", ".GB", f"{'9' * 400}GB", f"{'9' * 305}GB", "0GB", "0.0001KB", "-1GB", "²GB", "nan", ""]
+)
+def test_a_largest_file_of_no_size_is_refused(size: str, tmp_path: Path) -> None:
+    said = refused("export", str(tmp_path), str(tmp_path / "out"), "--max-shard-size", size)
+    assert "max_shard_size must be a positive number of bytes or text like '5GB'" in said and len(said) < 300

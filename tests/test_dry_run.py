@@ -16,7 +16,10 @@ from nemo_dist.dry_run.imagined_world import Chunks, imagined_world
 from nemo_dist.dry_run.rehearsal import dry_run
 from nemo_dist.errors import RankError
 from nemo_dist.mesh.rank_group import RankGroup
+from nemo_dist.models.meta_model import meta_model
+from nemo_dist.plugin.comm_estimate import readable
 from nemo_dist.testing.equivalence import checkpoint
+from nemo_dist.testing.tiny_models import SPECIMENS
 
 OPTIONS = {
     "fsdp2": {"strategy": FSDP2Config()},
@@ -99,3 +102,82 @@ def test_chunks_that_are_made_one_by_one_are_those_of_torch(size, count, dim):
     found = Chunks(whole, count, dim)
     assert all(torch.equal(found[index], chunk) for index, chunk in enumerate(expected))
     assert all(found[index].numel() == 0 for index in range(len(expected), count))
+
+
+@pytest.fixture
+def in_bfloat16(tmp_path):
+    """The folder of a config whose files are in bfloat16, as those of most published models."""
+    config = SPECIMENS["llama-deep"].config()
+    config.dtype = torch.bfloat16
+    config.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def rehearsed(*words):
+    result = CliRunner().invoke(app, ["dry-run", *map(str, words), "--json"])
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def write(path, text):
+    path.write_text(text)
+    return path
+
+
+def test_bytes_are_those_of_the_dtype_that_is_stored(in_bfloat16, tmp_path):
+    """A recipe stores parameters in float32 unless it says another; a load without one takes that of the files."""
+    half = rehearsed(in_bfloat16, "-n", 2)
+    single = rehearsed(in_bfloat16, "-n", 2, "--dtype", "fp32")
+    section = "distributed: {strategy: fsdp2}\n"
+    recipe = write(tmp_path / "recipe.yaml", f"model: {{path: {in_bfloat16}}}\ndata: {{date: 2024-01-01}}\n{section}")
+    auto = write(tmp_path / "auto.yaml", f"model: {{path: {in_bfloat16}, dtype: auto}}\n{section}")
+    alone = write(tmp_path / "alone.yaml", section)
+
+    assert (half["dtype"], single["dtype"]) == ("bfloat16", "float32")
+    for kind in ("parameter_bytes", "gradient_bytes", "read_bytes"):
+        assert single["holdings"][kind] == 2 * half["holdings"][kind]
+    of_files = [rehearsed(in_bfloat16, "-n", 2, "--config", path)["holdings"] for path in (recipe, auto, alone)]
+    assert of_files == [single["holdings"], half["holdings"], half["holdings"]]
+    assert rehearsed(in_bfloat16, "-n", 2, "--config", recipe, "--dtype", "bf16")["holdings"] == half["holdings"]
+    assert "parameters in bfloat16, as rank 0 of 2" in str(dry_run({}, in_bfloat16, 2, checkpoint=False))
+    text = CliRunner().invoke(app, ["dry-run", str(in_bfloat16), "-n", "2", "--dtype", "float8"])
+    assert text.exit_code == 2 and "--dtype must be one of float32, bfloat16" in text.stderr
+
+
+def test_the_plan_of_a_recipe_counts_bytes_in_its_dtype(in_bfloat16, tmp_path):
+    """A gradient is reduced in the dtype of the parameters under ddp."""
+    section = "distributed: {strategy: ddp}\n"
+    path = write(tmp_path / "recipe.yaml", f"model: {{path: {in_bfloat16}}}\n{section}")
+    words = ["explain", "-n", "2", "--model", str(in_bfloat16), "--config", str(path)]
+    parameters = sum(p.numel() for p in meta_model(in_bfloat16).parameters())
+
+    assert f"once: {readable(4 * parameters)}" in CliRunner().invoke(app, words).stdout
+    assert f"once: {readable(2 * parameters)}" in CliRunner().invoke(app, [*words, "--dtype", "bfloat16"]).stdout
+
+
+def test_what_plugins_do_is_said_of_the_whole_model():
+    """Of the stage alone, fsdp2 would divide by the pipeline's ranks twice."""
+    folder = checkpoint("llama")
+    said = dry_run(OPTIONS["pp"], folder, 2, checkpoint=False).plugins
+    setup = DistributedSetup.build(**OPTIONS["pp"], world_size=2)
+
+    assert said == tuple(setup.calls.explain(plan=setup.plan, model=meta_model(folder)))
+    assert any("holds whole gradients" in line for line in said)
+
+
+def test_a_rank_of_a_setup_for_some_ranks_has_its_own_place(tmp_path):
+    folder = checkpoint("llama")
+    options = {"parallelism_sizes": ParallelismSizes(tp_size=2), "ranks": [4, 5, 6, 7]}
+    found = dry_run(options, folder, 8, 5, checkpoint=True)
+    assert (found.rank, found.world_size, found.coordinates) == (5, 8, {"dp_shard": 0, "tp": 1})
+    assert found.checkpoint is not None and found.checkpoint.files == 4
+    assert dry_run(options, folder, 8, checkpoint=False).rank == 4
+
+    path = write(tmp_path / "section.yaml", "distributed: {strategy: fsdp2, ranks: [0, 1, 2, 3]}\n")
+    words = ["dry-run", str(folder), "-n", "8", "--config", str(path), "--rank"]
+    for rank, why in (
+        ("5", "rank 5 is none of the ranks of this setup, [0, 1, 2, 3]"),
+        ("8", "there is no rank 8 of 8"),
+    ):
+        result = CliRunner().invoke(app, [*words, rank])
+        assert result.exit_code == 2 and why in result.stderr

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from cases import slow
 
-from nemo_dist.launcher.launch import Failure, launch
+from nemo_dist.launcher import worker
+from nemo_dist.launcher.launch import Failure, _failures, launch
 
 PROGRAM = """
 import os, signal, sys, time
@@ -155,3 +156,34 @@ def test_failures_are_ordered_from_cause_to_consequence() -> None:
     stopped = Failure(rank=4, error="was killed by SIGTERM", code=-signal.SIGTERM)
     found = sorted([stopped, lost, killed, later, raised], key=lambda failure: failure.order)
     assert [failure.rank for failure in found] == [1, 2, 3, 0, 4]
+
+
+def test_a_record_that_was_cut_short_counts_as_none(tmp_path: Path) -> None:
+    """A rank is killed while it writes, or the disk is full: the rank that failed first is named all the same."""
+    (tmp_path / "rank0.json").write_text("")
+    (tmp_path / "rank1.json").write_text('{"error": "ValueError: the cause", "traceback": "", "code": 1, "at": 5.0}')
+    (tmp_path / "rank2.json").write_text('{"error": ')
+    (tmp_path / "rank3.json").write_text("[]")
+
+    found = {failure.rank: failure for failure in _failures(tmp_path, {0: -signal.SIGKILL, 1: 1, 2: 1, 3: 1})}
+
+    assert found[0].error == "was killed by SIGKILL" and found[2].error == found[3].error == "exited with code 1"
+    assert min(found.values(), key=lambda failure: failure.order).error == "ValueError: the cause"
+
+
+def test_a_rank_that_is_killed_while_it_records_its_error_leaves_no_half_of_a_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    def killed(path: Path, text: str) -> None:
+        path.touch()
+        raise Killed
+
+    monkeypatch.setenv(worker.FOLDER, str(tmp_path))
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(Path, "write_text", killed)
+    with pytest.raises(Killed):
+        worker._end("an error", "", 1)
+    assert not list(tmp_path.glob("rank*.json"))

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from cases import cases, slow
 
-from nemo_dist import DistributedSetup, RankError
+from nemo_dist import DistributedSetup, RankError, initialize_distributed
 from nemo_dist.mesh.launch_env import LAUNCHERS, Launch, launched_world_size
 from nemo_dist.mesh.process_group import choose_device
 from nemo_dist.mesh.rendezvous import attempt, join
@@ -87,6 +87,31 @@ def test_ranks_that_do_not_know_where_rank_0_is_are_refused(monkeypatch, environ
     monkeypatch.delenv(missing)
     with pytest.raises(RankError, match=rf"this process is rank . of .*{missing} .*None.*scontrol show hostnames"):
         join(Launch.read(environment), timedelta(seconds=5))
+
+
+@pytest.mark.parametrize("port", ["99999", "65536", "0", "²", "-1", "9" * 5000, " 29500", "1e3"])
+def test_a_port_that_is_none_is_refused(monkeypatch, port):
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", port)
+    launch = Launch.read({"RANK": "1", "WORLD_SIZE": "2"})
+    with pytest.raises(RankError, match=r"MASTER_PORT .* the port from 1 to 65535") as caught:
+        join(launch, timedelta(seconds=1))
+    assert len(str(caught.value)) < 800
+
+
+@pytest.mark.parametrize("text", ["²", "9" * 5000, "99999999999", "-1", "", "1.0"])
+def test_a_number_of_a_launcher_that_is_none_is_refused(text):
+    with pytest.raises(RankError, match="which is no number from 0 up") as caught:
+        Launch.read({"RANK": text, "WORLD_SIZE": "2"})
+    assert len(str(caught.value)) < 300
+    assert Launch.read({"RANK": "0" * 5000 + "1", "WORLD_SIZE": "2"}).rank == 1
+
+
+@pytest.mark.parametrize("wrong", ["10", float("nan"), 1e30, 0, -1, None, True])
+def test_a_timeout_that_is_no_number_of_minutes_is_refused(wrong):
+    with pytest.raises(ValueError, match="timeout_minutes must be a positive number of minutes, at most a year"):
+        initialize_distributed("gloo", timeout_minutes=wrong)
+    assert not dist.is_initialized()
 
 
 def test_a_rank_whose_peers_do_not_come_says_how_to_run_alone(monkeypatch):

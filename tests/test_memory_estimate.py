@@ -181,6 +181,72 @@ def test_a_stage_holds_what_a_search_says(on_ranks, specimen, schedule):
         assert_holds(on_rank, states)
 
 
+def on_rank_receive(options, rows):
+    """Return the pipeline rank, and the bytes of the buffers in which its schedule receives from other stages."""
+    initialize_distributed("gloo")
+    setup = DistributedSetup.build(**options)
+    model = SPECIMENS["llama-deep"].load.from_config(
+        SPECIMENS["llama-deep"].config(), distributed_setup=setup, dtype=torch.float32
+    )
+    runtime = setup.runtime(model)
+    batch = SPECIMENS["llama-deep"].batch(rows, LENGTH, torch.Generator().manual_seed(0))
+    runtime.forward_backward({"input_ids": batch["input_ids"], "labels": batch["input_ids"].clone()})
+    (schedule,) = model._built.values()
+    stages = getattr(schedule, "_stages", None) or [schedule._stage]
+    kept = [
+        info for stage in stages for infos in (stage.args_recv_info, stage.grad_recv_info) for info in infos.values()
+    ]
+    buffers = [one.buffer for info in kept for one in info if getattr(one, "buffer", None) is not None]
+    return model.info.pp_rank, held(buffers)
+
+
+@cases(
+    ("world", "sizes", "schedule"),
+    [(4, {"cp_size": 2}, "1F1B"), slow(2, {}, "1F1B"), slow(2, {}, "Interleaved1F1B"), slow(4, {"tp_size": 2}, "1F1B")],
+    lambda world, sizes, schedule: case_id(sizes, schedule),
+)
+def test_a_stage_receives_into_the_buffers_that_a_search_says(on_ranks, world, sizes, schedule):
+    """The context plugin acts after the pipeline, so the sequence is not yet split when the pipeline answers."""
+    options = case({"pp_size": 2, **sizes}, False, None, (PipelineConfig(pp_schedule=schedule),))
+    setup = DistributedSetup.build(**options, world_size=world)
+    estimator = Estimator(
+        model=SearchedModel(SPECIMENS["llama-deep"].config()), hardware=Hardware.named("cpu"), batch=4, length=LENGTH
+    )
+    shares = estimator.shares(Topology.of(setup, options["plugins"]), 1)
+
+    said = [share.held["pipeline buffers"] for share in shares]
+    assert all(said)
+    for place, received in on_ranks(world, on_rank_receive, options, 4):
+        assert received == said[place]
+
+
+def searched(config, sizes, imbalance):
+    """Return the bytes of activations and the seconds of a step, as a search says them for two ranks."""
+    setup = DistributedSetup.build(**case(sizes), world_size=2)
+    model, hardware = SearchedModel(config), Hardware.named("cpu")
+    estimator = Estimator(model=model, hardware=hardware, batch=2, length=LENGTH, imbalance=imbalance)
+    found = estimator.estimate(Topology.of(setup), 1, lambda size: True)
+    return found.memory["activations"], found.seconds
+
+
+def test_tokens_are_uneven_only_where_ranks_share_the_experts():
+    """A rank with all experts gets the tokens of all of them, however they are routed."""
+    config = SPECIMENS["qwen3-moe"].config()
+    config.output_router_logits = False
+
+    assert searched(config, {}, 3.0) == searched(config, {}, 1.0)
+    uneven, even = (searched(config, {"ep_size": 2}, imbalance) for imbalance in (3.0, 1.0))
+    assert uneven[0] > 1.5 * even[0] and uneven[1] > even[1]
+
+
+def test_a_convolution_is_no_expert():
+    """Its weight has three dims, as stacked experts have."""
+    model = SearchedModel(tiny("lfm2").config)
+    assert any(parameter.ndim == 3 for parameter in model.whole.parameters())
+    assert not model.routed
+    assert SearchedModel(SPECIMENS["qwen3-moe"].config()).routed
+
+
 def test_a_search_drops_tensor_parallelism_that_a_load_refuses():
     """Llama 4 flattens the tokens of all rows, so its blocks do not compute the same with cut tokens."""
     model = meta_model(tiny("llama4_text").config)

@@ -33,6 +33,7 @@ def test_the_command_prints_a_table_and_what_to_paste(config):
         "optimizer state",
         "not counted:",
         "to the byte",
+        "parameters are stored in float32",
         "activations",
     ):
         assert words in result.output
@@ -55,3 +56,21 @@ def test_a_unit_and_a_model_that_do_not_exist_are_named(config):
     assert "did you mean 'GiB'?" in unit.stderr
     assert "no model config at" in model.stderr
     assert "did you mean 'tiny'?" in model.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (("--gpus", 8, "--tp", 3), "no topology on 8 ranks is accepted by build: world_size 8 is not divisible by"),
+        (("--gpus", 8, "--dp", 3), "no topology on 8 ranks is accepted by build: "),
+        (("--gpus", 2, "--strategy", "tensor"), "plugin 'tensor' is no strategy"),
+        (("--gpus", 2, "--strategy", "fsdp2", "--strategy", "tensor"), "plugin 'tensor' is no strategy"),
+        (("--gpus", 2, "--strategy", "ddp", "--tp", 2), "strategy 'ddp' does not compose with"),
+    ],
+)
+def test_what_build_has_against_every_topology_is_said(config, words, why):
+    result = searched("--model", config, "--seq", 16, "--batch", 8, *words)
+
+    assert result.exit_code == 2
+    assert why in result.stderr
+    assert "0 topologies" not in result.stderr

@@ -1,12 +1,26 @@
 """What ``explain`` says that a step sends is what a step sends."""
 
+from typing import ClassVar
+
+import attrs
 import pytest
 import torch
-from cases import case_id, cases
-from sent_bytes import on_rank_measure_bytes
+import torch.distributed as dist
+from cases import case_id, cases, slow
+from sent_bytes import LENGTH, ROWS, Sent, on_rank_measure_bytes
 
-from nemo_dist import ContextConfig, DDPConfig, DistributedSetup, FSDP2Config, ParallelismSizes
-from nemo_dist.plugin.comm_estimate import readable
+from nemo_dist import (
+    ContextConfig,
+    DDPConfig,
+    DistributedSetup,
+    FSDP2Config,
+    ParallelismSizes,
+    Role,
+    Stage,
+    initialize_distributed,
+)
+from nemo_dist.plugin.comm_estimate import ModelFacts, readable
+from nemo_dist.plugin.protocol import declared
 from nemo_dist.testing.precision import FP32
 from nemo_dist.testing.tiny_models import SPECIMENS
 
@@ -74,6 +88,113 @@ def test_a_step_sends_what_explain_says(on_ranks, case):
     for sent, said in on_ranks(world, on_rank_measure_bytes, specimen, options):
         for kind, count in sent.items():
             assert said[kind] == pytest.approx(count, rel=0.01), (kind, sent, said)  # FSDP2 pads to equal shards
+
+
+@attrs.frozen(eq=False)
+class Islands:
+    """A third party's plugin with an axis whose ranks read different batches."""
+
+    name: ClassVar[str] = "islands"
+    config_type: ClassVar[type] = dict
+    stage: ClassVar[int] = Stage.CONTEXT + 1
+    axes: ClassVar[frozenset[str]] = frozenset({"islands"})
+    composes_with: ClassVar[frozenset[str]] = frozenset({"ddp", "fsdp2"})
+    roles: ClassVar = {"islands": Role.BATCH}
+    config: dict = attrs.field(factory=dict)
+
+
+class Slices(Islands):
+    """The same, with an axis whose ranks read different parts of the same sequences."""
+
+    name: ClassVar[str] = "slices"
+    axes: ClassVar[frozenset[str]] = frozenset({"slices"})
+    roles: ClassVar = {"slices": Role.SEQUENCE}
+
+
+class Reduced(Sent):
+    """Add up the bytes of gradients that this rank sends in the all-reduce of a strategy."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if str(function).startswith("c10d.allreduce_"):
+            size = dist.ProcessGroup.unbox(args[1]).size()
+            # Those of the runtime are of a few numbers: counts of labels, and the loss.
+            self.bytes += sum(2 * one.nbytes * (size - 1) // size for one in args[0] if one.numel() > 4)
+        return super().__torch_dispatch__(function, types, args, kwargs)
+
+
+def on_rank_reduce(specimen, options, batches):
+    """Return the bytes that a step sends in all-reduces of gradients, and what the strategy says it will."""
+    initialize_distributed("gloo")
+    setup = DistributedSetup.build(**options)
+    config = SPECIMENS[specimen].config()
+    with torch.device("meta"):
+        whole = SPECIMENS[specimen].load.from_config(config, dtype=torch.float32)
+    model = SPECIMENS[specimen].load.from_config(config, distributed_setup=setup, dtype=torch.float32)
+    runtime = setup.runtime(model)
+    batch = SPECIMENS[specimen].batch(ROWS, LENGTH, torch.Generator().manual_seed(0))
+    with Reduced() as counter:
+        runtime.forward_backward([batch] * batches)
+    facts = ModelFacts.of(whole, ROWS * batches, LENGTH, declared(setup.strategy, "compute_dtype"), False)
+    facts = attrs.evolve(facts, batches=batches)
+    said = setup.strategy.traffic(plan=setup.plan, facts=facts)
+    return counter.bytes, sum(entry.sent for entry in said if entry.collective == "all-reduce")
+
+
+TWO_REPLICAS = ParallelismSizes(dp_replicate_size=2)
+
+
+def vars_of(sizes):
+    return {"dp_replicate": sizes.dp_replicate_size, "tp": sizes.tp_size, **sizes.extra}
+
+
+ISLANDS = {"parallelism_sizes": ParallelismSizes(extra={"islands": 2}), "plugins": (Islands(),)}
+
+
+@cases(
+    ("world", "options", "batches"),
+    [
+        (2, ISLANDS, 1),
+        (2, {**ISLANDS, "strategy": FSDP2Config(mp_policy=FP32, defer_fsdp_grad_sync=False)}, 2),
+        slow(4, ISLANDS, 2),
+        slow(4, {"parallelism_sizes": TWO_REPLICAS}, 2),
+        slow(4, {"parallelism_sizes": ParallelismSizes(dp_replicate_size=2, tp_size=2)}, 1),
+        (2, {"strategy": DDPConfig()}, 2),
+        slow(2, {"strategy": DDPConfig(), **ISLANDS}, 1),
+    ],
+    lambda world, options, batches: case_id(
+        world,
+        getattr(options.get("strategy"), "plugin", "fsdp2"),
+        options.get("parallelism_sizes") and vars_of(options["parallelism_sizes"]),
+        f"{batches} batches",
+    ),
+)
+def test_replicas_of_a_shard_reduce_what_the_strategy_says(on_ranks, world, options, batches):
+    """Where no rank has another shard, too: replicas and nothing else, or beside tensor parallelism."""
+    options = {"strategy": FSDP2Config(mp_policy=FP32), **options}
+    tp = options.get("parallelism_sizes", TWO_REPLICAS).tp_size
+    for sent, said in on_ranks(world, on_rank_reduce, "llama", options, batches):
+        # FSDP2 pads to equal shards, and norms are counted as if tensor parallelism divided them.
+        assert sent > 0 and said == pytest.approx(sent, rel=0.1 if tp > 1 else 0.02)
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", "ddp"])
+def test_axes_of_other_plugins_that_split_the_batch_are_replicas(strategy):
+    sizes = ParallelismSizes(extra={"islands": 4})
+    text = DistributedSetup.build(strategy, sizes, plugins=(Islands(),), world_size=4).explain()
+    assert "4 replicas" in text
+    words = {"fsdp2": "replicas     all-reduce of gradient shards", "ddp": "dp           all-reduce of gradients"}
+    assert words[strategy] in text
+
+
+def test_ddp_averages_over_axes_of_other_plugins_that_split_sequences():
+    """Its ranks are all those that see different tokens."""
+    sizes = ParallelismSizes(extra={"slices": 4})
+    text = DistributedSetup.build("ddp", sizes, plugins=(Slices(),), world_size=8).explain()
+    assert "ddp: 8 replicas" in text and "dp_cp        all-reduce of gradients, by bucket" in text
 
 
 def test_explain_lists_the_collectives_of_every_axis_and_their_bytes():

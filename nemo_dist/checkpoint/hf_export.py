@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -32,6 +33,7 @@ from nemo_dist.checkpoint.safetensors_writer import DTYPE_OF, DTYPES, Safetensor
 from nemo_dist.checkpoint.sharded_model import ShardedModel
 from nemo_dist.checkpoint.state_dict import model_state
 from nemo_dist.mesh.rank_group import RankGroup
+from nemo_dist.planning.validation import shown
 
 Assemble = Callable[[Sequence[Sequence[str]]], dict[str, Tensor]]  # names per rank -> this rank's whole tensors
 
@@ -230,7 +232,7 @@ def dtype_of(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if given is None and dtype is None:
         return None
     if not isinstance(given, torch.dtype) or not given.is_floating_point or given not in DTYPES:
-        raise ValueError(f"dtype must be a floating-point dtype such as 'bfloat16' (got {dtype!r})")
+        raise ValueError(f"dtype must be a floating-point dtype such as 'bfloat16' (got {shown(dtype)})")
     return given
 
 
@@ -238,7 +240,9 @@ def bytes_of(size: int | str) -> int:
     """Return *size* in bytes, given as an int or as text like ``"5GB"``; raise ValueError for anything else."""
     if isinstance(size, int) and not isinstance(size, bool) and size > 0:
         return size
-    found = re.fullmatch(r"([0-9.]+) ?([KMG]I?B)", size.strip().upper()) if isinstance(size, str) else None
-    if found is None or float(found[1]) <= 0:
-        raise ValueError(f"max_shard_size must be a positive number of bytes or text like '5GB' (got {size!r})")
-    return int(float(found[1]) * _UNITS[found[2]])
+    text = size.strip().upper() if isinstance(size, str) else ""
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+) ?([KMG]I?B)", text)
+    amount = 0.0 if found is None else float(found[1]) * _UNITS[found[2]]
+    if not 1 <= amount < math.inf:
+        raise ValueError(f"max_shard_size must be a positive number of bytes or text like '5GB' (got {shown(size)})")
+    return int(amount)

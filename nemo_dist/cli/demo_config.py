@@ -10,7 +10,7 @@ from typing import Any
 import attrs
 
 from nemo_dist.planning.sizes import ParallelismSizes
-from nemo_dist.planning.validation import integer
+from nemo_dist.planning.validation import LARGEST_SEED, integer, number_of_ranks
 from nemo_dist.plugin.protocol import declared
 from nemo_dist.plugin.registry import Registry
 from nemo_dist.setup.selection import DEFAULT, Selection
@@ -44,9 +44,9 @@ class DemoOptions:
     lr: float = 2e-3
 
     def __attrs_post_init__(self) -> None:
-        integer("nproc", self.nproc)
+        number_of_ranks("nproc", self.nproc)
         integer("steps", self.steps)
-        integer("seed", self.seed, low=0)
+        integer("seed", self.seed, 0, LARGEST_SEED)
         if self.sizes.get("ep_size", 1) > 1 and not self.moe:
             raise ValueError(
                 f"--ep {self.sizes['ep_size']} shares experts, which the Llama of the demo lacks; add --moe"

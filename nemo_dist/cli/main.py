@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nemo_dist.cli.demo_config import DemoOptions
-from nemo_dist.cli.setup_options import Config, SetupOptions, WorldSize, takes_setup
+from nemo_dist.cli.setup_options import Config, SetupOptions, StoredDtype, WorldSize, stored_dtype, takes_setup
 from nemo_dist.cli.tables import (
     fitted,
     groups_table,
@@ -25,6 +25,7 @@ from nemo_dist.cli.tables import (
     wrapped,
 )
 from nemo_dist.errors import NemoDistError, TopologyError
+from nemo_dist.planning.validation import integer
 from nemo_dist.plugin.registry import Registry
 
 if TYPE_CHECKING:
@@ -113,6 +114,7 @@ def explain(
     page: Annotated[Path | None, typer.Option("--html", help="Write a web page with pictures to this file.")] = None,
     per_node: Annotated[int, typer.Option("--per-node", help="Ranks on a machine, for the page.")] = 8,
     config: Config = None,
+    dtype: StoredDtype = None,
 ) -> None:
     """Say who claims each axis and what every plugin will do, in order; with --html, as one page with pictures.
 
@@ -120,7 +122,9 @@ def explain(
     """
     with _refusals():
         setup = asked.build(world_size, config)
-        found = None if model is None else _meta_model(model)
+        integer("per_node", per_node)
+        stored = stored_dtype(dtype, config)
+        found = None if model is None else _meta_model(model, stored)
         if page is None:
             typer.echo(wrapped(setup.explain(found, rows, length)))
             return
@@ -340,8 +344,9 @@ def dry_run(
     asked: SetupOptions,
     model: Annotated[Path, typer.Argument(help="A folder with a config.json, or such a file.", show_default=False)],
     world_size: WorldSize,
-    rank: Annotated[int, typer.Option(help="The rank to rehearse.")] = 0,
+    rank: Annotated[int | None, typer.Option(help="The rank to rehearse; the first one of the setup.")] = None,
     config: Config = None,
+    dtype: StoredDtype = None,
     as_json: Json = False,
 ) -> None:
     """Rehearse a run as one of its ranks, in this process and without weights: what it holds, reads and writes.
@@ -353,7 +358,7 @@ def dry_run(
         from nemo_dist.dry_run.rehearsal import dry_run as rehearse
 
         _silence_transformers()
-        found = rehearse(asked.keywords(config), model, world_size, rank)
+        found = rehearse(asked.keywords(config), model, world_size, rank, dtype=stored_dtype(dtype, config))
     typer.echo(json.dumps(found.data(), indent=2) if as_json else str(found))
 
 
@@ -379,7 +384,7 @@ def search(
     dp: Annotated[int | None, typer.Option("--dp", help="Only this data-parallel size.")] = None,
     dp_replicate: Annotated[int | None, typer.Option("--dp-replicate", help="Only so many replicas.")] = None,
     across_nodes: Annotated[bool, typer.Option("--across-nodes", help="Let tp and ep leave a node, too.")] = False,
-    imbalance: Annotated[float, typer.Option(help="Tokens of the fullest experts, over their even share.")] = 1.25,
+    imbalance: Annotated[float, typer.Option(help="Tokens of the fullest rank of ep, over its even share.")] = 1.25,
     top: Annotated[int, typer.Option(min=0, help="How many topologies to list.")] = 15,
     best: Annotated[int, typer.Option(min=0, help="For how many of them to print what to paste.")] = 1,
     as_json: Json = False,
@@ -464,11 +469,13 @@ def _refusals(*kinds: type[Exception]) -> Iterator[None]:
         raise typer.Exit(2) from None
 
 
-def _meta_model(source: str) -> Any:
+def _meta_model(source: str, dtype: str | None) -> Any:
+    import torch
+
     from nemo_dist.models.meta_model import meta_model
 
     _silence_transformers()
-    return meta_model(source)
+    return meta_model(source, None if dtype is None else getattr(torch, dtype))
 
 
 def _silence_transformers() -> None:

@@ -134,6 +134,9 @@ class Test$title(PluginConformance):
 ''')
 
 
+_IMPORTED = ("Role", "Stage")  # of the names in the skeletons, those that a class could take
+
+
 def write(name: str, parent: Path, strategy: bool) -> Path:
     """Write the skeleton of the plugin *name* into a new folder in *parent*, and return that folder.
 
@@ -163,6 +166,10 @@ def _words(name: str) -> dict[str, str]:
     plain = name.replace("-", "_")
     if not plain.isascii() or not plain.isidentifier() or plain != plain.lower() or keyword.iskeyword(plain):
         raise ValueError(f"a plugin's name must be a lower-case identifier, like token_meter (got {shown(name)})")
+    title = "".join(word.capitalize() for word in plain.split("_"))
+    if not title.isidentifier() or keyword.iskeyword(title) or title in _IMPORTED:
+        why = "which the skeleton imports" if title in _IMPORTED else "which is no name in Python"
+        raise ValueError(f"the class of plugin {plain!r} would be called {title!r}, {why}; choose another name")
     registry = Registry()
     taken: Mapping[str, str] = {entry.name: owner(entry) for entry in (*registry.entries, *registry.aliases)}
     if plain in taken:
@@ -171,5 +178,5 @@ def _words(name: str) -> dict[str, str]:
         "name": plain,
         "module": f"nemo_dist_{plain}",
         "distribution": f"nemo-dist-{plain.replace('_', '-').strip('-')}",
-        "title": "".join(word.capitalize() for word in plain.split("_")),
+        "title": title,
     }

@@ -16,8 +16,7 @@ if TYPE_CHECKING:
     from nemo_dist.search.estimate import Estimate
     from nemo_dist.search.ranking import Answer, Question
 
-
-_DTYPES = ("float32", "bfloat16", "float16")
+_DTYPES = ("float32", "bfloat16", "float16")  # whose rates a device states
 
 
 @attrs.frozen(kw_only=True)
@@ -38,14 +37,12 @@ class SearchOptions:
 
     def question(self) -> Question:
         """Return the question, with the model read; raise ValueError for what cannot be."""
-        from nemo_dist.plugin.mixed_precision import dtype_name
+        from nemo_dist.plugin.mixed_precision import storage_dtype
         from nemo_dist.search.hardware import Hardware, parse_bytes
         from nemo_dist.search.ranking import INSIDE, Question
         from nemo_dist.search.space import Space
 
-        dtype = dtype_name(self.dtype)
-        if dtype not in _DTYPES:
-            raise ValueError(f"--dtype must be one of {', '.join(_DTYPES)} (got {self.dtype!r})")
+        dtype = storage_dtype("--dtype", self.dtype, _DTYPES)
         hardware = Hardware.named(self.hardware)
         memory = hardware.memory if self.memory is None else parse_bytes(self.memory, "--memory")
         bounds = {} if self.across else dict.fromkeys(INSIDE, hardware.node)
@@ -107,6 +104,7 @@ def explained(question: Question) -> list[str]:
     return [
         "how the figures came about",
         *(f"  {kind}: {how}" for kind, how in HOW.items()),
+        f"  parameters are stored in {question.model.dtype} (--dtype says another)",
         f"  not counted: {NOT_COUNTED}; {RESERVE:.0%} of the memory is kept free for them",
         f"  time: counted FLOPs at {rate.compute_efficiency:.0%} of the data sheet, bytes of other operators at "
         f"{rate.memory_efficiency:.0%}, sent bytes at {rate.network_efficiency:.0%} ({rate.name}); collectives within "
@@ -130,6 +128,9 @@ def nothing_fits(question: Question, answer: Answer) -> str:
     from nemo_dist.search.paste import short
     from nemo_dist.search.ranking import RESERVE
 
+    if not answer.enumerated:
+        why = question.space.refusal()
+        return f"no topology on {question.space.world_size} ranks is accepted by build" + (f": {why}" if why else "")
     if answer.nearest is None:
         reasons = "; ".join(reason for reason, _ in answer.refused.most_common(3))
         ways = f"; {reasons}" if reasons else ""

@@ -12,6 +12,7 @@ import attrs
 import typer
 
 from nemo_dist.planning.sizes import ParallelismSizes
+from nemo_dist.planning.validation import MOST_RANKS, shown, whole_number
 from nemo_dist.setup.selection import DEFAULT
 from nemo_dist.setup.setup import DistributedSetup
 
@@ -21,6 +22,11 @@ _NO_NAMES: Any = ()  # as the default of an option that may be repeated: typer w
 WorldSize = Annotated[int, typer.Option("--world-size", "-n", help="How many ranks to plan for.", show_default=False)]
 Config = Annotated[
     Path | None, typer.Option("--config", help="Take everything from the `distributed:` section of this YAML file.")
+]
+
+StoredDtype = Annotated[
+    str | None,
+    typer.Option("--dtype", help="The dtype of stored parameters; that of the recipe, else of the model's config."),
 ]
 
 
@@ -75,12 +81,29 @@ class SetupOptions:
         return DistributedSetup.build(**self.keywords(config), world_size=world_size)
 
 
+def stored_dtype(dtype: str | None, config: Path | None) -> str | None:
+    """Return the dtype of parameters that is asked for, as *dtype* or by the recipe *config*; None is the model's own.
+
+    Raises ValueError for one that is none.
+    """
+    if dtype is not None:
+        from nemo_dist.plugin.mixed_precision import storage_dtype
+
+        return storage_dtype("--dtype", dtype)
+    if config is None:
+        return None
+    from nemo_dist.recipe.config import stored_dtype as of_recipe
+
+    return of_recipe(config)
+
+
 def _named_size(text: str) -> tuple[str, int]:
     """Return the name and size in *text*, ``NAME=SIZE``; raise ValueError for another form."""
-    name, _, size = text.partition("=")
-    if not name or not size.isdecimal():
-        raise ValueError(f"--axis must be NAME=SIZE, as in --axis rows=2 (got {text})")
-    return name, int(size)
+    name, _, digits = text.partition("=")
+    size = whole_number(digits, MOST_RANKS)
+    if not name or size is None:
+        raise ValueError(f"--axis must be NAME=SIZE, as in --axis rows=2 (got {shown(text)})")
+    return name, size
 
 
 def takes_setup(command: Callable[Concatenate[SetupOptions, P], None]) -> Callable[..., None]:

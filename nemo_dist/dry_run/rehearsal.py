@@ -17,6 +17,7 @@ from nemo_dist.errors import NemoDistError
 from nemo_dist.hf_model import class_name
 from nemo_dist.models.meta_model import meta_model, read_config
 from nemo_dist.plugin.comm_estimate import readable
+from nemo_dist.plugin.mixed_precision import dtype_name, storage_dtype
 from nemo_dist.setup.setup import DistributedSetup
 
 
@@ -24,12 +25,13 @@ from nemo_dist.setup.setup import DistributedSetup
 class DryRun:
     """What one rank of a run would do; as a string it is what ``nemo-dist dry-run`` prints.
 
-    ``parameters``: elements of the whole model. ``groups``: the size of the process group of this rank along each axis
-    and flattened name of the mesh. ``plugins``: what each plugin does, a pipeline's schedule among it. ``checkpoint``
-    is None where a save could not be rehearsed, and ``why_no_checkpoint`` says why.
+    ``parameters``: elements of the whole model, which are stored in ``dtype``. ``groups``: the size of the process
+    group of this rank along each axis and flattened name of the mesh. ``plugins``: what each plugin does, a pipeline's
+    schedule among it. ``checkpoint`` is None where a save could not be rehearsed, and ``why_no_checkpoint`` says why.
     """
 
     model: str
+    dtype: str
     parameters: int
     world_size: int
     rank: int
@@ -60,8 +62,8 @@ class DryRun:
         place = ", ".join(f"{axis} {index}" for axis, index in self.coordinates.items())
         held = self.holdings
         lines = [
-            f"{self.model}, {self.parameters / 1e9:.4g} billion parameters, as rank {self.rank} of {self.world_size} "
-            f"({place or 'alone'})",
+            f"{self.model}, {self.parameters / 1e9:.4g} billion parameters in {self.dtype}, as rank {self.rank} of "
+            f"{self.world_size} ({place or 'alone'})",
             f"  parameters      {readable(held.parameter_bytes):>12}",
             f"  gradients       {readable(held.gradient_bytes):>12}",
             f"  AdamW           {readable(held.optimizer_bytes):>12}",
@@ -79,25 +81,37 @@ class DryRun:
 
 
 def dry_run(
-    options: Mapping[str, Any], model: str | os.PathLike[str], world_size: int, rank: int = 0, checkpoint: bool = True
+    options: Mapping[str, Any],
+    model: str | os.PathLike[str],
+    world_size: int,
+    rank: int | None = None,
+    checkpoint: bool = True,
+    dtype: str | torch.dtype | None = None,
 ) -> DryRun:
     """Rehearse ``DistributedSetup.build(**options, world_size=world_size)`` with *model*, as *rank*, and AdamW.
 
     *model*: a folder with a ``config.json``, or such a file; no weights are read. Nothing is written but what a save
-    would tell the others, into a temporary folder. ``checkpoint``: whether to plan a save and a load.
+    would tell the others, into a temporary folder. ``rank``: of the world; None is the first one of the setup.
+    ``checkpoint``: whether to plan a save and a load. ``dtype``: that parameters are stored in; None is that of the
+    model's config, in which ``from_pretrained`` loads it unless it is told another.
 
-    Raises what ``build`` and loading raise for a setup or a model that they refuse.
+    Raises RankError for a rank that the world or the setup does not have, ValueError for a *dtype* that is none, and
+    what ``build`` and loading raise for a setup or a model that they refuse.
     """
     phases = Phases()
     with phases.measured("set up the mesh"):
         setup = DistributedSetup.build(**options, world_size=world_size)
         config = read_config(model)
-    with imagined_world(world_size, rank):
+        stored = _stored(dtype, config)
+    chosen = rank if rank is not None else setup.ranks[0] if setup.ranks else 0
+    with imagined_world(world_size, chosen):
+        place = setup.place_of(chosen)
         with phases.measured("make the groups"):
             mesh = setup.mesh_context
         with phases.measured("build the model on meta"):
-            whole = meta_model(config)
+            whole = meta_model(config, stored)
             parameters = sum(parameter.numel() for parameter in whole.parameters())
+        plugins = tuple(setup.calls.explain(plan=setup.plan, model=whole))  # while it is whole
         with phases.measured("split and shard it"):
             parts = setup.shard(whole)
         with phases.measured("step AdamW"):
@@ -113,14 +127,22 @@ def dry_run(
         names = dict.fromkeys((*mesh.wide(), *mesh.flattened))
         return DryRun(
             model=class_name(whole),
+            dtype=dtype_name(stored),
             parameters=parameters,
             world_size=world_size,
-            rank=rank,
-            coordinates={axis: index for axis, index in setup.plan.coordinates(rank).items() if mesh.size(axis) > 1},
+            rank=chosen,
+            coordinates={axis: index for axis, index in setup.plan.coordinates(place).items() if mesh.size(axis) > 1},
             groups={name: mesh.size(name) for name in names if mesh.size(name) > 1},
-            plugins=tuple(setup.calls.explain(plan=setup.plan, model=whole)),
+            plugins=plugins,
             holdings=holdings,
             phases=tuple(phases.done),
             checkpoint=plan,
             why_no_checkpoint="" if plan is not None else why,
         )
+
+
+def _stored(dtype: str | torch.dtype | None, config: Any) -> torch.dtype:
+    if dtype is None:
+        return config.dtype or torch.float32  # as meta_model
+    found: torch.dtype = getattr(torch, storage_dtype("dtype", dtype))
+    return found

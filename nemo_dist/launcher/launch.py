@@ -129,10 +129,14 @@ def _failures(folder: Path, exits: Mapping[int, int]) -> list[Failure]:
     """Return the failures that ranks recorded, and for the other ranks of *exits* how their processes ended."""
     found: dict[int, Failure] = {}
     for path in folder.glob("rank*.json"):
-        rank, record = int(path.stem.removeprefix("rank")), json.loads(path.read_text())
-        found[rank] = Failure(
-            rank=rank, error=record["error"], detail=record["traceback"], code=record["code"], at=record["at"]
-        )
+        rank = int(path.stem.removeprefix("rank"))
+        try:
+            record = json.loads(path.read_text())
+            found[rank] = Failure(
+                rank=rank, error=record["error"], detail=record["traceback"], code=record["code"], at=record["at"]
+            )
+        except (OSError, ValueError, LookupError, TypeError):
+            continue  # cut short, by a full disk for one; how the process ended says what is left to say
     for rank, code in exits.items():
         if rank not in found:
             found[rank] = Failure(rank=rank, error=describe_exit(code), detail=_last_words(folder, rank), code=code)

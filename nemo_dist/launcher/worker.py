@@ -39,7 +39,10 @@ def main() -> None:
 
 def _end(error: str, trace: str, code: int) -> None:
     record = {"error": error, "traceback": trace, "code": code, "at": time()}
-    (Path(os.environ[FOLDER]) / f"rank{os.environ['RANK']}.json").write_text(json.dumps(record))
+    folder, rank = Path(os.environ[FOLDER]), os.environ["RANK"]
+    beside = folder / f"rank{rank}.unfinished"  # the launcher may kill this process while it writes
+    beside.write_text(json.dumps(record))
+    beside.replace(folder / f"rank{rank}.json")
     sys.stdout.flush()
     sys.stderr.flush()
     # A normal exit would destroy the process group, which waits for peers that wait for this rank in a collective.

@@ -11,7 +11,9 @@ from collections.abc import Mapping
 import attrs
 
 from nemo_dist.errors import RankError
+from nemo_dist.planning.validation import shown, whole_number
 
+_MOST = 2**31 - 1  # torch counts ranks so far
 ALONE = "for one process by itself, set RANK=0 and WORLD_SIZE=1"
 
 
@@ -85,6 +87,11 @@ def launched_world_size(environment: Mapping[str, str] = os.environ) -> int:
     return 1 if launch is None else launch.world_size
 
 
+def launched_rank(environment: Mapping[str, str] = os.environ) -> int:
+    """Return the rank that ``RANK`` says; 0 without it."""
+    return _number(environment, "RANK") or 0
+
+
 def _local_rank(environment: Mapping[str, str], rank: int) -> int | None:
     """Return the rank on this node as the first launcher says it that gave this process the same *rank*.
 
@@ -101,6 +108,7 @@ def _number(environment: Mapping[str, str], name: str) -> int | None:
     text = environment.get(name)
     if text is None:
         return None
-    if not (text.isascii() and text.isdigit()):
-        raise RankError(f"{name} is {text!r} in the environment, which is no number from 0 up")
-    return int(text)
+    found = whole_number(text, _MOST)
+    if found is None:
+        raise RankError(f"{name} is {shown(text)} in the environment, which is no number from 0 up")
+    return found

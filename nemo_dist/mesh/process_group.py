@@ -14,6 +14,7 @@ from nemo_dist.mesh.launch_env import Launch
 from nemo_dist.mesh.rank_status import tell_uncaught
 from nemo_dist.mesh.rendezvous import join
 from nemo_dist.mesh.store_consensus import set_patience
+from nemo_dist.planning.validation import positive_minutes
 
 
 @attrs.frozen
@@ -45,9 +46,11 @@ def initialize_distributed(
     is not available or the backend is "gloo": the one that this process sees, or the one with the number of its local
     rank.
 
-    Raises RuntimeError for "nccl" without CUDA. Raises RankError for ranks without MASTER_ADDR and MASTER_PORT, for
-    ranks that do not come, and for a local rank that has no device.
+    Raises ValueError for times that are no positive number of minutes, RuntimeError for "nccl" without CUDA, and
+    RankError for ranks without MASTER_ADDR and MASTER_PORT, for ranks that do not come, and for a local rank that has
+    no device.
     """
+    timeout = timedelta(minutes=positive_minutes("timeout_minutes", timeout_minutes))
     set_patience(patience_minutes)
     cuda = torch.cuda.is_available()
     if backend is not None and "nccl" in backend and not cuda:
@@ -58,7 +61,6 @@ def initialize_distributed(
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         chosen = backend or ("cpu:gloo,cuda:nccl" if cuda else "gloo")
-        timeout = timedelta(minutes=timeout_minutes)
         store = join(launch, timeout)
         dist.init_process_group(chosen, store=store, rank=launch.rank, world_size=launch.world_size, timeout=timeout)
         tell_uncaught()

@@ -17,9 +17,11 @@ import torch.distributed as dist
 from nemo_dist.errors import RankError
 from nemo_dist.mesh.launch_env import ALONE, Launch
 from nemo_dist.mesh.meeting import wait_until
+from nemo_dist.planning.validation import shown, whole_number
 
 _NAME = "nemo_dist/attempt"  # the name that rank 0 gave to the newest attempt
 _LOOK_AGAIN = timedelta(seconds=1)
+_LAST_PORT = 65535
 
 
 def join(launch: Launch, timeout: timedelta) -> dist.Store:
@@ -49,15 +51,17 @@ def join(launch: Launch, timeout: timedelta) -> dist.Store:
 
 
 def _master(launch: Launch) -> tuple[str, int]:
-    address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "")
-    if not address or not port.isdigit():
+    address, given = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "")
+    port = whole_number(given, _LAST_PORT)
+    if not address or not port:  # 0 would be another port on every rank
         raise RankError(
             f"this process is rank {launch.rank} of {launch.world_size} ({launch.told}), but MASTER_ADDR is "
-            f"{address!r} and MASTER_PORT {port or None!r}, which say where rank 0 is; set both, the same for all "
-            'ranks. In a job script of Slurm: export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | '
+            f"{address!r} and MASTER_PORT {shown(given or None)}, which say where rank 0 is; set both, the same for "
+            f"all ranks, the port from 1 to {_LAST_PORT}. In a job script of Slurm: export "
+            'MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | '
             f"head -n 1) MASTER_PORT=29500. Or, {ALONE}"
         )
-    return address, int(port)
+    return address, port
 
 
 def attempt(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> str:

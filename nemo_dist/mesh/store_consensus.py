@@ -22,8 +22,8 @@ import torch.distributed as dist
 from nemo_dist.errors import RankError
 from nemo_dist.mesh.meeting import DIGEST_SIZE, Meeting, wait_until
 from nemo_dist.mesh.rank_status import Watch, default_store, goes_on
+from nemo_dist.planning.validation import positive_minutes
 
-_YEAR = 60 * 24 * 365  # in minutes
 _BRIEF = 60  # characters of a value in an error
 # How often each occasion was used: part of its keys in the store, equal on all ranks, as they call in the same order.
 _held: defaultdict[str, int] = defaultdict(int)
@@ -54,9 +54,7 @@ def is_imagined() -> bool:
 
 def set_patience(minutes: float) -> None:
     """Set how long a rank waits for the slowest one at every meeting: to build, load, save and export."""
-    if isinstance(minutes, bool) or not isinstance(minutes, int | float) or not 0 < minutes <= _YEAR:
-        raise ValueError(f"patience_minutes must be a positive number of minutes, at most a year (got {minutes!r})")
-    _meetings.patience = timedelta(minutes=minutes)
+    _meetings.patience = timedelta(minutes=positive_minutes("patience_minutes", minutes))
 
 
 def consensus(

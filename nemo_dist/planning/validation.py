@@ -11,7 +11,9 @@ import attrs
 
 V = TypeVar("V")
 
-_MOST_RANKS = 2**20  # more than any machine has; what is planned rank by rank stays short
+YEAR = 60 * 24 * 365  # in minutes
+LARGEST_SEED = 2**63 - 1  # that torch takes
+MOST_RANKS = 2**20  # more than any machine has; what is planned rank by rank stays short
 _LONGEST = 200  # characters of a value in a message
 _LONGEST_NAME = 100  # characters of a word for which a near match is looked for
 
@@ -64,9 +66,24 @@ def integer(name: str, value: object, low: int = 1, high: int | None = None) -> 
 def number_of_ranks(name: str, value: object) -> int:
     """Return *value*, the number of ranks called *name*; raise as ``integer`` does, and beyond a million."""
     ranks = integer(name, value)
-    if ranks > _MOST_RANKS:
-        raise ValueError(f"{name} must be at most {_MOST_RANKS} ranks (got {shown(value)})")
+    if ranks > MOST_RANKS:
+        raise ValueError(f"{name} must be at most {MOST_RANKS} ranks (got {shown(value)})")
     return ranks
+
+
+def positive_minutes(name: str, value: object) -> float:
+    """Return *value*, the number of minutes called *name*; raise ValueError unless it is above 0, at most a year."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= YEAR:
+        raise ValueError(f"{name} must be a positive number of minutes, at most a year (got {shown(value)})")
+    return value
+
+
+def whole_number(text: str, most: int) -> int | None:
+    """Return the number that *text* writes in the digits 0 to 9; None for another text, and above *most*."""
+    digits = text.lstrip("0") or text[:1]
+    if not (text.isascii() and text.isdigit()) or len(digits) > len(str(most)):  # int() refuses thousands of digits
+        return None
+    return int(digits) if int(digits) <= most else None
 
 
 def near(word: object, words: Iterable[str]) -> str:

@@ -45,7 +45,8 @@ class RankShare:
     ``itemsize``: bytes per number, by name. ``stages``: what it runs. ``rows``, ``length``: the batch of one forward,
     in sequences and in tokens that this rank has of each. ``forwards``: how many such batches make a step. ``idle``:
     the share of the time that it waits for other ranks of the pipeline. ``bytes``: whatever else it holds at the moment
-    when it holds most, by what that is. ``overridden``: the parameters that the strategy does not shard.
+    when it holds most, by what that is; ``bytes_per_token``: the same for each token of ``length``, which a plugin
+    that acts later may shorten. ``overridden``: the parameters that the strategy does not shard.
     """
 
     computed: dict[str, Shape]
@@ -57,6 +58,7 @@ class RankShare:
     forwards: int = 1
     idle: float = 0.0
     bytes: dict[str, int] = attrs.field(factory=dict)
+    bytes_per_token: dict[str, int] = attrs.field(factory=dict)
     overridden: set[str] = attrs.field(factory=set)
 
     @classmethod
@@ -103,6 +105,12 @@ class RankShare:
             "gradients": stored,
             "optimizer state": MOMENTS * stored + STEP_BYTES * len(self.stored),
         }
+
+    @property
+    def held(self) -> dict[str, int]:
+        """The bytes of all that it holds beside activations; to be read when every plugin has answered."""
+        by_length = {what: count * self.length for what, count in self.bytes_per_token.items()}
+        return {**self.states, **self.bytes, **by_length}
 
 
 def first_part(shape: Shape, dim: int, ranks: int) -> Shape:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from nemo_dist.errors import UnknownNameError
@@ -56,6 +56,14 @@ def dtype_name(value: Any) -> Any:
     """Return ``"bfloat16"`` for ``"bf16"``, ``"torch.bfloat16"`` and ``torch.bfloat16``; None for None."""
     name = (value if isinstance(value, str) else shown(value)).removeprefix("torch.")
     return None if value is None else _SHORT.get(name, name)
+
+
+def storage_dtype(what: str, value: Any, known: Iterable[str] = _NAMES) -> str:
+    """Return the name of the dtype *value*; raise UnknownNameError, which calls it *what*, for none of the *known*."""
+    name = dtype_name(value)
+    if name not in known:
+        raise UnknownNameError(f"{what} must be one of {', '.join(known)} (got {shown(value)}){near(name, known)}")
+    return str(name)
 
 
 def without_target(value: Mapping[str, Any], name: str) -> dict[str, Any]:

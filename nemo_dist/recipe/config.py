@@ -6,7 +6,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,14 +14,14 @@ from typing import Any, ClassVar
 import attrs
 
 from nemo_dist.errors import TopologyError, UnknownNameError
-from nemo_dist.planning.validation import integer, near, shown
+from nemo_dist.planning.validation import LARGEST_SEED, integer, near, shown
 from nemo_dist.setup.setup import DistributedSetup
-from nemo_dist.setup.yaml_section import read_recipe, read_value
+from nemo_dist.setup.yaml_section import read_recipe, read_texts, read_value
 
 ANSWERS, ALL = "answers", "all"
 DPO = "dpo"
 LOSSES = {"cross_entropy": "CrossEntropy", DPO: "DPO"}  # the classes in nemo_dist.losses
-_AUTO = "auto"
+_AUTO, _STORED = "auto", "float32"  # _STORED: the dtype of parameters unless a recipe says another
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -35,9 +35,9 @@ def _judge(kinds: tuple[type, ...], words: str) -> Any:
     return judge
 
 
-def _whole(low: int) -> Any:
+def _whole(low: int, high: int | None = None) -> Any:
     def judge(section: Any, field: attrs.Attribute[Any], value: Any) -> None:
-        integer(f"{section.name}.{field.name}", value, low)
+        integer(f"{section.name}.{field.name}", value, low, high)
 
     return judge
 
@@ -79,7 +79,7 @@ class ModelSection:
 
     path: str | None = _field(None, _text)
     config: Mapping[str, Any] | None = _field(None, _mapping)
-    dtype: str = _field("float32", _text)
+    dtype: str = _field(_STORED, _text)
     attn_implementation: str | None = _field(None, _text)
     tokenizer: str | None = _field(None, _text)
     peft: Mapping[str, Any] | None = _field(None, _mapping)
@@ -88,14 +88,30 @@ class ModelSection:
     def __attrs_post_init__(self) -> None:
         if (self.path is None) == (self.config is None):
             raise ValueError("model needs one of path (a folder, or a name on the hub) and config (of a new model)")
-        known = (*_DTYPES, _AUTO) if self.config is None else _DTYPES
-        if self.dtype not in known:
-            hint = near(self.dtype, known)
-            raise ValueError(f"model.dtype must be one of {', '.join(known)} (got {shown(self.dtype)}){hint}")
+        _refuse_dtype(self.dtype, (*_DTYPES, _AUTO) if self.config is None else _DTYPES)
         if self.config is not None and not isinstance(self.config.get("model_type"), str):
             raise ValueError("model.config needs a model_type, 'llama' for one")
         if self.config is not None and self.tokenizer is None:
             raise ValueError("model.tokenizer must be given with model.config: a folder, a name on the hub, or 'bytes'")
+
+
+def _refuse_dtype(dtype: Any, known: Sequence[str]) -> None:
+    if dtype not in known:
+        hint = near(dtype, known)
+        raise ValueError(f"model.dtype must be one of {', '.join(known)} (got {shown(dtype)}){hint}")
+
+
+def stored_dtype(path: str | os.PathLike[str]) -> str | None:
+    """Return the dtype of parameters that the recipe at *path* asks for.
+
+    None is that of the model's files: for "auto", and for a file whose ``model`` is not as in a recipe.
+    """
+    found = read_texts(path, ModelSection.name)
+    if not {"path", "config"} & found.keys() or "_target_" in found:  # of another program
+        return None
+    dtype = found.get("dtype", _STORED)
+    _refuse_dtype(dtype, (*_DTYPES, _AUTO))
+    return None if dtype == _AUTO else dtype
 
 
 @attrs.frozen(kw_only=True)
@@ -182,7 +198,7 @@ class TrainingSection:
     batch_size: int = attrs.field(validator=_whole(1))
     accumulation: int = _field(1, _whole(1))
     clip: float | None = _field(1.0, _optional(_positive))
-    seed: int = _field(0, _whole(0))
+    seed: int = _field(0, _whole(0, LARGEST_SEED))
 
     def __attrs_post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):

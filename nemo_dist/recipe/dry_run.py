@@ -22,8 +22,10 @@ def described(recipe: Recipe, setup: DistributedSetup) -> str:
     from transformers import AutoModelForCausalLM
 
     config = config_of(recipe.model)
+    # In the dtype that is stored, as bytes are counted by it; "auto" is that of the files, which their config says.
+    options = {} if recipe.model.dtype == "auto" else {"dtype": getattr(torch, recipe.model.dtype)}
     with making_a_model(config), torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config)
+        model: Any = AutoModelForCausalLM.from_config(config, **options)
     tokenizer = tokenizer_of(recipe.model, recipe.data)
     plan = setup.explain(model, recipe.rows_of_batch(setup), recipe.data.length)
     return "\n".join([plan, "", *_lines(recipe, setup, model, tokenizer)])

@@ -23,7 +23,7 @@ from nemo_dist.plugin.memory_estimate import RankShare, StageShare
 from nemo_dist.plugin.protocol import Plugin, declared, strategy_of
 from nemo_dist.search.enumeration import Topology
 from nemo_dist.search.hardware import Hardware
-from nemo_dist.search.model import Kind, SearchedModel
+from nemo_dist.search.model import SearchedModel
 from nemo_dist.search.profile import Inner, Profile, profile
 from nemo_dist.search.tracing import Counts
 from nemo_dist.setup.rank_memory import divide
@@ -76,7 +76,7 @@ class Estimate:
 class Estimator:
     """Estimates for one model: ``batch`` sequences of ``length`` tokens in a step, over all ranks.
 
-    ``imbalance``: how many times its even share of tokens the fullest rank of experts gets.
+    ``imbalance``: how many times its even share of tokens the fullest rank of experts gets, where ``ep`` shares them.
     """
 
     model: SearchedModel
@@ -126,8 +126,7 @@ class Estimator:
         """Return the bytes of *rank* by kind."""
         held = sum(stage.alive * self._held(stage, found) for stage in rank.stages) * rank.rows
         return {
-            **rank.states,
-            **rank.bytes,
+            **rank.held,
             "activations": round(held),
             "logits, loss and one backward": found.working * rank.rows,
         }
@@ -135,17 +134,20 @@ class Estimator:
     def _held(self, stage: StageShare, found: Profile) -> float:
         made = 0 if stage.first else found.before.held - found.hidden  # the buffers of a pipeline have what it receives
         segments = self._segments(stage, found)
-        return made + sum(count.held * (self.imbalance if experts else 1.0) for count, experts in segments)
+        return made + sum(count.held * more for count, more in segments)
 
-    def _segments(self, stage: StageShare, found: Profile) -> Iterable[tuple[Counts, bool]]:
-        """Yield the counts of everything in *stage*, and whether it holds experts."""
+    def _segments(self, stage: StageShare, found: Profile) -> Iterable[tuple[Counts, float]]:
+        """Yield the counts of everything in *stage*, and how many times that the fullest rank of experts has.
+
+        A rank that has all experts gets the tokens of all of them, which is its even share.
+        """
         if stage.first:
-            yield found.before, False
+            yield found.before, 1.0
         for name in stage.blocks:
             kind = self.model.kinds[name]
-            yield found.blocks[kind], has_experts(kind)
+            yield found.blocks[kind], self.imbalance if found.ep > 1 and kind in self.model.routed else 1.0
         if stage.last:
-            yield found.after, False
+            yield found.after, 1.0
 
     # ---- time ----
 
@@ -208,8 +210,7 @@ class Estimator:
         dtype = self.dtype(topology)
         times = {"matrix products": 0.0, "other operators": 0.0}
         for stage in rank.stages:
-            for counts, experts in self._segments(stage, found):
-                more = self.imbalance if experts else 1.0
+            for counts, more in self._segments(stage, found):
                 times["matrix products"] += more * rank.rows * counts.flops / self.hardware.matrix_flops(dtype)
                 times["other operators"] += more * rank.rows * counts.moved / self._bandwidth
                 for axis, sent in counts.sent.items():
@@ -289,8 +290,3 @@ class Estimator:
             tokens=self.batch * self.length,
             mfu=self.flops / sum(times.values()) / peak,
         )
-
-
-def has_experts(kind: Kind) -> bool:
-    """Whether a block of this *kind* has stacked experts, parameters of three dims."""
-    return any(len(shape) == 3 for _, shape, _ in kind[-1])

@@ -13,6 +13,7 @@ from torch import nn
 
 from nemo_dist import hf_model
 from nemo_dist.models.meta_model import meta_model
+from nemo_dist.plugin.comm_estimate import stacked_experts
 from nemo_dist.plugin.mixed_precision import dtype_name
 
 _LAYERS = "num_hidden_layers"
@@ -44,6 +45,12 @@ class SearchedModel:
     def kinds(self) -> Mapping[str, Kind]:
         """The kind of every block, by name."""
         return kinds(self.whole)
+
+    @cached_property
+    def routed(self) -> frozenset[Kind]:
+        """The kinds of blocks whose tokens go to experts, which ``ep`` shares."""
+        blocks = hf_model.blocks(self.whole).items()
+        return frozenset(self.kinds[name] for name, block in blocks if any(map(stacked_experts, block.modules())))
 
     @cached_property
     def slim(self) -> Any:

@@ -42,7 +42,7 @@ class Profile:
 
     ``held`` of each is what it keeps for the backward. ``hidden``: the bytes of the hidden states that enter the
     blocks; the rest of ``before`` every stage of a pipeline makes for itself. ``working``: how much more there is at
-    the worst moment. Sent bytes are by axis.
+    the worst moment. Sent bytes are by axis. ``ep``: how many ranks share the experts.
     """
 
     before: Counts
@@ -50,6 +50,7 @@ class Profile:
     after: Counts
     blocks: Mapping[Kind, Counts]
     working: int
+    ep: int = 1
 
 
 @attrs.frozen
@@ -124,7 +125,7 @@ def profile(model: SearchedModel, inner: Inner) -> Profile:
     with fake_ranks(inner.world_size):
         mesh = MeshContext.realise(setup.plan, None, "cpu", None)
         run = _Run(slim, PluginCalls(acting), mesh, setup.plan, declared(setup.strategy, "compute_dtype"))
-        return run.profile(inner.length)
+        return attrs.evolve(run.profile(inner.length), ep=inner.sizes.ep_size)
 
 
 @attrs.frozen(eq=False)

@@ -110,7 +110,7 @@ def _judge(topology: Topology, question: Question, estimator: Estimator, answer:
 
 def _least(ranks: list[RankShare]) -> int:
     """Return the bytes that the fullest rank holds beside activations."""
-    return max(sum(rank.states.values()) + sum(rank.bytes.values()) for rank in ranks)
+    return max(sum(rank.held.values()) for rank in ranks)
 
 
 def _reason(error: Exception) -> str:

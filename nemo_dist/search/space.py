@@ -12,11 +12,14 @@ from typing import Any
 
 import attrs
 
+from nemo_dist.errors import PluginError, TopologyError
 from nemo_dist.planning.mesh_plan import DENSE_AXES
 from nemo_dist.planning.sizes import ParallelismSizes
 from nemo_dist.planning.validation import FrozenMapping, integer, near, number_of_ranks, shown
 from nemo_dist.plugin.protocol import Plugin, Stage, declared
 from nemo_dist.plugin.registry import STRATEGY, Registry
+from nemo_dist.setup.selection import Selection
+from nemo_dist.setup.setup import DistributedSetup
 
 MODES: tuple[bool | str, ...] = (False, "selective", True)  # of activation checkpointing, from fastest to smallest
 _FIELDS = tuple(
@@ -78,13 +81,39 @@ class Space:
         return [*own, *(SearchedAxis(axis, axis in roles) for axis in others)]
 
     def strategy_types(self) -> list[type[Plugin]]:
-        """Return the classes of the strategies to try, the default one first."""
+        """Return the classes of the strategies to try, the default one first.
+
+        Raises what ``build`` raises for a name that is none, and TopologyError for a plugin that is no strategy.
+        """
         default = self.registry.role(STRATEGY)
         names = self.strategies
         if names is None:
             found = [name for name in self.registry if self.registry.stage(name) == Stage.DATA]
             names = tuple(sorted(found, key=lambda name: (name != default, name)))
-        return [self.registry.load(name) for name in names]
+        selections = [(Selection(self.registry), name) for name in names]
+        kinds = [type(selection.strategy(name)) for selection, name in selections]
+        if problems := [problem for selection, _ in selections for problem in selection.problems]:
+            raise TopologyError(problems)
+        return kinds
+
+    def refusal(self) -> str | None:
+        """Return the first thing that ``build`` has against what is fixed, and nothing else; None for nothing."""
+        for kind in self.strategy_types():
+            try:
+                named = {f"{axis}_size": size for axis, size in self.fixed.items() if axis in _FIELDS}
+                extra = {axis: size for axis, size in self.fixed.items() if axis not in _FIELDS and size > 1}
+                sizes = ParallelismSizes(**named, extra=extra)
+                DistributedSetup.build(
+                    kind.config_type(),
+                    sizes,
+                    world_size=self.world_size,
+                    plugins=self.plugins,
+                    device_type=self.device_type,
+                    registry=self.registry,
+                )
+            except (ValueError, PluginError) as problem:
+                return str(problem).removeprefix("- ").partition("\n")[0]
+        return None
 
     def choices(self, config_type: type) -> Iterator[dict[str, Any]]:
         """Yield the options to try on a config class, the defaults (no option) first."""

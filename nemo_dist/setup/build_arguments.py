@@ -8,13 +8,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from nemo_dist.mesh.launch_env import launched_world_size
-from nemo_dist.planning.validation import number_of_ranks, same, shown
+from nemo_dist.planning.validation import YEAR, number_of_ranks, same, shown
 from nemo_dist.plugin.protocol import Plugin
 from nemo_dist.setup.selection import RECOMPUTE, Selection
 
 SCOPE = f"{RECOMPUTE}_scope"
 _EVERYWHERE: tuple[Any, ...] = (None, "all", ["all"], ("all",))  # the scopes that restrict nothing
-_YEAR = 60 * 24 * 365  # in minutes
 _MODES: dict[Any, str] = {True: "full", "full": "full", "selective": "selective"}
 
 
@@ -113,6 +112,6 @@ def judge_runtime_options(device_type: Any, timeout_minutes: Any, problems: list
         return
     if isinstance(timeout_minutes, bool) or not isinstance(timeout_minutes, int | float):
         raise TypeError(f"timeout_minutes must be a number of minutes (got {shown(timeout_minutes)})")
-    if not 0 < timeout_minutes <= _YEAR:
-        positive = "positive" if not timeout_minutes > 0 else f"at most {_YEAR}, a year"
+    if not 0 < timeout_minutes <= YEAR:
+        positive = "positive" if not timeout_minutes > 0 else f"at most {YEAR}, a year"
         problems.append(f"timeout_minutes must be {positive} (got {shown(timeout_minutes)})")

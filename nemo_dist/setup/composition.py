@@ -8,8 +8,10 @@ from typing import Any
 
 import attrs
 
+from nemo_dist.errors import RankError
 from nemo_dist.planning.mesh_plan import MeshPlan
 from nemo_dist.planning.sizes import ParallelismSizes
+from nemo_dist.planning.validation import shown
 from nemo_dist.plugin.hook_caller import PluginCalls
 from nemo_dist.plugin.protocol import Plugin, claimant, strategy_of
 
@@ -34,6 +36,15 @@ class Composition:
     device_type: str | None = None
     timeout_minutes: float | None = None
     ranks: tuple[int, ...] | None = None
+
+    def place_of(self, rank: int) -> int:
+        """Return the place in the plan of the process *rank*; raise RankError for one that ``ranks`` leaves out."""
+        if self.ranks is None:
+            return rank
+        if rank not in self.ranks:
+            given = shown(list(self.ranks))
+            raise RankError(f"rank {rank} is none of the ranks of this setup, {given}; name one of them")
+        return self.ranks.index(rank)
 
     @cached_property
     def calls(self) -> PluginCalls:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from nemo_dist.mesh.launch_env import launched_rank
 from nemo_dist.planning.mesh_plan import FLATTENED
+from nemo_dist.planning.validation import integer
 from nemo_dist.plugin.comm_estimate import ModelFacts
 from nemo_dist.plugin.protocol import Plugin, claimants, declared
 from nemo_dist.setup.composition import Composition
@@ -49,7 +50,7 @@ def _place(setup: Composition, own_mesh: DeviceMesh | None) -> list[str]:
     if own_mesh is not None:
         rank, place, together = _in_own_mesh(own_mesh)
     else:
-        rank = int(os.environ.get("RANK", "0"))
+        rank = launched_rank()
         if rank >= setup.plan.world_size or setup.ranks is not None:
             return []
         place, together = setup.plan.coordinates(rank), list(setup.plan.batch_ranks(rank))
@@ -71,7 +72,13 @@ def _claimants(plugins: Iterable[Plugin], axis: str) -> str:
 
 
 def facts_of(setup: Composition, model: Any, rows: int, length: int | None) -> ModelFacts | None:
-    """Return the numbers of *model* and of a batch of *rows* sequences of *length* tokens; None without a model."""
+    """Return the numbers of *model* and of a batch of *rows* sequences of *length* tokens; None without a model.
+
+    Raises TypeError or ValueError for other rows and lengths than ints from 1 up.
+    """
+    integer("rows", rows)
+    if length is not None:
+        integer("length", length)
     if model is None:
         return None
     return ModelFacts.of(

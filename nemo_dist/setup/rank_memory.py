@@ -62,7 +62,7 @@ def memory_bars(
         {
             "stages": [stage for stage, owner in enumerate(owners) if owner == place],
             "modules": [unit for unit in units if any(name.startswith(f"{unit}.") for name in share.computed)],
-            "held": {**share.states, **share.bytes, **_activations(share, head, facts)},
+            "held": {**share.held, **_activations(share, head, facts)},
         }
         for place, share in enumerate(shares)
     ]

@@ -49,6 +49,19 @@ def read_yaml(path: str | os.PathLike[str]) -> Mapping[str, Any]:
     return content
 
 
+def read_texts(path: str | os.PathLike[str], section: str) -> dict[str, str]:
+    """Return the keys of *section* in the YAML file at *path*, with their text as it is written; "" for no scalar.
+
+    Empty for a file without such a section. Errors as for ``read_yaml``.
+    """
+    values = _Values(os.fspath(path)[:400], f"under '{section}:'")
+    root = values.parsed(path)
+    node = values.pairs(root).get(section) if isinstance(root, yaml.MappingNode) else None
+    found = values.pairs(node) if isinstance(node, yaml.MappingNode) else {}
+    texts = {key: one.value if isinstance(one, yaml.ScalarNode) else "" for key, one in found.items()}
+    return {key: text for key, text in texts.items() if isinstance(key, str)}
+
+
 def read_recipe(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Return the YAML file at *path*, a mapping, as plain values; errors as for ``read_yaml``."""
     values = _Values(os.fspath(path)[:400], "in it")

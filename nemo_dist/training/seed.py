@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from nemo_dist.planning.mesh_plan import Role
-from nemo_dist.planning.validation import integer
+from nemo_dist.planning.validation import LARGEST_SEED, integer
 
 if TYPE_CHECKING:
     from nemo_dist.mesh.mesh_context import MeshContext
@@ -25,7 +25,7 @@ def seed_of(seed: int, place: int) -> int:
 
 def seed_rank(mesh: MeshContext, seed: int) -> None:
     """Seed this rank's generators; see :meth:`nemo_dist.DistributedSetup.seed`."""
-    own = seed_of(integer("seed", seed, 0, 2**63 - 1), mesh.rank(Role.BATCH))
+    own = seed_of(integer("seed", seed, 0, LARGEST_SEED), mesh.rank(Role.BATCH))
     torch.manual_seed(own)  # of all devices
     random.seed(own)
     if "numpy" in sys.modules:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import attrs
 
-from nemo_dist import MeshPlan, RuntimePart, Stage, hookimpl
+from nemo_dist import MeshPlan, Role, RuntimePart, Stage, hookimpl
 from nemo_dist.hf_model import inner_model
 from nemo_dist_ddp.config import DDPConfig
 
@@ -64,17 +64,23 @@ class DDP:
 
     @hookimpl
     def explain(self, plan: MeshPlan) -> str:
-        return f"ddp: {plan.size('dp')} replicas; gradients averaged in buckets of {self.config.bucket_cap_mb} MiB"
+        replicas, size = plan.splitting(Role.TOKENS), self.config.bucket_cap_mb
+        return f"ddp: {replicas} replicas; gradients averaged in buckets of {size} MiB"
 
     @hookimpl
     def traffic(self, plan: MeshPlan, facts: ModelFacts | None) -> list[Traffic]:
-        replicas = plan.size("dp")
+        replicas = plan.splitting(Role.TOKENS)  # with the axes of other plugins
         if replicas == 1:
             return []
         from nemo_dist.plugin.comm_estimate import Traffic, shared
 
-        sent = None if facts is None else 2 * shared(replicas, facts.parameters * facts.stored)
-        return [Traffic(axis="dp", collective="all-reduce", of="gradients, by bucket", often="once", sent=sent)]
+        axis = "dp" if plan.size("dp") == replicas else "dp_cp"
+        every = self.config.static_graph
+        often = "once for every batch of a list" if every else "once"
+        sent = None
+        if facts is not None:
+            sent = 2 * shared(replicas, facts.parameters * facts.stored) * (facts.batches if every else 1)
+        return [Traffic(axis=axis, collective="all-reduce", of="gradients, by bucket", often=often, sent=sent)]
 
     @hookimpl
     def memory(self, ranks: list[RankShare]) -> None:

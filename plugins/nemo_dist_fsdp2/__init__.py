@@ -86,7 +86,9 @@ class FSDP2:
 
     @hookimpl
     def explain(self, plan: MeshPlan, model: nn.Module | None) -> str:
-        replicas = plan.size("dp_replicate")
+        from nemo_dist_fsdp2.comm_estimate import replica_axis
+
+        replicas = plan.size(replica_axis(plan))
         line = f"fsdp2: parameters, gradients and optimizer state in {plan.size('dp_shard_cp')} shards"
         line += f", each on {replicas} replicas" if replicas > 1 else ""
         if model is None:
@@ -131,7 +133,8 @@ class FSDP2:
     def traffic(self, plan: MeshPlan, facts: ModelFacts | None) -> list[Traffic]:
         from nemo_dist_fsdp2.comm_estimate import traffic
 
-        return traffic(plan, facts, self.config.reshard_after_forward, self._dtypes[1])
+        config = self.config
+        return traffic(plan, facts, config.reshard_after_forward, self._dtypes[1], config.defer_fsdp_grad_sync)
 
     @hookimpl
     def memory(self, ranks: list[RankShare], plan: MeshPlan, model: nn.Module) -> None:

@@ -7,12 +7,14 @@ from nemo_dist.plugin.comm_estimate import ModelFacts, Traffic, bytes_of, shared
 
 
 def traffic(
-    plan: MeshPlan, facts: ModelFacts | None, reshard: bool | int | None, reduction: str | None
+    plan: MeshPlan, facts: ModelFacts | None, reshard: bool | int | None, reduction: str | None, deferred: bool
 ) -> list[Traffic]:
-    """Return the collectives of parameters and gradients; *reduction* names the dtype that gradients are summed in."""
-    shards, replicas = plan.size("dp_shard_cp"), plan.size("dp_replicate")
-    if shards == 1:
-        return []
+    """Return the collectives of parameters and gradients; *reduction* names the dtype that gradients are summed in.
+
+    ``deferred``: of several batches one after the other, gradients are reduced after the last only.
+    """
+    between = replica_axis(plan)
+    shards, replicas = plan.size("dp_shard_cp"), plan.size(between)
     reshard = plan.splitting(Role.LAYERS) == 1 if reshard is None else reshard
     again = ", and again in the backward those of blocks and embedding" if reshard else ""
     gathered = reduced = averaged = None
@@ -22,14 +24,22 @@ def traffic(
         here = facts.parameters - elsewhere
         twice = facts.block_parameters - elsewhere + facts.embedding_parameters if reshard else 0
         gathered = facts.batches * shared(shards, (here + twice) * facts.computed / part)  # a backward frees all
-        size = bytes_of(reduction) if reduction else facts.stored
+        size = (bytes_of(reduction) if reduction else facts.stored) * (1 if deferred else facts.batches)
         reduced = shared(shards, here * size / part)
         averaged = 2 * shared(replicas, here * size / part / shards)
+    reductions = "once" if deferred else "once for every batch of a list"
     found = [
         Traffic(
             axis="dp_shard_cp", collective="all-gather", of="parameters, by block", often=f"once{again}", sent=gathered
         ),
-        Traffic(axis="dp_shard_cp", collective="reduce-scatter", of="gradients, by block", often="once", sent=reduced),
+        Traffic(
+            axis="dp_shard_cp", collective="reduce-scatter", of="gradients, by block", often=reductions, sent=reduced
+        ),
     ]
-    copies = Traffic(axis="dp_replicate", collective="all-reduce", of="gradient shards", often="once", sent=averaged)
-    return [*found, copies] if replicas > 1 else found
+    copies = Traffic(axis=between, collective="all-reduce", of="gradient shards", often=reductions, sent=averaged)
+    return [*(found if shards > 1 else ()), *([copies] if replicas > 1 else ())]
+
+
+def replica_axis(plan: MeshPlan) -> str:
+    """Return the name along which ranks hold equal shards: with the axes of other plugins that split the batch, too."""
+    return "replicas" if "replicas" in plan.dense and plan.size("replicas") > 1 else "dp_replicate"

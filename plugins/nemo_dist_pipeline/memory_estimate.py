@@ -132,7 +132,6 @@ def _share(
         )
         for stage, alive in zip(stages, load.alive[rank], strict=True)
     ]
-    hidden = config.pp_microbatch_size * whole.length * facts.hidden
     size = bytes_of(config.dtype) if config.dtype else facts.computed
     received = sum((not stage.first) + (not stage.last) for stage in own)
     return attrs.evolve(
@@ -143,7 +142,12 @@ def _share(
         rows=config.pp_microbatch_size,
         forwards=count,
         idle=load.idle,
-        bytes={**whole.bytes, "pipeline buffers": received * count * hidden * size},
+        bytes=dict(whole.bytes),
+        # By token, as plugins that act later split the sequence.
+        bytes_per_token={
+            **whole.bytes_per_token,
+            "pipeline buffers": received * count * config.pp_microbatch_size * facts.hidden * size,
+        },
         overridden=set(whole.overridden),
     )
 
