@@ -1,5 +1,6 @@
 """The folder of a run keeps what it should, names the newest, and goes on from the newest that is whole."""
 
+import errno
 import os
 import warnings
 
@@ -171,3 +172,20 @@ def test_a_class_that_transformers_lacks_is_refused(ranks, tmp_path):
         runs.rewrite(tmp_path / "run" / "step-00000001", model=lambda _, name=name: name)
         with pytest.raises(CheckpointError, match=f"is of a {name}, which transformers"):
             export_checkpoint(tmp_path / "run", tmp_path / "out")
+
+
+def gone(*_):
+    raise OSError(errno.EIO, "Input/output error")  # as of a read, which names no file
+
+
+def test_a_file_that_the_disk_does_not_give_is_named(ranks, tmp_path, monkeypatch):
+    ranks(1).run(on_rank_save_steps, runs.folders("llama"), tmp_path / "run", [1], {})
+    monkeypatch.setattr("nemo_dist.checkpoint.manifest._crc32", gone)
+    manifest = Manifest.read(tmp_path / "run" / "step-00000001")
+    with pytest.raises(CheckpointError, match=r"rank-00000\.safetensors cannot be read: .*Input/output error"):
+        manifest.verify(0)
+
+
+def test_an_older_checkpoint_that_the_disk_does_not_give_fails_no_save(tmp_path, monkeypatch):
+    monkeypatch.setattr(Manifest, "read", gone)
+    assert not RunFolder(tmp_path)._finite(1)

@@ -1,5 +1,6 @@
 """What lies beside the weights: configs, code and tokenizer, as plain transformers writes them for the same model."""
 
+import errno
 import json
 import shutil
 import sys
@@ -206,3 +207,17 @@ def test_the_dtype_in_the_config_is_that_which_transformers_writes(setup, tmp_pa
         "torch.float32",
     }
     assert json_of(tmp_path / "out" / "config.json") == json_of(tmp_path / "plain" / "config.json")
+
+
+def full(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_is_not_called_a_wrong_value_of_a_config(setup, tmp_path, monkeypatch):
+    model = loaded(setup, checkpoint("llama", 0))
+    monkeypatch.setattr(transformers.PreTrainedConfig, "save_pretrained", full)
+    with pytest.raises(CheckpointError) as refused:
+        setup.runtime(model).export(tmp_path / "out")
+    assert "No space left on device" in str(refused.value) and "Change model.config" not in str(refused.value)
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        setup.runtime(model).save(tmp_path / "saved")

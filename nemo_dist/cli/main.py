@@ -283,7 +283,8 @@ def train(
     from nemo_dist.launcher.launch import launch
 
     grace = asked.checkpoint.grace_seconds if asked.checkpoint.folder else 5
-    code = launch("nemo_dist.recipe.job", [asked.to_json()], count, shutdown_seconds=grace)
+    with _refusals(OSError):  # of the temporary folder for what ranks say
+        code = launch("nemo_dist.recipe.job", [asked.to_json()], count, shutdown_seconds=grace)
     if code:
         _show_cursor()
         raise typer.Exit(code)

@@ -129,7 +129,11 @@ def _failures(folder: Path, exits: Mapping[int, int]) -> list[Failure]:
     """Return the failures that ranks recorded, and for the other ranks of *exits* how their processes ended."""
     found: dict[int, Failure] = {}
     for path in folder.glob("rank*.json"):
-        rank, record = int(path.stem.removeprefix("rank")), json.loads(path.read_text())
+        rank = int(path.stem.removeprefix("rank"))
+        try:
+            record = json.loads(path.read_text())
+        except (OSError, ValueError):  # half a record, of a disk that was full
+            continue
         found[rank] = Failure(
             rank=rank, error=record["error"], detail=record["traceback"], code=record["code"], at=record["at"]
         )
