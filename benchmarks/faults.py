@@ -18,7 +18,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-KINDS = {"kills": 100, "disks": 100, "rivals": 20, "manifests": 1000, "flips": 300, "flat": 300}
+KINDS = {"kills": 100, "disks": 100, "reads": 100, "rivals": 20, "manifests": 1000, "flips": 300, "flat": 300}
 
 
 def main() -> int:
