@@ -2,5 +2,5 @@
 
 Here: what is counted (``tally``), a tiny training run (``tiny_run``), processes that are forked from a warm one
 (``forks``), and the faults: ``kills``, ``disks``, ``reads``, ``rivals`` (two runs in one folder), ``manifests``,
-``flips`` and ``flat`` (memory, objects, threads and descriptors over many saves).
+``headers`` (of a model's files), ``flips`` and ``flat`` (memory, objects, threads and descriptors over many saves).
 """
