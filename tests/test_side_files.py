@@ -146,6 +146,17 @@ def test_what_lies_in_the_subfolder_says_whether_it_loads(setup, tmp_path):
         loaded(setup, tmp_path, subfolder="model")
 
 
+@pytest.mark.parametrize(
+    "index", ["{", "[]", '{"weight_map": 3}', '{"metadata": {}, "weight_map": {"a": null}}', "[" * 9999]
+)
+def test_a_damaged_index_of_weight_files_is_named(setup, tmp_path, index):
+    model = shutil.copytree(checkpoint("llama"), tmp_path / "model")
+    (model / "model.safetensors").rename(model / "model-00001-of-00001.safetensors")
+    (model / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors\.index\.json is damaged: "):
+        loaded(setup, model)
+
+
 # ---- configs that transformers does not save ----
 
 

@@ -28,7 +28,7 @@ from nemo_dist.hf_model import IGNORED
 from nemo_dist.mesh.launch_env import Launch
 from nemo_dist.planning.device_flops import bfloat16_flops
 from nemo_dist.recipe import job, throughput
-from nemo_dist.recipe.config import DataSection, LoggingSection, ModelSection, Recipe
+from nemo_dist.recipe.config import DataSection, LoggingSection, Recipe
 from nemo_dist.recipe.documents import documents
 from nemo_dist.recipe.dry_run import described
 from nemo_dist.recipe.job import judge, stream_of, train
@@ -336,7 +336,7 @@ def test_json_that_python_does_not_take_is_refused_with_its_place(what, name, wh
 def test_a_chat_template_that_is_no_text_is_named(tmp_path):
     (tmp_path / "template").write_bytes(b"\xff")
     with pytest.raises(ValueError, match=r"data\.chat_template: .*template is no text in UTF-8"):
-        tokenizer_of(ModelSection(tokenizer="bytes"), DataSection(path=CHAT, chat_template=str(tmp_path / "template")))
+        tokenizer_of(example("sft").model, DataSection(path=CHAT, chat_template=str(tmp_path / "template")))
 
 
 JSON_FILES = {

@@ -1,20 +1,24 @@
 """What a run of a recipe does when the disk of its numbers, its tokenizer or its launcher fails."""
 
+import errno
 import json
 import os
 import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import contextmanager
 
 import pytest
 from test_checkpoint_crash import small_disk
-from test_train import QUIET, command, example, into, lines, numbers
+from test_train import CHAT, QUIET, ROOT, command, example, into, lines, numbers
+from typer.testing import CliRunner
 
 from nemo_dist import RunFolder
 from nemo_dist.checkpoint.manifest import Manifest
+from nemo_dist.cli.main import app
 from nemo_dist.launcher.launch import _failures
 from nemo_dist.recipe.config import LoggingSection, Recipe
 from nemo_dist.recipe.job import train
@@ -171,6 +175,17 @@ def test_a_rank_whose_log_is_on_a_full_disk_succeeds_all_the_same(tmp_path):
         command = [sys.executable, "-m", "nemo_dist.launcher.worker", "says"]
         ended = subprocess.run(command, env=environment, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True)
     assert (ended.returncode, ended.stderr) == (0, "")
+
+
+def test_a_machine_without_room_for_temporary_files_is_told_in_words(monkeypatch):
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", full_folder)
+    arguments = ["train", str(ROOT / "docs/examples/sft.yaml"), "--nproc", "2", "--set", f"data.path={CHAT}"]
+    result = CliRunner().invoke(app, [*arguments, "--set", "evaluate=null"])
+    assert (result.exit_code, result.stderr) == (2, "error: [Errno 28] No space left on device\n")
+
+
+def full_folder(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_half_a_record_of_a_rank_is_left_out(tmp_path):

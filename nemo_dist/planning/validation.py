@@ -67,10 +67,9 @@ def integer(name: str, value: object, low: int = 1, high: int | None = None) -> 
 
 def number_of_ranks(name: str, value: object) -> int:
     """Return *value*, the number of ranks called *name*; raise as ``integer`` does, and beyond a million."""
-    ranks = integer(name, value)
-    if ranks > _MOST_RANKS:
+    if isinstance(value, int) and value > _MOST_RANKS:
         raise ValueError(f"{name} must be at most {_MOST_RANKS} ranks (got {shown(value)})")
-    return ranks
+    return integer(name, value)
 
 
 def near(word: object, words: Iterable[str]) -> str:
