@@ -166,6 +166,12 @@ def test_the_command_refuses_in_one_block(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_path_that_is_too_long_is_said_once(tmp_path):
+    answer = CliRunner().invoke(app, ["export", "1" * 5000, str(tmp_path / "out")])
+    assert answer.exit_code == 2 and answer.stderr.count("1" * 5000) == 1
+    assert answer.stderr.startswith("error: looking for the checkpoint failed: [Errno 36] File name too long: ")
+
+
 def test_a_class_that_transformers_lacks_is_refused(ranks, tmp_path):
     ranks(2).run(on_rank_save_steps, runs.folders("llama"), tmp_path / "run", [1], {})
     for name in ("NoSuchModel", "AutoConfig", "logging"):
