@@ -1,22 +1,25 @@
 """A process that makes, saves and drops many setups holds no more objects after many than after a few."""
 
+import gc
 import warnings
+import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
 from cases import cases, slow
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from nemo_dist import DDPConfig, DistributedSetup, FSDP2Config, MegatronFSDPConfig, ParallelismSizes, RunFolder
+from nemo_dist import DDPConfig, DistributedSetup, FSDP2Config, ParallelismSizes, RunFolder
 from nemo_dist.testing.live_objects import grown, live_objects
 from nemo_dist.testing.tiny_models import SPECIMENS
+from nemo_dist_context.attention import SharedAttention
+from nemo_dist_context.sequence_layout import SequenceLayout
 
 SETUPS = {
     "fsdp2": {"strategy": FSDP2Config()},
-    "hsdp": {"strategy": FSDP2Config(), "parallelism_sizes": ParallelismSizes(dp_replicate_size=2)},
     "ddp": {"strategy": DDPConfig()},
-    "megatron_fsdp": {"strategy": MegatronFSDPConfig()},
     "tp": {"strategy": FSDP2Config(sequence_parallel=True), "parallelism_sizes": ParallelismSizes(tp_size=2)},
-    "tp, ddp": {"strategy": DDPConfig(), "parallelism_sizes": ParallelismSizes(tp_size=2)},
     "cp": {"strategy": FSDP2Config(), "parallelism_sizes": ParallelismSizes(cp_size=2)},
     "pp": {"strategy": FSDP2Config(), "parallelism_sizes": ParallelismSizes(pp_size=2)},
     "ep": {"strategy": FSDP2Config(), "parallelism_sizes": ParallelismSizes(ep_size=2)},
@@ -28,7 +31,7 @@ FIRST = 4  # which fill caches
 def start(name):
     """Return the runtime and optimizer of a new model after a step."""
     setup = DistributedSetup.build(**SETUPS[name])
-    specimen = SPECIMENS["qwen3_moe" if name == "ep" else "llama"]
+    specimen = SPECIMENS["qwen3-moe" if name == "ep" else "llama"]
     model = specimen.load.from_config(specimen.config(), distributed_setup=setup, dtype=torch.float32)
     runtime = setup.runtime(model)
     optimizer = runtime.optimizer(torch.optim.AdamW)
@@ -58,6 +61,7 @@ def on_rank_set_up(name, count):
     ("name", "count"),
     [
         ("fsdp2", 4),
+        ("cp", 2),
         *(slow(name, 8) for name in SETUPS),
         slow("fsdp2", 300),
         slow("tp", 300),
@@ -88,3 +92,23 @@ def on_rank_save(path, name, count):
 @pytest.mark.timeout(1800)
 def test_saves_and_loads_leave_no_object(ranks, tmp_path, name, count):
     assert ranks(2).run(on_rank_save, tmp_path, name, count, timeout=1500.0) == [{}, {}]
+
+
+def test_an_attention_that_is_gone_leaves_its_base_and_gives_its_name_back():
+    def made(base):
+        attention = SharedAttention(
+            layout=SequenceLayout(size=2, rank=0, balanced=True), group=None, method="all_gather", base=base
+        )
+        return attention, attention.register()
+
+    first, name = made("sdpa")
+    heads, module = torch.randn(1, 2, 4, 8), SimpleNamespace(num_key_value_groups=1, training=False, is_causal=True)
+    expected = ALL_ATTENTION_FUNCTIONS["sdpa"](module, heads, heads, heads, None)[0]
+    held = weakref.ref(first)
+    del first
+    gc.collect()
+    assert held() is None
+    assert torch.equal(ALL_ATTENTION_FUNCTIONS[name](module, heads, heads, heads, None)[0], expected)
+    _other, other_name = made("eager")
+    _again, name_again = made("sdpa")
+    assert other_name != name == name_again
