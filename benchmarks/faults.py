@@ -17,8 +17,19 @@ from importlib import import_module
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# torch keeps the last 2,000 collectives of a process, some 1 KB each, and so grows until there are as many.
+os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "50")
 
-KINDS = {"kills": 100, "disks": 100, "rivals": 20, "manifests": 1000, "flips": 300, "flat": 300}
+KINDS = {
+    "kills": 100,
+    "disks": 100,
+    "reads": 100,
+    "rivals": 20,
+    "manifests": 1000,
+    "headers": 300,
+    "flips": 300,
+    "flat": 300,
+}
 
 
 def main() -> int:

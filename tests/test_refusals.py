@@ -370,6 +370,8 @@ def test_a_role_with_two_owners_is_refused_when_it_is_needed():
         (FSDP2Config, {"mp_policy": {"param_dtype": 10**5000}}),
         (FSDP2Config, {"mp_policy": {10**5000: "float32"}}),
         (PipelineConfig, {"pp_schedule_csv": 10**5000}),
+        (PipelineConfig, {"pp_microbatch_size": 10**5000}),
+        (FSDP2Config, {"reshard_after_forward": 10**5000}),
     ],
 )
 def test_a_number_that_python_does_not_write_is_refused_in_words(config, options):

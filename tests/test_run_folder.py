@@ -1,5 +1,6 @@
 """The folder of a run keeps what it should, names the newest, and goes on from the newest that is whole."""
 
+import errno
 import os
 import warnings
 
@@ -165,9 +166,32 @@ def test_the_command_refuses_in_one_block(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_path_that_is_too_long_is_said_once(tmp_path):
+    answer = CliRunner().invoke(app, ["export", "1" * 5000, str(tmp_path / "out")])
+    assert answer.exit_code == 2 and answer.stderr.count("1" * 5000) == 1
+    assert answer.stderr.startswith("error: looking for the checkpoint failed: [Errno 36] File name too long: ")
+
+
 def test_a_class_that_transformers_lacks_is_refused(ranks, tmp_path):
     ranks(2).run(on_rank_save_steps, runs.folders("llama"), tmp_path / "run", [1], {})
     for name in ("NoSuchModel", "AutoConfig", "logging"):
         runs.rewrite(tmp_path / "run" / "step-00000001", model=lambda _, name=name: name)
         with pytest.raises(CheckpointError, match=f"is of a {name}, which transformers"):
             export_checkpoint(tmp_path / "run", tmp_path / "out")
+
+
+def gone(*_):
+    raise OSError(errno.EIO, "Input/output error")  # as of a read, which names no file
+
+
+def test_a_file_that_the_disk_does_not_give_is_named(ranks, tmp_path, monkeypatch):
+    ranks(1).run(on_rank_save_steps, runs.folders("llama"), tmp_path / "run", [1], {})
+    monkeypatch.setattr("nemo_dist.checkpoint.manifest._crc32", gone)
+    manifest = Manifest.read(tmp_path / "run" / "step-00000001")
+    with pytest.raises(CheckpointError, match=r"rank-00000\.safetensors cannot be read: .*Input/output error"):
+        manifest.verify(0)
+
+
+def test_an_older_checkpoint_that_the_disk_does_not_give_fails_no_save(tmp_path, monkeypatch):
+    monkeypatch.setattr(Manifest, "read", gone)
+    assert not RunFolder(tmp_path)._finite(1)

@@ -1,5 +1,6 @@
 """What lies beside the weights: configs, code and tokenizer, as plain transformers writes them for the same model."""
 
+import errno
 import json
 import shutil
 import sys
@@ -145,6 +146,17 @@ def test_what_lies_in_the_subfolder_says_whether_it_loads(setup, tmp_path):
         loaded(setup, tmp_path, subfolder="model")
 
 
+@pytest.mark.parametrize(
+    "index", ["{", "[]", '{"weight_map": 3}', '{"metadata": {}, "weight_map": {"a": null}}', "[" * 9999]
+)
+def test_a_damaged_index_of_weight_files_is_named(setup, tmp_path, index):
+    model = shutil.copytree(checkpoint("llama"), tmp_path / "model")
+    (model / "model.safetensors").rename(model / "model-00001-of-00001.safetensors")
+    (model / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors\.index\.json is damaged: "):
+        loaded(setup, model)
+
+
 # ---- configs that transformers does not save ----
 
 
@@ -206,3 +218,17 @@ def test_the_dtype_in_the_config_is_that_which_transformers_writes(setup, tmp_pa
         "torch.float32",
     }
     assert json_of(tmp_path / "out" / "config.json") == json_of(tmp_path / "plain" / "config.json")
+
+
+def full(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_is_not_called_a_wrong_value_of_a_config(setup, tmp_path, monkeypatch):
+    model = loaded(setup, checkpoint("llama", 0))
+    monkeypatch.setattr(transformers.PreTrainedConfig, "save_pretrained", full)
+    with pytest.raises(CheckpointError) as refused:
+        setup.runtime(model).export(tmp_path / "out")
+    assert "No space left on device" in str(refused.value) and "Change model.config" not in str(refused.value)
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        setup.runtime(model).save(tmp_path / "saved")

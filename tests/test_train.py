@@ -34,7 +34,7 @@ from nemo_dist.recipe.dry_run import described
 from nemo_dist.recipe.job import judge, stream_of, train
 from nemo_dist.recipe.metrics import FILE, Metrics
 from nemo_dist.recipe.row_stream import RowStream
-from nemo_dist.recipe.tokens import Row, byte_tokenizer, packed, rows_of
+from nemo_dist.recipe.tokens import Row, byte_tokenizer, packed, rows_of, tokenizer_of
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "docs" / "examples"
@@ -315,6 +315,28 @@ def test_a_line_that_is_no_document_is_named(line, tmp_path):
     (tmp_path / "data.jsonl").write_text('{"text": "good"}\n' + line + "\n")
     with pytest.raises(ValueError, match=rf"data\.jsonl, {BAD_LINES[line]}|data\.jsonl, line 2: {BAD_LINES[line]}"):
         list(documents(str(tmp_path / "data.jsonl")))
+
+
+UNREADABLE = {
+    "half a letter": ('{"text": "a\\ud83d"}', "has half of a surrogate pair"),
+    "digits": ('{"text": ' + "1" * 5000 + "}", "is no JSON that can be read: Exceeds the limit"),
+    "levels": ("[" * 100_000, "is no JSON that can be read: maximum recursion depth"),
+}
+
+
+@pytest.mark.parametrize("what", UNREADABLE)
+@pytest.mark.parametrize(("name", "where"), [("data.jsonl", "data.jsonl, line 1"), ("data.json", "data.json")])
+def test_json_that_python_does_not_take_is_refused_with_its_place(what, name, where, tmp_path):
+    line, message = UNREADABLE[what]
+    (tmp_path / name).write_text(line)
+    with pytest.raises(ValueError, match=f"{where} {message}"):
+        list(documents(str(tmp_path / name)))
+
+
+def test_a_chat_template_that_is_no_text_is_named(tmp_path):
+    (tmp_path / "template").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"data\.chat_template: .*template is no text in UTF-8"):
+        tokenizer_of(example("sft").model, DataSection(path=CHAT, chat_template=str(tmp_path / "template")))
 
 
 JSON_FILES = {

@@ -1,4 +1,4 @@
-"""Save, load and set up many times in one process: memory, threads and descriptors stay flat."""
+"""Save, load and set up many times in one process: memory, objects, threads and descriptors stay flat."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from campaign.forks import call
 from campaign.tally import Tally
 from campaign.tiny_run import TinyRun
 from nemo_dist import RunFolder
+from nemo_dist.testing.live_objects import grown as grown_objects
+from nemo_dist.testing.live_objects import live_objects
 
 _WARM = 30  # first ones, which fill caches
 _SLACK = 1.0  # MiB in use that may stay of all; what the process has besides are holes, which malloc_trim gives back
@@ -48,7 +50,7 @@ def on_rank_repeat(
     run.train()
     for index in range(1, _WARM + 1):
         work(run, folder, index)
-    before = holds()
+    before, objects = holds(), live_objects()
     for index in range(_WARM + 1, _WARM + 1 + count):
         work(run, folder, index)
         tally.survive()
@@ -57,6 +59,8 @@ def on_rank_repeat(
     tally.remark = ", ".join(f"{what} {before[what]:.1f} -> {after[what]:.1f}" for what in before)
     if grown["threads"] > 0 or grown["descriptors"] > 0 or grown["MiB in use"] > _SLACK:
         tally.lose(f"it grew: {grown}")
+    if more := grown_objects(objects, live_objects()):
+        tally.lose(f"there are more of {more}")
     return tally
 
 

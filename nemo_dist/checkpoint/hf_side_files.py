@@ -53,6 +53,8 @@ def write_companions(folder: Path, model: Any, dtype: torch.dtype | None = None)
     for kind, name in _configs(model, config):
         try:
             kind.save_pretrained(folder)
+        except OSError:  # of the disk, not of the values
+            raise
         except Exception as error:  # also huggingface_hub has some of its own
             warnings.warn(f"{name} has values that transformers does not save: {error}", stacklevel=2)
             kind.to_json_file(folder / name)
@@ -66,6 +68,8 @@ def refuse_invalid(model: Any) -> None:
         for kind, name in _configs(model, plain_config(model, None)):
             try:
                 kind.save_pretrained(folder)
+            except OSError:  # of the disk, not of the values
+                raise
             except Exception as error:
                 own = "config" if name == CONFIG_NAME else "generation_config"
                 raise CheckpointError(f"transformers does not save {name}: {error}\nChange model.{own}") from error

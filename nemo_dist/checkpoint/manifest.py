@@ -281,7 +281,10 @@ def open_file(path: Path) -> Any:
 
 
 def _verify(path: Path, file: Mapping[str, Any]) -> None:
-    found = _crc32(path)
+    try:
+        found = _crc32(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
     if found != file["crc32"]:
         raise CheckpointError(f"{path} is damaged: its checksum is {found}, not {file['crc32']}")
 

@@ -42,7 +42,8 @@ def export_checkpoint(
     target, limit = dtype_of(dtype), bytes_of(max_shard_size)
     ranks = RankGroup()
     manifest = _checkpoint(ranks, folder_at(checkpoint))
-    model = _identity(manifest)
+    with ranks.agreed(f"reading the configs in {manifest.folder / IDENTITY}"):
+        model = _identity(manifest)
     stored = {n.removeprefix(MODEL): tensor for n, tensor in manifest.tensors.items() if n.startswith(MODEL)}
     _refuse_others(manifest, model, stored.keys())
     refuse_invalid(model)
@@ -58,7 +59,9 @@ def export_checkpoint(
 
 
 def _checkpoint(ranks: RankGroup, given: Path) -> Manifest:
-    if (given / NAME).exists():
+    with ranks.agreed("looking for the checkpoint"):  # an error of the system has the path
+        alone = (given / NAME).exists()
+    if alone:
         return intact(ranks, given)
     newest = RunFolder(given).newest_intact(ranks)
     if newest is None:

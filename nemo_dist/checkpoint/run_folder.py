@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -148,6 +149,13 @@ class RunFolder:
             raise CheckpointError(f"none of the checkpoints in {self.path} is whole: steps {steps}")
         return None
 
+    def try_to_write(self) -> None:
+        """Write and remove a file in the folder, which is made; raise OSError where that fails, as it would later."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=self.path) as file:
+            file.write(b"0")
+            file.flush()
+
     def steps(self) -> list[int]:
         """Return the steps that have a checkpoint, complete or not, ascending."""
         if not self.path.is_dir():
@@ -237,7 +245,7 @@ class RunFolder:
             manifest = Manifest.read(self._folder(step))
             manifest.look_for_files()
             return not manifest.not_finite
-        except CheckpointError:
+        except (CheckpointError, OSError):
             return False
 
 

@@ -26,6 +26,7 @@ def main() -> None:
     sys.argv = [module, *arguments]
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
+        _flush()
     except SystemExit as error:
         if error.code not in (None, 0):
             code = error.code if isinstance(error.code, int) else 1
@@ -38,15 +39,26 @@ def main() -> None:
 
 
 def _end(error: str, trace: str, code: int) -> None:
-    record = {"error": error, "traceback": trace, "code": code, "at": time()}
+    record = json.dumps({"error": error, "traceback": trace, "code": code, "at": time()})
     folder, rank = Path(os.environ[FOLDER]), os.environ["RANK"]
     beside = folder / f"rank{rank}.unfinished"  # the launcher may kill this process while it writes
-    beside.write_text(json.dumps(record))
-    beside.replace(folder / f"rank{rank}.json")
-    sys.stdout.flush()
-    sys.stderr.flush()
+    try:
+        beside.write_text(record)
+        beside.replace(folder / f"rank{rank}.json")
+    except OSError:  # a full disk, which may be why this rank fails
+        sys.stderr.write(f"{trace}\n{error}\n".lstrip())
+    _flush()
     # A normal exit would destroy the process group, which waits for peers that wait for this rank in a collective.
     os._exit(code)
+
+
+def _flush() -> None:
+    """Write out what was said; where the disk of a log is full, drop it, as it would make a failure of a success."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _follow_launcher() -> None:

@@ -1,12 +1,15 @@
-"""Recognise checkpoints of other programs by their files, and say how to get what is in them; nothing is opened."""
+"""Recognise checkpoints of other programs by their files, and say how to get what is in them; none is unpickled."""
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import attrs
 
+_ALONE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _WHOLE = ("model*.safetensors", "pytorch_model*.bin", "adapter_model.safetensors")
 
 
@@ -81,3 +84,22 @@ def unloadable(folder: object) -> str | None:
     if form is None or any(next(Path(folder).glob(sign), None) for sign in _WHOLE):
         return None
     return f"{os.fspath(folder)} is {form.name}, which from_pretrained does not read; {form.way}"
+
+
+def damaged_index(folder: object) -> str | None:
+    """Return a sentence for the *folder* of a model whose index of weight files is not what transformers reads."""
+    path = Path(folder, _INDEX) if isinstance(folder, str | os.PathLike) else None
+    if path is None or not path.is_file() or path.with_name(_ALONE).is_file():
+        return None
+    try:
+        index = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        return f"{path} is damaged: {error}"
+    known = isinstance(index, Mapping) and isinstance(index.get("metadata"), Mapping)
+    files = index.get("weight_map") if known else None
+    if isinstance(files, Mapping) and all(isinstance(file, str) and file for file in files.values()):
+        return None
+    return (
+        f"{path} is damaged: it must have a mapping 'metadata', and a mapping 'weight_map' from the names of weights "
+        "to those of files; copy it anew, or write the model with save_pretrained"
+    )

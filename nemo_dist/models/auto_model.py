@@ -25,7 +25,7 @@ from nemo_dist.hf_model import has_adapters, inner_model
 from nemo_dist.loading.deferred_init import DeferredInit
 from nemo_dist.loading.hf_weight_loader import Target, read_through
 from nemo_dist.loading.missing_weights import Draws
-from nemo_dist.loading.other_formats import unloadable
+from nemo_dist.loading.other_formats import damaged_index, unloadable
 from nemo_dist.loading.same_source import config_fields
 from nemo_dist.loading.slice_init import SliceInit, refuse_long_draws
 from nemo_dist.mesh.mesh_context import MeshContext
@@ -136,10 +136,11 @@ def _refuse_files(source: Any, kwargs: dict[str, Any]) -> None:
     """Raise CheckpointError for files that transformers does not load as a model, or into shards: of *source*."""
     if not isinstance(source, str | os.PathLike):
         return
-    if problem := unloadable(Path(source, kwargs.get("subfolder", ""))):
+    place = Path(source, kwargs.get("subfolder", ""))
+    if problem := unloadable(place) or damaged_index(place):
         raise CheckpointError(problem)
-    place = _given(kwargs, *_PLACE, *_ACCESS) | (kwargs.get("adapter_kwargs") or {})
-    if is_peft_available() and find_adapter_config_file(os.fspath(source), **place):
+    given = _given(kwargs, *_PLACE, *_ACCESS) | (kwargs.get("adapter_kwargs") or {})
+    if is_peft_available() and find_adapter_config_file(os.fspath(source), **given):
         raise CheckpointError(
             f"{os.fspath(source)} has adapters of PEFT, which are not loaded into shards; merge them on one process "
             "(PEFT's merge_and_unload, then save_pretrained) and load that folder, or load a folder without "

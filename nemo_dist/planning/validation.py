@@ -14,6 +14,7 @@ V = TypeVar("V")
 YEAR = 60 * 24 * 365  # in minutes
 LARGEST_SEED = 2**63 - 1  # that torch takes
 MOST_RANKS = 2**20  # more than any machine has; what is planned rank by rank stays short
+_MOST_BITS = 63  # of a number that torch can count
 _LONGEST = 200  # characters of a value in a message
 _LONGEST_NAME = 100  # characters of a word for which a near match is looked for
 
@@ -53,22 +54,24 @@ def same(one: object, other: object) -> bool:
 def integer(name: str, value: object, low: int = 1, high: int | None = None) -> int:
     """Return *value*, the int called *name*; raise TypeError for another type, ValueError outside *low* to *high*.
 
-    A bool is refused although Python calls it an int: ``tp_size=True`` is a mistake, not a size of 1.
+    A bool is refused although Python calls it an int: ``tp_size=True`` is a mistake, not a size of 1. So is what torch
+    could not count, 2**63 and more, which Python may refuse even to write into a message.
     """
     bounds = f"from {low} up" if high is None else f"from {low} to {high}"
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int {bounds} (got {shown(value)} of type {type(value).__name__})")
     if value < low or (high is not None and value > high):
         raise ValueError(f"{name} must be an int {bounds} (got {shown(value)})")
+    if high is None and value.bit_length() > _MOST_BITS:
+        raise ValueError(f"{name} must be an int {bounds}, and less than 2**{_MOST_BITS} (got {shown(value)})")
     return value
 
 
 def number_of_ranks(name: str, value: object) -> int:
     """Return *value*, the number of ranks called *name*; raise as ``integer`` does, and beyond a million."""
-    ranks = integer(name, value)
-    if ranks > MOST_RANKS:
+    if isinstance(value, int) and value > MOST_RANKS:
         raise ValueError(f"{name} must be at most {MOST_RANKS} ranks (got {shown(value)})")
-    return ranks
+    return integer(name, value)
 
 
 def positive_minutes(name: str, value: object) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -10,12 +11,14 @@ from typing import Any
 
 import attrs
 
+from nemo_dist.models.meta_model import in_one_line
 from nemo_dist.planning.validation import near, shown
 
 _JSON = ".json"
 _LINES = (".jsonl", ".ndjson")
 _TABLES = (".csv", ".tsv", ".parquet", ".arrow")
 _OF_DATASETS = ("dataset_info.json", "state.json", "dataset_dict.json")  # what save_to_disk writes
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")  # in JSON: one of a pair that stands for a letter
 _MESSAGES, _PROMPT, _COMPLETION = "messages", "prompt", "completion"
 _CHOSEN, _REJECTED = "chosen", "rejected"
 
@@ -96,7 +99,7 @@ def _rows_of_json(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield where each row of JSON is, and the row: a line, or an item of the list that all of a file is."""
     if _kind(path) == _JSON:
         with suppress(json.JSONDecodeError):  # it has lines
-            whole = json.loads(path.read_text(encoding="utf-8"))
+            whole = _loaded(str(path), path.read_text(encoding="utf-8"))
             rows = whole if isinstance(whole, list) else [whole]
             yield from ((f"{path}, item {number}", row) for number, row in enumerate(rows, start=1))
             return
@@ -107,10 +110,28 @@ def _rows_of_json(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _parsed(path: Path, number: int, line: str) -> Any:
+    where = f"{path}, line {number}"
     try:
-        return json.loads(line)
+        return _loaded(where, line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"data: {path}, line {number} is no JSON: {error}") from None
+        raise ValueError(f"data: {where} is no JSON: {error}") from None
+
+
+def _loaded(where: str, text: str) -> Any:
+    """Return the value of the JSON *text*; raise JSONDecodeError for none, ValueError for what cannot be read of it."""
+    try:
+        value = json.loads(text)
+        if _HALF.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except json.JSONDecodeError:
+        raise
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"data: {where} has half of a surrogate pair, as \\ud83d alone, which stands for no letter; take it out"
+        ) from None
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, and as many levels
+        raise ValueError(f"data: {where} is no JSON that can be read: {error}") from None
 
 
 def _saved_by_datasets(path: Path, text: str) -> Iterator[Document]:
@@ -120,7 +141,10 @@ def _saved_by_datasets(path: Path, text: str) -> Iterator[Document]:
         raise ValueError(
             f"data: {path} was saved by datasets, which is not installed; pip install datasets, or write JSON lines"
         ) from None
-    rows = load_from_disk(str(path))
+    try:
+        rows = load_from_disk(str(path))
+    except Exception as error:  # of its own, of its tables', or of Python on a state that is damaged
+        raise ValueError(f"data: datasets cannot read {path}: {in_one_line(error)}") from error
     if isinstance(rows, Mapping):
         raise ValueError(f"data: {path} has the splits {', '.join(rows)}; name the folder of one of them")
     for number, row in enumerate(rows):

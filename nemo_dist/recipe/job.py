@@ -14,16 +14,17 @@ import attrs
 import torch
 
 from nemo_dist.checkpoint.run_folder import RunFolder
-from nemo_dist.errors import NemoDistError, TopologyError
+from nemo_dist.errors import CheckpointError, NemoDistError, TopologyError
 from nemo_dist.mesh.process_group import DistEnv, initialize_distributed
 from nemo_dist.mesh.store_consensus import brief, compare, reported
+from nemo_dist.models.meta_model import in_one_line
 from nemo_dist.planning.mesh_plan import Role
 from nemo_dist.recipe.config import DataSection, Recipe
 from nemo_dist.recipe.documents import files_of
 from nemo_dist.recipe.metrics import Metrics, judge_logging
 from nemo_dist.recipe.model import adapter_config, config_of, load_model
 from nemo_dist.recipe.optimization import make_loss, make_optimizer, make_schedule, tried_optimizer
-from nemo_dist.recipe.progress import Report, progress
+from nemo_dist.recipe.progress import Report, progress, say
 from nemo_dist.recipe.reference_scores import score
 from nemo_dist.recipe.row_stream import RowStream
 from nemo_dist.recipe.throughput import Throughput
@@ -77,6 +78,17 @@ def _in_words() -> Iterator[None]:
         raise
     except (ValueError, OSError) as error:
         raise TopologyError([str(error)]) from error
+
+
+@contextmanager
+def _export_in_words(out: Path) -> Iterator[None]:
+    """Raise CheckpointError for what ends a write to *out*; PEFT, safetensors and tokenizers have their own errors."""
+    try:
+        yield
+    except NemoDistError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"writing {out} failed: {in_one_line(error)}") from error
 
 
 def _compare(recipe: Recipe, streams: Mapping[str, RowStream | None]) -> None:
@@ -201,12 +213,18 @@ class Job:
             part.train()
         recipe, main = self.recipe, self.env.is_main
         if main and self.done:
-            sys.stdout.write(f"goes on after step {self.done} of {self.folder and self.folder.path}\n")
-        metrics = Metrics.open(recipe.logging, recipe.folder, self.done, recipe.given) if main else Metrics()
+            say(f"goes on after step {self.done} of {self.folder and self.folder.path}")
+        metrics, ranks = Metrics(), self.runtime.sharded.ranks
+        if self.folder is not None and self.done < self.steps:
+            with ranks.agreed(f"trying to write to {self.folder.path}"):  # not after hours of training
+                if main:
+                    self.folder.try_to_write()
+        with ranks.agreed(f"opening the numbers of the run in {recipe.folder}"):
+            if main:
+                metrics = Metrics.open(recipe.logging, recipe.folder, self.done, recipe.given)
         speed = Throughput()
         if main:
-            ranks = self.env.world_size
-            speed = Throughput.of(config_of(recipe.model), recipe.data.length, ranks)
+            speed = Throughput.of(config_of(recipe.model), recipe.data.length, self.env.world_size)
         with closing(metrics), progress(self.steps, self.done, recipe.logging.every, main) as report:
             for step in range(self.done + 1, self.steps + 1):
                 self._step(step, speed, metrics, report)
@@ -249,15 +267,16 @@ class Job:
         """Write the trained model as transformers reads it, with its tokenizer; or its adapters, as PEFT reads them."""
         if self.recipe.checkpoint.export is None:
             return
-        out = Path(self.recipe.checkpoint.export).expanduser()
+        out, main = Path(self.recipe.checkpoint.export).expanduser(), self.env.is_main
         if self.recipe.model.peft is None:
             self.runtime.export(out)
-        else:  # embedding layers are shards, and not trained
-            main = self.env.is_main
-            self.runtime.model.save_pretrained(out, is_main_process=main, save_embedding_layers=False)
-        if self.env.is_main:
-            tokenizer.save_pretrained(out)
-            sys.stdout.write(f"exported to {out}\n")
+        with reported(f"exporting to {out}"), _export_in_words(out):
+            if self.recipe.model.peft is not None:  # embedding layers are shards, and not trained
+                self.runtime.model.save_pretrained(out, is_main_process=main, save_embedding_layers=False)
+            if main:
+                tokenizer.save_pretrained(out)
+        if main:
+            say(f"exported to {out}")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
@@ -60,9 +63,13 @@ class Metrics:
         return made
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Write the *values* of *step*."""
+        """Write the *values* of *step*; a disk that fails is a warning, as the run itself does not need them."""
         for writer in self.writers:
-            writer(step, values)
+            try:
+                writer(step, values)
+            except OSError as error:
+                # The same words at every step, so that Python prints them once.
+                warnings.warn(f"numbers of the run cannot be written, and it goes on without: {error}", stacklevel=2)
 
     def close(self) -> None:
         """Finish what others than this file's lines need to be told."""
@@ -72,9 +79,10 @@ class Metrics:
 
 @attrs.frozen(eq=False)
 class _Lines:
-    """A file with a line of JSON for each time that numbers were written."""
+    """A file with a line of JSON for each time that numbers were written; ``left`` are those that it could not take."""
 
     path: Path
+    left: list[str] = attrs.field(factory=list)
 
     @classmethod
     def after(cls, path: Path, done: int) -> _Lines:
@@ -82,22 +90,37 @@ class _Lines:
 
         Where that is every step, the file is one of an earlier run, and is kept beside.
         """
-        kept = []
         if done == 0 and path.is_file():
             numbers = (number for number in count(1) if not Path(f"{path}.{number}").exists())
             path.rename(f"{path}.{next(numbers)}")
-        if path.is_file():
-            for line in path.read_text().splitlines():
-                try:
-                    kept += [line] if json.loads(line)["step"] <= done else []
-                except (ValueError, KeyError, TypeError):
-                    continue  # the end of a line that was being written when the process was killed
-        path.write_text("".join(f"{line}\n" for line in kept))
+        before = path.read_text(errors="replace") if path.is_file() else None
+        kept = "".join(f"{line}\n" for line in (before or "").splitlines() if _is_until(line, done))
+        if kept != before:
+            beside = path.with_name(f".{path.name}.partial")  # a full disk must not cost the old numbers
+            beside.write_text(kept)
+            beside.replace(path)
         return cls(path)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        """Append the line of *values*, after those that are left; where the disk fails, the file stays as it was."""
+        self.left.append(json.dumps({"step": step, **values}) + "\n")
+        whole = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with self.path.open("a") as file:
+                file.write("".join(self.left))
+        except OSError as error:
+            with suppress(OSError):  # half a line
+                os.truncate(self.path, whole)
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
+        self.left.clear()
+
+
+def _is_until(line: str, done: int) -> bool:
+    """Whether *line* has numbers of a step up to *done*; not where the process was killed while it wrote the line."""
+    try:
+        return bool(json.loads(line)["step"] <= done)
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def _to_board(board: Any, step: int, values: Mapping[str, float]) -> None:

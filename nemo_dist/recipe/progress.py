@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 Report = Callable[[int, Mapping[str, float]], None]  # called with the step, from 1, and its numbers
@@ -25,6 +26,12 @@ def in_words(values: Mapping[str, float]) -> str:
     return "  ".join(form(values[name]) for name, form in _FORMS.items() if name in values)
 
 
+def say(line: str) -> None:
+    """Write *line* to the log of the run, whose disk may be full: that must not end the run."""
+    with suppress(OSError):
+        sys.stdout.write(f"{line}\n")
+
+
 @contextmanager
 def progress(steps: int, done: int, every: int, shown: bool) -> Iterator[Report]:
     """Yield what reports a step of a run of so many *steps*, of which *done* were before; nothing unless *shown*."""
@@ -43,6 +50,7 @@ def progress(steps: int, done: int, every: int, shown: bool) -> Iterator[Report]
             if "loss" in values:
                 bar.update(task, completed=step, loss=f"{values['loss']:.3f}")
             if "loss" not in values or step in (done + 1, steps) or step % every == 0:
-                console.print(f"step {step:>4}/{steps}  {in_words(values)}", highlight=False)
+                with suppress(OSError):  # as above
+                    console.print(f"step {step:>4}/{steps}  {in_words(values)}", highlight=False)
 
         yield report

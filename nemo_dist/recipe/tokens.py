@@ -56,7 +56,10 @@ def tokenizer_of(model: ModelSection, data: DataSection) -> Any:
             f"'{_BYTES}' ({in_one_line(error)})"
         ) from error
     if data.chat_template is not None:
-        tokenizer.chat_template = Path(data.chat_template).expanduser().read_text(encoding="utf-8")
+        try:
+            tokenizer.chat_template = Path(data.chat_template).expanduser().read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"data.chat_template: {data.chat_template} is no text in UTF-8 ({error.reason})") from None
     return tokenizer
 
 

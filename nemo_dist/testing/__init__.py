@@ -9,7 +9,7 @@ setup for a plugin), ``tiny_models``; a proof for a user's own model: ``proof``,
 ``localise``; the ranks: ``pool``, ``worker``, ``remote_call``, ``failure_report``, ``plugin`` (pytest fixtures); every
 family of transformers: ``shrink`` (a config made tiny), ``families`` (the sweep and its command), ``family_cells``,
 ``family_names``, ``family_page``; and small tools: ``precision``, ``tensors``, ``temp_folders``, ``io_counter``,
-``fake_cuda``. Not here: tests.
+``fake_cuda``, ``live_objects`` (what a process still holds). Not here: tests.
 """
 
 from __future__ import annotations

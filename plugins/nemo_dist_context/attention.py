@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from itertools import count
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
+from weakref import finalize, ref
 
 import attrs
 import torch
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     from nemo_dist_context.sequence_layout import SequenceLayout
 
 _names = count()
+_free: dict[str, list[str]] = {}  # names of attentions that are gone, by what these were based on
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -73,18 +76,23 @@ class SharedAttention:
     shifted: bool = False
 
     def register(self) -> str:
-        """Register with transformers; return the name to set as the attention implementation."""
-        name = f"nemo_dist_context_{next(_names)}"
-        AttentionInterface.register(name, self.attend)
-        AttentionMaskInterface.register(name, self.mask)
+        """Register with transformers; return the name to set as the attention implementation.
+
+        transformers keeps what is registered for ever, so that holds this weakly, and when this is gone its name is
+        given to another attention with the same ``base``. A config that is left with the name then means that base.
+        """
+        free = _free.setdefault(self.base, [])
+        name = free.pop() if free else f"nemo_dist_context_{next(_names)}"
+        AttentionInterface.register(name, partial(_attend, ref(self), self.base))
+        AttentionMaskInterface.register(name, partial(_mask, ref(self), self.base))
+        finalize(self, free.append, name).atexit = False
         return name
 
     def mask(self, *, mask_function: Callable[..., Any], device: Any, use_vmap: bool = False, **rest: Any) -> Any:
         """Return a ``Visible`` for a split batch, else transformers' mask for the attention of whole sequences."""
         ids = self.sequences
         if ids is None:
-            make = ALL_MASK_ATTENTION_FUNCTIONS[self.base]
-            return make(mask_function=mask_function, device=device, use_vmap=use_vmap, **rest)
+            return _whole_mask(self.base)(mask_function=mask_function, device=device, use_vmap=use_vmap, **rest)
         causal = mask_function is causal_mask_function
         # A causal query never attends to padding at the end.
         whole = (ids == 1) | (ids == APPENDED) if causal else ids == 1
@@ -178,11 +186,7 @@ class SharedAttention:
 
     def _local(self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Tensor:
         """Return the attention of these queries over these keys, as the model was loaded, on this rank alone."""
-        if self.base == "sdpa":
-            return _sdpa(module, query, key, value, mask, **options)
-        eager = vars(sys.modules[plain_class(module).__module__])["eager_attention_forward"]
-        found: Tensor = eager(module, query, key, value, mask, **options)[0]
-        return found
+        return _alone(self.base, module, query, key, value, mask, **options)
 
     def _exchanged(self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Visible, options: Any) -> Tensor:
         """Exchange sequence parts for head parts between the cp ranks, attend to whole sequences, and exchange back."""
@@ -220,6 +224,36 @@ def _lower_right(queries: int, keys: int, device: torch.device) -> Tensor:
             return causal_lower_right(queries, keys)
     positions = torch.arange(keys, device=device)
     return (positions[None, :] <= positions[keys - queries :, None])[None, None]
+
+
+def _attend(own: ref[SharedAttention], base: str, module: Any, *args: Any, **options: Any) -> tuple[Tensor, None]:
+    """Return the attention that *own* computes; where that is gone, the one that it was based on."""
+    attention = own()
+    return (
+        (_alone(base, module, *args, **options), None)
+        if attention is None
+        else attention.attend(module, *args, **options)
+    )
+
+
+def _mask(own: ref[SharedAttention], base: str, **options: Any) -> Any:
+    """Return the mask that *own* makes; where that is gone, the one of what it was based on."""
+    attention = own()
+    return (_whole_mask(base) if attention is None else attention.mask)(**options)
+
+
+def _whole_mask(base: str) -> Callable[..., Any]:
+    made: Callable[..., Any] = ALL_MASK_ATTENTION_FUNCTIONS[base]
+    return made
+
+
+def _alone(base: str, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Tensor:
+    """Return the attention of these queries over these keys, as transformers computes it for *base*."""
+    if base == "sdpa":
+        return _sdpa(module, query, key, value, mask, **options)
+    eager = vars(sys.modules[plain_class(module).__module__])["eager_attention_forward"]
+    found: Tensor = eager(module, query, key, value, mask, **options)[0]
+    return found
 
 
 def _additive(allowed: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:

@@ -137,7 +137,7 @@ def prove(part: Any, prepare: Any, base: str, loss: str) -> Proof:
         ) from error
     finally:
         if attention is not None:
-            attention.calls = []  # transformers keeps what is registered for ever
+            attention.calls = []  # the rehearsed model, which has it, goes when it is collected
 
 
 def _first_that_fits(rehearsal: Rehearsal, attention: _Rehearsed, batches: Any) -> Proof:
