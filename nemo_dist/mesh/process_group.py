@@ -42,9 +42,10 @@ def initialize_distributed(
     them started is a group of one. ``backend``: "nccl", "gloo", or None for gloo on CPU tensors and, where CUDA is
     available, NCCL on CUDA tensors. ``timeout_minutes``: the timeout of every collective, and of waiting for the other
     ranks here. ``patience_minutes``: how long ranks wait for the slowest one where they meet to build, load, save and
-    export, mostly for its disk. An existing process group is used unchanged. Sets the current CUDA device, unless CUDA
-    is not available or the backend is "gloo": the one that this process sees, or the one with the number of its local
-    rank.
+    export, mostly for its disk. Sets the current CUDA device, unless CUDA is not available or the backend is "gloo":
+    the one that this process sees, or the one with the number of its local rank. An existing process group is used
+    unchanged: on the CPU without NCCL, else on the device that it is bound to, or the current one where no launcher
+    says the local rank.
 
     Raises ValueError for times that are no positive number of minutes, RuntimeError for "nccl" without CUDA, and
     RankError for ranks without MASTER_ADDR and MASTER_PORT, for ranks that do not come, and for a local rank that has
@@ -56,7 +57,7 @@ def initialize_distributed(
     if backend is not None and "nccl" in backend and not cuda:
         raise RuntimeError(f"backend {backend!r} needs CUDA, and this machine has none; use 'gloo'")
     launch = Launch.read() or Launch(rank=0, world_size=1, local_rank=None, told="no launcher")
-    device = choose_device(launch) if cuda and backend != "gloo" else torch.device("cpu")
+    device = (_device_of_group() or choose_device(launch)) if cuda and backend != "gloo" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if not dist.is_initialized():
@@ -67,10 +68,24 @@ def initialize_distributed(
     return DistEnv(
         backend=dist.get_backend(),
         rank=dist.get_rank(),
-        local_rank=launch.local_rank or 0,
+        local_rank=(device.index or 0) if launch.local_rank is None else launch.local_rank,
         world_size=dist.get_world_size(),
         device=device,
     )
+
+
+def _device_of_group() -> torch.device | None:
+    """Return the device that whoever made the process group has chosen; None where there is no group, or it is open."""
+    if not dist.is_initialized():
+        return None
+    if default_device_type() == "cpu":
+        return torch.device("cpu")
+    bound = getattr(dist.group.WORLD, "bound_device_id", None)
+    if isinstance(bound, torch.device) and bound.type == "cuda":
+        return bound
+    launch = Launch.read()
+    known = launch is not None and launch.local_rank is not None
+    return None if known else torch.device("cuda", torch.cuda.current_device())
 
 
 def choose_device(launch: Launch) -> torch.device:
