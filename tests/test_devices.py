@@ -25,8 +25,9 @@ from nemo_dist import (
     NeMoAutoModelForCausalLM,
     NeMoAutoModelForSequenceClassification,
     ParallelismSizes,
+    initialize_distributed,
 )
-from nemo_dist.checkpoint import host_copy
+from nemo_dist.checkpoint import host_copy, rng_state
 from nemo_dist.checkpoint.host_copy import to_host
 from nemo_dist.errors import CheckpointError
 from nemo_dist.hf_model import INITIALIZED
@@ -36,6 +37,7 @@ from nemo_dist.mesh.mesh_context import MeshContext
 from nemo_dist.testing.equivalence import checkpoint
 from nemo_dist.testing.tensors import whole
 from nemo_dist.testing.tiny_models import SPECIMENS
+from nemo_dist.training.peft_adapters import adapters
 from nemo_dist_context.attention import _lower_right
 from nemo_dist_context.sequence_layout import SequenceLayout, index_of
 from nemo_dist_recompute.policy import is_attention, selective_contexts
@@ -230,6 +232,78 @@ def test_the_groups_of_a_mesh_are_made_without_a_barrier():
         "found = t.on_rank_make_a_mesh_of_many(); assert found == (2, 0, None), found"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def on_rank_join_a_group_that_exists(backends, environment, bound):
+    chosen = []
+    with (
+        mock.patch.dict(os.environ, environment),
+        mock.patch.object(dist, "get_backend_config", return_value=backends),
+        mock.patch.multiple(
+            torch.cuda,
+            is_available=lambda: True,
+            device_count=lambda: 8,
+            current_device=lambda: 3,
+            set_device=chosen.append,
+        ),
+    ):
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+            if name not in environment:
+                os.environ.pop(name, None)
+        dist.group.WORLD.bound_device_id = bound
+        try:
+            env = initialize_distributed()
+        finally:
+            dist.group.WORLD.bound_device_id = None
+    return str(env.device), env.local_rank, [str(device) for device in chosen]
+
+
+LAUNCHED = {"RANK": "1", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
+
+
+@pytest.mark.parametrize(
+    ("backends", "environment", "bound", "device", "local_rank"),
+    [
+        ("cpu:gloo,cuda:nccl", {}, None, "cuda:3", 3),  # as torch.multiprocessing.spawn leaves it
+        ("cpu:gloo,cuda:nccl", LAUNCHED, None, "cuda:1", 1),
+        ("cuda:nccl", LAUNCHED, torch.device("cuda", 5), "cuda:5", 1),
+        ("cpu:gloo", LAUNCHED, None, "cpu", 1),
+    ],
+)
+def test_a_group_that_exists_keeps_the_device_of_whoever_made_it(
+    ranks, backends, environment, bound, device, local_rank
+):
+    (found,) = ranks(1).run(on_rank_join_a_group_that_exists, backends, environment, bound)
+    assert found == (device, local_rank, [] if device == "cpu" else [device])
+
+
+def on_rank_add_adapters_beside_shards_elsewhere(folder):
+    setup = DistributedSetup.build(strategy=FSDP2Config(offload_policy="cpu"))
+    model = NeMoAutoModelForCausalLM.from_pretrained(folder, distributed_setup=setup)
+    import peft
+
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], r=2))  # where the shards are
+    with mock.patch.object(MeshContext, "device", torch.device("meta")):  # in the place of a card
+        adapters([adapted], setup.mesh_context, setup.plugins)
+    return {(name.endswith("default.weight"), one.device.type) for name, one in adapted.named_parameters()}
+
+
+def test_adapters_are_where_the_model_computes_and_not_where_its_shards_are(ranks):
+    found = ranks(1).run(on_rank_add_adapters_beside_shards_elsewhere, checkpoint("llama"))
+    assert found == [{(True, "meta"), (False, "cpu")}]
+
+
+def test_a_malformed_state_of_a_device_is_found_before_any_generator_changes():
+    states = rng_state.capture() | {"cuda": torch.zeros(3, dtype=torch.uint8)}
+    generators = mock.patch.object(torch, "Generator", return_value=torch.Generator())
+    rng_state.check(states)  # where there is no device, nothing of it is restored
+    with generators, mock.patch.object(torch.cuda, "is_available", return_value=True), pytest.raises(RuntimeError):
+        rng_state.check(states)
+
+
+def test_nothing_is_locked_for_shards_that_are_all_empty():
+    with mock.patch.object(torch.cuda, "cudart", side_effect=AssertionError("locks an empty range")):
+        assert len(host_copy._page_locked(0)) == 0
 
 
 def test_copies_for_an_asynchronous_save_do_not_share_memory():

@@ -57,6 +57,8 @@ def _page_locked(size: int) -> Tensor:
     Raises CheckpointError when CUDA cannot lock so much.
     """
     global _locked
+    if not size:  # a rank whose shards are all empty; CUDA locks no empty range
+        return torch.empty(0, dtype=torch.uint8)
     if _locked is None or len(_locked) < size:
         cuda: Any = torch.cuda.cudart()
         if _locked is not None:

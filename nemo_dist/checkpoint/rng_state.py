@@ -26,6 +26,8 @@ def check(states: dict[str, Any]) -> None:
     """Raise the error that ``restore`` would raise for malformed *states*; changes no generator."""
     torch.Generator().set_state(states["torch"])
     random.Random().setstate(states["python"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.Generator("cuda").set_state(states["cuda"])
     if "numpy" in states:
         import numpy as np
 

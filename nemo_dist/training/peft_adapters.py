@@ -173,6 +173,9 @@ def adapters(parts: Sequence[nn.Module], mesh: MeshContext, plugins: Sequence[Pl
         for name, parameter in part.named_parameters()
         if not hasattr(parameter, _LOADED)
     }
+    for parameter in added.values():
+        if not isinstance(parameter, DTensor) and parameter.device != mesh.device:
+            parameter.data = parameter.data.to(mesh.device)  # PEFT put it beside a shard, which may be offloaded
     if not any(parameter.requires_grad for parameter in added.values()):
         return {}
     _refuse(added, parts, mesh, plugins)
