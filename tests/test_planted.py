@@ -11,6 +11,7 @@ import re
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
+import attrs
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -32,7 +33,6 @@ from nemo_dist.plugin import contract
 from nemo_dist.testing import PluginConformance
 from nemo_dist.testing.equivalence import Task, checkpoint
 from nemo_dist.testing.local_topology import LARGEST, fit
-from nemo_dist.testing.pool import RankPool
 from nemo_dist.testing.precision import FP32
 from nemo_dist.testing.tensors import rows_of_rank
 from nemo_dist.testing.tiny_models import SPECIMENS, first_modules
@@ -372,14 +372,17 @@ def test_an_optimizer_that_is_refused_is_named(ranks):
         getattr(kit("refusing_sgd"), STEPS)(ranks)
 
 
-@pytest.mark.slow  # ranks of its own
-def test_selective_recomputation_that_a_strategy_names_is_compared(monkeypatch):
-    monkeypatch.setenv("NEMO_DIST_WITHOUT", "sound")  # which claims the role of recomputation, too
+def test_selective_recomputation_that_a_strategy_names_is_compared(ranks):
     tested = kit("selective_unseen")
     (selective,) = [case for case in tested.cases() if case.name == "activation_checkpointing:selective"]
-    tested.cases = lambda: [selective]
-    with RankPool(2) as pool, pytest.raises(AssertionError, match="every gradient is 2 times that of one process"):
-        getattr(tested, COMPOSES)(lambda world_size: pool)
+    assert selective.build["activation_checkpointing"] == "selective"
+    from nemo_dist_recompute import RecomputeConfig
+
+    # The package's twin claims the role of recomputation, too, so that it has to be selected by name here.
+    build = {"strategy": "selective_unseen", "plugins": (RecomputeConfig(mode="selective"),)}
+    tested.cases = lambda: [attrs.evolve(selective, build=build)]
+    with pytest.raises(AssertionError, match="every gradient is 2 times that of one process"):
+        getattr(tested, COMPOSES)(ranks)
 
 
 CASES = {  # the plugin: the names of the cases beside twice the ranks, and the words that cannot be tried

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 from functools import partial
 from types import MethodType
@@ -207,8 +208,8 @@ def linger():
 
 def regroup(optimizer):
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    options = {name: optimizer.param_groups[0][name] for name in ("lr", "betas", "eps", "weight_decay")}
-    return type(optimizer)(parameters, **options)
+    names = optimizer.defaults.keys() & inspect.signature(type(optimizer)).parameters.keys()
+    return type(optimizer)(parameters, **{name: optimizer.param_groups[0][name] for name in names})
 
 
 class Deafened:
