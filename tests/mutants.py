@@ -309,6 +309,25 @@ def optimizer_state_not_loaded():
     return instead(runtime, "load", make)
 
 
+@contextmanager
+def nothing_works():
+    """Leave a sum out, export a weight of another shape, and fail where modules are recorded: all at once."""
+    from nemo_dist.checkpoint import hf_export
+    from nemo_dist.testing import proof_run
+
+    def cut(model_state):
+        return lambda sharded: {**model_state(sharded), "model.norm.weight": torch.ones(1)}
+
+    def failing(_):
+        def then(*_):
+            raise RuntimeError("no hooks today")
+
+        return then
+
+    with row_output_not_summed(), instead(proof_run, "_tracing", failing), instead(hf_export, "model_state", cut):
+        yield
+
+
 def export_of_transposed_weights():
     def make(export):
         def wrong(sharded, path, dtype=None, max_shard_size="5GB"):

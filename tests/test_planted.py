@@ -11,6 +11,7 @@ import re
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
+import attrs
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -31,9 +32,10 @@ from nemo_dist.mesh.dtensor import digest
 from nemo_dist.plugin import contract
 from nemo_dist.testing import PluginConformance
 from nemo_dist.testing.equivalence import Task, checkpoint
+from nemo_dist.testing.local_topology import LARGEST, fit
 from nemo_dist.testing.precision import FP32
 from nemo_dist.testing.tensors import rows_of_rank
-from nemo_dist.testing.tiny_models import SPECIMENS
+from nemo_dist.testing.tiny_models import SPECIMENS, first_modules
 
 PLANTED = str(Path(__file__).parent / "planted")
 FSDP2 = FSDP2Config(mp_policy=FP32)
@@ -156,6 +158,13 @@ def test_a_strategy_that_nobody_tested_with_a_plugin_without_an_axis_is_refused(
     assert DistributedSetup.build(DDPConfig(), plugins=(Batchless(),), world_size=4)
 
 
+@pytest.mark.parametrize(("most", "dp"), [(2, 1), (4, 2)])
+def test_an_axis_of_a_plugin_from_elsewhere_is_verified_on_the_ranks_that_it_takes(most, dp):
+    keywords = {"plugins": ("overlapping",), "parallelism_sizes": ParallelismSizes(extra={"parts": 2})}
+    plan = fit(keywords, most, LARGEST).setup.plan
+    assert (plan.size("parts"), plan.size("dp"), plan.world_size) == (2, dp, 2 * dp)
+
+
 # ---- the switch ----
 
 
@@ -236,7 +245,8 @@ PARITY, RESUMES = "test_it_computes_what_one_process_computes", "test_it_resumes
 ACCUMULATES, COMPOSES = "test_it_accumulates_what_one_process_computes", "test_it_composes_with_what_it_says"
 CROSSES = "test_its_checkpoints_go_to_and_from_another_strategy"
 AGAIN, UNTOUCHED = "test_a_second_runtime_computes_the_same_again", "test_it_leaves_what_is_the_users_alone"
-STEPS = "test_it_steps_each_group_by_its_options"
+STEPS, EVALUATES = "test_it_steps_each_group_by_its_options", "test_it_evaluates_as_one_process_does"
+TWO_SETUPS, FROZEN = "test_two_setups_train_side_by_side", "test_it_trains_beside_frozen_parameters"
 # The plugin, the test of the kit, and what its message says besides plugin and law.
 NUMBERS = [
     ("summed", PARITY, "every gradient is 2 times that of one process"),
@@ -267,12 +277,12 @@ NUMBERS = [
     ("seeing_shards", COMPOSES, "'tp_size': 2|tp_size=2"),
     ("casting", PARITY, "norm.weight"),
     ("swapping", PARITY, "the first loss is wrong"),
-    ("thawing", "test_it_trains_beside_frozen_parameters", "unexpected .*'model.embed_tokens.weight'"),
+    ("thawing", FROZEN, "unexpected .*'model.embed_tokens.weight'"),
     ("scaling", PARITY, "every gradient is 2 times that of one process"),
     ("norm_twice", PARITY, r"norms\[0\]"),
     ("exporting_in_place", PARITY, "gradients"),
     ("averaging_late", "test_it_sums_gradients_in_the_loop_of_the_user", "differs between ranks"),
-    ("last_model", "test_two_setups_train_side_by_side", "state in modules or on classes"),
+    ("last_model", TWO_SETUPS, "state in modules or on classes"),
     (
         "hooking_again",
         AGAIN,
@@ -286,6 +296,16 @@ NUMBERS = [
     ("lingering", "test_it_leaves_nothing_behind", "threads after the first runtime"),
     ("regrouping", STEPS, "norm.weight is off"),
     ("deaf", STEPS, "is off"),
+    ("own_adamw", STEPS, "parameters under SGD: .* is off"),
+    ("losing_momentum", STEPS, "parameters under SGD: .* is off"),
+    ("losing_betas", STEPS, "parameters under AdamW: .* is off"),
+    ("blind_in_evaluation", EVALUATES, "new weights: the evaluated loss is .*[^$]*logits are off"),
+    ("leaving_training", UNTOUCHED, "training of module 'model', in a step in training mode"),
+    ("entering_training", UNTOUCHED, "training of module 'model', in loading"),
+    ("seeding_loads", UNTOUCHED, "torch's random generator, in loading"),
+    ("caching_by_name", TWO_SETUPS, "setup 0, step 1"),
+    ("second_axis", COMPOSES, "'shares': 2"),
+    ("summing_adapters", COMPOSES, "every gradient is 2 times that of one process"),
     ("reconfiguring", CROSSES, "the exported configuration has max_position_embeddings"),
     ("adding_a_buffer", CROSSES, "model.steps"),
     ("consolidating", RESUMES, "made has taken steps and shows no state on any rank"),
@@ -304,8 +324,89 @@ def test_a_strategy_that_this_machine_cannot_run_is_left_out_and_named(ranks):
     beside = kit("beside_elsewhere")
     strategies = {case.strategy: case for case in beside.cases()}
     beside.cases = lambda: [strategies["elsewhere"]]
-    with pytest.raises(pytest.skip.Exception, match="this machine cannot run elsewhere; what else it composes with"):
+    with pytest.raises(pytest.skip.Exception, match=r"'elsewhere' \(this machine cannot run it\); what else it comp"):
         getattr(beside, COMPOSES)(ranks)
+
+
+# ---- no law passes that was not tried ----
+
+
+@pytest.mark.parametrize("specimen", SPECIMENS)
+def test_every_specimen_has_a_block_and_an_embedding_to_freeze(specimen):
+    block, embedding = first_modules(specimen)
+    names = [name for name, _ in SPECIMENS[specimen].make().named_parameters()]
+    for prefix in (block, embedding):
+        assert any(name.startswith(prefix) for name in names)
+    assert not embedding.startswith(block)
+    assert not all(name.startswith((block, embedding)) for name in names)
+
+
+def test_the_kit_finds_a_thawed_parameter_of_any_family(ranks):
+    with pytest.raises(AssertionError, match=r"unexpected .*'transformer.wte.weight'"):
+        getattr(kit("thawing", specimen="gpt2"), FROZEN)(ranks)
+
+
+UNTRIED = {
+    "a head of its own": (kit("sound", specimen="qwen3"), "test_it_trains_a_tied_weight_as_one", "head of its own"),
+    "no strategy": (kit("second_axis"), "test_a_strategy_refuses_the_axes_it_does_not_compose_with", "is no strategy"),
+    "every axis": (kit("fsdp2"), "test_a_strategy_refuses_the_axes_it_does_not_compose_with", "with every axis"),
+    "replicas": (kit("local", bound=0.2), "test_it_sums_gradients_in_the_loop_of_the_user", "replicas differ"),
+}
+
+
+@pytest.mark.parametrize(("tested", "law", "reason"), UNTRIED.values(), ids=UNTRIED)
+def test_a_law_that_does_not_apply_is_skipped_with_the_reason(tested, law, reason):
+    call = getattr(tested, law)
+    with pytest.raises(pytest.skip.Exception, match=reason):
+        call(*[None] * len(inspect.signature(call).parameters))
+
+
+def test_an_engine_has_no_loop_of_the_user(ranks):
+    sizes = {"strategy": FSDP2, "parallelism_sizes": ParallelismSizes(pp_size=2)}
+    with pytest.raises(pytest.skip.Exception, match="runs the batches by an engine"):
+        kit("pipeline", build=sizes).test_it_sums_gradients_in_the_loop_of_the_user(ranks)
+
+
+def test_an_optimizer_that_is_refused_is_named(ranks):
+    with pytest.raises(pytest.skip.Exception, match=r"it refuses SGD: .*SGD is not proven here; use AdamW"):
+        getattr(kit("refusing_sgd"), STEPS)(ranks)
+
+
+def test_selective_recomputation_that_a_strategy_names_is_compared(ranks):
+    tested = kit("selective_unseen")
+    (selective,) = [case for case in tested.cases() if case.name == "activation_checkpointing:selective"]
+    assert selective.build["activation_checkpointing"] == "selective"
+    from nemo_dist_recompute import RecomputeConfig
+
+    # The package's twin claims the role of recomputation, too, so that it has to be selected by name here.
+    build = {"strategy": "selective_unseen", "plugins": (RecomputeConfig(mode="selective"),)}
+    tested.cases = lambda: [attrs.evolve(selective, build=build)]
+    with pytest.raises(AssertionError, match="every gradient is 2 times that of one process"):
+        getattr(tested, COMPOSES)(ranks)
+
+
+CASES = {  # the plugin: the names of the cases beside twice the ranks, and the words that cannot be tried
+    "second_axis": ({"strategy ddp", "shares=2"}, set()),
+    "selective_unseen": ({"activation_checkpointing:selective"}, set()),
+    "summing_adapters": ({"adapters"}, set()),
+    "promising": (set(), {"compile", "tp_fast"}),
+    "fsdp2": ({"adapters", "activation_checkpointing:selective", "tp_size=2", "pp_size=2"}, set()),
+    "pipeline": ({"adapters", "tp_size=2"}, set()),
+    "moe": ({"tp_size=2", "cp_size=2"}, {"ep_within_replica"}),
+}
+
+
+@pytest.mark.parametrize(("specimen", "why"), [("gpt2", "no linear layer"), ("mamba", "incompatible with Mamba")])
+def test_a_model_that_takes_no_adapters_is_named(specimen, why):
+    (untried,) = kit("summing_adapters", specimen=specimen).untried()
+    assert untried.word == "adapters" and why in untried.why
+
+
+@pytest.mark.parametrize(("plugin", "names", "words"), [(name, *rest) for name, rest in CASES.items()], ids=CASES)
+def test_each_axis_and_feature_of_a_plugin_is_tried_or_named(plugin, names, words):
+    tested = kit(plugin)
+    assert names <= {case.name for case in tested.cases()}
+    assert {one.word for one in tested.untried()} == words and all(one.why for one in tested.untried())
 
 
 def laws_on_ranks():

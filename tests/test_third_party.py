@@ -98,7 +98,7 @@ def test_an_example_trains_in_the_demo(installed, name, tmp_path):
 
 @pytest.mark.slow
 def test_the_kit_runs_on_an_installed_plugin(installed, tmp_path):
-    for law, passed in (("one_process", 2), ("resumes", 1)):
+    for law, passed in (("one_process", 3), ("resumes", 1)):
         result = run(installed, "-m", "nemo_dist.cli", "plugins", "check", "rows", "--law", law, cwd=tmp_path)
         assert result.returncode == 0, result.stdout[-5000:]
         assert result.stdout.count(" PASSED") == passed

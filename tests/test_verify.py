@@ -136,7 +136,58 @@ def test_a_buffer_of_the_checkpoint_that_ranks_lack_is_found(ranks):
     assert not report.checks[0].ok and "e_score_correction_bias" in report.checks[0].found
 
 
+def test_what_was_compared_is_told_when_export_and_search_fail(ranks):
+    sizes = ParallelismSizes(tp_size=2, dp_size=1)
+    config = SPECIMENS["llama"].config()
+    report = verify({"parallelism_sizes": sizes}, config, full=True, ranks=2, pool=ranks, around=mutants.nothing_works)
+    checks = {check.what: check for check in report.checks}
+    assert not checks["loss"].ok and not checks["export"].ok, report
+    assert "plain transformers does not read it: RuntimeError: " in checks["export"].found
+    assert report.culprit is not None and "no hooks today" in report.unsearched
+    assert "the search for the first departure failed: RankFailure: " in str(report)
+
+
+def test_a_refused_export_is_one_wrong_line_among_the_others():
+    right = result_of(torch.ones(4))
+    refused = attrs.evolve(result_of(torch.ones(4)), unexported="CheckpointError: quantized")
+    plan = MeshPlan.resolve(ParallelismSizes(), 2)
+    check, culprit = Comparison(single=right, other=right, results=[refused] * 2, plan=plan).exported(None, None)
+    assert not check.ok and check.found == "it was not written: CheckpointError: quantized" and culprit is None
+
+
 # ---- the topology ----
+
+WIDE = {  # sizes, ranks of the user, ranks here: what is wide here, and what is said of it
+    "tp and cp": ({"tp_size": 4, "cp_size": 2}, 64, 8, {"dp_shard": 2, "cp": 2, "tp": 2}, "dp_shard: 8 -> 2"),
+    "replicas": (
+        {"tp_size": 2, "dp_replicate_size": 4},
+        *(64, 8, {"dp_replicate": 2, "dp_shard": 2, "tp": 2}, "dp_shard: 8 -> 2"),
+    ),
+    "experts": ({"ep_size": 8}, 64, 8, {"dp_shard": 8, "ep_shard": 2, "ep": 4}, "ep_shard: 8 -> 2"),
+    "no room": ({"tp_size": 8}, 64, 2, {"tp": 2}, "dp_shard: 8 -> 1, not proven"),
+    "no room for shards": (
+        {"tp_size": 2, "dp_replicate_size": 4},
+        *(64, 4, {"dp_replicate": 2, "tp": 2}, "dp_shard: 8 -> 1, not proven"),
+    ),
+}
+
+
+@pytest.mark.parametrize("built", [False, True], ids=["keywords", "setup"])
+@pytest.mark.parametrize(("sizes", "world", "most", "wide", "said"), WIDE.values(), ids=WIDE)
+def test_data_parallelism_stays_wide_or_is_said_to_be_unproven(sizes, world, most, wide, said, built):
+    keywords = {"parallelism_sizes": ParallelismSizes(**sizes)}
+    plan = DistributedSetup.build(**keywords, world_size=world).plan if built else None
+    topology = fit(keywords if built else keywords | {"world_size": world}, most, LARGEST, plan)
+    assert {axis.name: axis.size for axis in topology.setup.plan.wide} == wide
+    assert said in topology.changes
+
+
+def test_sizes_stay_where_nothing_says_that_data_parallelism_is_wide():
+    sizes = ParallelismSizes(pp_size=4)
+    for world in (None, 4):
+        topology = fit({"parallelism_sizes": sizes, "world_size": world}, 4, LARGEST)
+        assert {axis.name: axis.size for axis in topology.setup.plan.wide} == {"pp": 4}
+        assert [change.partition(":")[0] for change in topology.changes] == ["mp_policy"]
 
 
 def test_sizes_stay_where_they_fit_and_there_are_two_data_parallel_ranks():

@@ -162,7 +162,9 @@ def check_plugin(
 ) -> None:
     """Run the conformance kit on an installed plugin: the contract, and training on ranks of this machine's CPU.
 
-    Each of its axes gets size 2. The exit code is that of pytest, which runs the kit: 0 when the plugin passes.
+    Each of its axes gets size 2 in turn, and what it says it composes with is tried. A test that does not apply, or has
+    something that it cannot try, is skipped and says why. The exit code is that of pytest, which runs the kit: 0 when
+    the plugin passes.
     """
     with _refusals():
         from nemo_dist.cli.plugin_check import check

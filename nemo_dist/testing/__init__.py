@@ -1,7 +1,8 @@
 """Tools for testing plugins: conformance kit, Hypothesis strategies, a pool of ranks; each is loaded on first use.
 
-Here: ``conformance`` (the kit), its ``laws``, ``conformance_cases`` (setups), ``conformance_runs`` and
-``conformance_user`` (what runs on ranks) and ``diagnosis`` (where to look); ``equivalence`` (training compared with one
+Here: ``conformance`` (the kit), its ``laws``, ``conformance_cases`` (setups), ``kit_adapters`` (PEFT's, in
+them), ``conformance_runs``, ``conformance_user`` and ``conformance_evaluation`` (what runs on ranks) and ``diagnosis``
+(where to look); ``equivalence`` (training compared with one
 process), ``call_orders`` and ``call_names`` (the same for any order of calls), ``resume`` (for runs that stop),
 ``comm_recorder`` and ``comm_playback`` (whether ranks would wait for ever on NCCL), ``strategies``, ``selecting`` (a
 setup for a plugin), ``tiny_models``; a proof for a user's own model: ``proof``, which uses ``local_topology``,

@@ -111,7 +111,13 @@ class Comparison:
 
     def exported(self, folder: Path, load: Any) -> tuple[Check, Culprit | None]:
         """Check that plain transformers loads the export in *folder* with *load* as the parameters of one process."""
-        found = tensors_of(load.from_pretrained(folder, dtype=torch.float32))
+        failed = [error for error in dict.fromkeys(result.unexported for result in self.results) if error]
+        if failed:
+            return Check(what="export", ok=False, found=f"it was not written: {'; '.join(failed)}"), None
+        try:
+            found = tensors_of(load.from_pretrained(folder, dtype=torch.float32))
+        except Exception as unread:  # whatever transformers raises for files that are no model, or another one
+            return Check(what="export", ok=False, found=f"plain transformers does not read it: {told(unread)}"), None
         last = len(self.single.losses) - 1
         expected = self.single.parameters[last]
         wrong = [name for name in expected if name not in found]
@@ -226,6 +232,11 @@ class Comparison:
             for what in ("gradients", "parameters")
             for step in range(len(self.single.losses))
         }
+
+
+def told(error: Exception) -> str:
+    """Return the type of *error* and what it says, on one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _position(step: int) -> str:

@@ -151,13 +151,13 @@ def on_rank_repeat(task: Task, folder: Path, build: Mapping[str, Any]) -> Left:
     return Left(groups=(counts[0][0], counts[-1][0]), threads=(counts[0][1], counts[-1][1]), plain_loss=loss)
 
 
-def on_rank_two_setups(task: Task, folder: Path, build: Mapping[str, Any]) -> list[list[tuple[float, float]]]:
-    """Train two setups in turn and return the numbers of each."""
-    both = [started(task, folder, build) for _ in range(2)]
-    numbers: list[list[tuple[float, float]]] = [[], []]
+def on_rank_two_setups(tasks: Sequence[tuple[Task, Path]], build: Mapping[str, Any]) -> list[list[tuple[float, float]]]:
+    """Train a setup for each of *tasks*, with the weights of its folder, in turn; return the numbers of each."""
+    both = [started(task, folder, build) for task, folder in tasks]
+    numbers: list[list[tuple[float, float]]] = [[] for _ in tasks]
     for step in range(2):
         for index, (runtime, optimizer) in enumerate(both):
-            numbers[index].append(_step(task, runtime, optimizer, step))
+            numbers[index].append(_step(tasks[index][0], runtime, optimizer, step))
     for runtime, _ in both:
         runtime.close()
     return numbers

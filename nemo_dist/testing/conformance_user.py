@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import attrs
+import numpy
 import torch
 from torch import Tensor, nn
 
+from nemo_dist.setup.setup import DistributedSetup
 from nemo_dist.testing.conformance_runs import loaded
 from nemo_dist.testing.equivalence import Task, whole_state
 from nemo_dist.testing.tensors import rows_of_rank
@@ -43,60 +47,147 @@ def _same(tensors: Mapping[str, Tensor], others: Mapping[str, Tensor], name: str
 
 
 def on_rank_untouched(task: Task, folder: Path, build: Mapping[str, Any]) -> list[str]:
-    """Return what a step changes that is the user's: the batch, random generators, the mode of modules."""
+    """Return what loading, a runtime, a step and an evaluation change that is the user's, in either mode.
+
+    That is the batch, random generators, and the mode of modules: as transformers loads them, and after ``train()``.
+    """
+    _ = torch.rand(1), random.random(), numpy.random.random()  # so that a seed anew is seen
+    before = _Generators.now()
+    plain = task.load(folder)
+    expected = _Generators.now()
+    modes = {name: module.training for name, module in plain.named_modules()}
+    before.put_back()
     setup, model = loaded(task, folder, build)
-    modules = {name: module for part in getattr(model, "parts", [model]) for name, module in part.named_modules()}
-    modes = {name: module.training for name, module in modules.items()}
-    _ = torch.rand(1), random.random()  # so that a seed anew is seen
-    generators = torch.get_rng_state(), random.getstate()
+    lines = [f"{line}, in loading" for line in expected.changed(_modules(model), modes)]
+    quiet = _draws_nothing(plain.train(), task)
+    for training in (False, True):
+        model.train(training)
+        modes = dict.fromkeys(_modules(model), training)
+        generators = _Generators.now()
+        batch_lines = _step_of_user(task, setup, model)
+        changed = generators.changed(_modules(model), modes, drawing=training and not quiet)
+        mode = "training" if training else "evaluation"
+        lines += [f"{line}, in a step in {mode} mode" for line in (*batch_lines, *changed)]
+    return lines
+
+
+def _step_of_user(task: Task, setup: DistributedSetup, model: Any) -> list[str]:
+    """Take a step, and evaluate; return what that changed of the batch."""
     runtime = setup.runtime(model)
     optimizer = runtime.optimizer(torch.optim.AdamW, **task.optimizer)
     batch = rows_of_rank(task.batches(0)[0], runtime)
     kept = {name: value.clone() for name, value in batch.items()}
     runtime.forward_backward(batch)
     optimizer.step()
+    optimizer.zero_grad()
+    runtime.evaluate([batch])
     runtime.close()
     changed = [name for name in {**kept, **batch} if not (name in batch and _same(kept, batch, name))]
-    lines = [f"{name} of the batch that it was given" for name in changed]
-    lines += ["torch's random generator"] * (not torch.equal(generators[0], torch.get_rng_state()))
-    lines += ["Python's random generator"] * (generators[1] != random.getstate())
-    return lines + [
-        f"training of module {name!r}" for name, module in modules.items() if module.training != modes[name]
-    ]
+    return [f"{name} of the batch that it was given" for name in changed]
 
 
-def on_rank_groups(task: Task, folder: Path, build: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Train norms and the others in groups of other options, which change after a step; return the parameters."""
-    setup, model = loaded(task, folder, build)
-    runtime = setup.runtime(model)
-    optimizer = runtime.optimizer(torch.optim.AdamW, _groups(runtime.named_parameters()), **task.optimizer)
-    for step in range(task.steps):
-        runtime.forward_backward(rows_of_rank(task.batches(step)[0], runtime))
-        optimizer.step()
-        optimizer.zero_grad()
-        _slow_down(optimizer)
-    found = whole_state(runtime, dict(runtime.named_parameters()))
-    runtime.close()
+def _modules(model: Any) -> dict[str, nn.Module]:
+    return {name: module for part in getattr(model, "parts", [model]) for name, module in part.named_modules()}
+
+
+def _draws_nothing(model: Any, task: Task) -> bool:
+    """Whether plain transformers draws no random number in a forward in training mode, as it does for dropout."""
+    before = _Generators.now()
+    with torch.no_grad():
+        model(**task.batches(0)[0])
+    return not before.changed({}, {})
+
+
+@attrs.frozen(eq=False)
+class _Generators:
+    """The states of the user's random generators."""
+
+    torch: Tensor
+    python: Any
+    numpy: Any
+
+    @classmethod
+    def now(cls) -> _Generators:
+        return cls(torch.get_rng_state(), random.getstate(), numpy.random.get_state())
+
+    def put_back(self) -> None:
+        torch.set_rng_state(self.torch)
+        random.setstate(self.python)
+        numpy.random.set_state(self.numpy)
+
+    def changed(self, modules: Mapping[str, nn.Module], modes: Mapping[str, bool], drawing: bool = False) -> list[str]:
+        """Return which generators are not in this state, but for *drawing*, and which *modules* are not in *modes*."""
+        now = _Generators.now()
+        same = {
+            "torch's random generator": torch.equal(self.torch, now.torch),
+            "Python's random generator": self.python == now.python,
+            "NumPy's random generator": all(map(numpy.array_equal, self.numpy, now.numpy)),
+        }
+        lines = [] if drawing else [name for name, is_same in same.items() if not is_same]
+        return lines + [
+            f"training of module {name!r}"
+            for name, module in modules.items()
+            if name in modes and module.training != modes[name]
+        ]
+
+
+# Options that are not the defaults, for what an optimizer that a plugin makes anew may lose.
+OPTIMIZERS: Mapping[str, tuple[Any, Mapping[str, Any]]] = {
+    "AdamW": (torch.optim.AdamW, {"betas": (0.7, 0.95)}),
+    "SGD": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True}),
+}
+
+
+def on_rank_groups(task: Task, folder: Path, build: Mapping[str, Any]) -> dict[str, dict[str, Tensor] | str]:
+    """Train vectors and the others in groups of other options, which change after a step; return the parameters.
+
+    That is done with each of ``OPTIMIZERS``, by name; in place of the parameters is what refuses one of them.
+    """
+    found: dict[str, dict[str, Tensor] | str] = {}
+    for name, (kind, _) in OPTIMIZERS.items():
+        setup, model = loaded(task, folder, build)
+        with setup.runtime(model) as runtime:
+            try:
+                optimizer = runtime.optimizer(kind, _groups(runtime.named_parameters()), **_options(task, name))
+            except (ValueError, NotImplementedError) as refusal:
+                found[name] = str(refusal)
+                continue
+            for step in range(task.steps):
+                runtime.forward_backward(rows_of_rank(task.batches(step)[0], runtime))
+                optimizer.step()
+                optimizer.zero_grad()
+                _slow_down(optimizer)
+            found[name] = whole_state(runtime, dict(runtime.named_parameters()))
     return found
 
 
-def plain_groups(task: Task, folder: Path) -> dict[str, Tensor]:
+def plain_groups(task: Task, folder: Path) -> dict[str, dict[str, Tensor]]:
     """Return what ``on_rank_groups`` gives on one process, with plain transformers and torch."""
-    model = task.load(folder)
-    optimizer = torch.optim.AdamW(_groups(model.named_parameters()), **task.optimizer)
-    for step in range(task.steps):
-        model(**task.batches(step)[0]).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        _slow_down(optimizer)
-    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+    found = {}
+    for name, (kind, _) in OPTIMIZERS.items():
+        model = task.load(folder)
+        optimizer = kind(_groups(model.named_parameters()), **_options(task, name))
+        for step in range(task.steps):
+            model(**task.batches(step)[0]).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            _slow_down(optimizer)
+        found[name] = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    return found
+
+
+def _options(task: Task, name: str) -> dict[str, Any]:
+    """Return the options of the optimizer *name*: those of *task*, as far as it has them, and its own."""
+    kind, own = OPTIMIZERS[name]
+    known = inspect.signature(kind).parameters
+    return {option: value for option, value in task.optimizer.items() if option in known} | dict(own)
 
 
 def _groups(named: Iterable[tuple[str, nn.Parameter]]) -> list[dict[str, Any]]:
-    trained = [(name, parameter) for name, parameter in named if parameter.requires_grad]
-    norms = [parameter for name, parameter in trained if "norm" in name]
-    others = [parameter for name, parameter in trained if "norm" not in name]
-    return [{"params": others}, {"params": norms, "lr": 2e-2, "weight_decay": 0.0}]
+    trained = [parameter for _, parameter in named if parameter.requires_grad]
+    vectors = [parameter for parameter in trained if parameter.ndim == 1]  # norms and biases, whatever their names
+    others = [parameter for parameter in trained if parameter.ndim != 1]
+    return [{"params": others}, {"params": vectors, "lr": 2e-2, "weight_decay": 0.0}]
 
 
 def _slow_down(optimizer: Any) -> None:

@@ -7,8 +7,8 @@ AdamW steps.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from nemo_dist.setup.setup import DistributedSetup
+from nemo_dist.testing.kit_adapters import adapted
 from nemo_dist.testing.localise import FACTOR, MOST
 from nemo_dist.testing.temp_folders import scratch
 from nemo_dist.testing.tensors import rows_of_rank, whole
@@ -38,8 +39,9 @@ class Task:
 
     ``lr``, ``weight_decay`` and ``eps`` are AdamW's. A large ``lr`` with a small ``eps`` amplifies rounding errors
     until one process in float32 differs from float64 by more than the tolerance; a larger ``eps`` keeps the comparison
-    strict. ``frozen``: prefixes of the names of parameters that are not trained. ``dtype``: of parameters; "float64"
-    for what jumps where a number crosses a bound, as rounding to a few bits does: then no last bit decides.
+    strict. ``frozen``: prefixes of the names of parameters that are not trained. ``adapters``: whether PEFT's LoRA
+    beside every linear layer of the blocks is trained, and nothing else. ``dtype``: of parameters; "float64" for what
+    jumps where a number crosses a bound, as rounding to a few bits does: then no last bit decides.
     """
 
     specimen: str = "llama"
@@ -52,14 +54,19 @@ class Task:
     weight_decay: float = OPTIMIZER["weight_decay"]
     eps: float = OPTIMIZER["eps"]
     frozen: tuple[str, ...] = ()
+    adapters: bool = False
     dtype: str = "float32"
 
     def load(self, folder: Path, **options: Any) -> Any:
-        """Return the model in *folder*, loaded with *options* and with the ``frozen`` parameters so."""
+        """Return the model in *folder*, loaded with *options*, its ``frozen`` parameters so, and with ``adapters``."""
         dtype = getattr(torch, self.dtype)
         model = SPECIMENS[self.specimen].load.from_pretrained(folder, dtype=dtype, **options)
         self.freeze(model)
-        return model
+        return adapted(model, self.specimen, options.get("distributed_setup")) if self.adapters else model
+
+    def trained(self, named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        """Return those of the *named* parameters that are compared: all, or the adapters."""
+        return {name: tensor for name, tensor in named if tensor.requires_grad or not self.adapters}
 
     @property
     def optimizer(self) -> dict[str, Any]:
@@ -114,7 +121,7 @@ def reference(task: Task) -> Outcome:
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    parameters = {name: one.detach() for name, one in task.trained(model.named_parameters()).items()}
     return Outcome(losses=losses, norms=norms, gradients=gradients, parameters=parameters)
 
 
@@ -133,16 +140,18 @@ def train(task: Task, setup: DistributedSetup, model: Any) -> Outcome:
 def train_with(task: Task, runtime: Runtime) -> Outcome:
     """Train the model of *runtime* and return this rank's result; called on every rank."""
     optimizer = runtime.optimizer(torch.optim.AdamW, **task.optimizer)
+    # Adapters are whole on every rank, and no plugin has a layout of its own for them.
+    wholes = _wholes if task.adapters else partial(whole_state, runtime)
     losses, norms, gradients = [], [], {}
     for step in range(task.steps):
         batches = [rows_of_rank(batch, runtime) for batch in task.batches(step)]
         losses.append(runtime.forward_backward(batches if task.accumulate > 1 else batches[0]).item())
         if step == 0:
-            gradients = whole_state(runtime, {n: p.grad for n, p in runtime.named_parameters() if p.grad is not None})
+            gradients = wholes({n: p.grad for n, p in runtime.named_parameters() if p.grad is not None})
         norms.append(runtime.clip_grad_norm_(MAX_NORM).item())
         optimizer.step()
         optimizer.zero_grad()
-    parameters = whole_state(runtime, dict(runtime.named_parameters()))
+    parameters = wholes(task.trained(runtime.named_parameters()))
     return Outcome(losses=losses, norms=norms, gradients=gradients, parameters=parameters)
 
 
@@ -244,6 +253,10 @@ def assert_equivalent(pool: Any, task: Task, **options: Any) -> None:
     """Assert that training *task* under ``DistributedSetup.build(**options)`` gives the result of one process."""
     found = differences(trained(pool, task, **options), reference(task))
     assert not found, "not what one process computes:\n" + "\n".join(found)
+
+
+def _wholes(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: whole(tensor) for name, tensor in state.items()}
 
 
 def whole_state(runtime: Runtime, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -125,13 +125,19 @@ AGAIN = Law(
     "hooks put on a model by runtime(), which is called for each runtime (wrap is called once); what a forward without "
     "gradients changes; metrics, which every rank calls",
 )
+EVALUATES = Law(
+    "runtime.evaluate gives the mean loss of one process, and runtime.forward its logits, before and after training",
+    "what a forward does without gradients or in evaluation mode; join_tokens and forward of its RuntimePart; weights "
+    "that were gathered or kept before the last step",
+)
 UNTOUCHED = Law(
     "it leaves alone what is the user's: batches, random generators, training or evaluation mode",
     "batch of its RuntimePart, which returns a new mapping of new tensors; seeds, which are a generator's of its own; "
     "calls of train() or eval()",
 )
 STEPS = Law(
-    "the optimizer that it hands out steps each group by the user's options, also after they have changed",
+    "the optimizer that it hands out is the user's, and steps each group by the user's options, also after they have "
+    "changed",
     "optimizer of its RuntimePart: param_groups of what it returns are what steps, one for each that the user gave",
 )
 UNCHANGED = Law(

@@ -8,13 +8,17 @@ from typing import Any
 import attrs
 
 from nemo_dist.errors import TopologyError
+from nemo_dist.planning.mesh_plan import MeshPlan
 from nemo_dist.planning.sizes import ParallelismSizes
+from nemo_dist.plugin.registry import Registry
+from nemo_dist.setup.request import Request
 from nemo_dist.setup.setup import DistributedSetup
 from nemo_dist.testing.precision import FP32
 from nemo_dist.testing.shrink import HEADS
 
 # The heads and the experts of a tiny model, which ranks share.
 LARGEST: Mapping[str, int] = {"tp_size": HEADS, "ep_size": 4}
+_SELECTING = ("strategy", "pipeline_config", "moe_parallel_config", "activation_checkpointing", "plugins")
 _HERE = {"device_type": "cpu", "ranks": None, "timeout_minutes": None}
 
 
@@ -31,29 +35,74 @@ class LocalTopology:
     changes: tuple[str, ...] = ()
 
 
-def fit(keywords: Mapping[str, Any], most: int, largest: Mapping[str, int]) -> LocalTopology:
+def fit(
+    keywords: Mapping[str, Any], most: int, largest: Mapping[str, int], plan: MeshPlan | None = None
+) -> LocalTopology:
     """Return the topology of *keywords* for at most *most* ranks: sizes stay where they fit, ``dp`` becomes 2 or so.
 
-    No size is above that in *largest*. Everything computes in float32, so that it can be compared with one process.
-    Raises TopologyError when the setup itself is refused, or when *most* ranks are too few for all of its axes.
+    No size is above that in *largest*. *plan* is the user's own, where *keywords* do not say how many ranks there are.
+    Sizes become smaller before an axis that is wide there is given up; one that no topology of *most* ranks has room
+    for is in ``changes``. Everything computes in float32, so that it can be compared with one process. Raises
+    TopologyError when the setup itself is refused, or when *most* ranks are too few for all axes of the sizes.
     """
-    sizes = keywords.get("parallelism_sizes") or ParallelismSizes()
-    if keywords.get("world_size") is not None:
-        DistributedSetup.build(**keywords)  # raises for what is wrong with the user's own topology
+    sizes = _with_roles(keywords, keywords.get("parallelism_sizes") or ParallelismSizes())
+    world = keywords.get("world_size")
+    if world is None and sizes.dp_size is not None and plan is None:
+        world = sizes.model_size * sizes.dp_size
+    if world is not None:  # raises for what is wrong with the user's own topology
+        plan = DistributedSetup.build(**{**keywords, "world_size": world}).plan
+    wide = {} if plan is None else {axis.name: axis.size for axis in plan.wide}
     refusals: list[TopologyError] = []
-    for smaller in _smaller(_at_most(sizes, largest)):
-        for dp in _data_parallel(smaller):
-            tried = attrs.evolve(smaller, dp_size=dp)
-            world = tried.model_size * dp
-            if world > most:
-                continue
-            try:
-                return _topology(keywords, sizes, tried, world)
-            except TopologyError as refusal:
-                refusals.append(refusal)
+    found: list[LocalTopology] = []
+    for tried in _tried(_at_most(sizes, largest), most):
+        try:
+            found.append(_topology(keywords, sizes, tried, tried.model_size * tried.dp(1)))
+        except TopologyError as refusal:
+            refusals.append(refusal)
+            continue
+        if not _given_up(found[-1], wide):
+            break
+    if found:
+        chosen = min(found, key=lambda one: len(_given_up(one, wide)))  # of equals the first, with the largest sizes
+        return attrs.evolve(chosen, changes=(*chosen.changes, *_shrunk(chosen, wide)))
     if refusals:
         raise refusals[0]
     raise TopologyError([f"every axis of {_words(sizes)} kept wide needs more than {most} ranks; allow more"])
+
+
+def _with_roles(keywords: Mapping[str, Any], sizes: ParallelismSizes) -> ParallelismSizes:
+    """Return *sizes* with the roles that plugins give to axes of their own, which say how many ranks there are."""
+    if not sizes.extra:
+        return sizes
+    options = {name: keywords[name] for name in _SELECTING if name in keywords}
+    return Request.select(sizes, sizes.model_size, keywords.get("registry") or Registry(), **options).sizes
+
+
+def _given_up(topology: LocalTopology, wide: Mapping[str, int]) -> list[str]:
+    """Return the axes of *wide* that are not wide in *topology*."""
+    kept = {axis.name for axis in topology.setup.plan.wide}
+    return [axis for axis in wide if axis not in kept]
+
+
+def _shrunk(topology: LocalTopology, wide: Mapping[str, int]) -> list[str]:
+    """Say which axes of *wide* have another size in *topology*, where the sizes that the user gave do not say it."""
+    there = {axis.name: axis.size for axis in topology.setup.plan.wide}
+    lost = _given_up(topology, wide)
+    told = {change.partition(":")[0].removesuffix("_size") for change in topology.changes}
+    told |= {"dp_shard"} if "dp" in told else set()
+    return [
+        f"{axis}: {size} -> {there.get(axis, 1)}{', not proven' if axis in lost else ''}"
+        for axis, size in wide.items()
+        if axis in lost or (there[axis] != size and axis not in told | set(topology.asked.extra))
+    ]
+
+
+def _tried(sizes: ParallelismSizes, most: int) -> Iterator[ParallelismSizes]:
+    """Yield *sizes* and ever smaller ones for at most *most* ranks, each with the data-parallel sizes to try."""
+    for smaller in _smaller(sizes):
+        for dp in _data_parallel(smaller):
+            if smaller.model_size * dp <= most:
+                yield attrs.evolve(smaller, dp_size=dp)
 
 
 def only(topology: LocalTopology, axis: str) -> LocalTopology | None:

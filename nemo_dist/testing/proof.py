@@ -27,7 +27,7 @@ from nemo_dist.errors import RankError, TopologyError
 from nemo_dist.plugin.registry import Registry
 from nemo_dist.setup.config_section import build_keywords
 from nemo_dist.setup.setup import DistributedSetup
-from nemo_dist.testing.comparison import Check, Comparison
+from nemo_dist.testing.comparison import Check, Comparison, told
 from nemo_dist.testing.layouts import Tokens
 from nemo_dist.testing.local_topology import LARGEST, LocalTopology, fit, only
 from nemo_dist.testing.localise import Culprit, Part, Search
@@ -44,14 +44,16 @@ class Report:
     """The result of ``verify``; as a string it is what ``nemo-dist verify`` prints.
 
     ``topology``: the ranks and sizes that ran. ``changes``: what was made smaller or plainer, so that it is not proven
-    as it is. ``checks``: what was compared. ``culprit``: the first module and axis that depart. ``refused``: the
-    reasons why the setup does not take this model, when it does not.
+    as it is. ``checks``: what was compared. ``culprit``: the first module and axis that depart. ``unsearched``: why
+    these are known by the numbers alone, where the repeat that records modules failed. ``refused``: the reasons why the
+    setup does not take this model, when it does not.
     """
 
     topology: str
     changes: tuple[str, ...] = ()
     checks: tuple[Check, ...] = ()
     culprit: Culprit | None = None
+    unsearched: str | None = None
     refused: tuple[str, ...] = ()
     seconds: float = 0.0
 
@@ -66,6 +68,8 @@ class Report:
         lines += [str(check) for check in self.checks]
         if self.culprit:
             lines.append(f"first departure: {self.culprit}")
+        if self.unsearched:
+            lines.append(f"the search for the first departure failed: {self.unsearched}")
         verdict = "equal to one process" if self.ok else "refused" if self.refused else "NOT equal to one process"
         return "\n".join([*lines, f"{verdict} ({self.seconds:.0f} s)"])
 
@@ -95,8 +99,9 @@ def verify(
     if isinstance(config, str | os.PathLike):
         config = AutoConfig.from_pretrained(config)
     keywords = build_keywords(setup.to_dict(), Registry()) if isinstance(setup, DistributedSetup) else dict(setup)
+    plan = setup.plan if isinstance(setup, DistributedSetup) else None
     try:
-        topology = fit(keywords, ranks, {} if full else LARGEST)
+        topology = fit(keywords, ranks, {} if full else LARGEST, plan)
     except TopologyError as refusal:
         return Report(topology="no topology", refused=refusal.problems, seconds=time.monotonic() - start)
     work, changes = make_work(config, topology.setup.plan, topology.asked, full=full)
@@ -135,11 +140,23 @@ class _Proof:
             return Report(topology=shown, refused=refused)
         comparison = self._compared(results)
         export, wrong = comparison.exported(self.work.folder / "export", self.work.load)
-        culprit = self._culprit(comparison) or wrong
+        culprit, unsearched = self._found(comparison)
         unsaved = [
             Check(what="save", ok=False, found=error) for error in {result.unsaved for result in results} if error
         ]
-        return Report(topology=shown, checks=(*comparison.checks(), *unsaved, export), culprit=culprit)
+        return Report(
+            topology=shown,
+            checks=(*comparison.checks(), *unsaved, export),
+            culprit=culprit or wrong,
+            unsearched=unsearched,
+        )
+
+    def _found(self, comparison: Comparison) -> tuple[Culprit | None, str | None]:
+        """Return the first departure and, where the search for it failed, why: what was compared is told anyway."""
+        try:
+            return self._culprit(comparison), None
+        except Exception as error:  # of ranks, of one process with hooks on every module, or of the search itself
+            return comparison.culprit(), told(error)
 
     def _on_ranks(self, work: Work) -> list[Result]:
         world = self.topology.setup.plan.world_size

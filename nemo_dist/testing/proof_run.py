@@ -58,7 +58,7 @@ class Result:
     ``loaded`` are the parameters and persistent buffers before the first step, ``parameters`` those after each step,
     and ``gradients`` those of each step, whole and by name. ``tokens``, with ``traces``, are the
     numbers of the tokens that this rank computed on. ``refused``: why there is nothing else; ``unsaved``: why the run
-    went on without a save and a load in between.
+    went on without a save and a load in between; ``unexported``: why there is no export.
     """
 
     loaded: dict[str, Tensor] = attrs.field(factory=dict)
@@ -70,6 +70,7 @@ class Result:
     tokens: Tensor | None = None
     refused: str | None = None
     unsaved: str | None = None
+    unexported: str | None = None
 
 
 def run_alone(work: Work, dtype: torch.dtype = torch.float32, nudged: bool = False) -> Result:
@@ -149,7 +150,10 @@ class _RankRun:
                     self.result.unsaved = str(error)
             self._step(step)
         if self.work.traced is None:
-            self.runtime.export(out / "export")
+            try:
+                self.runtime.export(out / "export")
+            except NemoDistError as error:  # on all ranks, which is no reason to lose what they computed
+                self.result.unexported = str(error)
         self.runtime.close()
         return self.result
 

@@ -21,7 +21,7 @@ def smallest(name: str) -> dict[str, Any]:
     """Return the keywords of ``DistributedSetup.build`` that select the installed plugin *name* in float32.
 
     A plugin that is no strategy gets the default one or, where it composes with others and not with that one, the first
-    of those. Of its axes one has size 2; one without a role only if ``build`` takes it so.
+    of those. Of its axes the first has size 2, one without a role only if ``build`` takes it so; the kit tries each.
     """
     kind: Any = Registry().load(name)
     if kind.stage == Stage.DATA:
@@ -32,13 +32,17 @@ def smallest(name: str) -> dict[str, Any]:
     known = [axis for axis in MODEL_AXES if axis in kind.axes]
     if known:
         return chosen | {"parallelism_sizes": ParallelismSizes(**{f"{known[0]}_size": 2})}
-    roles = declared(kind, "roles")
-    own = sorted(kind.axes - set(DENSE_AXES), key=lambda axis: (axis not in roles, axis))
-    for axis in own:
+    for axis in own_axes(kind):
         wide = chosen | {"parallelism_sizes": ParallelismSizes(extra={axis: 2})}
-        if axis in roles or is_accepted(wide, 2):
+        if axis in declared(kind, "roles") or is_accepted(wide, 2):
             return wide
     return chosen
+
+
+def own_axes(kind: Any) -> list[str]:
+    """Return the axes of the plugin class *kind* that sizes name in ``extra``: those with a role, then the others."""
+    roles = declared(kind, "roles")
+    return sorted(kind.axes - {*DENSE_AXES, *MODEL_AXES}, key=lambda axis: (axis not in roles, axis))
 
 
 def default_strategy() -> str:

@@ -11,6 +11,7 @@ import transformers
 from torch import Tensor
 
 import nemo_dist
+from nemo_dist.hf_model import blocks, input_embedding
 
 _IGNORED = -100
 _VOCABULARY = 96
@@ -422,4 +423,32 @@ SPECIMENS: dict[str, Specimen] = {
         Specimen(name="bloom", loader=_CAUSAL, config=_bloom, batch=_causal),
         Specimen(name="llava", loader="NeMoAutoModelForImageTextToText", config=_llava, batch=_images),
     )
+}
+
+
+def first_modules(specimen: str) -> tuple[str, ...]:
+    """Return the prefixes of the parameters in the first repeated block and in the input embedding of *specimen*."""
+    model = SPECIMENS[specimen].make()
+    embedding = input_embedding(model)
+    kinds = [type(block) for block in blocks(model).values()]
+    found = [name for name, block in blocks(model).items() if kinds.count(type(block)) > 1][:1]
+    found += [name for name, module in model.named_modules() if module is embedding]
+    names = [name for name, _ in model.named_parameters()]
+    return tuple(f"{prefix}." for prefix in found if any(name.startswith(f"{prefix}.") for name in names))
+
+
+def tied_twin(specimen: str) -> str | None:
+    """Return *specimen*, if its output head is tied to the embedding, or else the name of it with such a head."""
+    model = SPECIMENS[specimen].make()
+    head, embedding = model.get_output_embeddings(), input_embedding(model)
+    if head is not None and embedding is not None and head.weight is embedding.weight:
+        return specimen
+    return _TIED.get(specimen)
+
+
+_TIED = {
+    "llama": "llama-tied",
+    "llama-heads": "llama-heads-tied",
+    "llama-deep": "llama-deep-tied",
+    "phi3": "phi3-deep-tied",
 }

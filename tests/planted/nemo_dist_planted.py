@@ -10,6 +10,7 @@ import attrs
 
 from nemo_dist import Role, RuntimePart, Stage, View, hookimpl
 from nemo_dist.planning.mesh_plan import Axis
+from nemo_dist.plugin.protocol import asked_for
 
 
 def planted(name: str, **attributes: Any) -> Any:
@@ -732,6 +733,173 @@ class FreezingToExplain(Averaging):
         if model is not None:
             model.get_input_embeddings().requires_grad_(False)
         return f"{self.name}: {plan.size('dp')} replicas"
+
+
+@planted("blind_in_evaluation")
+class BlindInEvaluation(Averaging):
+    """Compute something else in every forward without gradients."""
+
+    @hookimpl
+    def wrap(self, parts, mesh):
+        from nemo_dist_planted_modules import average, double_in_evaluation
+
+        average(parts[0], mesh.group(Role.TOKENS), mesh.size(Role.TOKENS), "")
+        double_in_evaluation(parts[0].model.norm)
+
+
+@planted("own_adamw")
+class OwnAdamW(Averaging):
+    """Hand out an AdamW, whatever it is given."""
+
+    @hookimpl
+    def runtime(self):
+        from nemo_dist_planted_modules import own_adamw
+
+        return RuntimePart(optimizer=own_adamw)
+
+
+@planted("losing_momentum")
+class LosingMomentum(Averaging):
+    """Make the optimizer anew, and forget how it remembers gradients."""
+
+    @hookimpl
+    def runtime(self):
+        from nemo_dist_planted_modules import without_momentum
+
+        return RuntimePart(optimizer=without_momentum)
+
+
+@planted("losing_betas")
+class LosingBetas(Averaging):
+    """Make an AdamW anew, and forget its betas."""
+
+    @hookimpl
+    def runtime(self):
+        from nemo_dist_planted_modules import without_betas
+
+        return RuntimePart(optimizer=without_betas)
+
+
+@planted("refusing_sgd")
+class RefusingSGD(Averaging):
+    """Take no SGD; this one is sound."""
+
+    @hookimpl
+    def runtime(self):
+        from nemo_dist_planted_modules import refuse_sgd
+
+        return RuntimePart(optimizer=refuse_sgd)
+
+
+@planted("leaving_training")
+class LeavingTraining(Averaging):
+    """Put the model into evaluation mode in every step, which only shows in a model that is in training."""
+
+    @hookimpl
+    def runtime(self, parts):
+        return RuntimePart(after_backward=parts[0].eval)
+
+
+@planted("entering_training")
+class EnteringTraining(Averaging):
+    """Put the model into training mode as it is loaded."""
+
+    @hookimpl
+    def wrap(self, parts, mesh):
+        from nemo_dist_planted_modules import average
+
+        average(parts[0], mesh.group(Role.TOKENS), mesh.size(Role.TOKENS), "")
+        parts[0].train()
+
+
+@planted("seeding_loads")
+class SeedingLoads(Averaging):
+    """Seed the random generator as a model is loaded."""
+
+    @hookimpl
+    def wrap(self, parts, mesh):
+        from nemo_dist_planted_modules import average, seed
+
+        average(parts[0], mesh.group(Role.TOKENS), mesh.size(Role.TOKENS), "")
+        seed()
+
+
+@planted("caching_by_name")
+class CachingByName(Averaging):
+    """Keep the weight of the last norm after a step for the next forward, by name: one for the whole process."""
+
+    @hookimpl
+    def wrap(self, parts, mesh):
+        from nemo_dist_planted_modules import average, compute_with_cached
+
+        average(parts[0], mesh.group(Role.TOKENS), mesh.size(Role.TOKENS), "")
+        compute_with_cached(parts[0].model.norm)
+
+    @hookimpl
+    def runtime(self, parts):
+        from nemo_dist_planted_modules import cache
+
+        return RuntimePart(optimizer=partial(cache, parts[0].model.norm))
+
+
+@planted("second_axis", axes=frozenset({"parts", "shares"}))
+class SecondAxis(Beside):
+    """Let ranks account for labels along two axes; along the second they overlap."""
+
+    roles = {"parts": Role.SEQUENCE, "shares": Role.SEQUENCE}
+
+    @hookimpl
+    def runtime(self, mesh):
+        split = {axis: (mesh.rank(axis), mesh.size(axis)) for axis in ("parts", "shares") if axis in mesh.wide()}
+        return RuntimePart(batch=partial(_own_of_two, split))
+
+    @hookimpl
+    def explain(self):
+        return "second_axis: labels along two axes"
+
+
+def _own_of_two(split, batch):
+    for axis, (rank, size) in split.items():
+        labels = batch["labels"]
+        own = labels.new_full(labels.shape, -100)
+        mine = slice(rank * labels.shape[1] // size, (rank + 1) * labels.shape[1] // size + (axis == "shares"))
+        own[:, mine] = labels[:, mine]
+        batch = {**batch, "labels": own}
+    return batch
+
+
+@planted(
+    "selective_unseen", composes_with=frozenset({"activation_checkpointing", "activation_checkpointing:selective"})
+)
+class SelectiveUnseen(Averaging):
+    """Forget to divide where operations are recomputed selectively."""
+
+    selective: Any = None
+
+    @hookimpl
+    def validate(self, plugins):
+        type(self).selective = asked_for(plugins, "activation_checkpointing:selective")
+        return []
+
+    def divisor(self, mesh):
+        return 1 if self.selective else mesh.size(Role.TOKENS)
+
+
+@planted("summing_adapters", composes_with=frozenset({"adapters"}))
+class SummingAdapters(Averaging):
+    """Sum the gradients of what was added after loading once more."""
+
+    @hookimpl
+    def runtime(self, parts, mesh):
+        from nemo_dist_planted_modules import sum_now
+
+        added = [parameter for name, parameter in parts[0].named_parameters() if "lora_" in name]
+        return RuntimePart(after_backward=partial(sum_now, added, mesh.group(Role.TOKENS)))
+
+
+@planted("promising", composes_with=frozenset({"compile", "tp_fast"}))
+class Promising(Averaging):
+    """Say that it composes with what is not to be had."""
 
 
 # ---- state that ranks do not share ----

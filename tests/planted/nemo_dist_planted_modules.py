@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 from functools import partial
 from types import MethodType
@@ -148,6 +149,55 @@ def shift_in_evaluation(module):
     wrap_forward(module, around)
 
 
+def double_in_evaluation(module):
+    def around(forward, *given, **named):
+        found = forward(*given, **named)
+        return found if torch.is_grad_enabled() else 2 * found
+
+    wrap_forward(module, around)
+
+
+def own_adamw(optimizer):
+    kept = ("params", "lr", "weight_decay", "betas", "eps")
+    groups = [{name: group[name] for name in kept if name in group} for group in optimizer.param_groups]
+    return torch.optim.AdamW(groups)
+
+
+def without_momentum(optimizer):
+    for group in optimizer.param_groups:
+        group.update({name: value for name, value in (("momentum", 0), ("nesterov", False)) if name in group})
+    return optimizer
+
+
+def without_betas(optimizer):
+    for group in optimizer.param_groups:
+        group.update({"betas": (0.9, 0.999)} if "betas" in group else {})
+    return optimizer
+
+
+def refuse_sgd(optimizer):
+    if isinstance(optimizer, torch.optim.SGD):
+        raise ValueError("SGD is not proven here; use AdamW")
+    return optimizer
+
+
+_CACHED: dict[str, torch.Tensor] = {}  # of the process, which is the fault
+
+
+def cache(module, optimizer):
+    _CACHED.clear()
+    optimizer.register_step_post_hook(lambda *_: _CACHED.update(norm=module.weight.detach().clone()))
+    return optimizer
+
+
+def compute_with_cached(module):
+    def around(forward, *given, **named):
+        weight = module.weight.detach()
+        return forward(*given, **named) * (_CACHED.get("norm", weight) / weight)
+
+    wrap_forward(module, around)
+
+
 def seed():
     torch.manual_seed(0)
 
@@ -158,8 +208,8 @@ def linger():
 
 def regroup(optimizer):
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    options = {name: optimizer.param_groups[0][name] for name in ("lr", "betas", "eps", "weight_decay")}
-    return type(optimizer)(parameters, **options)
+    names = optimizer.defaults.keys() & inspect.signature(type(optimizer)).parameters.keys()
+    return type(optimizer)(parameters, **{name: optimizer.param_groups[0][name] for name in names})
 
 
 class Deafened:
