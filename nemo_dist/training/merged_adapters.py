@@ -42,10 +42,10 @@ def _merged(model: nn.Module) -> Iterator[None]:
     before: list[tuple[Tensor, Tensor]] = []
     try:
         for name, layer in layers.items():
-            weight = layer.get_base_layer().weight
-            for adapter in () if layer.merged else _active(layer):
-                _add(weight, layer.get_delta_weight(adapter), before)
-            _replace(model, name, layer.get_base_layer())
+            base = _base(layer)
+            for adapter in () if _in_place(layer) or layer.merged else _active(layer):
+                _add(base.weight, layer.get_delta_weight(adapter), before)
+            _replace(model, name, base)
         yield
     finally:
         for name, layer in layers.items():
@@ -74,7 +74,12 @@ def _layers(model: nn.Module) -> dict[str, Any]:
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
             found[name] = module
-            problems += _problems(model, name, module) if isinstance(module, LoraLayer) else [_strange(name, module)]
+            if _in_place(module):
+                problems += [] if module.active else [f"{name} was trained in place by an adapter that is not active"]
+            else:
+                problems += (
+                    _problems(model, name, module) if isinstance(module, LoraLayer) else [_strange(name, module)]
+                )
     if problems:
         raise CheckpointError(
             "a model with these adapters of PEFT cannot be exported: "
@@ -101,6 +106,17 @@ def _problems(model: nn.Module, name: str, layer: Any) -> Sequence[str]:
         base.weight is parameter for module in rest for parameter in module.parameters(recurse=False)
     )
     return [f"{name} is an adapter of a weight that other modules use too (it is tied)"] if tied else []
+
+
+def _base(layer: Any) -> nn.Module:
+    """Return the module of the model that *layer* of PEFT wraps."""
+    base: nn.Module = layer.original_module if _in_place(layer) else layer.get_base_layer()
+    return base
+
+
+def _in_place(layer: Any) -> bool:
+    """Whether *layer* is a ``ModuleInPlace``, whose module has no PEFT."""
+    return getattr(type(layer), "in_place", False)
 
 
 def _active(layer: Any) -> list[str]:

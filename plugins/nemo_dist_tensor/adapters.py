@@ -73,7 +73,9 @@ def install(parts: Sequence[nn.Module]) -> None:
         found: dict[str, Any] = {
             name: layer
             for name, layer in model.named_modules()
-            if isinstance(layer, BaseTunerLayer | AuxiliaryTrainingWrapper) and layer not in _adapted
+            if isinstance(layer, BaseTunerLayer | AuxiliaryTrainingWrapper)
+            and layer not in _adapted
+            and not getattr(type(layer), "in_place", False)  # a module of the model, whose forward is its own
         }
         problems = [f"{name} {problem}" for name, layer in found.items() if (problem := _problem(model, name, layer))]
         if problems:

@@ -1,0 +1,214 @@
+"""Modules that PEFT trains whole beside adapters (``modules_to_save``) are trained in place, as PEFT trains its copy."""
+
+from functools import partial
+from zlib import crc32
+
+import peft
+import pytest
+import torch
+import torch.distributed as dist
+import transformers
+from cases import cases, slow
+
+from nemo_dist import (
+    DDPConfig,
+    DistributedSetup,
+    FSDP2Config,
+    NeMoAutoModelForCausalLM,
+    ParallelismSizes,
+    PipelineConfig,
+    initialize_distributed,
+)
+from nemo_dist.errors import CheckpointError
+from nemo_dist.testing.equivalence import MAX_NORM, OPTIMIZER, Outcome, checkpoint, differences, merged
+from nemo_dist.testing.precision import FP32
+from nemo_dist.testing.tensors import rows_of_rank, whole
+from nemo_dist.testing.tiny_models import SPECIMENS
+
+TARGETS = ["q_proj", "o_proj"]
+LORA = partial(peft.LoraConfig, r=4, lora_alpha=8, target_modules=TARGETS)
+KINDS = {
+    "head": partial(LORA, modules_to_save=["lm_head"], task_type="CAUSAL_LM"),
+    "embedding": partial(LORA, modules_to_save=["embed_tokens"], task_type="CAUSAL_LM"),
+    # Of a block: a whole module with modules in it, and one that is a target, too, which PEFT leaves to the copy.
+    "of blocks": partial(LORA, modules_to_save=["mlp", "q_proj", "input_layernorm"]),
+    "dora": partial(LORA, modules_to_save=["lm_head"], use_dora=True),
+    "ia3": partial(
+        peft.IA3Config, target_modules=["k_proj", "o_proj"], feedforward_modules=["o_proj"], modules_to_save=["lm_head"]
+    ),
+    "router": partial(LORA, modules_to_save=["mlp.gate", "lm_head"]),
+    "experts": partial(LORA, modules_to_save=["experts"]),
+    "sequences": partial(LORA, task_type="SEQ_CLS"),
+    "tokens": partial(LORA, task_type="TOKEN_CLS"),
+    "of bert": partial(peft.LoraConfig, r=4, target_modules=["query", "dense"], task_type="SEQ_CLS"),
+    "biases": partial(peft.LoraConfig, r=4, target_modules=["query"], task_type="SEQ_CLS", bias="all"),
+}
+
+
+def setup_of(sizes):
+    initialize_distributed("gloo")
+    sizes = dict(sizes or {})
+    strategy = FSDP2Config(mp_policy=FP32)
+    if sizes.pop("ddp", False):
+        strategy = DDPConfig()
+    stages = PipelineConfig(pp_schedule=sizes.pop("schedule", "1F1B")) if "pp_size" in sizes else None
+    return DistributedSetup.build(
+        strategy=strategy, parallelism_sizes=ParallelismSizes(**sizes), pipeline_config=stages
+    )
+
+
+def adapted(model, kind, add=peft.get_peft_model):
+    """Return *model* with the adapters of *kind*, drawn as on one process; what begins as zeros hides mistakes."""
+    torch.manual_seed(1)
+    model = add(model, KINDS[kind]())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name or "ia3_" in name:
+                generator = torch.Generator().manual_seed(crc32(name.encode()))
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+    return model
+
+
+def built(specimen, folder, kind, sizes=None):
+    setup = setup_of(sizes)
+    model = SPECIMENS[specimen].load.from_pretrained(folder, distributed_setup=setup, dtype=torch.float32)
+    return setup.runtime(adapted(model, kind, setup.add_adapters))
+
+
+def batch(specimen, step):
+    return SPECIMENS[specimen].batch(8, 12, torch.Generator().manual_seed(step))
+
+
+def steps(specimen, model, optimizer, forward_backward, clip, numbers):
+    losses, norms, gradients = [], [], {}
+    for step in numbers:
+        losses.append(float(forward_backward(batch(specimen, step))))
+        if step == 0:
+            gradients = {n: whole(p.grad) for n, p in model.named_parameters() if p.grad is not None}
+        norms.append(float(clip(MAX_NORM)))
+        optimizer.step()
+        optimizer.zero_grad()
+    trained = {n: whole(p) for n, p in model.named_parameters() if p.requires_grad}
+    return Outcome(losses=losses, norms=norms, gradients=gradients, parameters=trained)
+
+
+def on_rank_train(specimen, folder, kind, sizes, out=None, resumed=None, numbers=(0, 1, 2)):
+    runtime = built(specimen, folder, kind, sizes)
+    optimizer = runtime.optimizer(torch.optim.AdamW, **OPTIMIZER)
+    if resumed is not None:
+        runtime.load(resumed, optimizer)
+    found = steps(
+        specimen,
+        runtime.model,
+        optimizer,
+        lambda whole_batch: runtime.forward_backward(rows_of_rank(whole_batch, runtime)),
+        runtime.clip_grad_norm_,
+        numbers,
+    )
+    if out is not None:
+        runtime.save(out / "run", optimizer)
+        runtime.export(out / "merged")
+        runtime.model.save_pretrained(out / "adapters")
+    return found
+
+
+def plain(specimen, folder):
+    auto = getattr(transformers, SPECIMENS[specimen].loader.removeprefix("NeMo"))
+    return auto.from_pretrained(folder, dtype=torch.float32)
+
+
+def one_process(specimen, folder, kind, dtype=torch.float32):
+    model = adapted(plain(specimen, folder), kind).to(dtype)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], **OPTIMIZER)
+
+    def forward_backward(whole_batch):
+        loss = model(**whole_batch).loss
+        loss.backward()
+        return loss.detach()
+
+    def clip(most):
+        return torch.nn.utils.clip_grad_norm_(model.parameters(), most)
+
+    return model, steps(specimen, model, optimizer, forward_backward, clip, (0, 1, 2))
+
+
+AXES = [
+    (2, "llama", "head", {}),
+    (2, "llama", "of blocks", {"tp_size": 2}),
+    (2, "llama-sequences", "sequences", {"pp_size": 2}),
+    (2, "bert-sequences", "of bert", {"ddp": True}),
+    slow(2, "llama", "of blocks", {}),
+    slow(2, "llama", "embedding", {}),
+    slow(2, "llama", "embedding", {"tp_size": 2}),
+    slow(2, "llama", "head", {"cp_size": 2}),
+    slow(2, "llama", "head", {"ddp": True}),
+    slow(2, "llama", "head", {"tp_size": 2}),
+    slow(2, "llama", "ia3", {"tp_size": 2}),
+    slow(2, "llama", "dora", {}),
+    slow(2, "llama-deep", "of blocks", {"pp_size": 2, "schedule": "Interleaved1F1B"}),
+    slow(2, "llama-deep", "head", {"pp_size": 2, "schedule": "ZBVZeroBubble"}),
+    slow(2, "llama-deep", "embedding", {"pp_size": 2}),
+    slow(2, "llama-sequences", "sequences", {}),
+    slow(2, "llama-sequences", "sequences", {"tp_size": 2}),
+    slow(2, "llama-tokens", "tokens", {"tp_size": 2}),
+    slow(2, "llama-tokens", "tokens", {"pp_size": 2}),
+    slow(2, "bert-sequences", "of bert", {}),
+    slow(2, "bert-sequences", "biases", {}),
+    slow(2, "qwen3-moe", "router", {"ep_size": 2}),
+    slow(2, "qwen3-moe", "experts", {"ep_size": 2}),
+    slow(2, "qwen3-moe", "experts", {"tp_size": 2}),
+    slow(4, "llama", "of blocks", {"dp_replicate_size": 2}),
+    slow(4, "llama", "head", {"tp_size": 2}),
+    slow(4, "llama-deep", "head", {"tp_size": 2, "pp_size": 2}),
+    slow(4, "llama-sequences", "sequences", {"pp_size": 2}),
+]
+
+
+@cases(("count", "specimen", "kind", "sizes"), AXES)
+def test_modules_to_save_train_as_the_copies_of_peft_on_one_process(on_ranks, count, specimen, kind, sizes):
+    folder = checkpoint(specimen)
+    found = merged(on_ranks(count, on_rank_train, specimen, folder, kind, sizes))
+
+    exact = one_process(specimen, folder, kind, torch.float64)[1]  # says which differences are those of rounding
+    expected = one_process(specimen, folder, kind)[1]
+    assert any(".modules_to_save.default." in name for name in expected.gradients)
+    assert differences(found, expected, other=exact) == []
+
+
+@cases(
+    ("specimen", "kind", "sizes", "then"),
+    [
+        ("llama", "head", {"tp_size": 2}, {}),
+        slow("llama", "of blocks", {}, {"tp_size": 2}),
+        slow("llama", "embedding", {}, {"tp_size": 2}),
+        slow("llama", "head", {"pp_size": 2}, {"ddp": True}),
+        slow("llama-deep", "head", {"ddp": True}, {"pp_size": 2}),
+        slow("llama-sequences", "sequences", {}, {"pp_size": 2}),
+        slow("llama-sequences", "sequences", {"pp_size": 2}, {"tp_size": 2}),
+        slow("bert-sequences", "of bert", {}, {"ddp": True}),
+        slow("bert-sequences", "biases", {"ddp": True}, {}),
+    ],
+)
+def test_modules_to_save_go_on_under_another_topology_and_peft_loads_them(
+    on_ranks, tmp_path, specimen, kind, sizes, then
+):
+    folder = checkpoint(specimen)
+    on_ranks(2, on_rank_train, specimen, folder, kind, sizes, tmp_path, None, (0, 1))
+    found = merged(on_ranks(2, on_rank_train, specimen, folder, kind, then, tmp_path / "end", tmp_path / "run", (2,)))
+    model, expected = one_process(specimen, folder, kind)
+
+    assert found.losses == pytest.approx(expected.losses[2:], rel=1e-5)
+    assert found.norms == pytest.approx(expected.norms[2:], rel=1e-5)
+    given = batch(specimen, 9)
+    wanted = model.eval()(**given).logits
+    saved = tmp_path / "end" / "adapters"
+    model.save_pretrained(tmp_path / "peft")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (saved / name).exists()
+    ours, theirs = (peft.PeftConfig.from_pretrained(path).to_dict() for path in (saved, tmp_path / "peft"))
+    assert ours == theirs
+    loaded = peft.PeftModel.from_pretrained(plain(specimen, folder), saved).eval()
+    torch.testing.assert_close(loaded(**given).logits, wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=1e-4, atol=1e-5)
+    exported = plain(specimen, tmp_path / "end" / "merged").eval()
+    torch.testing.assert_close(exported(**given).logits, wanted, rtol=1e-4, atol=1e-5)
