@@ -1,4 +1,4 @@
-"""Modules that PEFT trains whole beside adapters (``modules_to_save``) are trained in place, as PEFT trains its copy."""
+"""Modules that PEFT trains whole beside adapters (``modules_to_save``) are trained in place as PEFT trains a copy."""
 
 from functools import partial
 from zlib import crc32
@@ -14,12 +14,11 @@ from nemo_dist import (
     DDPConfig,
     DistributedSetup,
     FSDP2Config,
-    NeMoAutoModelForCausalLM,
     ParallelismSizes,
     PipelineConfig,
     initialize_distributed,
 )
-from nemo_dist.errors import CheckpointError
+from nemo_dist.errors import CheckpointError, RankError
 from nemo_dist.testing.equivalence import MAX_NORM, OPTIMIZER, Outcome, checkpoint, differences, merged
 from nemo_dist.testing.precision import FP32
 from nemo_dist.testing.tensors import rows_of_rank, whole
@@ -38,6 +37,8 @@ KINDS = {
     ),
     "router": partial(LORA, modules_to_save=["mlp.gate", "lm_head"]),
     "experts": partial(LORA, modules_to_save=["experts"]),
+    "rows": partial(LORA, trainable_token_indices=[1, 3, 7, 20], task_type="CAUSAL_LM"),
+    "rows alone": partial(peft.TrainableTokensConfig, token_indices=[5, 2, 40], target_modules=["embed_tokens"]),
     "sequences": partial(LORA, task_type="SEQ_CLS"),
     "tokens": partial(LORA, task_type="TOKEN_CLS"),
     "of bert": partial(peft.LoraConfig, r=4, target_modules=["query", "dense"], task_type="SEQ_CLS"),
@@ -63,7 +64,7 @@ def adapted(model, kind, add=peft.get_peft_model):
     model = add(model, KINDS[kind]())
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_" in name or "ia3_" in name:
+            if any(part in name for part in ("lora_", "ia3_", "tokens_delta")):
                 generator = torch.Generator().manual_seed(crc32(name.encode()))
                 parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
     return model
@@ -107,8 +108,9 @@ def on_rank_train(specimen, folder, kind, sizes, out=None, resumed=None, numbers
     )
     if out is not None:
         runtime.save(out / "run", optimizer)
-        runtime.export(out / "merged")
-        runtime.model.save_pretrained(out / "adapters")
+        if "rows" not in kind:
+            runtime.export(out / "merged")
+        runtime.model.save_pretrained(out / "adapters", is_main_process=dist.get_rank() == 0)
     return found
 
 
@@ -212,3 +214,122 @@ def test_modules_to_save_go_on_under_another_topology_and_peft_loads_them(
     torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=1e-4, atol=1e-5)
     exported = plain(specimen, tmp_path / "end" / "merged").eval()
     torch.testing.assert_close(exported(**given).logits, wanted, rtol=1e-4, atol=1e-5)
+
+
+ROWS = [
+    (2, "llama", "rows", {}),
+    slow(2, "llama", "rows", {"cp_size": 2}),
+    slow(2, "llama", "rows", {"ddp": True}),
+    slow(2, "llama", "rows alone", {}),
+    slow(2, "llama-tied", "rows", {}),  # those of the head, too
+    slow(2, "llama-tied", "rows", {"ddp": True}),
+    slow(2, "gemma3", "rows", {}),  # scales its embedding, and is tied
+    slow(2, "qwen3-moe", "rows", {"ep_size": 2}),
+    slow(4, "llama", "rows", {"dp_replicate_size": 2}),
+]
+
+
+@cases(("count", "specimen", "kind", "sizes"), ROWS)
+def test_trainable_tokens_train_as_on_one_process(on_ranks, count, specimen, kind, sizes):
+    folder = checkpoint(specimen)
+    found = merged(on_ranks(count, on_rank_train, specimen, folder, kind, sizes))
+
+    exact = one_process(specimen, folder, kind, torch.float64)[1]  # says which differences are those of rounding
+    expected = one_process(specimen, folder, kind)[1]
+    assert any("trainable_tokens_delta" in name for name in expected.gradients)
+    assert differences(found, expected, other=exact) == []
+
+
+@cases(("specimen", "sizes", "then"), [("llama-tied", {}, {"ddp": True}), slow("llama", {"ddp": True}, {"cp_size": 2})])
+def test_trainable_tokens_go_on_under_another_topology_and_peft_loads_them(on_ranks, tmp_path, specimen, sizes, then):
+    folder = checkpoint(specimen)
+    on_ranks(2, on_rank_train, specimen, folder, "rows", sizes, tmp_path, None, (0, 1))
+    found = merged(on_ranks(2, on_rank_train, specimen, folder, "rows", then, tmp_path / "end", tmp_path / "run", (2,)))
+    model, expected = one_process(specimen, folder, "rows")
+
+    assert found.losses == pytest.approx(expected.losses[2:], rel=1e-5)
+    loaded = peft.PeftModel.from_pretrained(plain(specimen, folder), tmp_path / "end" / "adapters")
+    given = batch(specimen, 9)
+    torch.testing.assert_close(loaded(**given).logits, model(**given).logits, rtol=1e-4, atol=1e-5)
+
+
+REFUSED = {
+    "missing": ({"modules_to_save": ["lm_haed"]}, "llama", {}, "has 'lm_haed', which is the end of no module's name"),
+    "tied": ({"modules_to_save": ["lm_head"]}, "llama-tied", {}, "names lm_head, whose weight another module uses too"),
+    "nested": (
+        {"modules_to_save": ["mlp", "up_proj"]},
+        "llama",
+        {},
+        "layers.0.mlp and, within it, model.layers.0.mlp.up",
+    ),
+    "no head": ({"task_type": "SEQ_CLS"}, "llama", {}, "classifier or score), which has none of that name"),
+    "missing in stages": ({"modules_to_save": ["x"]}, "llama-deep", {"pp_size": 2}, "has 'x', which is the end of no"),
+    "rows in tp": ({"trainable_token_indices": [1]}, "llama", {"tp_size": 2}, "not proven with tp (got tp_size=2)"),
+    "rows in pp": (
+        {"trainable_token_indices": [1]},
+        "llama-deep",
+        {"pp_size": 2},
+        "not proven with pp (got pp_size=2)",
+    ),
+}
+
+
+def on_rank_refuse(folders):
+    said = {}
+    for name, (given, specimen, sizes, _) in REFUSED.items():
+        setup = setup_of(sizes)
+        model = SPECIMENS[specimen].load.from_pretrained(folders[specimen], distributed_setup=setup)
+        before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        with pytest.raises(ValueError) as caught:
+            setup.add_adapters(model, LORA(**given))
+        assert before == {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        said[name] = str(caught.value)
+    return said
+
+
+def test_modules_that_cannot_be_trained_in_place_are_refused_before_anything_changes(on_ranks):
+    folders = {specimen: checkpoint(specimen) for _, specimen, _, _ in REFUSED.values()}
+    for said in on_ranks(2, on_rank_refuse, folders):
+        assert [name for name, (*_, words) in REFUSED.items() if words not in said[name]] == [], said
+
+
+def on_rank_use_without(folder, out):
+    setup = setup_of({})
+    own = SPECIMENS["llama"].load.from_pretrained(folder, distributed_setup=setup)
+    with pytest.raises(ValueError) as copied:
+        setup.runtime(peft.get_peft_model(own, KINDS["head"]()))
+    model = adapted(
+        SPECIMENS["llama"].load.from_pretrained(folder, distributed_setup=setup), "head", setup.add_adapters
+    )
+    with pytest.raises(ValueError) as second:
+        model.add_adapter("again", KINDS["head"]())
+    model.add_adapter("other", LORA())
+    runtime = setup.runtime(model)
+    head = model.get_base_model().lm_head
+    given = rows_of_rank(batch("llama", 0), runtime)
+    with pytest.raises(RuntimeError) as disabled, model.disable_adapter():
+        runtime.forward(given)
+    model.set_adapter("other")
+    frozen = not any(parameter.requires_grad for parameter in head.parameters())
+    with pytest.raises(RuntimeError) as inactive:
+        runtime.forward_backward(given)
+    with pytest.raises((CheckpointError, RankError)) as exported:
+        runtime.export(out / "merged")
+    model.set_adapter("default")
+    runtime.forward_backward(given)
+    assert frozen and all(parameter.grad is not None for parameter in head.parameters())
+    with pytest.raises(ValueError) as embedding:
+        model.save_pretrained(out, save_embedding_layers=True)
+    return [str(caught.value) for caught in (copied, second, disabled, inactive, exported, embedding)]
+
+
+def test_a_model_without_the_adapter_that_trained_a_module_in_place_is_refused(on_ranks, tmp_path):
+    for copied, second, disabled, inactive, exported, embedding in on_ranks(
+        2, on_rank_use_without, checkpoint("llama"), tmp_path
+    ):
+        assert "as DTensors" in copied and "setup.add_adapters(model, config)" in copied
+        assert "adapter 'again' has modules_to_save that adapter 'default' trains already" in second
+        assert "a module of modules_to_save" in disabled and "as it was before is gone" in disabled
+        assert "as it was before is gone" in inactive
+        assert "lm_head was trained in place by an adapter that is not active" in exported
+        assert "which runtime.export writes" in embedding

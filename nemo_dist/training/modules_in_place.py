@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from peft.utils import ModulesToSaveWrapper, other
+import peft.utils.other
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from nemo_dist.mesh.rank_group import RankGroup
@@ -22,8 +23,10 @@ _HEADS = {
     "QUESTION_ANS": ("qa_outputs",),
 }
 
+_Wrapper: Any = ModulesToSaveWrapper  # PEFT annotates only a part
 
-class ModuleInPlace(ModulesToSaveWrapper):  # type: ignore[misc]  # PEFT has no types
+
+class ModuleInPlace(_Wrapper):  # type: ignore[misc]
     """PEFT's wrapper around a module of ``modules_to_save``, which trains the module itself in place of a copy.
 
     Without the adapter that it belongs to, PEFT computes with what was there before the training. That is gone, so a
@@ -77,12 +80,12 @@ def modules_in_place(part: nn.Module) -> dict[str, ModuleInPlace]:
 @contextmanager
 def without_copies() -> Iterator[None]:
     """Within the context, PEFT wraps modules of ``modules_to_save`` by ``ModuleInPlace``."""
-    theirs = other.ModulesToSaveWrapper
-    other.ModulesToSaveWrapper = ModuleInPlace
+    theirs: Any = peft.utils.other
+    theirs.ModulesToSaveWrapper = ModuleInPlace
     try:
         yield
     finally:
-        other.ModulesToSaveWrapper = theirs
+        theirs.ModulesToSaveWrapper = ModulesToSaveWrapper
 
 
 def refuse_modules(parts: Sequence[nn.Module], config: Any, ranks: RankGroup) -> None:

@@ -30,6 +30,8 @@ from nemo_dist.plugin.resharding import gathered
 from nemo_dist.plugin.sharding_override import sharding_overrides
 from nemo_dist.torch_private import run_after_backward
 from nemo_dist.training.adapter_files import AdapterFiles, keeps_weights_of_the_model
+from nemo_dist.training.dora_magnitudes import fill_magnitudes
+from nemo_dist.training.token_rows import compute_beside
 
 FEATURE = "adapters"  # what a plugin lists in ``composes_with`` when it is tested with them
 _LOADED = "loaded_by_nemo_dist"
@@ -59,6 +61,7 @@ def add_adapters(
 
     _refuse_axes("adapters would be added", mesh, plugins)
     refuse_copies(config)
+    _refuse_rows(config, mesh)
     staged = not isinstance(model, nn.Module)
     refuse_modules(model.parts if staged else [model], config, RankGroup.of(mesh))
     if staged:
@@ -79,6 +82,9 @@ def _adapted(model: nn.Module, config: Any, mesh: MeshContext) -> Any:
     # DoRA reads the weights that it stands beside; other kinds need no more than shapes.
     with without_copies(), _whole_shapes(model) if _sharing(mesh) else gathered([model]):
         made = peft.get_peft_model(model, config)
+    if _sharing(mesh):
+        fill_magnitudes(made, mesh.device)
+    compute_beside(made)
     setattr(made, _MADE_WHOLE, True)
     return made
 
@@ -120,7 +126,6 @@ def refuse_copies(config: Any) -> None:
     """Raise ValueError for adapters that copy or change the weights of the model, of which a rank has only shards."""
     start = getattr(config, "init_lora_weights", True)
     asked = {
-        "trainable_token_indices": getattr(config, "trainable_token_indices", None),
         "target_parameters": getattr(config, "target_parameters", None),
         f"init_lora_weights={start!r}": not (isinstance(start, bool) or start == "gaussian"),
     }
@@ -131,6 +136,16 @@ def refuse_copies(config: Any) -> None:
             "and a rank has only shards of those; leave it out, and target the modules by their names, or train whole "
             "modules by modules_to_save"
         )
+
+
+def _refuse_rows(config: Any, mesh: MeshContext) -> None:
+    """Raise ValueError for trainable rows of an embedding along axes that they are not proven with."""
+    if getattr(config, "trainable_token_indices", None):
+        for axis in _sharing(mesh) + _layers(mesh):
+            raise ValueError(
+                f"trainable_token_indices is not proven with {axis} (got {axis}_size={mesh.size(axis)}), leave it at "
+                "1, or train the whole embedding by modules_to_save"
+            )
 
 
 def refuse_prompts(part: nn.Module) -> None:
