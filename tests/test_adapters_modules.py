@@ -50,7 +50,7 @@ KINDS = {
 def setup_of(sizes):
     initialize_distributed("gloo")
     sizes = dict(sizes or {})
-    strategy = FSDP2Config(mp_policy=FP32)
+    strategy = FSDP2Config(mp_policy=FP32, enable_compile=sizes.pop("compile", False))
     if sizes.pop("ddp", False):
         strategy = DDPConfig()
     stages = PipelineConfig(pp_schedule=sizes.pop("schedule", "1F1B")) if "pp_size" in sizes else None
@@ -144,6 +144,7 @@ AXES = [
     (2, "llama-sequences", "sequences", {"pp_size": 2}),
     (2, "bert-sequences", "of bert", {"ddp": True}),
     slow(2, "llama", "of blocks", {}),
+    slow(2, "llama", "of blocks", {"compile": True}),
     slow(2, "llama", "embedding", {}),
     slow(2, "llama", "embedding", {"tp_size": 2}),
     slow(2, "llama", "head", {"cp_size": 2}),
@@ -301,7 +302,7 @@ def on_rank_use_without(folder, out):
     setup = setup_of({})
     own = SPECIMENS["llama"].load.from_pretrained(folder, distributed_setup=setup)
     with pytest.raises(ValueError) as copied:
-        setup.runtime(peft.get_peft_model(own, KINDS["head"]()))
+        setup.runtime(peft.get_peft_model(own, LORA(modules_to_save=["input_layernorm"])))
     model = adapted(
         SPECIMENS["llama"].load.from_pretrained(folder, distributed_setup=setup), "head", setup.add_adapters
     )

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from nemo_dist.checkpoint.sharded_model import ShardedModel
+from nemo_dist.hf_model import inner_model, plain_class
 from nemo_dist.mesh.dtensor import local, parameter_slots
 from nemo_dist.mesh.mesh_context import MeshContext
 from nemo_dist.mesh.rank_group import RankGroup
@@ -86,6 +87,8 @@ def _adapted(model: nn.Module, config: Any, mesh: MeshContext) -> Any:
         fill_magnitudes(made, mesh.device)
     compute_beside(made)
     setattr(made, _MADE_WHOLE, True)
+    # PEFT writes the name of the class, so that others can load the base model; a sharded one has another.
+    made._get_base_model_class = lambda *_, **__: plain_class(inner_model(made))
     return made
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from weakref import WeakSet
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from nemo_dist.hf_model import inner_model
 from nemo_dist.plugin.forwards import wrap_forward
@@ -79,6 +80,8 @@ def _problem(model: nn.Module, name: str, layer: Any) -> str:
         return ""
     if installed.style in ROW and installed.region.ends_in_tokens_of(name):
         return "ends a region of sequence parallelism; target other modules, or set sequence_parallel=False"
+    if variants and isinstance(layer.get_base_layer(), Conv1D):
+        return "has DoRA beside a weight that is transposed (Conv1D), which is not proven with tp; use LoRA"
     if installed.head is not None and (isinstance(layer, IA3Layer) or variants):
         return "gives logits that stay cut, which IA3 and DoRA cannot multiply; target other modules"
     return ""

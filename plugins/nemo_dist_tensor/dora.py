@@ -41,7 +41,7 @@ def _extra(
 ) -> Tensor:
     """Return what DoRA adds to *base_result*; both are cut, or whole, as the output of the layer is."""
     stays_cut = installed.style not in ROW | GATHERED
-    norm = _norm(magnitude, installed, value.dtype, lora_A.weight, lora_B.weight, scaling, base_layer.weight)
+    norm = _norm(installed, value.dtype, lora_A.weight, lora_B.weight, scaling, base_layer.weight)
     scale = (installed.rows(magnitude.weight) if stays_cut else magnitude.weight) / norm
     plain = base_result if base_layer.bias is None else base_result - _bias(installed, base_layer.bias, len(norm))
     product: Tensor = lora_B(lora_A(value))
@@ -58,7 +58,6 @@ def _bias(installed: Installed, bias: Tensor, width: int) -> Tensor:
 
 @torch.no_grad()
 def _norm(
-    magnitude: Any,
     installed: Installed,
     dtype: torch.dtype,
     first: Tensor,
@@ -69,7 +68,6 @@ def _norm(
     """Return the norms of the rows of *weight* with LoRA's product in it: those of this rank's output, in *dtype*."""
     peers = installed.peers
     mine = (installed.own_rows or local)(weight).to(dtype)
-    mine = mine.T if magnitude.fan_in_fan_out else mine
     if installed.style in ROW:
         part = mine + scaling * (second @ installed.columns(first)).to(dtype)
         squares = part.to(torch.promote_types(dtype, torch.float32)).square().sum(dim=1)
