@@ -5,6 +5,8 @@ model's own loss or the user's), ``whole_rows`` (outputs of whole rows), ``evalu
 packed sequences), ``rehearsal`` (how a model's outputs depend on other tokens), ``loss_weighting``,
 ``router_aux_loss``, ``batch_checks``, ``uneven_batches``, ``replica_check`` (are copies equal on all ranks),
 ``train_mode`` (refuses batch statistics and LayerDrop), ``forward_code`` (what modules draw and write),
-``grad_norm``, ``optimizer_probe``, ``peft_adapters``, ``merged_adapters``, ``seed`` (random generators of the ranks).
+``grad_norm``, ``optimizer_probe``, ``peft_adapters``, ``modules_in_place`` (PEFT's ``modules_to_save``),
+``token_rows`` (its trainable tokens), ``dora_magnitudes``, ``adapter_files``, ``merged_adapters``, ``seed`` (random
+generators of the ranks).
 Not here: how gradients are reduced, which is the strategy's.
 """
