@@ -14,6 +14,7 @@ import peft.utils.other
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
+from nemo_dist.hf_model import class_name
 from nemo_dist.mesh.rank_group import RankGroup
 
 # What PEFT adds to ``modules_to_save`` for a type of task; one of them is the model's.
@@ -65,7 +66,7 @@ class ModuleInPlace(_Wrapper):  # type: ignore[misc]
         """Run the module; raise RuntimeError where its adapter is disabled or another one is active."""
         if not self.active or kwargs.get("adapter_names") is not None:
             raise RuntimeError(
-                f"a module of modules_to_save ({type(self.original_module).__name__}) was trained in place, so the "
+                f"a module of modules_to_save ({class_name(self.original_module)}) was trained in place, so the "
                 "model as it was before is gone, which disable_adapter, another adapter or adapter_names ask for; load "
                 "that a second time, frozen"
             )
