@@ -34,8 +34,16 @@ KINDS = {
     "every-lora": peft.LoraConfig(r=4, target_modules=[*EVERY, "embed_tokens", "lm_head"], task_type="CAUSAL_LM"),
     "columns": peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "gate_proj"], task_type="CAUSAL_LM"),
     "every-ia3": peft.IA3Config(target_modules=EVERY, feedforward_modules=["down_proj", "up_proj"]),
-    "lora and head": peft.LoraConfig(r=4, target_modules=OF_ATTENTION),  # in place of modules_to_save
+    "lora and head": peft.LoraConfig(r=4, target_modules=OF_ATTENTION),  # which PEFT does not know of
     "dora": peft.LoraConfig(r=4, use_dora=True, target_modules=OF_ATTENTION, task_type="CAUSAL_LM"),
+    "every-dora": peft.LoraConfig(r=4, use_dora=True, target_modules=EVERY, task_type="CAUSAL_LM"),
+    "dora-columns": peft.LoraConfig(r=4, use_dora=True, target_modules=["q_proj", "gate_proj"], task_type="CAUSAL_LM"),
+    "dora-packed": peft.LoraConfig(
+        r=4, use_dora=True, target_modules=["qkv_proj", "o_proj", "gate_up_proj", "down_proj"], task_type="CAUSAL_LM"
+    ),
+    "dora-drawn": peft.LoraConfig(
+        r=4, use_dora=True, init_lora_weights=False, target_modules=OF_ATTENTION, task_type="CAUSAL_LM"
+    ),
     "ia3": peft.IA3Config(target_modules=["k_proj", "o_proj"], feedforward_modules=["o_proj"], task_type="CAUSAL_LM"),
 }
 
@@ -50,7 +58,7 @@ def built(folder, kind, sizes=None):
         strategy=strategy, parallelism_sizes=ParallelismSizes(**sizes), pipeline_config=stages
     )
     model = NeMoAutoModelForCausalLM.from_pretrained(folder, distributed_setup=setup, dtype=torch.float32)
-    whole_weights = kind == "dora" or {"dp_replicate_size", "tp_size", "pp_size"} & sizes.keys()
+    whole_weights = "dora" in kind or {"dp_replicate_size", "tp_size", "pp_size"} & sizes.keys()
     return setup.runtime(adapted(model, kind, setup.add_adapters if whole_weights else peft.get_peft_model))
 
 
@@ -144,6 +152,15 @@ AXES = [
     (2, "llama", "every-lora", {"tp_size": 2}),
     (2, "llama", "every-ia3", {"tp_size": 2}),
     (2, "llama", "columns", {"tp_size": 2, "sequence_parallel": True}),
+    (2, "llama", "every-dora", {"tp_size": 2}),
+    slow(2, "llama", "dora-drawn", {"tp_size": 2}),
+    slow(2, "llama", "dora-columns", {"tp_size": 2, "sequence_parallel": True}),
+    slow(2, "llama-odd", "every-dora", {"tp_size": 2}),  # every rank has its key projections whole
+    slow(2, "phi3", "dora-packed", {"tp_size": 2}),  # outputs are gathered, inputs are split
+    slow(2, "qwen2-moe", "dora", {"tp_size": 2}),  # has biases
+    slow(4, "llama", "every-dora", {"tp_size": 2}),
+    slow(4, "llama", "dora", {"tp_size": 2, "dp_replicate_size": 2}),
+    slow(4, "llama-deep", "dora", {"tp_size": 2, "pp_size": 2}),
     (4, "llama", "every-lora", {"tp_size": 2}),
     (4, "llama", "lora", {"tp_size": 2, "cp_size": 2}),
     (4, "llama", "lora", {"tp_size": 4}),
@@ -205,9 +222,7 @@ def test_adapters_go_on_under_another_topology_and_are_exported(on_ranks, tmp_pa
 
 
 COPIES = {
-    "modules_to_save": {"modules_to_save": ["lm_head"]},
-    "trainable_token_indices": {"trainable_token_indices": [1, 2]},
-    "task_type=SEQ_CLS": {"task_type": "SEQ_CLS"},
+    "target_parameters": {"target_parameters": ["experts.gate_up_proj"]},
     "init_lora_weights='pissa'": {"init_lora_weights": "pissa"},
 }
 
@@ -220,7 +235,12 @@ def test_adapters_that_copy_or_change_weights_are_refused(what):
 
 
 UNPROVEN = {
-    "dora": ({"use_dora": True, "target_modules": ["q_proj"]}, "is of a kind (DoraLinearVariant)", False),
+    "dora of the embedding": (
+        {"use_dora": True, "target_modules": ["embed_tokens"]},
+        "is of a kind (DoraEmbeddingVariant)",
+        False,
+    ),
+    "dora of the head": ({"use_dora": True, "target_modules": ["lm_head"]}, "gives logits that stay cut", False),
     "bias": ({"lora_bias": True, "target_modules": ["q_proj"]}, "has lora_bias", False),
     "dropout": ({"lora_dropout": 0.1, "target_modules": ["q_proj"]}, "has lora_dropout", False),
     "exit": ({"target_modules": ["o_proj"]}, "ends a region of sequence parallelism", True),
@@ -234,7 +254,9 @@ def on_rank_refuse(folder, unproven):
         strategy = FSDP2Config(mp_policy=FP32, sequence_parallel=sequence)
         setup = DistributedSetup.build(strategy=strategy, parallelism_sizes=ParallelismSizes(tp_size=2))
         model = NeMoAutoModelForCausalLM.from_pretrained(folder, distributed_setup=setup)
-        with pytest.raises(ValueError, match="adapters beside tensor-parallel layers") as caught:
+        with pytest.raises(
+            ValueError, match=r"adapters beside tensor-parallel layers|where ranks hold parts"
+        ) as caught:
             setup.runtime(setup.add_adapters(model, peft.LoraConfig(r=2, task_type="CAUSAL_LM", **given)))
         found[name] = str(caught.value)
     return found

@@ -66,6 +66,7 @@ PRIVATE = {
     "nemo_dist.checkpoint.scheduler_state": ("_schedulers", "_last_lr"),
     "nemo_dist.models.other_loops": ("_is_distributed_loading_by_transformers", "_is_accelerate_prepared"),
     "nemo_dist.training.router_aux_loss": ("_can_record_outputs",),
+    "nemo_dist.training.peft_adapters": ("_get_base_model_class",),
     "nemo_dist.dry_run.imagined_world": ("_internal", "_fully_shard", "_fsdp_param"),
     "nemo_dist.testing.fake_cuda": ("_coalescing_manager", "_dynamo"),
     "nemo_dist.testing.worker": ("_Options", "_clear_sharding_prop_cache", "_devices", "_timeout", "_world"),

@@ -184,13 +184,15 @@ class DistributedSetup(Composition):
     def add_adapters(self, model: Any, config: Any) -> Any:
         """Return *model*, loaded for this setup, with the adapters of *config* of PEFT; call it before ``runtime``.
 
-        Like ``peft.get_peft_model``, but the weights are there whole while the adapters are made, as DoRA needs them.
-        Of a pipeline the stages are wrapped, and it is returned itself. Collective. Raises ValueError for axes that
-        adapters are not proven with, and for adapters that copy weights.
+        Like ``peft.get_peft_model``, but the weights are there whole while the adapters are made, as DoRA needs them,
+        and what is in ``modules_to_save`` is trained itself, where PEFT would train a copy; ``save_pretrained`` of the
+        result, which all ranks call then, writes it as PEFT does. Of a pipeline the stages are wrapped, and it is
+        returned itself. Collective. Raises ValueError for axes that adapters are not proven with, for adapters that
+        copy weights otherwise, and for ``modules_to_save`` that share weights with others or are not there.
         """
         from nemo_dist.training.peft_adapters import add_adapters
 
-        return add_adapters(model, config, self.mesh_context, self.plugins)
+        return add_adapters(model, config, self.mesh_context, self.plugins, self.sharded)
 
     def seed(self, seed: int) -> None:
         """Seed the generators of torch, Python and NumPy on this rank, for dropout and whatever else is drawn.

@@ -42,10 +42,10 @@ def _merged(model: nn.Module) -> Iterator[None]:
     before: list[tuple[Tensor, Tensor]] = []
     try:
         for name, layer in layers.items():
-            weight = layer.get_base_layer().weight
-            for adapter in () if layer.merged else _active(layer):
-                _add(weight, layer.get_delta_weight(adapter), before)
-            _replace(model, name, layer.get_base_layer())
+            base = _base(layer)
+            for adapter in () if _in_place(layer) or layer.merged else _active(layer):
+                _add(base.weight, layer.get_delta_weight(adapter), before)
+            _replace(model, name, base)
         yield
     finally:
         for name, layer in layers.items():
@@ -65,7 +65,6 @@ def _add(weight: Tensor, whole: Tensor, before: list[tuple[Tensor, Tensor]]) -> 
 
 def _layers(model: nn.Module) -> dict[str, Any]:
     """Return the layers that PEFT put into *model*, by name; raise CheckpointError for those that are no LoRA alone."""
-    from peft.tuners.lora import LoraLayer
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
@@ -74,7 +73,7 @@ def _layers(model: nn.Module) -> dict[str, Any]:
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
             found[name] = module
-            problems += _problems(model, name, module) if isinstance(module, LoraLayer) else [_strange(name, module)]
+            problems += _problems(model, name, module)
     if problems:
         raise CheckpointError(
             "a model with these adapters of PEFT cannot be exported: "
@@ -90,8 +89,14 @@ def _strange(name: str, module: object) -> str:
 
 
 def _problems(model: nn.Module, name: str, layer: Any) -> Sequence[str]:
-    """Say what in a layer of LoRA is more than a product that is added to a weight of its own."""
-    base = layer.get_base_layer()
+    """Say what in a layer of PEFT is more than a product that is added to a weight of its own, or a module itself."""
+    from peft.tuners.lora import LoraLayer
+
+    if _in_place(layer):
+        return [] if layer.active else [f"{name} was trained in place by an adapter that is not active"]
+    if not isinstance(layer, LoraLayer):
+        return [_strange(name, layer)]
+    base: Any = layer.get_base_layer()
     plain = isinstance(getattr(base, "weight", None), Tensor) and hasattr(layer, "get_delta_weight")
     others = [adapter for adapter in _active(layer) if adapter in layer.lora_variant or layer.lora_bias.get(adapter)]
     if not plain or others:
@@ -101,6 +106,16 @@ def _problems(model: nn.Module, name: str, layer: Any) -> Sequence[str]:
         base.weight is parameter for module in rest for parameter in module.parameters(recurse=False)
     )
     return [f"{name} is an adapter of a weight that other modules use too (it is tied)"] if tied else []
+
+
+def _base(layer: Any) -> Any:
+    """Return the module of the model that *layer* of PEFT wraps."""
+    return layer.original_module if _in_place(layer) else layer.get_base_layer()
+
+
+def _in_place(layer: Any) -> bool:
+    """Whether *layer* is a ``ModuleInPlace``, whose module has no PEFT."""
+    return getattr(type(layer), "in_place", False)
 
 
 def _active(layer: Any) -> list[str]:

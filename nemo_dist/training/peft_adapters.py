@@ -10,13 +10,14 @@ import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from nemo_dist.checkpoint.sharded_model import ShardedModel
+from nemo_dist.hf_model import inner_model, plain_class
 from nemo_dist.mesh.dtensor import local, parameter_slots
 from nemo_dist.mesh.mesh_context import MeshContext
 from nemo_dist.mesh.rank_group import RankGroup
@@ -26,10 +27,12 @@ from nemo_dist.plugin.protocol import Plugin, Stage, claimants
 from nemo_dist.plugin.registry import Registry
 from nemo_dist.plugin.resharding import gathered
 from nemo_dist.plugin.sharding_override import sharding_overrides
+from nemo_dist.training.adapter_files import AdapterFiles, keeps_weights_of_the_model
+from nemo_dist.training.dora_magnitudes import fill_magnitudes
 from nemo_dist.training.gradient_average import GradientAverage, together
+from nemo_dist.training.token_rows import compute_beside
 
 FEATURE = "adapters"  # what a plugin lists in ``composes_with`` when it is tested with them
-_COPY_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # types of tasks for which PEFT saves a copy of the head
 NOT_AVERAGED = (
     "so no strategy averages their gradients over ranks; make them parameters of the model before "
     "setup.runtime(model), as in model.temperature = torch.nn.Parameter(torch.zeros(()))"
@@ -46,24 +49,48 @@ def mark_loaded(parts: Iterable[nn.Module]) -> None:
             setattr(parameter, _LOADED, True)
 
 
-def add_adapters(model: Any, config: Any, mesh: MeshContext, plugins: Sequence[Plugin]) -> Any:
-    """Return the PEFT model of *model*; see :meth:`nemo_dist.DistributedSetup.add_adapters`."""
+def add_adapters(
+    model: Any,
+    config: Any,
+    mesh: MeshContext,
+    plugins: Sequence[Plugin],
+    sharded: Callable[[Sequence[nn.Module]], ShardedModel],
+) -> Any:
+    """Return the PEFT model of *model*; see :meth:`nemo_dist.DistributedSetup.add_adapters`.
+
+    *sharded* says of parts what saving needs to know of them.
+    """
+    from nemo_dist.training.modules_in_place import refuse_modules
+
     _refuse_axes("adapters would be added", mesh, plugins)
     refuse_copies(config)
-    if isinstance(model, nn.Module):
-        return _adapted(model, config, mesh)
-    model.replace_parts(partial(_adapted_stage, config=config, mesh=mesh))
-    model.save_pretrained = partial(_save_adapters, model, RankGroup.of(mesh))
-    return model
+    _refuse_rows(config, mesh)
+    staged = not isinstance(model, nn.Module)
+    refuse_modules(model.parts if staged else [model], config, RankGroup.of(mesh))
+    if staged:
+        model.replace_parts(partial(_adapted_stage, config=config, mesh=mesh))
+        model.save_pretrained = AdapterFiles(sharded(model.parts), True, model.parts[0].save_pretrained)
+        return model
+    made = _adapted(model, config, mesh)
+    if keeps_weights_of_the_model(config):
+        made.save_pretrained = AdapterFiles(sharded([made]), False, made.save_pretrained)
+    return made
 
 
 def _adapted(model: nn.Module, config: Any, mesh: MeshContext) -> Any:
     import peft
 
+    from nemo_dist.training.modules_in_place import without_copies
+
     # DoRA reads the weights that it stands beside; other kinds need no more than shapes.
-    with _whole_shapes(model) if _sharing(mesh) else gathered([model]):
+    with without_copies(), _whole_shapes(model) if _sharing(mesh) else gathered([model]):
         made = peft.get_peft_model(model, config)
+    if _sharing(mesh):
+        fill_magnitudes(made, mesh.device)
+    compute_beside(made)
     setattr(made, _MADE_WHOLE, True)
+    # PEFT writes the name of the class, so that others can load the base model; a sharded one has another.
+    made._get_base_model_class = lambda *_, **__: plain_class(inner_model(made))
     return made
 
 
@@ -72,34 +99,6 @@ def _adapted_stage(part: nn.Module, config: Any, mesh: MeshContext) -> Any:
     made = _adapted(part, own, mesh)
     own.target_modules = config.target_modules
     return made
-
-
-def _save_adapters(
-    pipeline: Any,
-    ranks: RankGroup,
-    save_directory: Any,
-    is_main_process: bool | None = None,
-    save_embedding_layers: bool = False,
-) -> None:
-    """Write the adapters of all stages as PEFT does, from the first rank or the main one; all ranks must call this.
-
-    Raises ValueError where the embedding layers are asked for, which are shards.
-    """
-    from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
-    from safetensors.torch import save_file
-
-    if save_embedding_layers:
-        raise ValueError("save_embedding_layers=True asks for weights of the model, which runtime.export writes")
-    own: dict[str, Tensor] = {}
-    for part in pipeline.parts:
-        added = {name: value.detach() for name, value in part.named_parameters() if not hasattr(value, _LOADED)}
-        own |= get_peft_model_state_dict(part, state_dict=added, save_embedding_layers=False)
-    whole = pipeline.of_all_stages(own)
-    with ranks.agreed("saving the adapters"):
-        if ranks.first if is_main_process is None else is_main_process:
-            pipeline.parts[0].save_pretrained(save_directory, save_embedding_layers=False)  # writes one stage alone
-            contents = {name: value.cpu() for name, value in whole.items()}
-            save_file(contents, Path(save_directory) / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
 
 
 def _sharing(mesh: MeshContext) -> list[str]:
@@ -131,11 +130,7 @@ def _whole_shapes(model: nn.Module) -> Iterator[None]:
 def refuse_copies(config: Any) -> None:
     """Raise ValueError for adapters that copy or change the weights of the model, of which a rank has only shards."""
     start = getattr(config, "init_lora_weights", True)
-    task = getattr(config, "task_type", None)
     asked = {
-        "modules_to_save": getattr(config, "modules_to_save", None),
-        f"task_type={task!s}": task in _COPY_HEADS,
-        "trainable_token_indices": getattr(config, "trainable_token_indices", None),
         "target_parameters": getattr(config, "target_parameters", None),
         f"init_lora_weights={start!r}": not (isinstance(start, bool) or start == "gaussian"),
     }
@@ -143,10 +138,19 @@ def refuse_copies(config: Any) -> None:
     if found:
         raise ValueError(
             f"{type(config).__name__} asks for {' and '.join(found)}, which copies or changes weights of the model, "
-            "and a rank has only shards of those; leave it out, and target the modules by their names, or train a "
-            "module itself, such as a head: requires_grad_(True) on its parameters once the adapters are added, which "
-            "runtime.save and runtime.export write"
+            "and a rank has only shards of those; leave it out, and target the modules by their names, or train whole "
+            "modules by modules_to_save"
         )
+
+
+def _refuse_rows(config: Any, mesh: MeshContext) -> None:
+    """Raise ValueError for trainable rows of an embedding along axes that they are not proven with."""
+    if getattr(config, "trainable_token_indices", None):
+        for axis in _sharing(mesh) + _layers(mesh):
+            raise ValueError(
+                f"trainable_token_indices is not proven with {axis} (got {axis}_size={mesh.size(axis)}), leave it at "
+                "1, or train the whole embedding by modules_to_save"
+            )
 
 
 def refuse_prompts(part: nn.Module) -> None:
@@ -257,7 +261,10 @@ def _refuse(
         others = " or ".join(map(repr, Registry().composing(FEATURE)))
         raise ValueError(f"{some}; this is not proven with {strategy.name!r}, use {others}")
     if any(isinstance(parameter, DTensor) for parameter in added.values()):
-        raise ValueError(f"{some} as DTensors; add them as plain tensors, whole on every rank")
+        raise ValueError(
+            f"{some} as DTensors, of which a rank has only a shard; add them as plain tensors, whole on every rank, "
+            "and modules_to_save with setup.add_adapters(model, config), which trains the modules themselves"
+        )
 
 
 def _refuse_axes(some: str, mesh: MeshContext, plugins: Sequence[Plugin]) -> None:

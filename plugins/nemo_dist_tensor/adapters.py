@@ -2,7 +2,8 @@
 
 Every rank keeps the adapters whole, so they are saved, clipped and stepped as on one process. LoRA's second matrix
 beside a layer whose output is cut, and its first one beside a layer whose input is cut, work like that layer, on a
-piece that is taken in every forward; the backward gathers the gradients of all pieces. IA3's factors are cut alike.
+piece that is taken in every forward; the backward gathers the gradients of all pieces. IA3's factors and DoRA's
+magnitudes are cut alike.
 """
 
 from __future__ import annotations
@@ -11,54 +12,23 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakSet
 
-import attrs
-from torch import Tensor, nn
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from nemo_dist.hf_model import inner_model
 from nemo_dist.plugin.forwards import wrap_forward
 from nemo_dist_tensor import layers
-from nemo_dist_tensor.collectives import Peers, split
+from nemo_dist_tensor.dora import dora
+from nemo_dist_tensor.installed import Installed, installed_of
 from nemo_dist_tensor.parallel_regions import Region
 from nemo_dist_tensor.styles import COLUMN, EMBEDDING, GATHERED, ROW, WHOLE_INPUT
 
 _ALIKE = EMBEDDING | {"replicate"}  # their inputs and outputs are whole, and used alike on all ranks
 
 
-@attrs.frozen(eq=False)
-class Installed:
-    """How a module was made tensor-parallel.
-
-    ``head``: its output may stay cut. ``own_rows`` takes a rank's rows of what has a row for each output feature.
-    """
-
-    style: str
-    region: Region
-    head: layers.LMHead | None = None
-    own_rows: Callable[[Tensor], Tensor] | None = None
-
-    @property
-    def peers(self) -> Peers:
-        """The ranks that share the module."""
-        return self.region.peers
-
-    def rows(self, whole: Tensor) -> Tensor:
-        """Return the rows of *whole* for this rank's output features."""
-        return split(whole, 0, self.peers) if self.own_rows is None else self.own_rows(whole)
-
-    def columns(self, whole: Tensor) -> Tensor:
-        """Return the columns of *whole* for this rank's input features."""
-        return split(whole, 1, self.peers)
-
-
-_installed: WeakKeyDictionary[nn.Module, Installed] = WeakKeyDictionary()  # by module that a rule changed
 _adapted: WeakSet[nn.Module] = WeakSet()  # layers of PEFT
-
-
-def remember(module: nn.Module, installed: Installed) -> None:
-    """Note how *module* was made tensor-parallel, for adapters that are added to it later."""
-    _installed[module] = installed
 
 
 def install(parts: Sequence[nn.Module]) -> None:
@@ -73,13 +43,15 @@ def install(parts: Sequence[nn.Module]) -> None:
         found: dict[str, Any] = {
             name: layer
             for name, layer in model.named_modules()
-            if isinstance(layer, BaseTunerLayer | AuxiliaryTrainingWrapper) and layer not in _adapted
+            if isinstance(layer, BaseTunerLayer | AuxiliaryTrainingWrapper)
+            and layer not in _adapted
+            and not getattr(type(layer), "in_place", False)  # a module of the model, whose forward is its own
         }
         problems = [f"{name} {problem}" for name, layer in found.items() if (problem := _problem(model, name, layer))]
         if problems:
             raise ValueError("adapters beside tensor-parallel layers: " + "; ".join(problems[:3]))
         for name, layer in found.items():
-            _install(name, layer, _installed.get(layer.get_base_layer()))
+            _install(name, layer, installed_of(layer.get_base_layer()))
             _adapted.add(layer)
 
 
@@ -87,17 +59,19 @@ def _problem(model: nn.Module, name: str, layer: Any) -> str:
     """Say why the adapters of *layer* would not be exact, or return an empty string."""
     from peft.tuners.ia3 import IA3Layer
     from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora.variants import DoraLinearVariant
 
-    if not isinstance(layer, LoraLayer | IA3Layer) or getattr(layer, "lora_variant", None):
-        kinds = [type(variant).__name__ for variant in getattr(layer, "lora_variant", {}).values()]
-        return f"is of a kind ({', '.join(kinds) or type(layer).__name__}) that is not proven with tp; use LoRA or IA3"
+    variants = list(getattr(layer, "lora_variant", {}).values())
+    if not isinstance(layer, LoraLayer | IA3Layer) or any(type(each) is not DoraLinearVariant for each in variants):
+        kinds = ", ".join(type(variant).__name__ for variant in variants) or type(layer).__name__
+        return f"is of a kind ({kinds}) that is not proven with tp; use LoRA, IA3, or DoRA beside linear layers"
     if any(getattr(layer, "lora_bias", {}).values()):
         return "has lora_bias, which is not proven with tp; leave it out"
     if any(isinstance(dropout, nn.Dropout) and dropout.p for dropout in getattr(layer, "lora_dropout", {}).values()):
         return "has lora_dropout, which tensor-parallel ranks would draw differently; set it to 0"
     outer = [model.get_submodule(".".join(name.split(".")[:end])) for end in range(1, name.count(".") + 1)]
-    installed = _installed.get(layer.get_base_layer())
-    changed = [_installed[module].style for module in outer if module in _installed]
+    installed = installed_of(layer.get_base_layer())
+    changed = [found.style for module in outer if (found := installed_of(module)) is not None]
     if installed and installed.style not in COLUMN | ROW | _ALIKE:
         changed.append(installed.style)
     if changed:
@@ -106,8 +80,10 @@ def _problem(model: nn.Module, name: str, layer: Any) -> str:
         return ""
     if installed.style in ROW and installed.region.ends_in_tokens_of(name):
         return "ends a region of sequence parallelism; target other modules, or set sequence_parallel=False"
-    if installed.head is not None and isinstance(layer, IA3Layer):
-        return "gives logits that stay cut, which IA3 cannot multiply; target other modules"
+    if variants and isinstance(layer.get_base_layer(), Conv1D):
+        return "has DoRA beside a weight that is transposed (Conv1D), which is not proven with tp; use LoRA"
+    if installed.head is not None and (isinstance(layer, IA3Layer) or variants):
+        return "gives logits that stay cut, which IA3 and DoRA cannot multiply; target other modules"
     return ""
 
 
@@ -129,6 +105,8 @@ def _install(name: str, layer: Any, installed: Installed | None) -> None:
     else:
         for first in layer.lora_A.values():
             layers.row(first, name, installed.style, region, columns)
+    for magnitude in (getattr(layer, "lora_magnitude_vector", None) or {}).values():
+        dora(magnitude, installed)
 
 
 def _with_factors(

@@ -11,9 +11,9 @@ from torch.distributed.tensor import Placement
 
 from nemo_dist.mesh.dtensor import local
 from nemo_dist_tensor import layers, parameter_sharding
-from nemo_dist_tensor.adapters import Installed, remember
 from nemo_dist_tensor.attention_heads import AttentionHeads
 from nemo_dist_tensor.collectives import Peers
+from nemo_dist_tensor.installed import Installed, remember
 from nemo_dist_tensor.parallel_regions import Region
 from nemo_dist_tensor.styles import COLUMN, ROW, SUMMED
 from nemo_dist_tensor.tp_plan import Rules, is_key_value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -178,14 +178,6 @@ class AutoPipeline:
         the whole model. Every pipeline rank calls it. Raises ValueError where *make* replaces a tied module.
         """
         replace_parts(self.parts, self.placement, self.group, self.device, make)
-
-    def of_all_stages(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the *tensors* of all pipeline ranks, which have unlike names, on each of them; all call it."""
-        found: dict[str, Tensor] = {}
-        for source in range(dist.get_world_size(self.group)):
-            own = dict(tensors) if source == dist.get_rank(self.group) else {}
-            found |= broadcast_tensors(own, source, self.group, self.device)
-        return found
 
     # ---- training ----
 
