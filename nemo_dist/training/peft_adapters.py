@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.tensor import DTensor
 
 from nemo_dist.checkpoint.sharded_model import ShardedModel
