@@ -127,7 +127,12 @@ def predicts_next_token(model: Any) -> bool:
 
 def has_own_code(model: nn.Module) -> bool:
     """Whether *model* has a module of the user's own class, from neither transformers, torch, PEFT nor a plugin."""
-    return any(not f"{plain_class(module).__module__}.".startswith(_LIBRARIES) for module in model.modules())
+    return any(is_own_code(module) for module in model.modules())
+
+
+def is_own_code(module: nn.Module) -> bool:
+    """Whether the class of *module* is the user's own, from neither transformers, torch, PEFT nor a plugin."""
+    return not f"{plain_class(module).__module__}.".startswith(_LIBRARIES)
 
 
 def loss_kind(model: Any) -> str | None:

@@ -56,6 +56,17 @@ class Missing(Protocol):
         """Fill the missing weights of *part*."""
 
 
+def detach_computed(model: nn.Module) -> None:
+    """Let *model*, on meta, be copied: detach what a module keeps that is computed from its parameters.
+
+    So are the weights of torch's old ``weight_norm`` and of pruning, computed anew before every forward.
+    """
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, torch.Tensor) and not value.is_leaf:
+                setattr(module, name, value.detach())
+
+
 def refuse_uneven(parts: Sequence[nn.Module]) -> None:
     """Raise TopologyError for parameters whose shard on this rank differs from the slice that transformers reads.
 
@@ -151,6 +162,7 @@ class Reading:
             # The config is frozen, but transformers reads device_map from it again to finish the model.
             object.__setattr__(config, "device_map", {"": self.target.device})
         whole = frozenset(model.state_dict())
+        detach_computed(model)
         undivided: Any = copy.deepcopy(model) if self.target.splits_layers else None
         self._parts = self.target.shard(model)
         refuse_quantized(self._parts, config.hf_quantizer)
