@@ -12,11 +12,14 @@ from transformers.models.llama.modeling_llama import LlamaForCausalLM
 from nemo_dist import DistributedSetup, FSDP2Config, NeMoAutoModelForCausalLM, ParallelismSizes, PipelineConfig
 from nemo_dist.testing.equivalence import TOLERANCE, tensor_differences
 from nemo_dist.testing.precision import FP32
+from nemo_dist.testing.shrink import tiny
 from nemo_dist.testing.tensors import whole
 from nemo_dist_pipeline.partition.layer_outputs import of_last_stage
 from nemo_dist_pipeline.partition.model_structure import ModelStructure
 from nemo_dist_pipeline.partition.proof import require_exact
+from nemo_dist_pipeline.partition.skeleton import block_list
 from nemo_dist_pipeline.partition.stage_model import stages_of
+from nemo_dist_pipeline.partition.tower_inputs import note_tower_inputs, without_media
 
 
 class ReadingConfig(OwnConfig):
@@ -36,8 +39,8 @@ class Reading(LlamaForCausalLM):
             prefix = labels == -100
             causal = torch.ones(labels.shape[1], labels.shape[1], dtype=torch.bool, device=labels.device).tril()
             attention_mask = (causal | (prefix[:, None] & prefix[:, :, None]))[:, None]
-        more = {"output_hidden_states": True} if self.config.reads in ("a block", "a block in training") else {}
-        found = self.model(input_ids=input_ids, attention_mask=attention_mask, **kwargs, **more)
+        kwargs["output_hidden_states"] = self.config.reads in ("a block", "a block in training")
+        found = self.model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         logits = self.lm_head(found.last_hidden_state if shift is None else found.last_hidden_state + shift)
         loss = None
         if labels is not None:
@@ -173,12 +176,28 @@ def test_outputs_of_other_layers_are_refused_where_they_are_read():
             read(outputs.attentions)
 
 
+class OwnLlava(transformers.LlavaForConditionalGeneration):
+    """Its forward may do what it likes with any input."""
+
+
+def test_only_inputs_that_towers_of_transformers_take_stay_on_the_first_stage():
+    llava, inputs = tiny("llava").config, {"pixel_values": torch.ones(1), "shift": torch.ones(1), "input_ids": None}
+    with torch.device("meta"):
+        models = transformers.LlavaForConditionalGeneration(llava), OwnLlava(llava), Reading(config_of(""))
+    given = []
+    for model in models:
+        note_tower_inputs(model, next(iter(block_list(model))))
+        given.append(set(without_media(model, inputs)))
+
+    assert given == [{"shift", "input_ids"}, inputs.keys(), inputs.keys()]
+
+
 # ---- calls ----
 
 
 def on_rank_call(batch):
     model, runtime = pipeline_of(config_of(""))
-    given = {"position_ids": torch.arange(12)[None] * 2, "input_ids": batch["input_ids"]}
+    given = {"position_ids": torch.arange(3, 15)[None], "input_ids": batch["input_ids"]}
     logits = runtime.forward(given).logits
     model.parts[0].eval()
     runtime.forward_backward(batch)
@@ -191,7 +210,7 @@ def on_rank_call(batch):
 def test_one_row_of_positions_may_come_first_and_torch_does_not_clip_by_stage(ranks):
     torch.manual_seed(0)
     model = Reading(config_of(""))
-    logits = model(input_ids=batch_of()["input_ids"], position_ids=torch.arange(12)[None] * 2).logits
+    logits = model(input_ids=batch_of()["input_ids"], position_ids=torch.arange(3, 15)[None]).logits
     in_one_process(model, batch_of())
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9).item()
 

@@ -71,8 +71,8 @@ class Outputs(SimpleNamespace):
         if name.startswith("__"):
             raise AttributeError(name)
         raise AttributeError(
-            f"the outputs have no {name!r} here (they have {', '.join(vars(self))}): where ranks share sequences, only "
-            "values per token can be joined; make it from those"
+            f"the outputs have no {name!r} here (they have {', '.join(vars(self))}): where ranks share sequences, or "
+            "have layers of their own, only values per token can be joined, none by layer; make it from those"
         )
 
     def __getitem__(self, name: str) -> Any:

@@ -62,6 +62,7 @@ class _Proof:
     stages: Sequence[StageInfo]
 
     def __attrs_post_init__(self) -> None:
+        self.rehearsal.model.tie_weights()
         _without_dropout(self.rehearsal.model)
 
     def batches(self) -> Iterator[dict[str, Any]]:

@@ -147,8 +147,8 @@ class AutoPipeline:
     def __call__(self, **batch: Any) -> Outputs:
         """Return the outputs of a model that is called with *batch*, equal on all stages: for use without gradients.
 
-        With ``labels`` they have the mean ``loss``. Raises ValueError where gradients are on: a pipeline runs forward
-        and backward together.
+        With ``labels``, which only the loss reads, they have the mean ``loss``. Raises ValueError where gradients are
+        on: a pipeline runs forward and backward together.
         """
         if torch.is_grad_enabled():
             raise ValueError(
