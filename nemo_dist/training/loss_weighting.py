@@ -98,7 +98,8 @@ def refuse_weighing(model: Any, batch: Batch) -> None:
     """Raise ValueError where a forward of the user's own weighs labels by what it alone takes of *batch*."""
     if not is_own_code(model):
         return
-    names = frozenset(name for name in _own_inputs(plain_class(model)) if batch.get(name) is not None)
+    kind: Any = plain_class(model)  # mypy takes no class for hashable
+    names = frozenset(name for name in _own_inputs(kind) if batch.get(name) is not None)
     judged: set[frozenset[str]] = vars(model).setdefault(_JUDGED, {frozenset()})
     if names in judged:
         return
