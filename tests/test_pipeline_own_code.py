@@ -14,6 +14,7 @@ from nemo_dist.testing.equivalence import TOLERANCE, tensor_differences
 from nemo_dist.testing.precision import FP32
 from nemo_dist.testing.shrink import tiny
 from nemo_dist.testing.tensors import whole
+from nemo_dist.training.whole_rows import first_rows
 from nemo_dist_pipeline.partition.layer_outputs import of_last_stage
 from nemo_dist_pipeline.partition.model_structure import ModelStructure
 from nemo_dist_pipeline.partition.proof import require_exact
@@ -165,12 +166,13 @@ def test_such_a_model_trains_with_a_loss_of_ones_own(ranks):
 
 
 def test_outputs_of_other_layers_are_refused_where_they_are_read():
-    layers = (torch.zeros(1), torch.ones(1))
-    given = CausalLMOutputWithPast(logits=torch.ones(1), hidden_states=layers, attentions=layers)
+    layers = (torch.zeros(3), torch.arange(3.0))
+    given = CausalLMOutputWithPast(logits=torch.ones(3), hidden_states=layers, attentions=layers)
 
     outputs = of_last_stage(given)
 
-    assert list(outputs) == ["logits"] and outputs.hidden_states[-1] is layers[-1]
+    assert outputs.hidden_states[-1] is outputs["hidden_states"][-1] is layers[-1]
+    assert first_rows(outputs, {}, rows=3, real=2)[0].hidden_states[-1].tolist() == [0.0, 1.0]
     for read in (lambda one: one[0], lambda one: one[-2:], len, list, lambda one: one.shape):
         with pytest.raises(ValueError, match=r"outputs\.attentions has values of all layers.*attentions\[-1\], or"):
             read(outputs.attentions)

@@ -6,6 +6,7 @@ from collections import OrderedDict
 from typing import Any, NoReturn
 
 import attrs
+from torch import Tensor
 from transformers.utils import ModelOutput
 
 BY_LAYER = ("hidden_states", "attentions", "router_logits")  # ends of the names of such outputs
@@ -19,7 +20,12 @@ class LastOf:
     last: Any
 
     def __getitem__(self, index: Any) -> Any:
-        return self.last if index == -1 else self._refuse()
+        return self.last if index == -1 and self.last is not None else self._refuse()
+
+    def first_rows(self, rows: int, real: int) -> LastOf:
+        """Return the first *real* of all *rows*; nothing of a value that is not one for each row."""
+        has_rows = isinstance(self.last, Tensor) and self.last.shape[:1] == (rows,)
+        return LastOf(self.name, self.last[:real] if has_rows else None)
 
     def __iter__(self) -> NoReturn:
         self._refuse()
@@ -43,14 +49,19 @@ class LastOf:
 
 
 def of_last_stage(output: Any) -> Any:
-    """Leave out of *output*, that of the last stage, the values by layer; as attributes they are a ``LastOf``.
+    """Put a ``LastOf`` in place of the values by layer in *output*, that of the last stage.
 
-    A single tensor of such a name (the hidden states of images, say) comes of towers, which other stages have.
+    A single tensor of such a name (the hidden states of images, say) comes of towers, which other stages have: it is
+    left out.
     """
     if not isinstance(output, ModelOutput):
         return output
     for name in [name for name in output if name.endswith(BY_LAYER)]:
         value = output[name]
-        OrderedDict.__delitem__(output, name)  # ModelOutput's own refuses
-        object.__setattr__(output, name, LastOf(name, value[-1]) if isinstance(value, tuple | list) and value else None)
+        found = LastOf(name, value[-1]) if isinstance(value, tuple | list) and value else None
+        if found is None:
+            OrderedDict.__delitem__(output, name)  # ModelOutput's own refuses
+        else:
+            OrderedDict.__setitem__(output, name, found)
+        object.__setattr__(output, name, found)
     return output
