@@ -100,6 +100,17 @@ def input_embedding(model: Any) -> Any:
         return None
 
 
+def detach_computed(model: nn.Module) -> None:
+    """Let *model*, on meta, be copied: detach what a module keeps that is computed from its parameters.
+
+    So are the weights of torch's old ``weight_norm`` and of pruning, computed anew before every forward.
+    """
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if getattr(value, "grad_fn", None) is not None:
+                setattr(module, name, value.detach())
+
+
 def has_towers(model: Any) -> bool:
     """Whether *model* has several towers (a vision and a language model, say), of which a forward may skip some."""
     return len(getattr(model.config, "sub_configs", ())) > 1

@@ -43,6 +43,8 @@ class Reading(LlamaForCausalLM):
         kwargs["output_hidden_states"] = self.config.reads in ("a block", "a block in training")
         found = self.model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         logits = self.lm_head(found.last_hidden_state if shift is None else found.last_hidden_state + shift)
+        if self.config.reads == "the embedding in training" and self.training:
+            logits = logits + self.model.embed_tokens.weight[0].sum()
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, self.config.vocab_size) + self._more(found)
@@ -141,6 +143,15 @@ def test_an_own_loss_that_needs_other_stages_is_found(reads):
     else:
         assert found.startswith("Reading computes another loss where its blocks are on several stages (")
         assert "on stage 1); give a loss of your own, setup.runtime(model, loss=...)" in found
+
+
+def test_a_forward_that_needs_other_stages_in_training_only_is_refused():
+    with torch.device("meta"):
+        model = Reading(config_of("the embedding in training"))
+    structure = ModelStructure.of(model)
+
+    with pytest.raises(ValueError, match=r"weights of earlier stages are not there \(output.*; it does not run as"):
+        require_exact(model, structure, stages_of(structure, structure.divide(model, 2)))
 
 
 def of_last_layer(outputs, batch):

@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor
 from transformers.modeling_utils import PreTrainedModel
 
 from nemo_dist.errors import CheckpointError, RankError, TopologyError
-from nemo_dist.hf_model import class_name, inner_model, plain_class
+from nemo_dist.hf_model import class_name, detach_computed, inner_model, plain_class
 from nemo_dist.loading.own_buffers import with_own_buffers
 from nemo_dist.loading.same_source import config_fields, file_fields
 from nemo_dist.loading.weight_conversion import convert_and_load
@@ -54,17 +54,6 @@ class Missing(Protocol):
 
     def draw(self, part: nn.Module, initialise: Callable[[], None]) -> None:
         """Fill the missing weights of *part*."""
-
-
-def detach_computed(model: nn.Module) -> None:
-    """Let *model*, on meta, be copied: detach what a module keeps that is computed from its parameters.
-
-    So are the weights of torch's old ``weight_norm`` and of pruning, computed anew before every forward.
-    """
-    for module in model.modules():
-        for name, value in list(vars(module).items()):
-            if isinstance(value, torch.Tensor) and not value.is_leaf:
-                setattr(module, name, value.detach())
 
 
 def refuse_uneven(parts: Sequence[nn.Module]) -> None:

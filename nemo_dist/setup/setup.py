@@ -218,9 +218,8 @@ class DistributedSetup(Composition):
         Raises TopologyError for parameters that the axes cannot shard evenly, PluginError when a plugin replaced the
         model.
         """
-        from nemo_dist.loading.hf_weight_loader import detach_computed, refuse_uneven
+        from nemo_dist.loading.hf_weight_loader import refuse_uneven
 
-        detach_computed(model)
         parts = [model]
         for plugin, _ in self.calls.each("shard", parts=parts, mesh=self.mesh_context, plan=self.plan):
             judge_parts(plugin, "shard", parts, [model])

@@ -39,7 +39,7 @@ def require_exact_code(model: Any, structure: ModelStructure, stages: Sequence[S
         proof = _Proof(Rehearsal.of(model), structure, stages)
     except Exception:  # whatever a class of the user's own raises
         return ""
-    kind = type(model).__name__
+    kind, answer = type(model).__name__, ""
     for inputs in proof.batches():
         found = proof.problem(inputs)
         without = {name: value for name, value in inputs.items() if name != "labels"}
@@ -49,8 +49,8 @@ def require_exact_code(model: Any, structure: ModelStructure, stages: Sequence[S
                 f"so its blocks leave each other more than hidden states, or its forward reads more; {NO_PIPELINE}"
             )
         if found:
-            return f"{kind} computes another loss where its blocks are on several stages ({found}); {OWN_LOSS}"
-    return ""
+            answer = f"{kind} computes another loss where its blocks are on several stages ({found}); {OWN_LOSS}"
+    return answer
 
 
 @attrs.frozen(eq=False)
