@@ -100,6 +100,17 @@ def input_embedding(model: Any) -> Any:
         return None
 
 
+def detach_computed(model: nn.Module) -> None:
+    """Let *model*, on meta, be copied: detach what a module keeps that is computed from its parameters.
+
+    So are the weights of torch's old ``weight_norm`` and of pruning, computed anew before every forward.
+    """
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if getattr(value, "grad_fn", None) is not None:
+                setattr(module, name, value.detach())
+
+
 def has_towers(model: Any) -> bool:
     """Whether *model* has several towers (a vision and a language model, say), of which a forward may skip some."""
     return len(getattr(model.config, "sub_configs", ())) > 1
@@ -127,7 +138,12 @@ def predicts_next_token(model: Any) -> bool:
 
 def has_own_code(model: nn.Module) -> bool:
     """Whether *model* has a module of the user's own class, from neither transformers, torch, PEFT nor a plugin."""
-    return any(not f"{plain_class(module).__module__}.".startswith(_LIBRARIES) for module in model.modules())
+    return any(is_own_code(module) for module in model.modules())
+
+
+def is_own_code(module: nn.Module) -> bool:
+    """Whether the class of *module* is the user's own, from neither transformers, torch, PEFT nor a plugin."""
+    return not f"{plain_class(module).__module__}.".startswith(_LIBRARIES)
 
 
 def loss_kind(model: Any) -> str | None:

@@ -6,6 +6,7 @@ from itertools import pairwise
 import torch
 import transformers
 from torch import nn
+from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import weight_norm
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaMLP, LlamaModel
@@ -238,6 +239,14 @@ def _normed(model):
         weight_norm(layer.self_attn.o_proj)
 
 
+def _computed(model):
+    """Have weights that are computed before every forward, in a block and in the head."""
+    for layer in model.model.layers:
+        nn.utils.weight_norm(layer.self_attn.o_proj)  # deprecated, and in use
+        prune.identity(layer.mlp.up_proj, "weight")
+    nn.utils.weight_norm(model.lm_head)
+
+
 def _leave(model):
     _inner(Boxed)(model)
     _layers(Leaving)(model)
@@ -267,6 +276,7 @@ CHANGES = {
     "leaving": _leave,
     "reaching": _inner(Reaching),
     "normed": _normed,
+    "computed": _computed,
 }
 
 transformers.AutoConfig.register("own_llama", OwnConfig)

@@ -5,6 +5,8 @@ import torch
 import transformers
 from cases import case_id, cases
 from own_models import SIZES, OwnConfig, OwnModel, on_meta
+from torch.nn.functional import cross_entropy
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from nemo_dist import DDPConfig, DistributedSetup, FSDP2Config, NeMoAutoModelForCausalLM, ParallelismSizes
 from nemo_dist.errors import TopologyError
@@ -15,6 +17,7 @@ from nemo_dist.testing.shrink import tiny
 from nemo_dist.testing.tensors import rows_of_rank
 from nemo_dist.training.loss_weighting import judge_loss
 from nemo_dist.training.rehearsal import depends_on_padding, depends_on_rows, read_from_outside
+from nemo_dist.training.step_loss import ModelLoss
 from nemo_dist_pipeline.partition.model_structure import ModelStructure
 from nemo_dist_pipeline.partition.proof import require_exact
 from nemo_dist_pipeline.partition.stage_model import stages_of
@@ -58,6 +61,30 @@ def test_a_term_that_own_code_adds_to_the_loss_is_refused():
     judge_loss(on_meta("counting"), routers_known=False)
     with pytest.raises(ValueError, match=r"OwnModel makes a loss of its own \(from its own code\).*give a loss"):
         judge_loss(on_meta("routed"), routers_known=False)
+
+
+class Weighted(OwnModel):
+    """Weighs the losses of labels by an input, and adds one to the hidden states."""
+
+    def forward(self, input_ids=None, labels=None, label_weights=None, shift=0.0, **kwargs):
+        logits = self.lm_head(self.model(input_ids=input_ids, **kwargs).last_hidden_state + shift)
+        kept = labels[:, 1:] != -100
+        losses = cross_entropy(logits[:, :-1].mT, labels[:, 1:], reduction="none")
+        weights = kept.float() if label_weights is None else kept * label_weights[:, 1:]
+        return CausalLMOutputWithPast(loss=(losses * weights).sum() / weights.sum(), logits=logits)
+
+
+def test_an_input_that_weighs_the_labels_of_own_code_is_refused():
+    with torch.device("meta"):
+        model = Weighted(OwnConfig(**SIZES))
+    judge_loss(model, routers_known=False)
+    loss = ModelLoss(model)
+    tokens = torch.ones(3, 5, dtype=torch.long)
+    batch = {"input_ids": tokens, "labels": tokens}
+
+    assert loss.count(batch) == loss.count(batch | {"shift": torch.zeros(3, 5, 32)}) == 12
+    with pytest.raises(ValueError, match=r"makes with label_weights of the batch is not the mean.*give a loss"):
+        loss.count(batch | {"label_weights": torch.ones(3, 5)})
 
 
 def runtime_of(change, strategy):
@@ -113,7 +140,7 @@ def test_what_blocks_leave_for_later_ones_is_found():
     model = on_meta("following")
     structure = ModelStructure.of(model)
 
-    with pytest.raises(ValueError, match=r"model\.layers\.2, Following differs.*more than hidden states"):
+    with pytest.raises(ValueError, match=r"on stage 1: .* no attribute 'made'\), so its blocks leave each other"):
         require_exact(model, structure, stages_of(structure, structure.divide(model, 2)))
 
 

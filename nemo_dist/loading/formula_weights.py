@@ -17,7 +17,13 @@ from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 from transformers.modeling_utils import local_torch_dtype as local_dtype
 
-from nemo_dist.hf_model import attention_of, compute_experts_one_by_one, plain_class, set_attention
+from nemo_dist.hf_model import (
+    attention_of,
+    compute_experts_one_by_one,
+    detach_computed,
+    plain_class,
+    set_attention,
+)
 from nemo_dist.torch_private import TorchDispatchMode, storage_id, tensors_in, tree_map_only
 
 _aten = torch.ops.aten
@@ -42,6 +48,7 @@ def weightless(model: nn.Module) -> Any:
             for name, buffer in module.named_buffers(recurse=False):
                 module._buffers[name] = torch.zeros_like(buffer, device=_CPU)
         made.initialize_weights()  # transformers makes buffers there, as after it has read a checkpoint
+    detach_computed(made)
     return made.eval()
 
 

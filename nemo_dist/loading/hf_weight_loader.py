@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor
 from transformers.modeling_utils import PreTrainedModel
 
 from nemo_dist.errors import CheckpointError, RankError, TopologyError
-from nemo_dist.hf_model import class_name, inner_model, plain_class
+from nemo_dist.hf_model import class_name, detach_computed, inner_model, plain_class
 from nemo_dist.loading.own_buffers import with_own_buffers
 from nemo_dist.loading.same_source import config_fields, file_fields
 from nemo_dist.loading.weight_conversion import convert_and_load
@@ -151,6 +151,7 @@ class Reading:
             # The config is frozen, but transformers reads device_map from it again to finish the model.
             object.__setattr__(config, "device_map", {"": self.target.device})
         whole = frozenset(model.state_dict())
+        detach_computed(model)
         undivided: Any = copy.deepcopy(model) if self.target.splits_layers else None
         self._parts = self.target.shard(model)
         refuse_quantized(self._parts, config.hf_quantizer)

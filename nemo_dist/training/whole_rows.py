@@ -71,8 +71,8 @@ class Outputs(SimpleNamespace):
         if name.startswith("__"):
             raise AttributeError(name)
         raise AttributeError(
-            f"the outputs have no {name!r} here (they have {', '.join(vars(self))}): where ranks share sequences, only "
-            "values per token can be joined; make it from those"
+            f"the outputs have no {name!r} here (they have {', '.join(vars(self))}): where ranks share sequences, or "
+            "have layers of their own, only values per token can be joined, none by layer; make it from those"
         )
 
     def __getitem__(self, name: str) -> Any:
@@ -105,11 +105,15 @@ def is_per_token(value: Any, shape: tuple[int, int]) -> bool:
 
 
 def first_rows(outputs: Any, view: Batch, rows: int, real: int) -> tuple[Outputs, dict[str, Any]]:
-    """Return the first *real* of all *rows* of outputs and batch."""
+    """Return the first *real* of all *rows* of outputs and batch; of a value of a plugin's, what it says they are."""
+
+    def first(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value[:real] if value.shape[:1] == (rows,) else value
+        return value.first_rows(rows, real) if hasattr(type(value), "first_rows") else value
 
     def cut(values: Any) -> dict[str, Any]:
-        has_rows = {name for name, value in values if isinstance(value, Tensor) and value.shape[:1] == (rows,)}
-        return {name: value[:real] if name in has_rows else value for name, value in values}
+        return {name: first(value) for name, value in values}
 
     return Outputs(cut(outputs.items())), cut(view.items())
 

@@ -112,6 +112,7 @@ class Pipeline:
             measure=model.measure,
             forward=model.forward,
             loss=model.mean_loss,
+            needs_loss=model.needs_loss,
             rows=self.config.pp_microbatch_size,
             norm_axes=("pp",),
             norm_skip=model.tied.counted_elsewhere if model.tied else (),

@@ -9,7 +9,7 @@ from typing import Any
 import attrs
 from torch import nn
 
-from nemo_dist.hf_model import has_towers
+from nemo_dist.hf_model import detach_computed, has_towers
 from nemo_dist_pipeline.partition.balance import balanced
 from nemo_dist_pipeline.partition.skeleton import NO_PIPELINE, block_list, observe
 
@@ -39,6 +39,7 @@ class ModelStructure:
     def of(cls, model: Any) -> ModelStructure:
         """Find the structure of *model* by running its forward around its blocks; raise ValueError if it has none."""
         kind = type(model).__name__
+        detach_computed(model)
         blocks = block_list(model)
         if given := sorted(_from_towers(model)):
             raise ValueError(

@@ -9,19 +9,17 @@ import torch
 from torch import Tensor
 
 from nemo_dist.hf_model import has_own_code
-from nemo_dist.training.rehearsal import Rehearsal, first_difference
 from nemo_dist_pipeline.partition.model_structure import ModelStructure
+from nemo_dist_pipeline.partition.own_code import require_exact_code
 from nemo_dist_pipeline.partition.skeleton import NO_PIPELINE, Run, forward, skeleton
 from nemo_dist_pipeline.partition.stage_model import StageInfo, keep_stage, open_stage, set_hollow_dtype
 
-_LENGTH = 7  # of the rows that blocks are tried on
 
-
-def require_exact(model: Any, structure: ModelStructure, stages: Sequence[StageInfo]) -> None:
+def require_exact(model: Any, structure: ModelStructure, stages: Sequence[StageInfo]) -> str:
     """Raise ValueError unless every block gets on its stage what it gets in the whole model, bit for bit.
 
     The output of the last stage must be that of the whole model, too. Runs on stand-ins for blocks and weights; see
-    ``skeleton``.
+    ``skeleton``. Return why the model's own loss, in code of the user's own, is another one; see ``own_code``.
     """
     kind = type(model).__name__
     blocks = {name: model.get_submodule(name) for name in structure.layers}
@@ -54,44 +52,7 @@ def require_exact(model: Any, structure: ModelStructure, stages: Sequence[StageI
                     )
     if not _same(_plain(whole.output), _plain(hidden)):
         raise ValueError(f"{kind} uses weights of other stages again after its blocks; {NO_PIPELINE}")
-    if has_own_code(model):
-        _require_nothing_passed_by(model, stages)
-
-
-def _require_nothing_passed_by(model: Any, stages: Sequence[StageInfo]) -> None:
-    """Raise ValueError where the blocks of a stage compute otherwise when those of earlier stages do not run.
-
-    Blocks can leave values for each other in their attributes, or in what they are given, which no stand-in shows.
-    """
-    kind = type(model).__name__
-    tokens = torch.arange(2 * _LENGTH).view(2, _LENGTH) % model.config.get_text_config().vocab_size
-    outputs: dict[str, Any] = {}
-    try:
-        rehearsal = Rehearsal.of(model)
-        blocks = {name: rehearsal.model.get_submodule(name) for name in stages[0].blocks}
-        hooks = [
-            block.register_forward_hook(lambda *call, of=name: outputs.update({of: call[-1]}))
-            for name, block in blocks.items()
-        ]
-        whole = rehearsal.run({"input_ids": tokens})
-        for hook in hooks:
-            hook.remove()
-        rehearsal.run({"input_ids": tokens.flip(1)})  # what is left now is of other tokens
-    except Exception:  # whatever a forward of any family raises
-        return
-    for stage in stages[1:]:
-        for name in stage.blocks[: stage.blocks.index(stage.own_blocks[0])]:
-            blocks[name].forward = lambda *_, of=name, **__: outputs[of]
-        try:
-            found = first_difference(whole, rehearsal.run({"input_ids": tokens}), torch.arange(_LENGTH))
-            reason = None if found is None else f"{rehearsal.culprit(found) if found else 'its output'} differs"
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
-        if reason:
-            raise ValueError(
-                f"{kind} computes the blocks of stage {stage.index} otherwise where those of earlier stages do not run "
-                f"({reason}), so its blocks leave each other more than hidden states; {NO_PIPELINE}"
-            )
+    return require_exact_code(model, structure, stages) if has_own_code(model) else ""
 
 
 def _require_own_initialisation(stage: Any) -> None:

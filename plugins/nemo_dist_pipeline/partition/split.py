@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from nemo_dist_pipeline.config import PipelineConfig
     from nemo_dist_pipeline.schedule.stage_placement import StagePlacement
 
+_NEEDS_LOSS = "_nemo_dist_needs_loss"  # in the model's __dict__
+
 
 def split(
     parts: list[nn.Module], rank: int, device: torch.device, placement: StagePlacement, config: PipelineConfig
@@ -39,11 +41,12 @@ def split(
     structure = ModelStructure.of(model)
     division = division_of(model, structure, placement, config)
     stages = stages_of(structure, division)
-    require_exact(model, structure, stages)
+    loss_problem = require_exact(model, structure, stages)
     own = [stages[index] for index in placement.stage_ids(rank, len(division))]
     parts += [copy.deepcopy(model) for _ in own[1:]]
     for part, stage in zip(parts, own, strict=True):
         keep_stage(part, stage, structure, device)
+        vars(part)[_NEEDS_LOSS] = loss_problem
 
 
 def division_of(
@@ -74,6 +77,7 @@ def present(
         device=mesh.device,
         cp_size=mesh.size("cp"),
         tied=_tied_weight(parts, placement, group),
+        needs_loss=vars(inner_model(parts[0]))[_NEEDS_LOSS],
     )
 
 

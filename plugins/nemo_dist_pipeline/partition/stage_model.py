@@ -19,6 +19,7 @@ from nemo_dist.hf_model import INITIALIZED
 from nemo_dist.plugin.forwards import wrap_forward
 from nemo_dist_pipeline.partition.model_structure import ModelStructure
 from nemo_dist_pipeline.partition.stand_in import StandIn
+from nemo_dist_pipeline.partition.tower_inputs import note_tower_inputs
 
 
 @attrs.frozen(kw_only=True)
@@ -150,6 +151,7 @@ def keep_stage(model: Any, stage: StageInfo, structure: ModelStructure, device: 
 
     The last stage keeps the weight of a tied embedding, because it is the head's.
     """
+    note_tower_inputs(model, stage.blocks[0])
     own = stage.own_blocks
     at = stage.blocks.index(own[0])
     for index, name in enumerate(stage.blocks):

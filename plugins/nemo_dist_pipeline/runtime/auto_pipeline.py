@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -23,7 +25,7 @@ from nemo_dist_pipeline.partition.stage_model import PipelineInfo, StageInfo, se
 from nemo_dist_pipeline.runtime.adapted_stages import replace_parts
 from nemo_dist_pipeline.runtime.forward_only import broadcast_tensors, forward_only
 from nemo_dist_pipeline.runtime.loss import MeanOfLabels
-from nemo_dist_pipeline.runtime.microbatches import Microbatches, MicrobatchSplitter
+from nemo_dist_pipeline.runtime.microbatches import Microbatches, MicrobatchSplitter, by_rows
 from nemo_dist_pipeline.runtime.tied_embedding import TiedWeight, gradients_set_aside
 from nemo_dist_pipeline.runtime.torch_stage import (
     ModelStage,
@@ -39,6 +41,7 @@ from nemo_dist_pipeline.schedule.visualize import picture, summary
 if TYPE_CHECKING:
     from nemo_dist_pipeline.config import PipelineConfig
 
+_CLIPPING = inspect.unwrap(torch.nn.utils.clip_grad_norm_).__code__
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -59,6 +62,7 @@ class AutoPipeline:
     device: torch.device
     cp_size: int = 1
     tied: TiedWeight | None = None
+    needs_loss: str = ""  # why the model's own loss cannot be computed by stages
     _dtype: torch.dtype | None = None
     _built: OrderedDict[Any, TorchSchedule] = attrs.field(factory=OrderedDict)
 
@@ -96,7 +100,13 @@ class AutoPipeline:
             yield from part.named_parameters()
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Yield the parameters of this rank's stages."""
+        """Yield the parameters of this rank's stages.
+
+        A norm of their gradients is one of these stages only, so ``runtime.clip_grad_norm_`` clips, and torch's
+        ``clip_grad_norm_`` is refused here. It is not seen where it gets a list of them, or those of one of ``parts``.
+        """
+        frame = inspect.currentframe()
+        refuse_norm_of_stages(frame.f_back if frame is not None else None)
         for _, parameter in self.named_parameters():
             yield parameter
 
@@ -137,8 +147,8 @@ class AutoPipeline:
     def __call__(self, **batch: Any) -> Outputs:
         """Return the outputs of a model that is called with *batch*, equal on all stages: for use without gradients.
 
-        With ``labels`` they have the mean ``loss``. Raises ValueError where gradients are on: a pipeline runs forward
-        and backward together.
+        With ``labels``, which only the loss reads, they have the mean ``loss``. Raises ValueError where gradients are
+        on: a pipeline runs forward and backward together.
         """
         if torch.is_grad_enabled():
             raise ValueError(
@@ -216,6 +226,7 @@ class AutoPipeline:
         With a *loss*, which makes a sum of outputs and a batch, of ``sum(weight * sum)``. The batches run through the
         schedule together where their shapes, and the schedule's memory, allow.
         """
+        self._judge(loss)
         runs = [self._splitter.split(self._models[-1], *given, loss) for given in zip(batches, weights, strict=True)]
         total = torch.zeros((), device=self.device)
         with keep_gathered(self.parts), gradients_set_aside(self.tied.replicas) if self.tied else nullcontext():
@@ -226,6 +237,11 @@ class AutoPipeline:
         dist.all_reduce(total, group=self.group)  # all pipeline ranks; only the last stage adds a loss, the others 0
         return total
 
+    def _judge(self, loss: Any) -> None:
+        """Raise ValueError where *loss*, None or that of the model, is one that stages do not compute."""
+        if self.needs_loss and not isinstance(loss, OwnLoss):
+            raise ValueError(self.needs_loss)
+
     def survey(self, batches: Sequence[Batch]) -> None:
         """Run the forwards that :meth:`run` would run, without gradients, in the mode that the stages are in."""
         for batch in batches:
@@ -233,6 +249,7 @@ class AutoPipeline:
 
     def measure(self, batches: Sequence[Batch], loss: Any) -> Tensor:
         """Return the total sum and count of *loss*, float64 (2,), equal on all stages; forwards without gradients."""
+        self._judge(loss)
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
         one = torch.ones((), device=self.device)
         for batch in batches:
@@ -348,9 +365,9 @@ class AutoPipeline:
 
     def _rowwise(self, batch: Batch) -> Microbatches:
         """Return the microbatches of *batch* without labels, of the largest size that divides its rows."""
-        rows = next(value.shape[0] for value in batch.values() if isinstance(value, Tensor))
+        inputs, rows = by_rows(self._without_labels(batch))
         size = next(size for size in range(self._size, 0, -1) if rows % size == 0)
-        return Microbatches(self._without_labels(batch), torch.empty(0), rows // size, rows)
+        return Microbatches(inputs, torch.empty(0), rows // size, rows)
 
     @property
     def _size(self) -> int:
@@ -379,6 +396,15 @@ class AutoPipeline:
     def picture(self, microbatches: int | None = None, form: str = "text") -> str:
         """Return a picture of the schedule: one row per rank, time to the right, as ``"text"`` or ``"svg"``."""
         return picture(self.order(microbatches), form)
+
+
+def refuse_norm_of_stages(caller: FrameType | None) -> None:
+    """Raise ValueError where the *caller*, which takes the parameters of stages, is torch's ``clip_grad_norm_``."""
+    if caller is not None and caller.f_code is _CLIPPING:
+        raise ValueError(
+            "torch.nn.utils.clip_grad_norm_ would clip the stages of every pipeline rank by a norm of their own; call "
+            "runtime.clip_grad_norm_(max_norm), which clips by that of the whole model"
+        )
 
 
 @contextmanager

@@ -77,13 +77,12 @@ class Microbatches:
         weighted by its share of the batch's labels, so that the weighted losses sum to *weight* times the mean loss of
         the batch, however the labels are spread. With a *loss* that is a sum, every microbatch has *weight* itself.
         """
-        rows = _rows(batch)
+        given, rows = by_rows(batch)
         count = max(minimum, -(-rows // size))
         if loss is not None:
-            given = {name: _aligned(name, value, rows) for name, value in batch.items()}
             padded = _padded({ROWS: torch.ones(rows, dtype=torch.int32), **given}, rows, count * size)
             return cls(padded, weight.float().expand(count), count, count * size)
-        padded = _padded({name: _aligned(name, value, rows) for name, value in batch.items()}, rows, count * size)
+        padded = _padded(given, rows, count * size)
         whole = cls(padded, weight.new_empty(0), count, count * size)
         counts = torch.stack([count_labels(model, whole[index]) for index in range(count)])
         weights = weight.float() * counts.to(weight.device) / counts.sum().clamp(min=1).to(weight.device)
@@ -165,6 +164,12 @@ class MicrobatchSplitter:
         if source is None:
             raise ValueError(f"the batch has neither input_ids nor inputs_embeds (it has {sorted(run.inputs)})")
         return int(source.shape[1])
+
+
+def by_rows(batch: Batch) -> tuple[dict[str, Any], int]:
+    """Return *batch* with one row of every tensor for each of its rows, and their number; raise ValueError if not."""
+    rows = _rows(batch)
+    return {name: _aligned(name, value, rows) for name, value in batch.items()}, rows
 
 
 def _rows(batch: Batch) -> int:

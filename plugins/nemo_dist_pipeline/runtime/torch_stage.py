@@ -22,9 +22,10 @@ from torch.distributed.pipelining.schedules import (
     get_schedule_class,
 )
 
-from nemo_dist.hf_model import is_media
+from nemo_dist_pipeline.partition.layer_outputs import of_last_stage
 from nemo_dist_pipeline.partition.skeleton import accepted
 from nemo_dist_pipeline.partition.stage_model import StageInfo, run_stage
+from nemo_dist_pipeline.partition.tower_inputs import without_media
 from nemo_dist_pipeline.runtime.microbatches import Unsplit
 from nemo_dist_pipeline.schedule.actions import Action, Order, order_of
 from nemo_dist_pipeline.schedule.schedules import Schedule
@@ -38,16 +39,16 @@ def run_part(
 ) -> Any:
     """Run *part* on *hidden* (None at the first stage); return hidden states, or the output of the last stage.
 
-    With *loss* the last stage returns what that makes of its output: a sum and a count.
+    With *loss* the last stage returns what that makes of its output: a sum and a count. Every stage is given the
+    labels, as a forward may read them before its blocks.
     """
     batch = inputs
     inputs = {**(inputs if loss is None else loss.inputs(inputs)), **accepted(part, {"use_cache": False})}
-    if not stage.is_first:
-        inputs = {name: value for name, value in inputs.items() if not is_media(name, value)}
+    output = run_stage(part, hidden, inputs if stage.is_first else without_media(part, inputs))
     if not stage.is_last:
-        inputs = {name: value for name, value in inputs.items() if name not in ("labels", "shift_labels")}
-    output = run_stage(part, hidden, inputs)
-    return output if loss is None or not stage.is_last else loss(output, batch)
+        return output
+    output = of_last_stage(output)
+    return output if loss is None else loss(output, batch)
 
 
 class ModelStage(PipelineStage):
