@@ -21,9 +21,12 @@ from nemo_dist.hf_model import (
     loss_names,
     predicts_next_token,
 )
+from nemo_dist.training.kept_state import on_copies
 from nemo_dist.training.rehearsal import Rehearsal, same
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor, nn
 
     from nemo_dist.plugin.hookspecs import Batch
@@ -93,10 +96,33 @@ def _is_mean(model: Any) -> bool | None:
 
     None where a copy does not run, or makes no number.
     """
+    found = is_mean_with(model, lambda rows, length: {})
+    return found if found is not True or not has_own_code(model) else is_mean_with(model, _masks) is not False
+
+
+def _masks(rows: int, length: int) -> dict[str, Tensor]:
+    """Return a mask under which rows have unlike numbers of tokens."""
+    return {"attention_mask": (torch.arange(length) < length - torch.arange(rows)[:, None]).long()}
+
+
+def is_mean_with(model: Any, entries: Callable[[int, int], dict[str, Tensor]]) -> bool | None:
+    """Whether the loss of *model* is such a mean where the batch has ``entries(rows, length)``, too; None as above.
+
+    Own code runs in evaluation and in training.
+    """
     try:
-        losses, labels = _rehearsed(model)
+        rehearsal = Rehearsal.of(model)
+        found = _judged(model, *_rehearsed(rehearsal, entries))
+        if found and has_own_code(model):
+            with rehearsal.training():
+                trained = _judged(model, *_rehearsed(rehearsal, entries))
+            found = found if rehearsal.draws.unknown else trained
     except Exception:  # whatever a forward of any family raises
         return None
+    return found
+
+
+def _judged(model: Any, losses: Tensor, labels: Tensor) -> bool | None:
     if not losses.isfinite().all():
         return None
     for shifts in (False, True):
@@ -107,16 +133,20 @@ def _is_mean(model: Any) -> bool | None:
     return False
 
 
-def _rehearsed(model: Any) -> tuple[Tensor, Tensor]:
-    """Return the losses of two rows together and of each alone, (3,), and their labels; of a weightless copy."""
-    rehearsal = Rehearsal.of(model)
+def _rehearsed(rehearsal: Rehearsal, entries: Callable[[int, int], dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Return the losses of two rows together and of each alone, (3,), and their labels."""
+    model = rehearsal.model
     classes = model.config.num_labels if "Classification" in str(loss_kind(model)) else _VOCABULARY
     tokens = torch.arange(2 * _LENGTH).view(2, _LENGTH) % _VOCABULARY + 3
     labels = (tokens * 5 + 1) % classes
     labels[0, 0], labels[1, 2:] = IGNORED, IGNORED  # rows of unlike numbers of labels, both shifted and not
-    rows = (slice(None), slice(0, 1), slice(1, 2))
-    runs = [rehearsal.run({"input_ids": tokens[row], "labels": labels[row]}) for row in rows]
-    return torch.stack([run.output.loss.detach().float() for run in runs]), labels
+    inputs = {"input_ids": tokens, "labels": labels, **entries(2, _LENGTH)}
+    losses = []
+    for row in (slice(None), slice(0, 1), slice(1, 2)):
+        with on_copies([model]):
+            run = rehearsal.run({name: value[row] if len(value) == 2 else value for name, value in inputs.items()})
+        losses.append(run.output.loss.detach().float())
+    return torch.stack(losses), labels
 
 
 def count_labels(model: nn.Module, batch: Batch) -> Tensor:

@@ -20,8 +20,8 @@ from nemo_dist.hf_model import IGNORED, class_name, has_own_code, predicts_next_
 from nemo_dist.planning.mesh_plan import Role
 from nemo_dist.plugin.hookspecs import Batch, RuntimePart
 from nemo_dist.training.loss_weighting import count_labels, judge_loss, refuse_replaced
+from nemo_dist.training.neighbouring_rows import depends_on_padding, depends_on_rows
 from nemo_dist.training.peft_adapters import NOT_AVERAGED
-from nemo_dist.training.rehearsal import depends_on_padding, depends_on_rows
 from nemo_dist.training.whole_rows import LABELS, WholeRows, first_rows, is_per_token, nothing, rows_and_length
 
 if TYPE_CHECKING:

@@ -14,6 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from nemo_dist.hf_model import accepts, class_name, towers
 from nemo_dist.plugin.forwards import wrap_forward
+from nemo_dist.training.counted_calls import SecondForward
 from nemo_dist_recompute.policy import selective_contexts
 
 if TYPE_CHECKING:
@@ -26,9 +27,11 @@ def recompute(model: Any, config: RecomputeConfig) -> None:
     transformers recomputes only in training mode, and what ``from_pretrained`` returns is in evaluation mode; here a
     layer recomputes whenever gradients are recorded, so that saving memory does not depend on dropout being on.
 
-    Raises ValueError for a model without such layers, and for a scope that it does not have.
+    Raises ValueError for a model without such layers, for a scope that it does not have, and for one whose second
+    forward is another one.
     """
     layers = recomputable(model)
+    _refuse_other_second_forwards(model)
     chosen = _in_scope(model, layers, config.scope)
     routed = any("expert" in name for name in model.config.get_text_config().to_dict())
     context = {"context_fn": partial(selective_contexts, routed)} if config.mode == "selective" else {}
@@ -51,6 +54,20 @@ def recomputable(model: Any) -> list[nn.Module]:
             "leave activation_checkpointing out for this model"
         )
     return layers
+
+
+def _refuse_other_second_forwards(model: Any) -> None:
+    """Raise ValueError where *model*, of the user's own code, does not compute the same when it is run once more."""
+    second = SecondForward.of(model)
+    where = second.where
+    if where is None and second.drew:
+        where = "it draws by a generator of Python or numpy, which is not put back"
+    if where is not None:
+        raise ValueError(
+            f"{class_name(model)} computes or keeps something else in a second forward in training ({where}), and "
+            "recomputation runs layers twice; keep nothing from one forward for the next and draw by torch's "
+            "generators, or leave activation_checkpointing out for this model"
+        )
 
 
 def kinds(model: nn.Module) -> str:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nemo_dist.hf_model import has_own_code
+from nemo_dist.training.counted_calls import SecondForward
 from nemo_dist.training.rehearsal import Rehearsal, first_difference
 from nemo_dist_pipeline.partition.model_structure import ModelStructure
 from nemo_dist_pipeline.partition.skeleton import NO_PIPELINE, Run, forward, skeleton
@@ -23,16 +24,26 @@ def require_exact(model: Any, structure: ModelStructure, stages: Sequence[StageI
     The output of the last stage must be that of the whole model, too. Runs on stand-ins for blocks and weights; see
     ``skeleton``.
     """
-    kind = type(model).__name__
     blocks = {name: model.get_submodule(name) for name in structure.layers}
     first = skeleton(model, blocks)
     keep_stage(first, stages[0], structure, torch.device("cpu"))
     _require_own_initialisation(first)
+    _require_equal_stages(model, structure, stages, training=False)
+    if has_own_code(model):
+        _require_equal_microbatches(model)
+        _require_equal_stages(model, structure, stages, training=True)
+        for training in (False, True):
+            _require_nothing_passed_by(model, stages, training)
+
+
+def _require_equal_stages(model: Any, structure: ModelStructure, stages: Sequence[StageInfo], training: bool) -> None:
+    kind = type(model).__name__
+    blocks = {name: model.get_submodule(name) for name in structure.layers}
     whole = Run(places=structure.places)
-    whole.output = forward(skeleton(model, blocks), whole)
+    whole.output = forward(skeleton(model, blocks, training), whole)
     hidden: Any = None
     for stage in stages:
-        bare = skeleton(model, blocks)
+        bare = skeleton(model, blocks, training)
         keep_stage(bare, stage, structure, torch.device("cpu"))
         set_hollow_dtype(bare, torch.float32)  # that of all other stand-ins for weights
         open_stage(bare)
@@ -54,11 +65,20 @@ def require_exact(model: Any, structure: ModelStructure, stages: Sequence[StageI
                     )
     if not _same(_plain(whole.output), _plain(hidden)):
         raise ValueError(f"{kind} uses weights of other stages again after its blocks; {NO_PIPELINE}")
-    if has_own_code(model):
-        _require_nothing_passed_by(model, stages)
 
 
-def _require_nothing_passed_by(model: Any, stages: Sequence[StageInfo]) -> None:
+def _require_equal_microbatches(model: Any) -> None:
+    """Raise ValueError where a second forward of *model* is another one: a step has one for each microbatch."""
+    where = SecondForward.of(model).where
+    if where is not None:
+        raise ValueError(
+            f"{type(model).__name__} computes or keeps something else in a second forward in training ({where}), and a "
+            "pipeline runs its blocks once for each microbatch, where one process runs them once; keep nothing from "
+            "one forward for the next, or use pp_size=1 (fsdp2 and tp split it, too)"
+        )
+
+
+def _require_nothing_passed_by(model: Any, stages: Sequence[StageInfo], training: bool) -> None:
     """Raise ValueError where the blocks of a stage compute otherwise when those of earlier stages do not run.
 
     Blocks can leave values for each other in their attributes, or in what they are given, which no stand-in shows.
@@ -68,6 +88,7 @@ def _require_nothing_passed_by(model: Any, stages: Sequence[StageInfo]) -> None:
     outputs: dict[str, Any] = {}
     try:
         rehearsal = Rehearsal.of(model)
+        rehearsal.model.train(training)
         blocks = {name: rehearsal.model.get_submodule(name) for name in stages[0].blocks}
         hooks = [
             block.register_forward_hook(lambda *call, of=name: outputs.update({of: call[-1]}))
@@ -87,7 +108,7 @@ def _require_nothing_passed_by(model: Any, stages: Sequence[StageInfo]) -> None:
             reason = None if found is None else f"{rehearsal.culprit(found) if found else 'its output'} differs"
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
-        if reason:
+        if reason and not rehearsal.draws.unknown:
             raise ValueError(
                 f"{kind} computes the blocks of stage {stage.index} otherwise where those of earlier stages do not run "
                 f"({reason}), so its blocks leave each other more than hidden states; {NO_PIPELINE}"
