@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from nemo_dist.hf_model import accepts, class_name, towers
 from nemo_dist.plugin.forwards import wrap_forward
+from nemo_dist.torch_private import BatchNorm
 from nemo_dist.training.counted_calls import SecondForward
 from nemo_dist_recompute.policy import selective_contexts
 
@@ -38,6 +39,9 @@ def recompute(model: Any, config: RecomputeConfig) -> None:
     model.activation_checkpointing_enable({"use_reentrant": False, **context})
     model.disable_input_require_grads()  # only reentrant checkpointing needs inputs that require gradients
     model.register_forward_pre_hook(_without_cache, with_kwargs=True)
+    norms = [(n, m) for n, m in model.named_modules() if isinstance(m, BatchNorm) and _is_inside(n, chosen, model)]
+    if norms:
+        model.register_forward_pre_hook(partial(_refuse_running_statistics, norms))
     layer: Any
     for layer in layers:
         layer.gradient_checkpointing = False  # transformers' own, which only knows the forward of the class
@@ -68,6 +72,22 @@ def _refuse_other_second_forwards(model: Any) -> None:
             "recomputation runs layers twice; keep nothing from one forward for the next and draw by torch's "
             "generators, or leave activation_checkpointing out for this model"
         )
+
+
+def _is_inside(name: str, layers: Iterable[nn.Module], model: nn.Module) -> bool:
+    wanted = set(layers)
+    return any(model.get_submodule(".".join(name.split(".")[:end])) in wanted for end in range(name.count(".") + 1))
+
+
+def _refuse_running_statistics(norms: Sequence[tuple[str, Any]], model: nn.Module, _: Any) -> None:
+    """Raise ValueError where a norm in a layer that recomputes would count a batch twice in its running statistics."""
+    for name, norm in norms:
+        if torch.is_grad_enabled() and norm.training and norm.track_running_stats:
+            raise ValueError(
+                f"{class_name(model)} keeps running statistics of batches (in {name}, {class_name(norm)}), and "
+                "recomputation runs layers twice; freeze them, by .eval() of all such modules after model.train(), or "
+                "leave activation_checkpointing out for this model"
+            )
 
 
 def kinds(model: nn.Module) -> str:
