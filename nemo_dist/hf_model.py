@@ -127,10 +127,10 @@ def predicts_next_token(model: Any) -> bool:
 
 def has_own_code(model: nn.Module) -> bool:
     """Whether *model* has a module of the user's own class, from neither transformers, torch, PEFT nor a plugin."""
-    return any(map(is_own, model.modules()))
+    return any(map(is_own_code, model.modules()))
 
 
-def is_own(module: nn.Module) -> bool:
+def is_own_code(module: nn.Module) -> bool:
     """Whether *module* itself is of such a class."""
     return is_own_class(plain_class(module))
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers.utils.generic import TransformersKwargs
 
-from nemo_dist.hf_model import class_name, is_own, is_own_class, plain_class
+from nemo_dist.hf_model import class_name, is_own_class, is_own_code, plain_class
 from nemo_dist.plugin.hookspecs import Batch
 from nemo_dist.training.loss_weighting import OWN_LOSS, is_mean_with
 from nemo_dist.training.neighbouring_rows import depends_on_rows
@@ -70,7 +70,7 @@ class BatchEntries:
     @cached_property
     def _named(self) -> frozenset[str]:
         """The names in own code."""
-        kinds: dict[Any, None] = dict.fromkeys(plain_class(one) for one in self.model.modules() if is_own(one))
+        kinds: dict[Any, None] = dict.fromkeys(plain_class(one) for one in self.model.modules() if is_own_code(one))
         bases = {base for kind in kinds for base in kind.__mro__ if is_own_class(base)}
         return frozenset(name for base in bases for code in _codes(base) for name in _names(code)) - _KNOWN
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nemo_dist.hf_model import is_own
+from nemo_dist.hf_model import is_own_code
 
 _INNER = frozenset({"_parameters", "_buffers", "_modules", "training"})  # in the __dict__ of every module
 _SEQUENCES = (list, tuple, set, deque)
@@ -41,7 +41,7 @@ def kept_by(model: nn.Module) -> dict[str, Any]:
     for prefix, module in model.named_modules():
         start = f"{prefix}." if prefix else ""
         found |= {f"buffer {start}{name}": value for name, value in _plain(module._buffers).items()}
-        if is_own(module):
+        if is_own_code(module):
             found |= {f"attribute {start}{name}": value for name, value in _plain(vars(module)).items()}
     return {name: _copy(value, {}) for name, value in found.items()}
 
@@ -68,7 +68,7 @@ def _holders(models: Iterable[nn.Module]) -> Iterator[tuple[dict[str, Any], dict
     modules = {id(module): module for model in models for module in model.modules()}
     for module in modules.values():
         yield module._buffers, _plain(module._buffers)
-        if is_own(module):
+        if is_own_code(module):
             yield vars(module), _plain(vars(module))
 
 
