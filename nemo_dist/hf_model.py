@@ -138,12 +138,17 @@ def predicts_next_token(model: Any) -> bool:
 
 def has_own_code(model: nn.Module) -> bool:
     """Whether *model* has a module of the user's own class, from neither transformers, torch, PEFT nor a plugin."""
-    return any(is_own_code(module) for module in model.modules())
+    return any(map(is_own_code, model.modules()))
 
 
 def is_own_code(module: nn.Module) -> bool:
-    """Whether the class of *module* is the user's own, from neither transformers, torch, PEFT nor a plugin."""
-    return not f"{plain_class(module).__module__}.".startswith(_LIBRARIES)
+    """Whether *module* itself is of such a class."""
+    return is_own_class(plain_class(module))
+
+
+def is_own_class(kind: type[Any]) -> bool:
+    """Whether *kind* is such a class."""
+    return not f"{kind.__module__}.".startswith(_LIBRARIES)
 
 
 def loss_kind(model: Any) -> str | None:

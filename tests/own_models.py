@@ -7,7 +7,7 @@ import torch
 import transformers
 from torch import nn
 from torch.nn.utils import prune
-from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaMLP, LlamaModel
 
@@ -107,6 +107,103 @@ class Mixing(LlamaMLP):
         return super().forward(x - 0.1 * x.mean(0, keepdim=True))
 
 
+class MixingInTraining(LlamaMLP):
+    """Subtracts, in training, the mean of all rows, of all tokens or of all features, by ``dim``."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.dim = ("rows", "tokens", "features").index(config.change.partition(" ")[0])
+
+    def forward(self, x):
+        features = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
+        if self.training:
+            features = nn.functional.dropout(features, 0.1)
+            features = features - 0.5 * features.mean(self.dim, keepdim=True)
+        return self.down_proj(features)
+
+
+class Remembering(LlamaMLP):
+    """Keeps a running mean in a plain attribute, and uses it in evaluation only."""
+
+    mean = 0.0
+
+    def forward(self, x):
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * x.detach().mean((0, 1))
+            return super().forward(x)
+        return super().forward(x - self.mean)
+
+
+class Noting(LlamaMLP):
+    """Keeps its last output, of which nothing depends, and draws noise for every row."""
+
+    def forward(self, x):
+        noise = 1 + 0.1 * torch.randn(len(x), 1, 1) if self.training else 1.0
+        self.last = super().forward(nn.functional.dropout(x * noise, 0.1, self.training))
+        return self.last
+
+
+class Noisy(LlamaMLP):
+    """Draws noise for every row by a generator that is not torch's."""
+
+    def forward(self, x):
+        noise = torch.tensor([random.random() for _ in x])[:, None, None] if self.training else 1.0
+        return super().forward(x * noise)
+
+
+class Masked(OwnModel):
+    """Divides the hidden states of a row by how many tokens rows have on average."""
+
+    def forward(self, input_ids=None, attention_mask=None, **kwargs):
+        hook = self.lm_head.register_forward_pre_hook(lambda _, args: (args[0] * self._share(attention_mask),))
+        try:
+            return super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        finally:
+            hook.remove()
+
+    def _share(self, mask):
+        return 1.0 if mask is None else (mask.sum(-1) / mask.sum(-1).float().mean())[:, None, None]
+
+
+class WeighingConfig(OwnConfig):
+    """Of the model below."""
+
+    model_type = "weighing_llama"
+
+
+class Weighing(OwnModel):
+    """Weighs the losses of tokens by numbers in the batch."""
+
+    config_class = WeighingConfig
+
+    def forward(self, input_ids=None, labels=None, loss_weights=None, **kwargs):
+        output = super().forward(input_ids=input_ids, labels=labels, **kwargs)
+        if labels is not None and loss_weights is not None:
+            losses = nn.functional.cross_entropy(output.logits[:, :-1].mT, labels[:, 1:], reduction="none")
+            output["loss"] = (losses * loss_weights[:, 1:]).sum() / loss_weights[:, 1:].sum()
+        return output
+
+
+class Sharing(OwnModel):
+    """Scales the logits of a row by its share in numbers in the batch."""
+
+    def forward(self, input_ids=None, shares=None, **kwargs):
+        output = super().forward(input_ids=input_ids, **kwargs)
+        if shares is not None:
+            output["logits"] = output["logits"] * (shares / shares.mean())[:, None, None]
+        return output
+
+
+class Penalised(OwnModel):
+    """Adds to its loss, in training, what is no mean over tokens."""
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        if "loss" in output and self.training:
+            output["loss"] = output["loss"] + output["logits"].mean((0, 1)).square().sum()
+        return output
+
+
 class Routed(nn.Module):
     """Two experts for every token, with a penalty that is no mean over tokens."""
 
@@ -199,6 +296,16 @@ class Reaching(LlamaModel):
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden))
 
 
+class Returning(LlamaModel):
+    """Adds, in training, the embedding of the tokens after its blocks again."""
+
+    def forward(self, input_ids=None, **kwargs):
+        output = super().forward(input_ids=input_ids, **kwargs)
+        if self.training:
+            output.last_hidden_state = output.last_hidden_state + 0.5 * self.embed_tokens(input_ids)
+        return output
+
+
 class Boxed(LlamaModel):
     """Gives all blocks one dict."""
 
@@ -247,6 +354,11 @@ def _computed(model):
     nn.utils.weight_norm(model.lm_head)
 
 
+def _spectral(model):
+    for layer in model.model.layers:
+        spectral_norm(layer.mlp.down_proj)
+
+
 def _leave(model):
     _inner(Boxed)(model)
     _layers(Leaving)(model)
@@ -265,6 +377,13 @@ CHANGES = {
     "lucky": _feed_forwards(Lucky),
     "counting": _feed_forwards(Counting),
     "running": _feed_forwards(Running),
+    "rows in training": _feed_forwards(MixingInTraining),
+    "tokens in training": _feed_forwards(MixingInTraining),
+    "features in training": _feed_forwards(MixingInTraining),
+    "remembering": _feed_forwards(Remembering),
+    "noting": _feed_forwards(Noting),
+    "noisy": _feed_forwards(Noisy),
+    "spectral": _spectral,
     "mixing": _feed_forwards(Mixing),
     "routed": _feed_forwards(Routed),
     "gated": _feed_forwards(Gated),
@@ -275,15 +394,18 @@ CHANGES = {
     "following": _follow,
     "leaving": _leave,
     "reaching": _inner(Reaching),
+    "returning": _inner(Returning),
     "normed": _normed,
     "computed": _computed,
 }
 
 transformers.AutoConfig.register("own_llama", OwnConfig)
 transformers.AutoModelForCausalLM.register(OwnConfig, OwnModel)
+transformers.AutoConfig.register("weighing_llama", WeighingConfig)
+transformers.AutoModelForCausalLM.register(WeighingConfig, Weighing)
 
 
-def on_meta(change):
+def on_meta(change, kind=OwnModel):
     """Return the model with *change*, without weights."""
     with torch.device("meta"):
-        return OwnModel(OwnConfig(**SIZES, change=change))
+        return kind(kind.config_class(**SIZES, change=change))

@@ -29,6 +29,7 @@ FOR_PLUGINS = {
     *("nemo_dist.training.loss_weighting", "nemo_dist.training.router_aux_loss", "nemo_dist.training.rehearsal"),
     *("nemo_dist.training.step_loss", "nemo_dist.training.whole_rows", "nemo_dist.training.forward_code"),
     *("nemo_dist.training.gradient_average", "nemo_dist.losses"),
+    *("nemo_dist.training.counted_calls", "nemo_dist.training.fixed_draws", "nemo_dist.training.kept_state"),
 }
 # These plan: importing them, with every plugin, leaves torch unimported.
 WITHOUT_TORCH = (

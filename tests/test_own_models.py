@@ -1,12 +1,12 @@
 """What makes rows depend on each other, in classes of the user's own above all, is refused before the first step."""
 
+import random
+
 import pytest
 import torch
 import transformers
 from cases import case_id, cases
-from own_models import SIZES, OwnConfig, OwnModel, on_meta
-from torch.nn.functional import cross_entropy
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from own_models import SIZES, Masked, OwnConfig, OwnModel, Penalised, Sharing, Weighing, WeighingConfig, on_meta
 
 from nemo_dist import DDPConfig, DistributedSetup, FSDP2Config, NeMoAutoModelForCausalLM, ParallelismSizes
 from nemo_dist.errors import TopologyError
@@ -15,12 +15,17 @@ from nemo_dist.testing.equivalence import TOLERANCE, tensor_differences, whole_s
 from nemo_dist.testing.precision import FP32
 from nemo_dist.testing.shrink import tiny
 from nemo_dist.testing.tensors import rows_of_rank
+from nemo_dist.training.batch_entries import BatchEntries
+from nemo_dist.training.counted_calls import SecondForward
 from nemo_dist.training.loss_weighting import judge_loss
-from nemo_dist.training.rehearsal import depends_on_padding, depends_on_rows, read_from_outside
-from nemo_dist.training.step_loss import ModelLoss
+from nemo_dist.training.neighbouring_rows import depends_on_padding, depends_on_rows
+from nemo_dist.training.rehearsal import read_from_outside
+from nemo_dist_context.apply import require_fit
 from nemo_dist_pipeline.partition.model_structure import ModelStructure
 from nemo_dist_pipeline.partition.proof import require_exact
 from nemo_dist_pipeline.partition.stage_model import stages_of
+from nemo_dist_recompute import RecomputeConfig
+from nemo_dist_recompute.apply import recompute
 from nemo_dist_tensor.apply import Parallelizer
 from nemo_dist_tensor.probe import SimulatedPeers
 from nemo_dist_tensor.random_choices import random_problems
@@ -33,8 +38,13 @@ from nemo_dist_tensor.tp_plan import match
     [
         ("", None),
         ("counting", None),
+        ("spectral", None),
+        ("noting", None),
+        ("noisy", None),
         ("twice", None),
         ("running", "buffer model.layers.0.mlp.mean"),
+        ("remembering", "model.layers.0.mlp.gate_proj, Linear"),
+        ("rows in training", "model.layers.0.mlp.down_proj, Linear"),
         ("mixing", "model.layers.0.mlp.gate_proj, Linear"),
         ("skipping", "model.layers.1, Skipping"),
     ],
@@ -44,6 +54,10 @@ def test_what_joins_the_rows_of_a_batch_is_found(change, where):
 
     assert has_own_code(model)
     assert depends_on_rows(model) == where
+
+
+def test_rows_that_meet_by_their_padding_are_found():
+    assert depends_on_rows(on_meta("", Masked)) == "lm_head, Linear"
 
 
 @pytest.mark.parametrize(
@@ -61,30 +75,49 @@ def test_a_term_that_own_code_adds_to_the_loss_is_refused():
     judge_loss(on_meta("counting"), routers_known=False)
     with pytest.raises(ValueError, match=r"OwnModel makes a loss of its own \(from its own code\).*give a loss"):
         judge_loss(on_meta("routed"), routers_known=False)
+    with pytest.raises(ValueError, match=r"Penalised makes a loss of its own \(from its own code\)"):
+        judge_loss(on_meta("", Penalised), routers_known=False)
 
 
-class Weighted(OwnModel):
-    """Weighs the losses of labels by an input, and adds one to the hidden states."""
-
-    def forward(self, input_ids=None, labels=None, label_weights=None, shift=0.0, **kwargs):
-        logits = self.lm_head(self.model(input_ids=input_ids, **kwargs).last_hidden_state + shift)
-        kept = labels[:, 1:] != -100
-        losses = cross_entropy(logits[:, :-1].mT, labels[:, 1:], reduction="none")
-        weights = kept.float() if label_weights is None else kept * label_weights[:, 1:]
-        return CausalLMOutputWithPast(loss=(losses * weights).sum() / weights.sum(), logits=logits)
+TOKENS = torch.arange(48).view(4, 12) * 5 % 90 + 3
+POSITIONS = torch.arange(12).expand(4, 12)
 
 
-def test_an_input_that_weighs_the_labels_of_own_code_is_refused():
-    with torch.device("meta"):
-        model = Weighted(OwnConfig(**SIZES))
-    judge_loss(model, routers_known=False)
-    loss = ModelLoss(model)
-    tokens = torch.ones(3, 5, dtype=torch.long)
-    batch = {"input_ids": tokens, "labels": tokens}
+def judge_entries(kind, weighs, **entries):
+    judge = BatchEntries(model=on_meta("", kind), apart=True, weighs=weighs)
+    judge({"input_ids": TOKENS, "labels": TOKENS, "position_ids": POSITIONS} | entries)
 
-    assert loss.count(batch) == loss.count(batch | {"shift": torch.zeros(3, 5, 32)}) == 12
-    with pytest.raises(ValueError, match=r"makes with label_weights of the batch is not the mean.*give a loss"):
-        loss.count(batch | {"label_weights": torch.ones(3, 5)})
+
+def test_what_own_code_reads_of_a_batch_is_judged_with_the_loss():
+    weights = torch.rand(4, 12)
+    judge_entries(OwnModel, weighs=True, loss_weights=weights)  # which no code reads
+    judge_entries(Weighing, weighs=False, loss_weights=weights)
+    with pytest.raises(
+        ValueError, match=r"Weighing reads 'loss_weights' of the batch.*not the mean over the labels.*loss="
+    ):
+        judge_entries(Weighing, weighs=True, loss_weights=weights)
+
+
+def test_what_own_code_reads_of_a_batch_is_judged_with_the_rows():
+    with pytest.raises(ValueError, match=r"Sharing computes a row by 'shares' of the rows beside it \(in its output\)"):
+        judge_entries(Sharing, weighs=False, shares=torch.rand(4))
+
+
+def on_rank_weighed():
+    setup = DistributedSetup.build(FSDP2Config(mp_policy=FP32))
+    config = WeighingConfig(**SIZES)
+    model = NeMoAutoModelForCausalLM.from_config(config, distributed_setup=setup, dtype=torch.float32)
+    runtime = setup.runtime(model)
+    batch = rows_of_rank({"input_ids": TOKENS, "labels": TOKENS, "loss_weights": torch.ones(4, 12)}, runtime)
+    with pytest.raises(ValueError, match="Weighing reads 'loss_weights' of the batch"):
+        runtime.forward_backward(batch)
+    del batch["loss_weights"]
+    return runtime.forward_backward(batch).item()
+
+
+def test_a_step_refuses_what_its_loss_was_not_tried_with(ranks):
+    first, second = ranks(2).run(on_rank_weighed)
+    assert first == second > 0
 
 
 def runtime_of(change, strategy):
@@ -147,6 +180,84 @@ def test_what_blocks_leave_for_later_ones_is_found():
 def test_modules_that_are_read_from_outside_are_found():
     assert "model.layers.0" not in read_from_outside(on_meta("twice"))
     assert {"model.layers.0", "model.layers.3", "model.layers.0.self_attn"} <= read_from_outside(on_meta("reaching"))
+
+
+def test_a_feed_forward_that_mixes_features_in_training_is_not_cut_inside():
+    model = on_meta("features in training")
+
+    rules, problems = completed(model, match(model, {}), 2)
+
+    assert problems == []
+    assert {rules.modules[f"model.layers.0.mlp.{name}_proj"] for name in ("gate", "up", "down")} == {
+        "colwise_gather_output"
+    }
+    assert rules.modules["model.layers.0.self_attn.o_proj"] == "rowwise"
+
+
+def test_tokens_that_depend_on_each_other_in_training_are_found():
+    require_fit(on_meta("noting"), "all_gather", 2, 1)
+    with pytest.raises(ValueError, match=r"in training, the queries of LlamaAttention depend on other tokens"):
+        require_fit(on_meta("tokens in training"), "all_gather", 2, 1)
+
+
+def require_two_stages(model):
+    structure = ModelStructure.of(model)
+    require_exact(model, structure, stages_of(structure, structure.divide(model, 2)))
+
+
+def test_what_only_training_reads_after_the_blocks_is_found():
+    with pytest.raises(ValueError, match="OwnModel uses weights of other stages again after its blocks"):
+        require_two_stages(on_meta("returning"))
+
+
+@pytest.mark.parametrize(
+    ("change", "where"),
+    [
+        ("", None),
+        ("noting", None),
+        ("noisy", None),
+        ("counting", "buffer model.layers.0.mlp.seen"),
+        ("remembering", "attribute model.layers.0.mlp.mean"),
+        ("spectral", "buffer model.layers.0.mlp.down_proj.parametrizations.weight.0._u"),
+    ],
+)
+def test_what_a_second_forward_does_otherwise_is_found(change, where):
+    assert SecondForward.of(on_meta(change)).where == where
+
+
+def test_what_counts_its_forwards_is_neither_recomputed_nor_run_in_microbatches():
+    with pytest.raises(ValueError, match=r"mlp\.seen\), and recomputation runs layers twice.*leave activation_check"):
+        recompute(on_meta("counting"), RecomputeConfig())
+    with pytest.raises(ValueError, match=r"mlp\.seen\), and a pipeline runs its blocks once for each microbatch"):
+        require_two_stages(on_meta("counting"))
+
+
+def test_what_the_generator_of_python_draws_is_not_recomputed():
+    state = random.getstate()
+    with pytest.raises(ValueError, match="draws by a generator of Python or numpy, which is not put back"):
+        recompute(on_meta("noisy"), RecomputeConfig())
+    assert random.getstate() == state
+
+
+def mean_of_tokens(outputs, batch):
+    labels = batch["labels"][:, 1:]
+    return torch.nn.functional.cross_entropy(outputs.logits[:, :-1].mT, labels, reduction="none"), labels != -100
+
+
+def on_rank_counted(strategy):
+    """Return how often a model counts itself to run in a step of two batches that is surveyed before."""
+    setup = DistributedSetup.build(strategy)
+    config = OwnConfig(**SIZES, change="counting")
+    model = NeMoAutoModelForCausalLM.from_config(config, distributed_setup=setup, dtype=torch.float32).train()
+    runtime = setup.runtime(model, loss=mean_of_tokens)
+    buffer = model.model.layers[0].mlp.seen
+    tokens = torch.arange(48).view(4, 12) * 5 % 90 + 3
+    runtime.forward_backward([rows_of_rank({"input_ids": tokens, "labels": tokens}, runtime)] * 2)
+    return model.model.layers[0].mlp.seen.item(), model.model.layers[0].mlp.seen is buffer
+
+
+def test_a_survey_of_a_step_leaves_buffers_as_they_were(ranks):
+    assert ranks(2).run(on_rank_counted, DDPConfig()) == [(2.0, True), (2.0, True)]
 
 
 def on_rank_gradients(change, strategy):

@@ -48,6 +48,33 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
+def test_running_statistics_are_not_counted_twice():
+    config = transformers.Wav2Vec2ConformerConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        conv_dim=(8, 8),
+        conv_kernel=(3, 3),
+        conv_stride=(2, 2),
+        num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2,
+        vocab_size=8,
+        layerdrop=0.0,
+        mask_time_prob=0.0,
+    )
+    model = transformers.Wav2Vec2ConformerModel(config).train()
+    recompute(model, RecomputeConfig())
+    sound = torch.randn(2, 200)
+
+    with pytest.raises(ValueError, match=r"running statistics of batches \(in .*BatchNorm1d\).*freeze them"):
+        model(sound)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm1d):
+            module.eval()
+    model(sound).last_hidden_state.sum().backward()
+
+
 def on_rank_measure(folder, mode, train, specimen="llama", scope=None):
     """Return what the forward leaves alive for the backward, the peak of both, and every gradient."""
     initialize_distributed("gloo")

@@ -46,10 +46,17 @@ def weightless(model: nn.Module) -> Any:
     with torch.no_grad(), torch.random.fork_rng([]), local_dtype(torch.float32):
         for module in made.modules():
             for name, buffer in module.named_buffers(recurse=False):
-                module._buffers[name] = torch.zeros_like(buffer, device=_CPU)
+                module._buffers[name] = _buffer_like(buffer, module)
         made.initialize_weights()  # transformers makes buffers there, as after it has read a checkpoint
     detach_computed(made)
     return made.eval()
+
+
+def _buffer_like(buffer: Tensor, module: nn.Module) -> Tensor:
+    """Return zeros, or positive numbers for modules that transformers does not know; spectral norm divides by some."""
+    known = type(module).__module__.startswith("transformers.") or not buffer.is_floating_point()
+    numbers = 0.5 + 0.4 * torch.arange(buffer.numel(), device=_CPU).sin().view(buffer.shape)
+    return torch.zeros_like(buffer, device=_CPU) if known else numbers.to(buffer.dtype)
 
 
 class FormulaWeights(TorchDispatchMode):

@@ -19,6 +19,8 @@ from nemo_dist.planning.mesh_plan import Role
 from nemo_dist.plugin.hookspecs import Batch, RuntimePart
 from nemo_dist.plugin.resharding import keep_gathered
 from nemo_dist.training.batch_checks import BatchCheck, require_one_form, tally
+from nemo_dist.training.batch_entries import BatchEntries
+from nemo_dist.training.kept_state import on_copies
 from nemo_dist.training.model_inputs import ModelInputs
 from nemo_dist.training.router_aux_loss import COUNTED, SWITCH, RouterLoss
 from nemo_dist.training.step_loss import ROWS, ModelLoss, OwnLoss
@@ -81,6 +83,7 @@ class BatchLoop:
 
     def batch(self, batch: Batch) -> dict[str, Any]:
         """Return what this rank computes on for the *batch* of its data-parallel coordinate, on its device."""
+        self._entries(batch)
         batch = self._inputs({name: value for name, value in batch.items() if name != ROWS})
         for part in self.parts:
             batch = part.batch(batch) if part.batch else batch
@@ -99,6 +102,14 @@ class BatchLoop:
     @cached_property
     def _inputs(self) -> ModelInputs:
         return ModelInputs(self.sharded.parts[-1])
+
+    @cached_property
+    def _entries(self) -> BatchEntries:
+        return BatchEntries(
+            model=inner_model(self.sharded.parts[-1]),
+            apart=any(self.mesh.size(role) > 1 for role in (Role.TOKENS, Role.LAYERS)),
+            weighs=isinstance(self.loss, ModelLoss),
+        )
 
     def loss_scale(self) -> Any:
         """Return the product of the loss scales of all plugins, 1 where there is none."""
@@ -238,7 +249,7 @@ class _Step:
                 f"the plugin that runs the batches cannot run them without a backward, which a router loss needs; "
                 f"turn the loss off with {SWITCH}=False"
             )
-        with unchanged_draws(self.loop.mesh.device):
+        with unchanged_draws(self.loop.mesh.device), on_copies(self.loop.sharded.parts):
             if counts:
                 self._counted(self.loop.measure(self.batches)[1].float())
             elif engine is not None and engine.survey is not None:

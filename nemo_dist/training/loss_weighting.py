@@ -7,36 +7,33 @@ Where these do not tell, a weightless copy computes the loss of two rows togethe
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Collection
-from functools import lru_cache
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
 
 from nemo_dist.hf_model import (
     IGNORED,
     NEXT_TOKEN_LOSSES,
     class_name,
     has_own_code,
-    is_own_code,
     loss_function_of,
     loss_kind,
     loss_names,
-    plain_class,
     predicts_next_token,
 )
+from nemo_dist.training.kept_state import on_copies
 from nemo_dist.training.rehearsal import Rehearsal, same
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor, nn
+
     from nemo_dist.plugin.hookspecs import Batch
 
 OWN_LOSS = "give a loss of your own, setup.runtime(model, loss=...), ready-made ones are in nemo_dist.losses"
 _LOADED = "_nemo_dist_loaded_loss"  # in the model's __dict__
 _SHIFTS = "_nemo_dist_shifts_labels"  # in the model's __dict__, where a run told
-_JUDGED = "_nemo_dist_judged_inputs"  # in the model's __dict__
 _LENGTH, _VOCABULARY = 6, 24  # of the rows that such a run gets
 _PER_LABEL = (
     *("ForMaskedLM", "ForTokenClassification", "ForSequenceClassification"),
@@ -94,43 +91,38 @@ def refuse_replaced(model: Any) -> None:
         )
 
 
-def refuse_weighing(model: Any, batch: Batch) -> None:
-    """Raise ValueError where a forward of the user's own weighs labels by what it alone takes of *batch*."""
-    if not is_own_code(model):
-        return
-    kind: Any = plain_class(model)  # mypy takes no class for hashable
-    names = frozenset(name for name in _own_inputs(kind) if batch.get(name) is not None)
-    judged: set[frozenset[str]] = vars(model).setdefault(_JUDGED, {frozenset()})
-    if names in judged:
-        return
-    if _is_mean(model, names, batch) is False:
-        raise ValueError(
-            f"the loss that {class_name(model)} makes with {', '.join(sorted(names))} of the batch is not the mean "
-            f"over the labels, so ranks and batches cannot be weighted by theirs; {OWN_LOSS}"
-        )
-    judged.add(names)
-
-
-@lru_cache(maxsize=64)
-def _own_inputs(kind: type[Any]) -> frozenset[str]:
-    """Return the names that the forward of *kind*, the user's own, takes and that of transformers' class does not."""
-    forwards = {base: vars(base).get("forward") for base in kind.__mro__ if base is not nn.Module}
-    found = [(base, forward) for base, forward in forwards.items() if forward is not None]
-    usual = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels", "shift_labels", "self"}
-    theirs = next((forward for base, forward in found if base.__module__.startswith("transformers.")), None)
-    known = inspect.signature(theirs).parameters.keys() if theirs is not None else set()
-    return frozenset(inspect.signature(found[0][1]).parameters.keys() - known - usual) if found else frozenset()
-
-
-def _is_mean(model: Any, names: Collection[str] = (), batch: Batch = MappingProxyType({})) -> bool | None:
+def _is_mean(model: Any) -> bool | None:
     """Whether the loss of *model* is the mean over its labels of -100 or not, shifted or not, which is then noted.
 
-    *names*: inputs of *batch* beside tokens and labels. None where a copy does not run, or makes no number.
+    None where a copy does not run, or makes no number.
+    """
+    found = is_mean_with(model, lambda rows, length: {})
+    return found if found is not True or not has_own_code(model) else is_mean_with(model, _masks) is not False
+
+
+def _masks(rows: int, length: int) -> dict[str, Tensor]:
+    """Return a mask under which rows have unlike numbers of tokens."""
+    return {"attention_mask": (torch.arange(length) < length - torch.arange(rows)[:, None]).long()}
+
+
+def is_mean_with(model: Any, entries: Callable[[int, int], dict[str, Tensor]]) -> bool | None:
+    """Whether the loss of *model* is such a mean where the batch has ``entries(rows, length)``, too; None as above.
+
+    Own code runs in evaluation and in training.
     """
     try:
-        losses, labels = _rehearsed(model, names, batch)
+        rehearsal = Rehearsal.of(model)
+        found = _judged(model, *_rehearsed(rehearsal, entries))
+        if found and has_own_code(model):
+            with rehearsal.training():
+                trained = _judged(model, *_rehearsed(rehearsal, entries))
+            found = found if rehearsal.draws.unknown else trained
     except Exception:  # whatever a forward of any family raises
         return None
+    return found
+
+
+def _judged(model: Any, losses: Tensor, labels: Tensor) -> bool | None:
     if not losses.isfinite().all():
         return None
     for shifts in (False, True):
@@ -141,38 +133,20 @@ def _is_mean(model: Any, names: Collection[str] = (), batch: Batch = MappingProx
     return False
 
 
-def _rehearsed(model: Any, names: Collection[str], batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return the losses of two rows together and of each alone, (3,), and their labels; of a weightless copy."""
-    rehearsal = Rehearsal.of(model)
+def _rehearsed(rehearsal: Rehearsal, entries: Callable[[int, int], dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Return the losses of two rows together and of each alone, (3,), and their labels."""
+    model = rehearsal.model
     classes = model.config.num_labels if "Classification" in str(loss_kind(model)) else _VOCABULARY
     tokens = torch.arange(2 * _LENGTH).view(2, _LENGTH) % _VOCABULARY + 3
     labels = (tokens * 5 + 1) % classes
     labels[0, 0], labels[1, 2:] = IGNORED, IGNORED  # rows of unlike numbers of labels, both shifted and not
-    of_batch: Any = batch.get("labels")
-    shape = () if of_batch is None else tuple(of_batch.shape[:2])
-    by_row = {name: _two_rows(batch[name]) for name in names if _is_by_row(batch[name], shape)}
-    fixed = {name: batch[name] for name in names if name not in by_row}
-    by_row |= {"input_ids": tokens, "labels": labels}
-    rows = (slice(None), slice(0, 1), slice(1, 2))
-    runs = [rehearsal.run({**fixed, **{name: value[row] for name, value in by_row.items()}}) for row in rows]
-    return torch.stack([run.output.loss.detach().float() for run in runs]), labels
-
-
-def _is_by_row(value: Any, shape: tuple[int, ...]) -> bool:
-    """Whether *value* has an entry for each row of a batch with labels of *shape*; of one row, for each token."""
-    if not isinstance(value, Tensor) or not value.ndim or value.shape[:1] != shape[:1]:
-        return False
-    return shape[0] > 1 or (value.ndim > 1 and tuple(value.shape[:2]) == shape)
-
-
-def _two_rows(value: Tensor) -> Tensor:
-    """Return an input like *value* for two rows of few tokens: floats are made up, as those of a batch may be equal."""
-    found = value.detach().cpu()
-    for axis, size in enumerate((2, _LENGTH)[: value.ndim]):
-        found = found.index_select(axis, torch.arange(size) % value.shape[axis])
-    if not found.is_floating_point():
-        return found
-    return (torch.arange(1.0, found.numel() + 1).sin() + 1.5).view(found.shape).to(found.dtype)
+    inputs = {"input_ids": tokens, "labels": labels, **entries(2, _LENGTH)}
+    losses = []
+    for row in (slice(None), slice(0, 1), slice(1, 2)):
+        with on_copies([model]):
+            run = rehearsal.run({name: value[row] if len(value) == 2 else value for name, value in inputs.items()})
+        losses.append(run.output.loss.detach().float())
+    return torch.stack(losses), labels
 
 
 def count_labels(model: nn.Module, batch: Batch) -> Tensor:

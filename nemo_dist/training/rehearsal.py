@@ -8,7 +8,7 @@ families is needed, and the user's own config is what runs.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from nemo_dist.hf_model import accepts, class_name, has_own_code
 from nemo_dist.loading.formula_weights import FormulaWeights, weightless
 from nemo_dist.torch_private import storage_id, tensors_in
+from nemo_dist.training.fixed_draws import FixedDraws, unmoved_generators
 from nemo_dist.training.router_aux_loss import SWITCH
 
 TOLERANCE = 1e-4  # relative; models compute norms and router probabilities in float32
-_ROWS = 4  # that are run together and each alone; a forward that decides by one of them decides otherwise by another
 _SEQUENCES = (5, 7)  # lengths of the sequences that are packed into one row
 _READ = "_nemo_dist_read_from_outside"  # in the model's __dict__
 
@@ -45,10 +45,11 @@ class Rehearsal:
 
     model: Any
     weights: FormulaWeights
+    draws: FixedDraws = attrs.field(factory=FixedDraws)
 
     @classmethod
     def of(cls, model: nn.Module) -> Rehearsal:
-        """Return a rehearsal of the class and config of *model*; its weights do not matter and are not read."""
+        """Return a rehearsal of the class and config of *model*, in evaluation; its weights are not read."""
         copy: Any = weightless(model)
         for config in (copy.config, copy.config.get_text_config()):
             if hasattr(config, SWITCH):
@@ -57,12 +58,31 @@ class Rehearsal:
 
     @torch.no_grad()
     def run(self, inputs: Mapping[str, Any]) -> Run:
-        """Run the copy on *inputs*, tensors of (rows, length), without a cache."""
+        """Run the copy on *inputs*, tensors of (rows, length), without a cache.
+
+        In training it draws as ``draws`` say; see ``FixedDraws``.
+        """
         given = {**inputs, "use_cache": False} if accepts(self.model, "use_cache") else inputs
         shape = inputs["input_ids"].shape
-        with torch.random.fork_rng([]), torch.device("cpu"), _recording(self.model, shape) as outputs, self.weights:
+        with ExitStack() as stack:
+            stack.enter_context(unmoved_generators(self.draws))
+            stack.enter_context(torch.random.fork_rng([]))
+            stack.enter_context(torch.device("cpu"))
+            outputs = stack.enter_context(_recording(self.model, shape))
+            if self.model.training:
+                stack.enter_context(self.draws)
+            stack.enter_context(self.weights)
             output = self.model(**given)
         return Run(output=output, outputs=outputs, shape=shape)
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """Within the context the copy is in training."""
+        self.model.train()
+        try:
+            yield
+        finally:
+            self.model.eval()
 
     def culprit(self, name: str) -> str:
         """Return how a message calls the module *name*: its name and class."""
@@ -124,52 +144,6 @@ def mixes_packed_sequences(model: Any) -> str | None:
     return None if name is None else rehearsal.culprit(name)
 
 
-def depends_on_rows(model: Any) -> str | None:
-    """Return what of a row *model* computes by the rows beside it: the first module, or a buffer; None if nothing.
-
-    None, too, where it cannot be run on tokens alone.
-    """
-    try:
-        tokens = torch.arange(_ROWS * sum(_SEQUENCES)).view(_ROWS, -1) * 5 % model.config.get_text_config().vocab_size
-        rehearsal = Rehearsal.of(model)
-        together = rehearsal.run({"input_ids": tokens})
-        alone = [rehearsal.run({"input_ids": row[None]}) for row in tokens]
-        trained = Rehearsal.of(model), Rehearsal.of(model)
-        for copy, rows in zip(trained, (tokens, tokens[:1]), strict=True):
-            copy.model.train()
-            copy.run({"input_ids": rows})
-    except Exception:  # whatever a forward of any family raises
-        return None
-    for name, tensors in together.outputs.items():
-        for row, run in enumerate(alone):
-            pairs = zip(tensors, run.outputs.get(name, []), strict=False)
-            if any(_unlike(ours[row : row + 1], theirs) for ours, theirs in pairs):
-                return rehearsal.culprit(name)
-    buffers = zip(trained[0].model.named_buffers(), trained[1].model.buffers(), strict=True)
-    return next((f"buffer {name}" for (name, ours), theirs in buffers if _unlike(ours, theirs)), None)
-
-
-def depends_on_padding(model: Any) -> bool:
-    """Whether *model* computes a row without padding otherwise beside a padded one.
-
-    Attention that says it is not causal, as PaliGemma's, is causal by its mask alone, which transformers leaves out
-    where no row is padded.
-    """
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-    if decoder is None or all(getattr(module, "is_causal", True) for module in decoder.modules()):
-        return False
-    try:
-        tokens = torch.arange(2 * sum(_SEQUENCES)).view(2, -1) % model.config.get_text_config().vocab_size
-        mask = torch.ones_like(tokens)
-        mask[1, -1] = 0
-        rehearsal = Rehearsal.of(model)
-        both = rehearsal.run({"input_ids": tokens, "attention_mask": mask})
-        alone = rehearsal.run({"input_ids": tokens[:1], "attention_mask": mask[:1]})
-        return _unlike(_result(both.output)[:1], _result(alone.output))
-    except Exception:  # whatever a forward of any family raises
-        return False
-
-
 def read_from_outside(model: Any) -> frozenset[str]:
     """Return the names of the modules of which an operation takes a weight while the module itself does not run.
 
@@ -204,13 +178,11 @@ def _read_from_outside(rehearsal: Rehearsal) -> frozenset[str]:
         module.register_forward_pre_hook(lambda *_, of=name: running.append(of))
         module.register_forward_hook(ended)
     rehearsal.weights.on_read = read
-    rehearsal.run({"input_ids": torch.arange(sum(_SEQUENCES))[None] % model.config.get_text_config().vocab_size})
+    tokens = {"input_ids": torch.arange(sum(_SEQUENCES))[None] % model.config.get_text_config().vocab_size}
+    rehearsal.run(tokens)
+    with suppress(Exception), rehearsal.training():  # whatever a forward raises there
+        rehearsal.run(tokens)
     return frozenset(found)
-
-
-def _unlike(ours: Tensor, theirs: Tensor) -> bool:
-    """Whether two tensors of finite numbers differ; a copy without weights may make others."""
-    return bool(ours.isfinite().all() and theirs.isfinite().all()) and not same(ours, theirs)
 
 
 @contextmanager

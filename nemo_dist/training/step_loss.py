@@ -19,9 +19,9 @@ from torch.nn.functional import pad
 from nemo_dist.hf_model import IGNORED, class_name, has_own_code, predicts_next_token
 from nemo_dist.planning.mesh_plan import Role
 from nemo_dist.plugin.hookspecs import Batch, RuntimePart
-from nemo_dist.training.loss_weighting import count_labels, judge_loss, refuse_replaced, refuse_weighing
+from nemo_dist.training.loss_weighting import count_labels, judge_loss, refuse_replaced
+from nemo_dist.training.neighbouring_rows import depends_on_padding, depends_on_rows
 from nemo_dist.training.peft_adapters import NOT_AVERAGED
-from nemo_dist.training.rehearsal import depends_on_padding, depends_on_rows
 from nemo_dist.training.whole_rows import LABELS, WholeRows, first_rows, is_per_token, nothing, rows_and_length
 
 if TYPE_CHECKING:
@@ -55,7 +55,6 @@ class ModelLoss:
     def count(self, batch: Batch) -> Tensor:
         """Return the number of labels that count; raise ValueError for a loss that is no mean over them."""
         refuse_replaced(self.model)
-        refuse_weighing(self.model, batch)
         return count_labels(self.model, batch)
 
     def __call__(self, outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers.utils.generic import TransformersKwargs
 
+from nemo_dist.hf_model import is_own_class, plain_class
 from nemo_dist.plugin.hookspecs import Batch, RuntimePart
 
 LABELS = ("labels", "shift_labels")
@@ -28,11 +30,24 @@ class WholeRows:
     @cached_property
     def _taken(self) -> frozenset[str]:
         """The arguments that the model's forward takes, those for its own loss left out."""
-        parameters = inspect.signature(self.model.forward).parameters
-        names = {name for name, one in parameters.items() if one.kind is not one.VAR_KEYWORD}
-        if len(names) < len(parameters):
+        names: set[str] = set()
+        for forward in self._forwards():
+            parameters = inspect.signature(forward).parameters.values()
+            names |= {one.name for one in parameters if one.kind is not one.VAR_KEYWORD}
+            if not any(one.kind is one.VAR_KEYWORD for one in parameters):
+                break
+        else:
             names |= set(TransformersKwargs.__annotations__)
-        return frozenset(names - {*LABELS, "num_items_in_batch"})
+        return frozenset(names - {"self", *LABELS, "num_items_in_batch"})
+
+    def _forwards(self) -> Iterator[Any]:
+        """Yield the model's forward, and those that forwards of the user's own may hand their keywords to."""
+        yield self.model.forward
+        kinds = [kind for kind in plain_class(self.model).__mro__ if "forward" in vars(kind)]
+        for kind, base in pairwise(kinds):
+            if not is_own_class(kind):
+                return
+            yield vars(base)["forward"]
 
     @cached_property
     def splits(self) -> RuntimePart | None:

@@ -15,7 +15,8 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from nemo_dist.hf_model import IGNORED, class_name, predicts_next_token
+from nemo_dist.hf_model import IGNORED, class_name, has_own_code, predicts_next_token
+from nemo_dist.training.kept_state import on_copies
 from nemo_dist.training.rehearsal import Rehearsal, Run, first_difference, per_token, same
 from nemo_dist_context.attention import SharedAttention, Visible
 from nemo_dist_context.batch import NUMBERINGS, SequenceSplitter
@@ -148,12 +149,28 @@ def _first_that_fits(rehearsal: Rehearsal, attention: _Rehearsed, batches: Any) 
         try:
             for batch in batches:
                 loss = _compare(rehearsal, attention, batch, kind) or loss
+                loss = _compare_in_training(rehearsal, attention, batch, kind) or loss
                 causal = causal and all(torch.equal(call.visible, call.visible.tril()) for call in attention.calls)
                 heads |= {(call.query.shape[1], call.key.shape[1]) for call in attention.calls}
             return Proof(numbering=kind, causal=causal, heads=frozenset(heads), loss=loss)
         except Exception as error:  # the first one says the most: other numberings need not suit the model at all
             failure = failure or error
     raise failure or Unequal("nothing fits")
+
+
+def _compare_in_training(rehearsal: Rehearsal, attention: _Rehearsed, batch: dict[str, Tensor], kind: str) -> str:
+    """Compare in training, too, what own code may do otherwise there, where what it draws can be made equal."""
+    if not has_own_code(rehearsal.model):
+        return ""
+    try:
+        with rehearsal.training():
+            return _compare(rehearsal, attention, batch, kind)
+    except Exception as error:
+        if rehearsal.draws.unknown:
+            return ""
+        if isinstance(error, Unequal):
+            raise Unequal(f"in training, {error}") from error
+        raise
 
 
 def _compare(rehearsal: Rehearsal, attention: _Rehearsed, batch: dict[str, Tensor], kind: str) -> str:
@@ -164,7 +181,8 @@ def _compare(rehearsal: Rehearsal, attention: _Rehearsed, batch: dict[str, Tenso
     rows, length = batch["input_ids"].shape
     mask = batch.get("attention_mask", torch.ones(rows, length))
     attention.calls, attention.counted = [], mask != 0
-    whole = rehearsal.run(batch)
+    with on_copies([rehearsal.model]):
+        whole = rehearsal.run(batch)
     losses: list[Tensor] = []
     labels: list[Tensor] = []
     for rank in range(_RANKS):
@@ -172,7 +190,8 @@ def _compare(rehearsal: Rehearsal, attention: _Rehearsed, batch: dict[str, Tenso
         attention.layout, attention.done = layout, 0
         attention.index = torch.tensor(layout.indices(length))
         split = splitter_of(rehearsal.model, layout, kind, causal=True)(batch)
-        part = rehearsal.run(split)
+        with on_copies([rehearsal.model]):
+            part = rehearsal.run(split)
         _require_equal(rehearsal, whole, part, attention)
         if "labels" in batch:
             counts = split.get("shift_labels", split["labels"])

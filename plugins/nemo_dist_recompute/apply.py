@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from nemo_dist.hf_model import accepts, class_name, towers
 from nemo_dist.plugin.forwards import wrap_forward
+from nemo_dist.torch_private import BatchNorm
+from nemo_dist.training.counted_calls import SecondForward
 from nemo_dist_recompute.policy import selective_contexts
 
 if TYPE_CHECKING:
@@ -26,15 +28,20 @@ def recompute(model: Any, config: RecomputeConfig) -> None:
     transformers recomputes only in training mode, and what ``from_pretrained`` returns is in evaluation mode; here a
     layer recomputes whenever gradients are recorded, so that saving memory does not depend on dropout being on.
 
-    Raises ValueError for a model without such layers, and for a scope that it does not have.
+    Raises ValueError for a model without such layers, for a scope that it does not have, and for one whose second
+    forward is another one.
     """
     layers = recomputable(model)
+    _refuse_other_second_forwards(model)
     chosen = _in_scope(model, layers, config.scope)
     routed = any("expert" in name for name in model.config.get_text_config().to_dict())
     context = {"context_fn": partial(selective_contexts, routed)} if config.mode == "selective" else {}
     model.activation_checkpointing_enable({"use_reentrant": False, **context})
     model.disable_input_require_grads()  # only reentrant checkpointing needs inputs that require gradients
     model.register_forward_pre_hook(_without_cache, with_kwargs=True)
+    norms = [(n, m) for n, m in model.named_modules() if isinstance(m, BatchNorm) and _is_inside(n, chosen, model)]
+    if norms:
+        model.register_forward_pre_hook(partial(_refuse_running_statistics, norms))
     layer: Any
     for layer in layers:
         layer.gradient_checkpointing = False  # transformers' own, which only knows the forward of the class
@@ -51,6 +58,36 @@ def recomputable(model: Any) -> list[nn.Module]:
             "leave activation_checkpointing out for this model"
         )
     return layers
+
+
+def _refuse_other_second_forwards(model: Any) -> None:
+    """Raise ValueError where *model*, of the user's own code, does not compute the same when it is run once more."""
+    second = SecondForward.of(model)
+    where = second.where
+    if where is None and second.drew:
+        where = "it draws by a generator of Python or numpy, which is not put back"
+    if where is not None:
+        raise ValueError(
+            f"{class_name(model)} computes or keeps something else in a second forward in training ({where}), and "
+            "recomputation runs layers twice; keep nothing from one forward for the next and draw by torch's "
+            "generators, or leave activation_checkpointing out for this model"
+        )
+
+
+def _is_inside(name: str, layers: Iterable[nn.Module], model: nn.Module) -> bool:
+    wanted = set(layers)
+    return any(model.get_submodule(".".join(name.split(".")[:end])) in wanted for end in range(name.count(".") + 1))
+
+
+def _refuse_running_statistics(norms: Sequence[tuple[str, Any]], model: nn.Module, _: Any) -> None:
+    """Raise ValueError where a norm in a layer that recomputes would count a batch twice in its running statistics."""
+    for name, norm in norms:
+        if torch.is_grad_enabled() and norm.training and norm.track_running_stats:
+            raise ValueError(
+                f"{class_name(model)} keeps running statistics of batches (in {name}, {class_name(norm)}), and "
+                "recomputation runs layers twice; freeze them, by .eval() of all such modules after model.train(), or "
+                "leave activation_checkpointing out for this model"
+            )
 
 
 def kinds(model: nn.Module) -> str:

@@ -13,6 +13,7 @@ import copy
 import re
 import threading
 from collections.abc import Callable, Collection, Mapping, MutableMapping, MutableSequence, Sequence
+from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -22,8 +23,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import Placement, Shard
 from transformers.pytorch_utils import Conv1D
 
-from nemo_dist.hf_model import accepts, class_name, compute_experts_one_by_one, plain_class
+from nemo_dist.hf_model import accepts, class_name, compute_experts_one_by_one, has_own_code, plain_class
 from nemo_dist.torch_private import StridedShard, changes_in_place, disable_current_modes, tensors_in, tree_map_only
+from nemo_dist.training.fixed_draws import FixedDraws, unmoved_generators
+from nemo_dist.training.kept_state import on_copies
 from nemo_dist.training.rehearsal import read_from_outside
 from nemo_dist_tensor.collectives import Peers
 
@@ -113,7 +116,7 @@ class Recording:
             handles.append(head.register_forward_hook(lambda *call: logits.append(call[-1])))
             model.loss_function = lambda logits_=None, *_, **more: _keep(logits, more.get("logits", logits_))
         complete = True
-        with torch.enable_grad():
+        with torch.enable_grad(), on_copies([model]):  # what a run leaves in a module cannot be copied
             try:
                 model(**_inputs(model))
             except Exception:
@@ -360,11 +363,12 @@ class SimulatedPeers(Peers):
 class Verdict:
     """The outcome of a proof. ``summed``: whole parameters whose gradients the ranks have to sum.
 
-    ``problem`` says what differs, and is empty where nothing does.
+    ``problem`` says what differs, and is empty where nothing does. ``unknown``: it draws what cannot be made equal.
     """
 
     summed: frozenset[str] = frozenset()
     problem: str = ""
+    unknown: bool = False
 
 
 @attrs.frozen(eq=False)
@@ -372,6 +376,7 @@ class _Result:
     output: list[Tensor]
     inputs: list[Tensor | None]
     gradients: Mapping[str, Tensor | None]
+    unknown: bool
 
 
 Cut = Callable[[nn.Module, SimulatedPeers], Mapping[str, Placement | None]]
@@ -384,7 +389,28 @@ def prove(unit: nn.Module, call: Call, ranks: int, cut: Cut) -> Verdict:
     generators are left as they were.
     """
     with torch.random.fork_rng(devices=[]):
-        return _proven(*_fewer_experts(unit, call), ranks, cut)
+        unit, call = _fewer_experts(unit, call)
+        trained = _in_training(unit) if has_own_code(unit) else None  # before a run leaves something in the unit
+        found = _proven(unit, call, ranks, cut)
+        if found.problem or trained is None:
+            return found
+        draws = FixedDraws()
+        with unmoved_generators(draws):
+            other = _proven(trained, call, ranks, cut)
+        if draws.unknown or other.unknown:
+            return found
+        if other.problem or other.summed != found.summed:
+            return Verdict(problem=f"in training, {other.problem or 'other gradients have to be summed'}")
+        return found
+
+
+def _in_training(unit: nn.Module) -> nn.Module | None:
+    """Return a copy of *unit* in training; None where it cannot be copied, which is told of it anyway."""
+    large = {id(parameter): parameter for parameter in unit.parameters() if parameter.numel() > _MOST}
+    try:
+        return copy.deepcopy(unit, large).train()
+    except Exception:
+        return None
 
 
 def _proven(unit: nn.Module, call: Call, ranks: int, cut: Cut) -> Verdict:
@@ -405,6 +431,8 @@ def _proven(unit: nn.Module, call: Call, ranks: int, cut: Cut) -> Verdict:
         parts = _threads(copies, call, peers[0].exchange)
     except Exception as error:
         return Verdict(problem=f"its forward fails when it is cut ({type(error).__name__}: {str(error)[:200]})")
+    if whole.unknown:
+        return Verdict(unknown=True)
     return _compare(unit, whole, parts, _with_factors(unit, placements), peers)
 
 
@@ -461,7 +489,8 @@ def _fewer_experts(unit: nn.Module, call: Call) -> tuple[nn.Module, Call]:
 
 
 def _run(unit: nn.Module, call: Call) -> _Result:
-    """Run forward and backward of *unit*, with random inputs of the recorded shapes."""
+    """Run forward and backward of *unit*, with random inputs of the recorded shapes; in training with equal draws."""
+    draws = FixedDraws()
     generator = torch.Generator().manual_seed(1)
     inputs: list[Tensor] = []
 
@@ -475,7 +504,8 @@ def _run(unit: nn.Module, call: Call) -> _Result:
     kwargs = {name: _own(value) for name, value in kwargs.items()}
     before = {id(tensor) for tensor in _shared(args, kwargs)}
     with torch.enable_grad():
-        output = unit(*args, **kwargs)
+        with draws if unit.training else nullcontext():
+            output = unit(*args, **kwargs)
         found = [
             t
             for t in tensors_in(list(output.values()) if isinstance(output, dict) else output)
@@ -491,6 +521,7 @@ def _run(unit: nn.Module, call: Call) -> _Result:
         [first.detach(), *handed_on],
         list(grads[: len(inputs)]),
         dict(zip(parameters, grads[len(inputs) :], strict=True)),
+        bool(draws.unknown),
     )
 
 

@@ -8,7 +8,6 @@ without weights, blocks and all, runs on a few rows, once whole and once stage b
 from __future__ import annotations
 
 import copy
-import random
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -33,7 +32,7 @@ def require_exact_code(model: Any, structure: ModelStructure, stages: Sequence[S
     """Raise ValueError where the stages of *model* in sequence compute otherwise than the whole model.
 
     Return why, given labels, they compute another loss; an empty text where they do not. What cannot be run on tokens
-    alone, or draws numbers in training other than for dropout, is not judged.
+    alone, or draws what cannot be made equal, is not judged.
     """
     try:
         proof = _Proof(Rehearsal.of(model), structure, stages)
@@ -63,7 +62,6 @@ class _Proof:
 
     def __attrs_post_init__(self) -> None:
         self.rehearsal.model.tie_weights()
-        _without_dropout(self.rehearsal.model)
 
     def batches(self) -> Iterator[dict[str, Any]]:
         """Yield small batches: tokens; with labels and padding; with labels, to a model in training."""
@@ -82,21 +80,13 @@ class _Proof:
         yield given
 
     def _whole(self, inputs: Mapping[str, Any]) -> Run | None:
-        """Run the whole model; None where that fails, or comes out by chance."""
-        runs = []
-        state = random.getstate()
+        """Run the whole model; None where that fails, or draws what cannot be made equal for its stages."""
+        part = self._copied(self.structure.layers)
         try:
-            for seed in range(2 if self.rehearsal.model.training else 1):
-                with torch.random.fork_rng([]):
-                    torch.manual_seed(seed)
-                    random.seed(seed)
-                    runs.append(self._copied(self.structure.layers).run(inputs))
+            run = part.run(inputs)
         except Exception:  # whatever a forward of the user's own raises
             return None
-        finally:
-            random.setstate(state)
-        outputs = [_named(run.output) for run in runs]
-        return runs[0] if all(_alike(value, outputs[-1].get(name)) for name, value in outputs[0].items()) else None
+        return None if part.draws.unknown else run
 
     def _copied(self, blocks: Sequence[str]) -> Rehearsal:
         """Return a copy that has these *blocks*, and nothing in it that a run left; with the same weights."""
@@ -147,15 +137,6 @@ def _labels(model: Any, tokens: Tensor) -> tuple[Tensor, ...]:
     for labels in (words := tokens.clone(), classes):
         labels[0, :3], labels[1, 4:] = IGNORED, IGNORED
     return words, classes, by_row
-
-
-def _without_dropout(model: Any) -> None:
-    """Set all probabilities of dropout in *model* and in its configs to 0."""
-    configs = [model.config, *(getattr(model.config, name, None) for name in model.config.sub_configs)]
-    for owner in [*model.modules(), *filter(None, configs)]:
-        for name, value in list(vars(owner).items()):
-            if isinstance(value, float) and ("drop" in name or (name == "p" and "Dropout" in type(owner).__name__)):
-                setattr(owner, name, 0.0)
 
 
 def _named(output: Any, name: str = "output") -> dict[str, Tensor]:

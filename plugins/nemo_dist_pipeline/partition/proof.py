@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nemo_dist.hf_model import has_own_code
+from nemo_dist.training.counted_calls import SecondForward
 from nemo_dist_pipeline.partition.model_structure import ModelStructure
 from nemo_dist_pipeline.partition.own_code import require_exact_code
 from nemo_dist_pipeline.partition.skeleton import NO_PIPELINE, Run, forward, skeleton
@@ -21,16 +22,26 @@ def require_exact(model: Any, structure: ModelStructure, stages: Sequence[StageI
     The output of the last stage must be that of the whole model, too. Runs on stand-ins for blocks and weights; see
     ``skeleton``. Return why the model's own loss, in code of the user's own, is another one; see ``own_code``.
     """
-    kind = type(model).__name__
     blocks = {name: model.get_submodule(name) for name in structure.layers}
     first = skeleton(model, blocks)
     keep_stage(first, stages[0], structure, torch.device("cpu"))
     _require_own_initialisation(first)
+    _require_equal_stages(model, structure, stages, training=False)
+    if not has_own_code(model):
+        return ""
+    _require_equal_microbatches(model)
+    _require_equal_stages(model, structure, stages, training=True)
+    return require_exact_code(model, structure, stages)
+
+
+def _require_equal_stages(model: Any, structure: ModelStructure, stages: Sequence[StageInfo], training: bool) -> None:
+    kind = type(model).__name__
+    blocks = {name: model.get_submodule(name) for name in structure.layers}
     whole = Run(places=structure.places)
-    whole.output = forward(skeleton(model, blocks), whole)
+    whole.output = forward(skeleton(model, blocks, training), whole)
     hidden: Any = None
     for stage in stages:
-        bare = skeleton(model, blocks)
+        bare = skeleton(model, blocks, training)
         keep_stage(bare, stage, structure, torch.device("cpu"))
         set_hollow_dtype(bare, torch.float32)  # that of all other stand-ins for weights
         open_stage(bare)
@@ -52,7 +63,17 @@ def require_exact(model: Any, structure: ModelStructure, stages: Sequence[StageI
                     )
     if not _same(_plain(whole.output), _plain(hidden)):
         raise ValueError(f"{kind} uses weights of other stages again after its blocks; {NO_PIPELINE}")
-    return require_exact_code(model, structure, stages) if has_own_code(model) else ""
+
+
+def _require_equal_microbatches(model: Any) -> None:
+    """Raise ValueError where a second forward of *model* is another one: a step has one for each microbatch."""
+    where = SecondForward.of(model).where
+    if where is not None:
+        raise ValueError(
+            f"{type(model).__name__} computes or keeps something else in a second forward in training ({where}), and a "
+            "pipeline runs its blocks once for each microbatch, where one process runs them once; keep nothing from "
+            "one forward for the next, or use pp_size=1 (fsdp2 and tp split it, too)"
+        )
 
 
 def _require_own_initialisation(stage: Any) -> None:

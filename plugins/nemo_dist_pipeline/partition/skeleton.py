@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from nemo_dist.hf_model import accepts
+from nemo_dist.training.fixed_draws import FixedDraws
 from nemo_dist.training.router_aux_loss import SWITCH
 from nemo_dist_pipeline.partition.stand_in import StandIn
 
@@ -147,10 +149,10 @@ def observe(model: Any, blocks: Mapping[str, nn.Module]) -> Run:
     raise ValueError(f"{type(model).__name__} cannot be cut between its blocks: {found}; {NO_PIPELINE}") from cause
 
 
-def skeleton(model: Any, blocks: Mapping[str, nn.Module]) -> Any:
-    """Return a copy of *model*, which is on meta, with stand-ins for *blocks*."""
+def skeleton(model: Any, blocks: Mapping[str, nn.Module], training: bool = False) -> Any:
+    """Return a copy of *model*, which is on meta, with stand-ins for *blocks*; in evaluation, or in training."""
     memo: dict[int, Any] = {id(block): ProbeBlock(block, name) for name, block in blocks.items()}
-    return copy.deepcopy(model, memo).eval()
+    return copy.deepcopy(model, memo).train(training)
 
 
 @torch.no_grad()
@@ -161,7 +163,8 @@ def forward(bare: Any, run: Run) -> Any:
             module.run = run
     with torch.device("cpu"):
         _fill(bare)
-        return bare(**inputs(bare))
+        with FixedDraws() if bare.training else nullcontext():
+            return bare(**inputs(bare))
 
 
 def inputs(model: Any) -> dict[str, Any]:
