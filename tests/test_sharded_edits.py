@@ -1,5 +1,8 @@
 """What users do to the parameters of a sharded model, and to their gradients, is exact or refused in words."""
 
+import ast
+from pathlib import Path
+
 import pytest
 import torch
 from own_models import SIZES, OwnConfig, OwnModel
@@ -10,6 +13,7 @@ from nemo_dist.testing.equivalence import TOLERANCE, tensor_differences, whole_s
 from nemo_dist.testing.precision import FP32
 from nemo_dist.testing.tensors import rows_of_rank
 
+ROOT = Path(__file__).parents[1]
 TOKENS = (torch.arange(48).view(4, 12) * 5) % 90 + 3
 BATCH = {"input_ids": TOKENS, "labels": TOKENS}
 
@@ -151,6 +155,26 @@ def test_second_derivatives_of_a_sharded_model_are_refused(ranks, sizes, reshard
     for message in ranks(2).run(on_rank_penalise, strategy, sizes):
         assert "create_graph=True" in message
         assert "use 'ddp'" in message
+
+
+def functions():
+    """Yield every class of ours that gives autograd a backward, as its tree, with the name of its file."""
+    for path in (one for folder in ("nemo_dist", "plugins", "examples") for one in (ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef) and any(ast.unparse(base).endswith("Function") for base in node.bases):
+                yield path.name, node
+
+
+def test_a_backward_of_ours_says_that_it_is_differentiated_once():
+    """Else a second derivative through it is left out, or taken of memory that is used again, in silence."""
+    found = {
+        f"{file}: {node.name}": [ast.unparse(one) for one in method.decorator_list]
+        for file, node in functions()
+        for method in node.body
+        if isinstance(method, ast.FunctionDef) and method.name == "backward"
+    }
+    assert len(found) > 10
+    assert [name for name, decorators in found.items() if "once_differentiable" not in decorators] == []
 
 
 def test_second_derivatives_of_a_replicated_model_are_exact(ranks):
