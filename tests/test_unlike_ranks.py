@@ -10,12 +10,12 @@ from nemo_dist.testing.equivalence import TOLERANCE, tensor_differences, whole_s
 from nemo_dist.testing.precision import FP32
 
 # The branches of the batches of each rank; none of them takes branch 3. A rank takes one twice, or two once.
-TAKEN = {"branching": [(0, 0), (1, 2)], "experts": [(None, None), (None, None)]}
+TAKEN = {"branching": [(0, 0), (1, 2), (2, 0), (1, 1)], "experts": [(None, None)] * 2}
 SETUPS = {
-    "branching": ("branching", {}, {}),
-    "experts": ("experts", {}, {}),
-    "branching-hsdp": ("branching", {"dp_replicate_size": 2}, {}),
-    "experts-recompute": ("experts", {}, {"activation_checkpointing": True}),
+    "branching": (2, "branching", {}, {}),
+    "experts": (2, "experts", {}, {}),
+    "experts-recompute": (2, "experts", {}, {"activation_checkpointing": True}),
+    "branching-hsdp": (4, "branching", {"dp_replicate_size": 2}, {}),
 }
 
 
@@ -52,13 +52,13 @@ def on_rank_train(change, policy, sizes, options, count):
     return loss.item(), gradients, whole_state(runtime, {name: one.detach() for name, one in named.items()})
 
 
-def one_process(change, count):
+def one_process(change, count, world=2):
     torch.manual_seed(0)
     model = OwnModel(config(change))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)
     total = 0.0
-    for batch in (one for rank in range(2) for one in batches(change, rank)[:count]):
-        loss = model(**batch).loss / (2 * count)
+    for batch in (one for rank in range(world) for one in batches(change, rank)[:count]):
+        loss = model(**batch).loss / (world * count)
         loss.backward()
         total += loss.item()
     gradients = {name: one.grad.clone() for name, one in model.named_parameters() if one.grad is not None}
@@ -80,10 +80,10 @@ def compared(found, expected, tolerance=TOLERANCE):
 @pytest.mark.parametrize("count", [1, 2], ids=["one batch", "two batches"])
 @pytest.mark.parametrize("case", SETUPS)
 def test_ranks_that_use_different_parameters_train_like_one_process(ranks, case, count):
-    change, sizes, options = SETUPS[case]
-    expected = one_process(change, count)
+    world, change, sizes, options = SETUPS[case]
+    expected = one_process(change, count, world)
     assert len(expected[1]) < len(expected[2]), "all parameters are used"
-    for found in ranks(2).run(on_rank_train, change, FP32, sizes, options, count):
+    for found in ranks(world).run(on_rank_train, change, FP32, sizes, options, count):
         compared(found, expected)
 
 

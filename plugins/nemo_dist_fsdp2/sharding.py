@@ -51,7 +51,7 @@ def shard(model: nn.Module, mesh: MeshContext, config: FSDP2Config) -> None:
     policy = mixed_precision(config.mp_policy)
     kept = kept_in_float32(model, policy.param_dtype)
     # A module that computes in a dtype of its own hands that on, and the next group must cast it.
-    own_dtypes = any(override.mp_policy is not None for override in sharding_overrides(model).values())
+    own_dtypes = [module for module, own in sharding_overrides(model).items() if own.mp_policy is not None]
     all_inputs = casts_all(config.mp_policy)
     options: dict[str, Any] = {
         "mesh": data_mesh(mesh),
@@ -82,7 +82,7 @@ def shard(model: nn.Module, mesh: MeshContext, config: FSDP2Config) -> None:
     if not all_inputs:
         cast_activations(model, policy.param_dtype)
         for module in (*blocks, *tail(model)) if own_dtypes else ():
-            if not kept.issuperset(module.parameters()):
+            if module not in own_dtypes and not kept.issuperset(module.parameters()):
                 cast_activations(module, policy.param_dtype)
     _shard_kept(model, kept, precise | {"reshard_after_forward": block_reshard})
     Gradients.watch(model, mesh)
