@@ -73,13 +73,14 @@ class Resharding:
                 "or with the gradient of one rank's rows; use register_post_accumulate_grad_hook on what "
                 "runtime.named_parameters() gives, and find the shard of the whole gradient in .grad"
             )
-        if self.started and (others := strangers(self.groups)):
+        if not self.started:
+            return
+        if others := strangers(self.groups):
             raise RuntimeError(
                 f"{self._named(others)} was replaced, or tied to another parameter, after the first forward, which "
                 "fsdp2 would undo; do it before that, or save the model, change it in one process and load it again"
             )
-
-        if self.started and (changed := cast(self.groups)):
+        if changed := cast(self.groups):
             raise RuntimeError(
                 f"{self._named(changed[:1])} and {len(changed) - 1} other parameters were cast after the first "
                 "forward, and fsdp2 keeps the dtypes of that; cast before it, or load the model with dtype="
