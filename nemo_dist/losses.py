@@ -20,6 +20,7 @@ import attrs
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy, log_softmax, logsigmoid, normalize, pad
 
 from nemo_dist.hf_model import IGNORED
@@ -249,6 +250,7 @@ class _GatherRows(torch.autograd.Function):
         return torch.stack(pieces)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         grad = grad.contiguous().clone()
         dist.all_reduce(grad, group=ctx.group)  # each rank's loss depends on the rows of all

@@ -37,6 +37,7 @@ __all__ = [
     "dtensor_of",
     "fake_tensors",
     "functional_collectives",
+    "gradient_hooks",
     "group_named",
     "in_backward",
     "reduce_scatter_single",
@@ -127,6 +128,11 @@ def number_of_backward() -> int:
 def assert_on_device(condition: Tensor, message: str) -> None:
     """Have the device of *condition*, a 0-dim bool, stop with *message* where it is False; the host does not wait."""
     torch._assert_async(condition, message)
+
+
+def gradient_hooks(parameter: Tensor) -> tuple[bool, bool]:
+    """Whether *parameter* has hooks of ``register_hook``, and of ``register_post_accumulate_grad_hook``."""
+    return bool(parameter._backward_hooks), bool(getattr(parameter, "_post_accumulate_grad_hooks", None))
 
 
 def changes_in_place(tensor: Tensor) -> int:

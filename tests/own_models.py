@@ -34,7 +34,7 @@ class OwnModel(LlamaForCausalLM):
     """Llama with the change that its config names."""
 
     config_class = OwnConfig
-    _no_split_modules = [*LlamaForCausalLM._no_split_modules, "Leaving", "Scaled"]
+    _no_split_modules = [*LlamaForCausalLM._no_split_modules, "Leaving", "Scaled", "Branch"]
     _keep_in_fp32_modules_strict = ["scaled_by"]
 
     def __init__(self, config):
@@ -306,6 +306,69 @@ class Returning(LlamaModel):
         return output
 
 
+class Experts(nn.Module):
+    """Runs only those experts that some token chose, as ranks with other tokens do with others."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate = nn.Linear(config.hidden_size, 6, bias=False)
+        self.experts = nn.ModuleList(LlamaMLP(config) for _ in range(6))
+
+    def forward(self, x):
+        weight, choice = self.gate(x).softmax(-1).max(-1)
+        out = torch.zeros_like(x)
+        for index, expert in enumerate(self.experts):
+            chosen = choice == index
+            if chosen.any():
+                out[chosen] = expert(x[chosen]) * weight[chosen][:, None]
+        return out
+
+
+class Empty(LlamaMLP):
+    """Has a parameter without elements."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.none = nn.Parameter(torch.ones(0, 8))
+
+    def forward(self, x):
+        return super().forward(x) + self.none.sum()
+
+
+class Transposed(LlamaMLP):
+    """Has a parameter that is a transposed view."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        rows = torch.linspace(-1, 1, self.up_proj.weight.numel()).view(config.hidden_size, config.intermediate_size)
+        self.up_proj.weight = nn.Parameter(rows.t())
+
+
+class Branch(nn.Linear):
+    """A block, that FSDP2 gathers by itself."""
+
+
+class Branching(LlamaModel):
+    """Ends with one of several projections, as the batch says."""
+
+    kind = nn.Linear
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.branches = nn.ModuleList(self.kind(config.hidden_size, config.hidden_size) for _ in range(4))
+
+    def forward(self, input_ids=None, branch=0, **kwargs):
+        out = super().forward(input_ids=input_ids, **kwargs)
+        out.last_hidden_state = out.last_hidden_state + self.branches[branch](out.last_hidden_state)
+        return out
+
+
+class BranchingBlocks(Branching):
+    """The same, where each of them is a block."""
+
+    kind = Branch
+
+
 class Boxed(LlamaModel):
     """Gives all blocks one dict."""
 
@@ -333,6 +396,10 @@ def _layers(kind):
         model.model.layers = nn.ModuleList(kind(model.config, index) for index in range(len(model.model.layers)))
 
     return change
+
+
+def _share(model):
+    model.model.layers[2].mlp = model.model.layers[0].mlp
 
 
 def _follow(model):
@@ -397,6 +464,12 @@ CHANGES = {
     "returning": _inner(Returning),
     "normed": _normed,
     "computed": _computed,
+    "experts": _feed_forwards(Experts),
+    "empty": _feed_forwards(Empty),
+    "transposed": _feed_forwards(Transposed),
+    "sharing": _share,
+    "branching": _inner(Branching),
+    "branching blocks": _inner(BranchingBlocks),
 }
 
 transformers.AutoConfig.register("own_llama", OwnConfig)

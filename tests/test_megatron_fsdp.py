@@ -36,6 +36,7 @@ from nemo_dist.testing.tensors import rows_of_rank
 from nemo_dist.testing.tiny_models import SPECIMENS
 from nemo_dist.torch_private import tensors_in
 from nemo_dist_megatron_fsdp.engine import Engine
+from nemo_dist_megatron_fsdp.sharding import dim_problem
 
 ZERO = [1, 2, 3]
 ENDS = [1, slow(2), 3]  # of the levels, where the one between adds little
@@ -532,6 +533,54 @@ def test_a_second_backward_adds_to_the_gradients(ranks, zero):
 def test_a_second_backward_that_zero_1_would_get_wrong_is_refused(ranks):
     with pytest.raises(Exception, match=r"ZeRO 1 has reduced the gradients.*optimizer.zero_grad\(\).*no_sync"):
         ranks(2).run(on_rank_backward_twice, checkpoint("llama"), 1, "nothing")
+
+
+def on_rank_edit(folder, edit):
+    """Return what a forward, or its backward, says after *edit* of the model."""
+    model, runtime = on_rank_start(3, folder)
+    batch = rows_of_rank(Task(rows=4).batches(0)[0], runtime)
+    try:
+        edit(model, batch)
+        runtime.forward_backward(batch)
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def register_hook(model, batch):
+    model.model.norm.weight.register_hook(lambda gradient: gradient * 0)
+
+
+def register_late_hook(model, batch):
+    model.model.norm.weight.register_post_accumulate_grad_hook(lambda parameter: None)
+
+
+def tie(model, batch):
+    model.lm_head.weight = model.model.embed_tokens.weight
+
+
+def differentiate_twice(model, batch):
+    model(**batch).loss.backward(create_graph=True)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (register_hook, "model.norm.weight has a hook of its gradient, which megatron_fsdp never calls"),
+        (register_late_hook, "model.norm.weight has a hook of its gradient, which megatron_fsdp never calls"),
+        (tie, "lm_head.weight was replaced, or tied to another parameter, after megatron_fsdp took the model over"),
+        (differentiate_twice, "a backward with create_graph=True is to be differentiated once more"),
+    ],
+)
+def test_what_the_package_would_undo_or_never_call_is_refused(ranks, edit, message):
+    for found in ranks(2).run(on_rank_edit, checkpoint("llama"), edit):
+        assert found.startswith(message)
+
+
+def test_a_parameter_without_elements_is_refused():
+    assert dim_problem("none", (0, 8), None, 1) == [
+        "none has no elements, (0, 8), and megatron_fsdp cannot shard it; use 'ddp' for this model"
+    ]
 
 
 def on_rank_from_logits(folder, zero):

@@ -91,7 +91,8 @@ def dim_of_difference(boxes: Sequence[Box]) -> int:
 def filled(parameter: nn.Parameter, value: Tensor, device: torch.device) -> nn.Parameter:
     """Return a new parameter laid out like *parameter*, with the values of the global tensor *value*, on *device*."""
     if isinstance(parameter, DTensor):
-        value = local_slice(value, parameter).to(device).clone()  # or the slice would keep the whole tensor alive
+        own = local_slice(value, parameter).to(device)
+        value = own.clone(memory_format=torch.contiguous_format)  # or the slice would keep the whole tensor alive
     return placed(parameter, value.to(device))
 
 

@@ -24,6 +24,7 @@ import attrs
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers.utils.output_capturing import OutputRecorder
 
 from nemo_dist.hf_model import class_name
@@ -210,6 +211,7 @@ class _Tied(torch.autograd.Function):
         return carrier.view_as(carrier)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         with torch.enable_grad():
             logits = ctx.saved_tensors[0].detach().requires_grad_()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from nemo_dist.torch_private import collective_operators as operators
 from nemo_dist_context.sequence_layout import SequenceLayout, index_of
@@ -27,6 +28,7 @@ class _Gather(torch.autograd.Function):
         return _wait(whole)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         part = operators.reduce_scatter_tensor(grad.contiguous(), "sum", ctx.group.size(), ctx.group.group_name)
         return _wait(part), None
@@ -41,6 +43,7 @@ class _Exchange(torch.autograd.Function):
         return _all_to_all(slices, group)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return _all_to_all(grad, ctx.group), None
 

@@ -12,6 +12,7 @@ from typing import Any
 import attrs
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from nemo_dist.torch_private import FLASH_ATTENTION, FLASH_ATTENTION_ON_CPU, collective_operators
 from nemo_dist_context.sequence_layout import SequenceLayout
@@ -99,6 +100,7 @@ class _Attention(torch.autograd.Function):
         return found
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         ring, chunks = ctx.ring, ctx.chunks
         query, key, value, found, weights = ctx.saved_tensors

@@ -41,8 +41,9 @@ class FSDP2Config:
 
     ``mp_policy``: torch's ``MixedPrecisionPolicy``, or its fields as a dict of dtype names; None computes in bfloat16
     and reduces gradients in float32. Parameters that transformers keeps in float32 are computed in it. With None, or a
-    dict without ``cast_forward_inputs``, only the inputs and outputs of the model are cast, and its modules get from
-    each other what they do on one process; torch's object, or True, casts those of every block, as torch does.
+    dict without ``cast_forward_inputs``, only activations among the inputs of the model are cast (embeddings, pixels,
+    features; no labels, no masks), and its outputs, and its modules get from each other what they do on one process;
+    torch's object, or True, casts all floating tensors, and those of every block, as torch does.
     ``offload_policy``: torch's ``CPUOffloadPolicy``, or "cpu", or its ``pin_memory``
     in a dict; None keeps the shards on the device. ``reshard_after_forward``: free the gathered parameters of a block
     after its forward; an int reshards to that many ranks; None is True for blocks, but False for what the end of the

@@ -53,8 +53,12 @@ def inside(policy: MixedPrecisionPolicy, given: Any) -> MixedPrecisionPolicy:
     Modules then get from each other what they do on one process; torch would cast what every group gets, float32
     rotary embeddings and residuals too, and so it is where the user asked for that.
     """
-    asked = given.get("cast_forward_inputs", False) if isinstance(given, Mapping) else given is not None
-    return policy if asked else replace(policy, cast_forward_inputs=False, output_dtype=None)
+    return policy if casts_all(given) else replace(policy, cast_forward_inputs=False, output_dtype=None)
+
+
+def casts_all(given: Any) -> bool:
+    """Whether *given*, ``mp_policy`` in a config, asks for torch's cast of all that a module gets."""
+    return bool(given.get("cast_forward_inputs", False)) if isinstance(given, Mapping) else given is not None
 
 
 def in_float32(policy: MixedPrecisionPolicy) -> MixedPrecisionPolicy:

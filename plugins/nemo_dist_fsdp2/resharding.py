@@ -10,6 +10,8 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from nemo_dist.mesh.dtensor import parameter_slots
+from nemo_dist.torch_private import gradient_hooks
+from nemo_dist_fsdp2.groups import Place, cast, groups_of, initialise, strangers
 
 
 @attrs.define(eq=False)
@@ -26,13 +28,19 @@ class Resharding:
     trained: list[bool] = attrs.field(init=False)
     gathered: bool = False  # every group, at least once
     started: bool = False  # FSDP2 finds its root in the first forward, and cannot reset before
+    groups: list[Any] = attrs.field(factory=list)
 
     @classmethod
     def of(cls, model: nn.Module) -> Resharding:
         """Return that of *model*, which FSDP2 has sharded."""
-        modules: list[FSDPModule] = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        modules: list[Any] = [module for module in model.modules() if isinstance(module, FSDPModule)]
         found = cls(model, modules, [(module._parameters, slot) for _, module, slot, _ in parameter_slots(model)])
+        found.groups = groups_of(model)
+        for module in modules:
+            if module is not model:
+                module.register_forward_pre_hook(found._start_inside, prepend=True)  # before FSDP2's own
         model.register_forward_pre_hook(found._leave_inference_mode, prepend=True)
+        model.register_forward_pre_hook(_judge_compilation, prepend=True)
         model.register_forward_pre_hook(found._start)  # after FSDP2's own
         return found
 
@@ -54,6 +62,33 @@ class Resharding:
             if shard is not gathered and gathered.requires_grad != trained:
                 shard.requires_grad_(gathered.requires_grad)
         self.trained = [shard.requires_grad for shard in shards]
+        self._judge([*found, *shards])
+
+    def _judge(self, parameters: list[nn.Parameter]) -> None:
+        """Raise RuntimeError for what a user did to *parameters* that would be lost."""
+        if any(gradient_hooks(one)[0] for one in parameters):
+            names = [name for name, one in self.model.named_parameters() if gradient_hooks(one)[0]]
+            raise RuntimeError(
+                f"{', '.join(names) or 'a gathered parameter'} has a hook of register_hook, which fsdp2 never calls, "
+                "or with the gradient of one rank's rows; use register_post_accumulate_grad_hook on what "
+                "runtime.named_parameters() gives, and find the shard of the whole gradient in .grad"
+            )
+        if not self.started:
+            return
+        if others := strangers(self.groups):
+            raise RuntimeError(
+                f"{self._named(others)} was replaced, or tied to another parameter, after the first forward, which "
+                "fsdp2 would undo; do it before that, or save the model, change it in one process and load it again"
+            )
+        if changed := cast(self.groups):
+            raise RuntimeError(
+                f"{self._named(changed[:1])} and {len(changed) - 1} other parameters were cast after the first "
+                "forward, and fsdp2 keeps the dtypes of that; cast before it, or load the model with dtype="
+            )
+
+    def _named(self, places: list[Place]) -> str:
+        names = {module: name for name, module in self.model.named_modules()}
+        return ", ".join(f"{names.get(module, 'a module')}.{name}".removeprefix(".") for module, name in places)
 
     def gather(self) -> None:
         """Gather the parameters of all groups."""
@@ -61,6 +96,12 @@ class Resharding:
             module.unshard()
 
     def _start(self, *_: Any) -> None:
+        self.started = True
+
+    def _start_inside(self, *_: Any) -> None:
+        """Let the first forward be that of a module inside of the model, which FSDP2 would take for the root."""
+        if not self.started:
+            initialise(self.model)
         self.started = True
 
     def _leave_inference_mode(self, *_: Any) -> None:
@@ -77,3 +118,16 @@ class Resharding:
 
     def _parameters(self) -> list[nn.Parameter]:
         return [own[slot] for own, slot in self.slots]
+
+
+def _judge_compilation(*_: Any) -> None:
+    if torch.compiler.is_compiling():
+        _refuse_compilation()
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _refuse_compilation() -> None:
+    raise RuntimeError(
+        "torch.compile of a whole model that fsdp2 shards is not proven to train like one process; leave it out, and "
+        "have each block compiled by FSDP2Config(enable_compile=True)"
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from torch.distributed.tensor import Shard
 
 from nemo_dist import hf_model
 from nemo_dist.errors import TopologyError
+from nemo_dist.mesh.dtensor import parameter_slots
 from nemo_dist.mesh.process_group import has_cpu_backend
 from nemo_dist.planning.mesh_plan import Role
 from nemo_dist.plugin.mixed_precision import mixed_precision
@@ -26,9 +28,11 @@ from nemo_dist.training.rehearsal import read_from_outside
 from nemo_dist_fsdp2.buffers import follow_compute_dtype
 from nemo_dist_fsdp2.containers import keep_writes
 from nemo_dist_fsdp2.dtypes import kept_in_float32
+from nemo_dist_fsdp2.inputs import cast_activations
 from nemo_dist_fsdp2.lost_writes import refuse_lost_writes
-from nemo_dist_fsdp2.policies import in_float32, inside, offload
+from nemo_dist_fsdp2.policies import casts_all, in_float32, inside, offload
 from nemo_dist_fsdp2.resharding import Resharding
+from nemo_dist_fsdp2.unlike_ranks import Gradients
 
 if TYPE_CHECKING:
     from nemo_dist.mesh.mesh_context import MeshContext
@@ -41,20 +45,17 @@ def shard(model: nn.Module, mesh: MeshContext, config: FSDP2Config) -> None:
     A module that shares a parameter with another one (a tied embedding) stays in the root's group, which stays gathered
     from the first use to the last, so that the tied parameter has one shard and one gradient.
     """
-    if numbers := [name for name, parameter in model.named_parameters() if parameter.ndim == 0]:
-        raise TopologyError(
-            [
-                f"{name} is a single number, which fsdp2 cannot shard; give it the shape (1,), or use 'ddp'"
-                for name in numbers
-            ]
-        )
+    if problems := list(_problems(model)):
+        raise TopologyError(problems)
+    _straighten(model)
     policy = mixed_precision(config.mp_policy)
     kept = kept_in_float32(model, policy.param_dtype)
     # A module that computes in a dtype of its own hands that on, and the next group must cast it.
-    own_dtypes = any(override.mp_policy is not None for override in sharding_overrides(model).values())
+    own_dtypes = [module for module, own in sharding_overrides(model).items() if own.mp_policy is not None]
+    all_inputs = casts_all(config.mp_policy)
     options: dict[str, Any] = {
         "mesh": data_mesh(mesh),
-        "mp_policy": policy if own_dtypes else inside(policy, config.mp_policy),
+        "mp_policy": inside(policy, config.mp_policy),
         "offload_policy": offload(config.offload_policy),
         "ignored_params": kept or None,
     }
@@ -76,8 +77,15 @@ def shard(model: nn.Module, mesh: MeshContext, config: FSDP2Config) -> None:
     end = [module for module in untied(model, tail(model)) if not kept.issuperset(module.parameters())]
     if end:
         fully_shard(end, reshard_after_forward=bool(reshard), **options)
-    fully_shard(model, reshard_after_forward=bool(reshard), **options | {"mp_policy": policy})
+    root = policy if all_inputs else replace(policy, cast_forward_inputs=False)
+    fully_shard(model, reshard_after_forward=bool(reshard), **options | {"mp_policy": root})
+    if not all_inputs:
+        cast_activations(model, policy.param_dtype)
+        for module in (*blocks, *tail(model)) if own_dtypes else ():
+            if module not in own_dtypes and not kept.issuperset(module.parameters()):
+                cast_activations(module, policy.param_dtype)
     _shard_kept(model, kept, precise | {"reshard_after_forward": block_reshard})
+    Gradients.watch(model, mesh)
     refuse_lost_writes(model)
     follow_compute_dtype(model, policy.param_dtype)
     if hf_model.has_own_code(model):
@@ -87,6 +95,24 @@ def shard(model: nn.Module, mesh: MeshContext, config: FSDP2Config) -> None:
     _prefetch([block for block in blocks if isinstance(block, FSDPModule)], config)
     resharding = Resharding.of(model)
     reshard_with(model, resharding, resharding.gather)
+
+
+def _problems(model: nn.Module) -> Iterator[str]:
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 0:
+            yield f"{name} is a single number, which fsdp2 cannot shard; give it the shape (1,), or use 'ddp'"
+        elif parameter.numel() == 0:
+            yield f"{name} has no elements, {tuple(parameter.shape)}, and fsdp2 cannot shard it; use 'ddp'"
+
+
+def _straighten(model: nn.Module) -> None:
+    """Replace parameters that are transposed or strided views, which FSDP2 refuses, by ones that are not."""
+    made: dict[nn.Parameter, nn.Parameter] = {}  # one for all modules that share a parameter
+    for _, module, name, parameter in parameter_slots(model):
+        if not parameter.is_contiguous():
+            if parameter not in made:
+                made[parameter] = nn.Parameter(parameter.detach().contiguous(), parameter.requires_grad)
+            setattr(module, name, made[parameter])
 
 
 def refuse_offload_without_cpu_backend() -> None:
@@ -225,18 +251,24 @@ def untied(model: nn.Module, modules: Iterable[nn.Module]) -> list[nn.Module]:
     is gathered.
     """
     names = {module: name for name, module in model.named_modules()}
-    uses = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    uses = _uses(model)
     sharded = {inner for module in model.modules() if isinstance(module, FSDPModule) for inner in module.modules()}
     outside = read_from_outside(model)
     kept = []
     for module in modules:
-        own = Counter(id(p) for child in module.modules() for p in child.parameters(recurse=False))
+        own = _uses(module)
         alone = own and module not in sharded and all(uses[key] == own[key] for key in own)
         name = names.get(module, "")
         read = name in outside or hf_model.reads_weight(model, name) or hf_model.gives_dtype(model, name)
         if alone and not read:
             kept.append(module)
     return kept
+
+
+def _uses(module: nn.Module) -> Counter[int]:
+    """Count in how many places of *module* each parameter is; a module in several places is in all of them."""
+    places = (place for _, place in module.named_modules(remove_duplicate=False))
+    return Counter(id(parameter) for place in places for parameter in place.parameters(recurse=False))
 
 
 def _prefetch(blocks: list[FSDPModule], config: FSDP2Config) -> None:

@@ -13,7 +13,8 @@ from megatron_fsdp import fully_shard_optimizer
 from torch import nn
 from torch.optim import Optimizer
 
-from nemo_dist.torch_private import changes_in_place, run_after_backward, tensors_in
+from nemo_dist.mesh.dtensor import parameter_slots
+from nemo_dist.torch_private import changes_in_place, gradient_hooks, run_after_backward, tensors_in
 from nemo_dist_megatron_fsdp.row_layout import RowLayout
 
 _ENGINE = "_nemo_dist_megatron_fsdp"  # key in the model's __dict__, so that the engine is no submodule
@@ -31,6 +32,7 @@ class Engine:
     wrapper: Any
     layout: RowLayout
     shards: dict[str, Any]
+    slots: list[tuple[str, dict[str, Any], str, Any]]  # a name, the dict of a module's own parameters, its name there
     used: set[str] = attrs.field(factory=set)
     synchronise: bool = True
     in_backward: bool = False
@@ -41,7 +43,8 @@ class Engine:
     @classmethod
     def start(cls, model: nn.Module, wrapper: Any, layout: RowLayout) -> None:
         """Attach an engine to *model*."""
-        engine = cls(wrapper=wrapper, layout=layout, shards=dict(model.named_parameters()))
+        slots = [(name, module._parameters, slot, one) for name, module, slot, one in parameter_slots(model)]
+        engine = cls(wrapper=wrapper, layout=layout, shards=dict(model.named_parameters()), slots=slots)
         model.__dict__[_ENGINE] = engine
         for name, shard in engine.shards.items():
             layout.correct(name, shard)
@@ -60,6 +63,7 @@ class Engine:
     def _before_forward(self, model: nn.Module, args: Any) -> None:
         self.in_backward = False  # a backward that failed leaves it True
         self._refuse_thawed()
+        self._refuse_lost()
         self._install_changed_weights()
         self.wrapper._replace_param_with_raw_if_needed()
 
@@ -71,6 +75,20 @@ class Engine:
             raise RuntimeError(
                 f"{', '.join(thawed)}: frozen when megatron_fsdp took the model over, so the package makes no "
                 "gradients here; leave them frozen, or use 'fsdp2'"
+            )
+
+    def _refuse_lost(self) -> None:
+        """Refuse what the package would undo or never call: other parameters in its modules, and hooks of gradients."""
+        self.wrapper._replace_param_with_distributed_if_needed()  # a forward that failed leaves the others
+        if others := [name for name, own, slot, shard in self.slots if own.get(slot) is not shard]:
+            raise RuntimeError(
+                f"{', '.join(others)} was replaced, or tied to another parameter, after megatron_fsdp took the model "
+                "over, which the package would undo; save the model, change it and load it again"
+            )
+        if hooked := [name for name, shard in self.shards.items() if any(gradient_hooks(shard))]:
+            raise RuntimeError(
+                f"{', '.join(hooked)} has a hook of its gradient, which megatron_fsdp never calls; change .grad of "
+                "runtime.named_parameters() between the backward and optimizer.step()"
             )
 
     def _install_changed_weights(self) -> None:
@@ -116,6 +134,11 @@ class Engine:
     def _before_backward(self, gradients: Any) -> None:
         if self.in_backward:
             return
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "a backward with create_graph=True is to be differentiated once more, and megatron_fsdp frees the "
+                "parameters that this would read; use 'ddp', with cp_size=1 and tp_size=1"
+            )
         if self.reduced:
             self._continue_accumulating()
         self.in_backward = True

@@ -69,6 +69,8 @@ def dim_problem(name: str, shape: tuple[int, ...], dim: int | None, ranks: int) 
     """Say why a parameter of this *shape* cannot be sharded, of which *ranks* ranks have a part each along *dim*."""
     if not shape:
         return [f"{name} is a single number, which megatron_fsdp cannot shard; use 'ddp' for this model"]
+    if 0 in shape:
+        return [f"{name} has no elements, {shape}, and megatron_fsdp cannot shard it; use 'ddp' for this model"]
     if dim is not None and shape[dim] % ranks:
         return [
             f"dim {dim} of {name} has size {shape[dim]}, which megatron_fsdp needs as a multiple of the {ranks} "

@@ -18,6 +18,7 @@ import attrs
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 from nemo_dist.torch_private import all_gather_single, reduce_scatter_single
@@ -138,6 +139,7 @@ class _Enter(Function):
         return value.view_as(value)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         return ctx.peers.all_reduce(grad), None
 
@@ -148,6 +150,7 @@ class _Reduce(Function):
         return peers.all_reduce(value)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         return grad, None
 
@@ -159,6 +162,7 @@ class _Gather(Function):
         return peers.all_gather(piece, dim, total)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         return ctx.peers.piece(grad, ctx.dim), None, None, None
 
@@ -170,6 +174,7 @@ class _Split(Function):
         return peers.piece(value, dim).clone()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         return ctx.peers.all_gather(grad, ctx.dim, ctx.total), None, None
 
@@ -181,6 +186,7 @@ class _ReduceScatter(Function):
         return peers.reduce_scatter(value, dim)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         return ctx.peers.all_gather(grad, ctx.dim, ctx.total), None, None
 
@@ -193,6 +199,7 @@ class _Fork(Function):
         return value.view_as(value), value.view_as(value)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, alike: Tensor | None, partial: Tensor | None) -> Any:
         return _sum(alike, None if partial is None else ctx.peers.all_reduce(partial)), None
 
@@ -206,6 +213,7 @@ class _GatherFork(Function):
         return whole, whole.view_as(whole)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, alike: Tensor | None, partial: Tensor | None) -> Any:
         mine = None if alike is None else ctx.peers.piece(alike, ctx.dim)
         summed = None if partial is None else ctx.peers.reduce_scatter(partial, ctx.dim)

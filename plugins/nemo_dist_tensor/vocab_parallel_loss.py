@@ -13,6 +13,7 @@ import attrs
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import pad
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -100,6 +101,7 @@ class _TokenLosses(Function):
         return torch.where(counts, total.log() - chosen, nothing)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         exponentials, total, counts, is_here, columns = ctx.saved_tensors
         share = torch.where(counts, grad, torch.zeros_like(grad))

@@ -5,6 +5,7 @@ from itertools import count
 import attrs
 import torch
 import torch.distributed as dist
+from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -88,6 +89,7 @@ class Exchange(torch.autograd.Function):
         return exchanged(slices, group)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient):
         return exchanged(gradient, ctx.group), None
 

@@ -1,0 +1,131 @@
+"""The groups of parameters that FSDP2 gathers and reduces together; torch has no public name for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+
+def groups_of(model: nn.Module) -> list[Any]:
+    """Return the groups of *model*, in the order of its modules."""
+    return [group for state in _states(model) for group in _groups(state)]
+
+
+def initialise(model: Any) -> None:
+    """Make *model* the root of its groups, as its first forward does; no-op where it was that."""
+    model._get_fsdp_state()._lazy_init()
+
+
+def around_reductions(group: Any, around: Callable[[Callable[..., None]], None]) -> None:
+    """Call ``around(reduce)`` in place of *reduce*, in which *group* takes the gradients of a backward and sums them.
+
+    FSDP2 does it once in every backward, and more often where a forward runs a module of the group several times.
+    """
+    found = group.post_backward
+    group.post_backward = lambda *_: around(found)
+
+
+def around_backwards(model: nn.Module, first: Callable[[], None], last: Callable[[], None]) -> None:
+    """Call *first* before a group is gathered in a backward, and *last* when all groups are done with one."""
+    for state in _states(model):
+        state._pre_backward = partial(_after, first, state._pre_backward)
+        state._root_post_backward_final_callback = partial(_before, last, state._root_post_backward_final_callback)
+
+
+def agree_before_collectives(group: Any, agree: Callable[[str], None]) -> None:
+    """Call *agree* with what comes before *group* is gathered or reduced."""
+    for name, what in (("_all_gather_comm", "gathers"), ("_reduce_scatter_comm", "reduces")):
+        setattr(group, name, _Agreed(getattr(group, name), partial(_tell, agree, group, what)))
+
+
+def trained(group: Any) -> list[Any]:
+    """Return the parameters of *group* that were gathered at least once and require gradients."""
+    return [one for one in group.fsdp_params if hasattr(one, "_unsharded_param") and one.sharded_param.requires_grad]
+
+
+def has_gradient(parameter: Any) -> bool:
+    """Whether this rank has a gradient of *parameter*, one of a group, that is not reduced yet."""
+    return parameter.unsharded_accumulated_grad is not None or parameter._unsharded_param.grad is not None
+
+
+def give_zeros(parameter: Any) -> None:
+    """Give *parameter*, one of a group, a gradient of zeros to reduce."""
+    parameter._unsharded_param.grad = torch.zeros_like(parameter._unsharded_param)
+
+
+def align_dtypes(parameters: list[Any]) -> None:
+    """Give the gradients of *parameters*, of one group, one dtype, as FSDP2 wants.
+
+    Those that wait for a later batch are kept in the dtype of the reduction, and those of this one are not.
+    """
+    if any(one.unsharded_accumulated_grad is not None for one in parameters):
+        for one in parameters:
+            if one.unsharded_accumulated_grad is None:
+                one.to_accumulated_grad_if_needed()
+
+
+Place = tuple[nn.Module, str]  # a module and the name of a parameter of it
+
+
+def strangers(groups: Iterable[Any]) -> list[Place]:
+    """Return where the modules of *groups*, none of them gathered now, have another parameter than FSDP2 took over."""
+    return [_place(one) for one in _all(groups) if _current(one) is not one.sharded_param]
+
+
+def cast(groups: Iterable[Any]) -> list[Place]:
+    """Return where the parameters of *groups* have another dtype than in the first forward."""
+    return [_place(one) for one in _all(groups) if one.sharded_param.dtype != one.orig_dtype]
+
+
+def _all(groups: Iterable[Any]) -> Iterator[Any]:
+    return (one for group in groups for one in group.fsdp_params)
+
+
+def _place(parameter: Any) -> Place:
+    return parameter._module_info.module, parameter._module_info.param_name
+
+
+def _current(parameter: Any) -> Any:
+    module, name = _place(parameter)
+    return module._parameters.get(name)
+
+
+def _groups(state: Any) -> list[Any]:
+    several = getattr(state, "_fsdp_param_groups", None)  # torch 2.13 has one for each mesh, and before there was one
+    return [one for one in (several if several is not None else [state._fsdp_param_group]) if one is not None]
+
+
+def _states(model: nn.Module) -> list[Any]:
+    modules: list[Any] = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    return list({id(state): state for state in (module._get_fsdp_state() for module in modules)}.values())
+
+
+def _after(first: Callable[[], None], then: Callable[[Tensor], Tensor], gradient: Tensor) -> Tensor:
+    first()
+    return then(gradient)
+
+
+def _before(last: Callable[[], None], found: Callable[[], None]) -> None:
+    found()
+    last()
+
+
+def _tell(agree: Callable[[str], None], group: Any, what: str) -> None:
+    agree(f"{what} {group._module_fqn or 'the whole model'}")
+
+
+class _Agreed:
+    """A collective of FSDP2 with something that comes before it."""
+
+    def __init__(self, found: Any, before: Callable[[], None]) -> None:
+        self.found, self.before = found, before
+        self.allocate = found.allocate
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.before()
+        return self.found(*args, **kwargs)

@@ -1,0 +1,148 @@
+"""Keep ranks that use different parameters of a model in a step, or none of some, with the gradients of one process.
+
+FSDP2 sums flat buffers of the gradients that a rank has, so ranks that have those of different parameters would sum
+them with each other. Here every rank sends zeros for what it did not use, and what no rank used has no gradient after
+the backward, as on one process. Which groups ranks gather and reduce must be the same on all of them, and is compared.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import attrs
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from nemo_dist.errors import RankError
+from nemo_dist.hf_model import has_own_code
+from nemo_dist.mesh.mesh_context import MeshContext
+from nemo_dist.mesh.process_group import has_cpu_backend
+from nemo_dist.planning.mesh_plan import Role
+from nemo_dist.torch_private import assert_on_device
+from nemo_dist_fsdp2.groups import (
+    agree_before_collectives,
+    align_dtypes,
+    around_backwards,
+    around_reductions,
+    give_zeros,
+    groups_of,
+    has_gradient,
+    trained,
+)
+
+_UNLIKE = (
+    "ranks run different modules of a model that FSDP2 gathers one by one, and they must run the same ones in the same "
+    "order; run those whose outputs a rank does not need too, and multiply them by 0, or use 'ddp'"
+)
+_ORDER = 1 << 30  # more than the number of an order of groups
+
+
+@attrs.define(eq=False)
+class Gradients:
+    """The gradients of *groups* in one backward, which the ranks of ``ranks`` (None: this one alone) reduce together.
+
+    ``used``: the parameters that have one on this rank; ``before``: for each, whether its shard had one before.
+    ``order``: the numbers of the groups in the order in which they were reduced.
+    """
+
+    groups: list[Any]
+    ranks: dist.ProcessGroup | None
+    device: torch.device
+    compared: bool  # whether ranks compare what they do before they do it
+    used: set[Any] = attrs.field(factory=set)
+    before: dict[Any, bool] = attrs.field(factory=dict)
+    order: list[int] = attrs.field(factory=list)
+
+    @classmethod
+    def watch(cls, model: nn.Module, mesh: MeshContext) -> None:
+        """Keep those of *model*, which FSDP2 has sharded, right; its ranks compare what they do where *model* has code.
+
+        Comparing takes the hosts a message for each group, so it is left out where the code is that of transformers.
+        """
+        ranks = mesh.group(Role.TOKENS)
+        compared = ranks is not None and has_own_code(model) and has_cpu_backend()
+        found = cls(groups_of(model), ranks, mesh.device, compared)
+        for index, group in enumerate(found.groups):
+            around_reductions(group, partial(found.reduce, index))
+            if compared:
+                agree_before_collectives(group, found.agree)
+        around_backwards(model, refuse_graph, found.settle)
+        model.register_forward_pre_hook(found.forget)
+        if compared:
+            model.register_forward_hook(lambda *_: found.agree("has run the model"))
+
+    def agree(self, what: str) -> None:
+        """Raise RankError where the ranks do not all say *what* they do now; all take part."""
+        own = torch.tensor([zlib.crc32(what.encode())], dtype=torch.int64, device="cpu")
+        if type(own) is not Tensor:  # a rehearsal without values
+            return
+        both = torch.cat([own, -own])
+        dist.all_reduce(both, op=dist.ReduceOp.MAX, group=self.ranks)
+        if both[0] != -both[1]:
+            raise RankError(f"{_UNLIKE} (rank {dist.get_rank()} now {what})")
+
+    def reduce(self, index: int, reduce: Callable[..., None]) -> None:
+        """Reduce the group *index*: with zeros for parameters that only other ranks may have used."""
+        group = self.groups[index]
+        parameters = trained(group) if group.reduce_grads else []
+        for one in parameters:
+            self.before.setdefault(one, one.sharded_param.grad is not None)
+            if has_gradient(one):
+                self.used.add(one)
+            elif self.ranks is not None:
+                give_zeros(one)
+        align_dtypes(parameters)
+        if parameters:
+            self.order.append(index)
+        reduce()
+
+    def settle(self) -> None:
+        """Take the gradients of parameters that no rank used away; all ranks take part where they reduced any."""
+        if self.compared:
+            self.agree("is done with a backward")
+        if not self.order:
+            return
+        parameters = [one for group in self.groups for one in trained(group)]
+        used = self._used_anywhere([one in self.used for one in parameters])
+        for one, by_any in zip(parameters, used, strict=True):
+            if not by_any and self.before.get(one) is False:
+                one.sharded_param.grad = None
+        self.forget()
+
+    def forget(self, *_: Any) -> None:
+        """Forget the backward, also one that an error cut short."""
+        self.used.clear()
+        self.before.clear()
+        self.order.clear()
+
+    def _used_anywhere(self, here: list[bool]) -> list[bool]:
+        """Return for each parameter whether any rank used it; raise where ranks reduced groups in different orders.
+
+        The host waits for a device only where this rank left out some parameter.
+        """
+        if self.ranks is None:
+            return here
+        order = zlib.crc32(repr(self.order).encode()) % _ORDER
+        told = torch.tensor([*here, order, -order], dtype=torch.int32, device="cpu").to(self.device, non_blocking=True)
+        dist.all_reduce(told, op=dist.ReduceOp.MAX, group=self.ranks)
+        if type(told) is not Tensor:
+            return here
+        same = told[-2] == -told[-1]
+        if self.device.type != "cpu":
+            assert_on_device(same, _UNLIKE)
+        elif not same:
+            raise RankError(_UNLIKE)
+        return here if all(here) else [bool(one) for one in told[:-2].tolist()]
+
+
+def refuse_graph() -> None:
+    """Raise RuntimeError in a backward that records gradients, to differentiate them once more."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "a backward with create_graph=True is to be differentiated once more, and FSDP2 frees the parameters that "
+            "this would read; use 'ddp', with cp_size=1 and tp_size=1"
+        )
