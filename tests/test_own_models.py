@@ -7,6 +7,8 @@ import torch
 import transformers
 from cases import case_id, cases
 from own_models import SIZES, Masked, OwnConfig, OwnModel, Penalised, Sharing, Weighing, WeighingConfig, on_meta
+from torch.nn.functional import cross_entropy
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from nemo_dist import DDPConfig, DistributedSetup, FSDP2Config, NeMoAutoModelForCausalLM, ParallelismSizes
 from nemo_dist.errors import TopologyError
@@ -120,6 +122,30 @@ def test_a_step_refuses_what_its_loss_was_not_tried_with(ranks):
     assert first == second > 0
 
 
+class Weighted(OwnModel):
+    """Weighs the losses of labels by an input, and adds one to the hidden states."""
+
+    def forward(self, input_ids=None, labels=None, label_weights=None, shift=0.0, **kwargs):
+        logits = self.lm_head(self.model(input_ids=input_ids, **kwargs).last_hidden_state + shift)
+        kept = labels[:, 1:] != -100
+        losses = cross_entropy(logits[:, :-1].mT, labels[:, 1:], reduction="none")
+        weights = kept.float() if label_weights is None else kept * label_weights[:, 1:]
+        return CausalLMOutputWithPast(loss=(losses * weights).sum() / weights.sum(), logits=logits)
+
+
+def test_an_input_that_weighs_the_labels_of_own_code_is_refused():
+    with torch.device("meta"):
+        model = Weighted(OwnConfig(**SIZES))
+    judge_loss(model, routers_known=False)
+    judge = BatchEntries(model=model, apart=False, weighs=True)
+    tokens = torch.ones(3, 5, dtype=torch.long)
+    batch = {"input_ids": tokens, "labels": tokens}
+
+    judge(batch | {"shift": torch.zeros(3, 5, 32)})
+    with pytest.raises(ValueError, match=r"Weighted reads 'label_weights' of the batch.*is not the mean.*give a loss"):
+        judge(batch | {"label_weights": torch.ones(3, 5)})
+
+
 def runtime_of(change, strategy):
     setup = DistributedSetup.build(strategy)
     config = OwnConfig(**SIZES, change=change)
@@ -170,11 +196,8 @@ def test_what_the_generator_of_python_draws_is_refused_under_tp():
 
 
 def test_what_blocks_leave_for_later_ones_is_found():
-    model = on_meta("following")
-    structure = ModelStructure.of(model)
-
     with pytest.raises(ValueError, match=r"on stage 1: .* no attribute 'made'\), so its blocks leave each other"):
-        require_exact(model, structure, stages_of(structure, structure.divide(model, 2)))
+        require_two_stages(on_meta("following"))
 
 
 def test_modules_that_are_read_from_outside_are_found():
