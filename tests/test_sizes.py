@@ -126,7 +126,12 @@ def test_a_problem_is_reported_exactly_when_the_arithmetic_fails(sizes, world):
     model = sizes.pp_size * sizes.cp_size * sizes.tp_size
     dp = sizes.dp_size or world / model
     replicate = sizes.dp_replicate_size or 1
-    fits = dp * model == world and dp == int(dp) and dp % replicate == 0 and (replicate == 1 or replicate < dp)
+    fits = (
+        dp * model == world
+        and dp == int(dp)
+        and dp % replicate == 0
+        and (replicate == 1 or replicate < dp or model > 1)
+    )
 
     assert (not sizes.problems(world)) == fits
 
