@@ -1,6 +1,8 @@
 """PEFT's adapters on a sharded model train like on one process."""
 
 import shutil
+from contextlib import nullcontext
+from unittest.mock import patch
 
 import peft
 import pytest
@@ -23,6 +25,7 @@ from nemo_dist.testing.equivalence import checkpoint
 from nemo_dist.testing.fake_cuda import WithCudaCalls
 from nemo_dist.testing.io_counter import BytesRead
 from nemo_dist.testing.precision import FP32
+from nemo_dist.training.gradient_average import GradientAverage
 
 LORA = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
 
@@ -195,6 +198,24 @@ def test_adapters_that_are_thawed_and_frozen_between_steps_train_like_on_one_pro
         optimizer.step()
         optimizer.zero_grad()
     torch.testing.assert_close(end, {name: parameter.detach() for name, parameter in own.items()})
+
+
+def on_rank_make_two(folder):
+    """Return how many gradients of adapters were averaged in a backward without synchronisation, and in one with it."""
+    model = adapted(folder, DDPConfig()).model
+    runtime = model.get_base_model().distributed_setup.runtime(model)
+    tokens, labels = batches(0)
+    counts = []
+    with patch.object(GradientAverage, "run", autospec=True, side_effect=GradientAverage.run) as averaged:
+        for context in (runtime.no_sync(), nullcontext()):
+            with context:
+                model(input_ids=tokens, labels=labels).loss.backward()
+            counts.append(averaged.call_count)
+    return counts
+
+
+def test_the_last_runtime_says_whether_a_backward_averages_gradients_of_adapters(ranks):
+    assert ranks(2).run(on_rank_make_two, checkpoint("llama")) == [[0, 1], [0, 1]]
 
 
 def on_rank_add_late(folder):

@@ -105,6 +105,11 @@ def climbing(path):
     runs.rewrite(path, files=climb)
 
 
+def without_a_moment(path):
+    name = "optimizer.exp_avg/model.norm.weight"
+    runs.rewrite(path, tensors=lambda tensors: {other: value for other, value in tensors.items() if other != name})
+
+
 def absolute(path):
     runs.rewrite(path, files=lambda files: [{**files[0], "name": "/etc/passwd"}, *files[1:]])
 
@@ -221,6 +226,7 @@ def list_at_the_top(path):
         (flip_manifest, ["manifest.json is damaged: its checksum"]),
         (newer, ["has checkpoint format 3, and this version reads up to 2; update nemo_dist"]),
         (climbing, ["names the file '../rank-00000.safetensors'"]),
+        (without_a_moment, ["has optimizer.exp_avg/model.norm.weight[", "manifest.json does not name"]),
         (absolute, ["names the file '/etc/passwd'"]),
         (pickle_alone, ["it was cut or replaced"]),
         (holes, ["model.norm.weight do not make the whole tensor"]),

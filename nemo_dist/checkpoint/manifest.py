@@ -30,6 +30,7 @@ from nemo_dist.loading.other_formats import way_in
 FORMAT = 2
 NAME = "manifest.json"
 IDENTITY = "hf"  # the folder with config and tokenizer, which an offline export needs
+_CHUNK = re.compile(r"(model|optimizer|plugin)\b.*\[[0-9:,]*\]$", re.DOTALL)  # the name of a chunk of a tensor
 OF_RANK = "rank"  # the tensor, in each rank's file, with the bytes of the JSON of what is different on every rank
 _FILE = re.compile(r"rank-[0-9]{5}\.safetensors")
 _SEAL = re.compile(rb',"checksum":([0-9]+)\}\s*')
@@ -261,15 +262,20 @@ class Manifest:
             _verify(self.folder / IDENTITY / file["name"], file)
 
     def _compare(self, path: Path, index: int, stored: Any) -> None:
-        """Raise CheckpointError when a chunk in the file has another shape or dtype than the manifest says.
+        """Raise CheckpointError when the file has other chunks than the manifest says, or another shape or dtype.
 
-        A checksum alone does not protect against a file that was made to match it.
+        A checksum alone does not protect against a file, or a manifest, that was made to match it.
         """
+        more = set(filter(_CHUNK.match, stored.keys()))
         for name, tensor in self.tensors.items():
             for chunk in tensor.in_file(index):
-                found = stored.get_slice(key(name, chunk))
+                label = key(name, chunk)
+                found = stored.get_slice(label)
+                more.discard(label)
                 if (tuple(found.get_shape()), found.get_dtype()) != (chunk.sizes, DTYPES[DTYPE_OF[tensor.dtype]]):
                     raise CheckpointError(f"{path} has {name} as {found.get_dtype()} {found.get_shape()}")
+        if more:
+            raise CheckpointError(f"{path} has {min(more)}, which {self.folder / NAME} does not name")
 
 
 def open_file(path: Path) -> Any:

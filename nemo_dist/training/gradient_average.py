@@ -29,6 +29,10 @@ class GradientAverage:
     _synchronised: bool = True
     _heard_of: int = -1  # the last backward
 
+    def __deepcopy__(self, memo: object) -> GradientAverage:
+        """Return an average for a copy of the model, which hears of no parameter yet."""
+        return GradientAverage((), self.group)
+
     def start(self) -> None:
         """Hear of the gradients of the parameters from now on, frozen ones included; a second call adds new ones."""
         for parameter in self.parameters:

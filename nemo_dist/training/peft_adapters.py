@@ -39,6 +39,7 @@ NOT_AVERAGED = (
 )
 _LOADED = "loaded_by_nemo_dist"
 _MADE_WHOLE = "adapters_made_beside_whole_weights"
+_AVERAGE = "_nemo_dist_average_of_adapters"  # in the __dict__ of the first part
 _KEPT_EQUAL = "kept_equal_by_nemo_dist"
 
 
@@ -191,7 +192,8 @@ def adapters(parts: Sequence[nn.Module], mesh: MeshContext, plugins: Sequence[Pl
             together(list(added.values()), partial(dist.broadcast, group_src=0, group=same))
     if group is None:
         return {}
-    average = GradientAverage(list(added.values()), group)
+    average: GradientAverage = vars(parts[0]).setdefault(_AVERAGE, GradientAverage((), group))  # of all runtimes
+    average.parameters = list(added.values())
     if _layers(mesh):
         return {FEATURE: RuntimePart(after_backward=average.run)}  # an engine has a backward per microbatch
     average.start()
