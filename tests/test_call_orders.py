@@ -75,6 +75,7 @@ ORDERS = {
         *STEP[1:],
         *STEP,
     ),
+    "a step without gradients": ("runtime", "optimizer", "update", "save", *STEP, "save", *STEP, "load", *STEP),
     "a runtime more": ("runtime", "optimizer", *STEP, "evaluate", "runtime", *STEP, "evaluate"),
 }
 FEW = ("fsdp2", "ddp", "tp", "pp", "ep")  # by default; the rest is for the matrix

@@ -13,7 +13,7 @@ from nemo_dist.errors import CheckpointError
 
 @attrs.define
 class _Steps:
-    """The plugins that made an optimizer, whether the user's own would keep state, and the steps that it took."""
+    """The plugins that made an optimizer, whether the user's own would keep state, and its steps with gradients."""
 
     plugins: tuple[str, ...]
     keeps: bool
@@ -28,11 +28,16 @@ def watch_steps(optimizer: Any, plugins: Sequence[str], keeps: bool) -> None:
     steps, found = _Steps(tuple(plugins), keeps), optimizer.step
 
     def step(_: Any, *args: Any, **options: Any) -> Any:
-        steps.taken += 1
+        steps.taken += _has_gradients(optimizer)  # without any, torch's own would have no state either
         return found(*args, **options)
 
     setattr(optimizer, _KEY, steps)
     optimizer.step = MethodType(step, optimizer)  # torch's schedulers expect a method
+
+
+def _has_gradients(optimizer: Any) -> bool:
+    groups = getattr(optimizer, "param_groups", ())
+    return any(parameter.grad is not None for group in groups for parameter in group["params"])
 
 
 def makers(optimizer: Any) -> list[str]:
