@@ -151,6 +151,49 @@ class Noisy(LlamaMLP):
         return super().forward(x * noise)
 
 
+class Normalising(LlamaMLP):
+    """Normalises what it is given by the statistics of the batch."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.norm = nn.BatchNorm1d(config.hidden_size)
+
+    def forward(self, x):
+        return super().forward(self.norm(x.mT).mT)
+
+
+class Drawing(nn.Embedding):
+    """Draws in training, before the blocks: by dropout, or other tokens by integers or the generator of Python."""
+
+    def __init__(self, config):
+        super().__init__(config.vocab_size, config.hidden_size)
+        self.way = config.change
+
+    def forward(self, tokens):
+        if self.training and self.way == "drawing integers":
+            tokens = (tokens + torch.randint(0, 9, tokens.shape)) % self.num_embeddings
+        elif self.training and self.way == "drawing by Python":
+            tokens = (tokens + random.randrange(9)) % self.num_embeddings
+        return nn.functional.dropout(super().forward(tokens), 0.1, self.training)
+
+
+class Around(OwnModel):
+    """Does all outside its layers: counts its forwards, draws by the generator of Python, normalises by the batch."""
+
+    forwards = 0
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.norm = nn.BatchNorm1d(config.vocab_size)
+
+    def forward(self, input_ids=None, **kwargs):
+        self.forwards += 1
+        embedded = self.model.embed_tokens(input_ids) * (random.random() + self.forwards)
+        output = super().forward(inputs_embeds=embedded, **kwargs)
+        output["logits"] = self.norm(output["logits"].mT).mT
+        return output
+
+
 class Masked(OwnModel):
     """Divides the hidden states of a row by how many tokens rows have on average."""
 
@@ -402,6 +445,10 @@ def _share(model):
     model.model.layers[2].mlp = model.model.layers[0].mlp
 
 
+def _draw(model):
+    model.model.embed_tokens = Drawing(model.config)
+
+
 def _follow(model):
     _layers(Following)(model)
     for before, layer in pairwise(model.model.layers):
@@ -451,6 +498,10 @@ CHANGES = {
     "noting": _feed_forwards(Noting),
     "noisy": _feed_forwards(Noisy),
     "spectral": _spectral,
+    "normalising": _feed_forwards(Normalising),
+    "drawing": _draw,
+    "drawing integers": _draw,
+    "drawing by Python": _draw,
     "mixing": _feed_forwards(Mixing),
     "routed": _feed_forwards(Routed),
     "gated": _feed_forwards(Gated),

@@ -6,7 +6,18 @@ import pytest
 import torch
 import transformers
 from cases import case_id, cases
-from own_models import SIZES, Masked, OwnConfig, OwnModel, Penalised, Sharing, Weighing, WeighingConfig, on_meta
+from own_models import (
+    SIZES,
+    Around,
+    Masked,
+    OwnConfig,
+    OwnModel,
+    Penalised,
+    Sharing,
+    Weighing,
+    WeighingConfig,
+    on_meta,
+)
 from torch.nn.functional import cross_entropy
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -260,6 +271,57 @@ def test_what_the_generator_of_python_draws_is_not_recomputed():
     with pytest.raises(ValueError, match="draws by a generator of Python or numpy, which is not put back"):
         recompute(on_meta("noisy"), RecomputeConfig())
     assert random.getstate() == state
+
+
+@pytest.mark.parametrize("change", ["remembering", "spectral", "lucky"])
+def test_what_layers_keep_or_draw_is_still_refused_by_recomputation(change):
+    with pytest.raises(ValueError, match="recomputation runs layers twice"):
+        recompute(on_meta(change), RecomputeConfig())
+
+
+def trained_around(recomputed):
+    torch.manual_seed(0)
+    model = Around(OwnConfig(**SIZES, attention_dropout=0.1)).train()
+    if recomputed:
+        recompute(model, RecomputeConfig())
+    for seed in range(2):
+        random.seed(seed)
+        torch.manual_seed(seed)
+        model(input_ids=torch.arange(24).view(2, 12)).logits.square().mean().backward()
+    return model
+
+
+def test_what_a_model_does_around_its_layers_is_done_once_under_recomputation():
+    recomputed, plain = trained_around(True), trained_around(False)
+
+    assert recomputed.forwards == plain.forwards == 2
+    assert torch.equal(recomputed.norm.running_mean, plain.norm.running_mean)
+    for name, parameter in plain.named_parameters():
+        assert torch.equal(parameter.grad, recomputed.get_parameter(name).grad), name
+
+
+def test_a_batch_norm_in_a_layer_of_own_code_recomputes_once_it_is_frozen():
+    model = OwnModel(OwnConfig(**SIZES, change="normalising")).train()
+    recompute(model, RecomputeConfig())
+    tokens = torch.arange(24).view(2, 12)
+
+    with pytest.raises(ValueError, match=r"running statistics of batches \(in .*BatchNorm1d\).*freeze them"):
+        model(input_ids=tokens)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm1d):
+            module.eval()
+    model(input_ids=tokens).logits.sum().backward()
+
+
+@pytest.mark.parametrize("change", ["noting", "drawing", "drawing integers", "drawing by Python"])
+def test_proofs_of_a_pipeline_leave_draws_before_the_blocks_and_generators_alone(change):
+    model = on_meta(change)
+    of_torch, of_python = torch.get_rng_state(), random.getstate()
+
+    require_two_stages(model)
+
+    assert torch.equal(torch.get_rng_state(), of_torch)
+    assert random.getstate() == of_python
 
 
 def mean_of_tokens(outputs, batch):

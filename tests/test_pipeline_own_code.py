@@ -1,5 +1,7 @@
 """What own forwards and losses read under a pipeline is what they read in one process, or they are refused."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import transformers
@@ -9,7 +11,14 @@ from torch.nn.functional import cross_entropy
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
-from nemo_dist import DistributedSetup, FSDP2Config, NeMoAutoModelForCausalLM, ParallelismSizes, PipelineConfig
+from nemo_dist import (
+    AutoPipeline,
+    DistributedSetup,
+    FSDP2Config,
+    NeMoAutoModelForCausalLM,
+    ParallelismSizes,
+    PipelineConfig,
+)
 from nemo_dist.testing.equivalence import TOLERANCE, tensor_differences
 from nemo_dist.testing.precision import FP32
 from nemo_dist.testing.shrink import tiny
@@ -174,6 +183,15 @@ def test_such_a_model_trains_with_a_loss_of_ones_own(ranks):
     torch.manual_seed(0)
     expected = in_one_process(Reading(config_of("a block")), batch_of(), of_last_layer)
     compare(ranks(2).run(on_rank_own_loss, batch_of()), expected)
+
+
+@pytest.mark.parametrize(("total", "count"), [(0.6, 0.3), (-4.0, -2.0), (0.0, 0.0), (6.0, 3.0)])
+def test_an_evaluation_divides_by_what_counts_as_a_runtime_does(total, count):
+    loss = SimpleNamespace(model_inputs=dict, reads=dict)
+    counted = torch.tensor([total, count], dtype=torch.float64)
+    pipeline = SimpleNamespace(_loss_of_config=loss, measure=lambda batches, loss: counted)
+
+    assert AutoPipeline._mean(pipeline, {}).item() == pytest.approx(2.0 if count else 0.0)
 
 
 def test_outputs_of_other_layers_are_refused_where_they_are_read():

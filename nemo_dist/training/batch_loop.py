@@ -23,7 +23,7 @@ from nemo_dist.training.batch_entries import BatchEntries
 from nemo_dist.training.kept_state import on_copies
 from nemo_dist.training.model_inputs import ModelInputs
 from nemo_dist.training.router_aux_loss import COUNTED, SWITCH, RouterLoss
-from nemo_dist.training.step_loss import ROWS, ModelLoss, OwnLoss
+from nemo_dist.training.step_loss import ROWS, ModelLoss, OwnLoss, at_least_something
 
 
 @attrs.frozen(kw_only=True, eq=False, slots=False)
@@ -309,11 +309,6 @@ def unchanged_draws(device: torch.device) -> Iterator[None]:
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.no_grad():
         yield
-
-
-def at_least_something(total: Tensor) -> Tensor:
-    """Return *total*, which may be negative, or 1 where nothing counts, and the sum of the losses is 0."""
-    return torch.where(total == 0, torch.ones_like(total), total)
 
 
 def require_same_count(known: Tensor, found: Tensor) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -68,13 +68,33 @@ _CONSTANTS = {"bernoulli": 1.0, "bernoulli_": 1.0, "rand": _LARGEST, "randn": 0.
 
 
 @contextmanager
-def unmoved_generators(draws: FixedDraws) -> Iterator[None]:
-    """Put the generators of Python and numpy back at the end; ``draws.unknown`` has ELSEWHERE if code drew by them."""
-    of_python, of_numpy = random.getstate(), np.random.get_state(legacy=False)
-    try:
+def repeatable(draws: FixedDraws, training: bool) -> Iterator[None]:
+    """Within the context run a forward that another run is compared with, and leave all generators as they were.
+
+    In *training* torch draws what *draws* say, and ``draws.unknown`` tells what cannot be made equal.
+    """
+    with unmoved_generators(draws), draws if training else nullcontext():
         yield
+
+
+@contextmanager
+def unmoved_generators(draws: FixedDraws) -> Iterator[None]:
+    """Put the generators of torch (CPU), Python and numpy back at the end.
+
+    ``draws.unknown`` has ELSEWHERE if code drew by those of Python or numpy. Generators belong to the process: threads
+    share one such context.
+    """
+    before, of_python, of_numpy = elsewhere(), random.getstate(), np.random.get_state(legacy=False)
+    try:
+        with torch.random.fork_rng([]):
+            yield
     finally:
-        if random.getstate() != of_python or repr(np.random.get_state(legacy=False)) != repr(of_numpy):
+        if elsewhere() != before:
             draws.unknown.add(ELSEWHERE)
         random.setstate(of_python)
         np.random.set_state(of_numpy)
+
+
+def elsewhere() -> tuple[Any, str]:
+    """Return what the generators of Python and numpy will draw, to be compared."""
+    return random.getstate(), repr(np.random.get_state(legacy=False))

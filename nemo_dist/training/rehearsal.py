@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from nemo_dist.hf_model import accepts, class_name, has_own_code
 from nemo_dist.loading.formula_weights import FormulaWeights, weightless
 from nemo_dist.torch_private import storage_id, tensors_in
-from nemo_dist.training.fixed_draws import FixedDraws, unmoved_generators
+from nemo_dist.training.fixed_draws import FixedDraws, repeatable
 from nemo_dist.training.router_aux_loss import SWITCH
 
 TOLERANCE = 1e-4  # relative; models compute norms and router probabilities in float32
@@ -65,12 +65,9 @@ class Rehearsal:
         given = {**inputs, "use_cache": False} if accepts(self.model, "use_cache") else inputs
         shape = inputs["input_ids"].shape
         with ExitStack() as stack:
-            stack.enter_context(unmoved_generators(self.draws))
-            stack.enter_context(torch.random.fork_rng([]))
+            stack.enter_context(repeatable(self.draws, self.model.training))
             stack.enter_context(torch.device("cpu"))
             outputs = stack.enter_context(_recording(self.model, shape))
-            if self.model.training:
-                stack.enter_context(self.draws)
             stack.enter_context(self.weights)
             output = self.model(**given)
         return Run(output=output, outputs=outputs, shape=shape)

@@ -236,6 +236,11 @@ def summed(result: Any, function: Any) -> tuple[Tensor, Tensor]:
     return losses, weights
 
 
+def at_least_something(total: Tensor) -> Tensor:
+    """Return *total*, which may be negative, or 1 where nothing counts, and the sum of the losses is 0."""
+    return torch.where(total == 0, torch.ones_like(total), total)
+
+
 def _shown(result: Any) -> str:
     if isinstance(result, Tensor):
         return f"one tensor of shape {tuple(result.shape)}"

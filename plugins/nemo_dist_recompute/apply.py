@@ -32,8 +32,8 @@ def recompute(model: Any, config: RecomputeConfig) -> None:
     forward is another one.
     """
     layers = recomputable(model)
-    _refuse_other_second_forwards(model)
     chosen = _in_scope(model, layers, config.scope)
+    _refuse_other_second_forwards(model, config.scope)
     routed = any("expert" in name for name in model.config.get_text_config().to_dict())
     context = {"context_fn": partial(selective_contexts, routed)} if config.mode == "selective" else {}
     model.activation_checkpointing_enable({"use_reentrant": False, **context})
@@ -60,16 +60,16 @@ def recomputable(model: Any) -> list[nn.Module]:
     return layers
 
 
-def _refuse_other_second_forwards(model: Any) -> None:
-    """Raise ValueError where *model*, of the user's own code, does not compute the same when it is run once more."""
-    second = SecondForward.of(model)
+def _refuse_other_second_forwards(model: Any, scope: tuple[str, ...]) -> None:
+    """Raise ValueError where layers of *model*, of the user's own code, do not compute the same when run once more."""
+    second = SecondForward.of_layers(model, lambda copy: _in_scope(copy, recomputable(copy), scope))
     where = second.where
     if where is None and second.drew:
         where = "it draws by a generator of Python or numpy, which is not put back"
     if where is not None:
         raise ValueError(
             f"{class_name(model)} computes or keeps something else in a second forward in training ({where}), and "
-            "recomputation runs layers twice; keep nothing from one forward for the next and draw by torch's "
+            "recomputation runs layers twice; keep nothing in layers from one forward for the next and draw by torch's "
             "generators, or leave activation_checkpointing out for this model"
         )
 

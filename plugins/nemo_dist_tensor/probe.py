@@ -388,7 +388,7 @@ def prove(unit: nn.Module, call: Call, ranks: int, cut: Cut) -> Verdict:
     ``cut`` installs the forwards of one rank in a copy and returns the placements of its parameters, by name. Random
     generators are left as they were.
     """
-    with torch.random.fork_rng(devices=[]):
+    with unmoved_generators(FixedDraws()):  # of the process, so once for all threads that run a part
         unit, call = _fewer_experts(unit, call)
         trained = _in_training(unit) if has_own_code(unit) else None  # before a run leaves something in the unit
         found = _proven(unit, call, ranks, cut)

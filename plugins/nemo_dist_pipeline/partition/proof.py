@@ -39,6 +39,8 @@ def _require_equal_stages(model: Any, structure: ModelStructure, stages: Sequenc
     blocks = {name: model.get_submodule(name) for name in structure.layers}
     whole = Run(places=structure.places)
     whole.output = forward(skeleton(model, blocks, training), whole)
+    if training and whole.draws.unknown:
+        return  # what is drawn cannot be made equal
     hidden: Any = None
     for stage in stages:
         bare = skeleton(model, blocks, training)

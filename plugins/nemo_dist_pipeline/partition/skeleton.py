@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from nemo_dist.hf_model import accepts
-from nemo_dist.training.fixed_draws import FixedDraws
+from nemo_dist.training.fixed_draws import FixedDraws, repeatable
 from nemo_dist.training.router_aux_loss import SWITCH
 from nemo_dist_pipeline.partition.stand_in import StandIn
 
@@ -67,9 +66,13 @@ class SharedStateError(UnfitBlockError):
 
 @attrs.define(eq=False)
 class Run:
-    """What was seen in one run: the arguments of every block, and how many blocks had run when a module first did."""
+    """What was seen in one run: the arguments of every block, and how many blocks had run when a module first did.
+
+    ``draws.unknown``: what was drawn and is not the same in another run.
+    """
 
     places: int = 0
+    draws: FixedDraws = attrs.field(factory=FixedDraws)
     given: dict[str, dict[str, Any]] = attrs.field(factory=dict)
     modules: dict[str, set[int]] = attrs.field(factory=dict)
     order: list[str] = attrs.field(factory=list)
@@ -163,7 +166,7 @@ def forward(bare: Any, run: Run) -> Any:
             module.run = run
     with torch.device("cpu"):
         _fill(bare)
-        with FixedDraws() if bare.training else nullcontext():
+        with repeatable(run.draws, bare.training):
             return bare(**inputs(bare))
 
 

@@ -19,7 +19,7 @@ from nemo_dist.hf_model import class_name, inner_model, name_root
 from nemo_dist.plugin.hookspecs import Batch
 from nemo_dist.plugin.resharding import keep_gathered, reshard
 from nemo_dist.training.router_aux_loss import COUNTED
-from nemo_dist.training.step_loss import READS, ModelLoss, OwnLoss
+from nemo_dist.training.step_loss import READS, ModelLoss, OwnLoss, at_least_something
 from nemo_dist.training.whole_rows import Outputs
 from nemo_dist_pipeline.partition.stage_model import PipelineInfo, StageInfo, set_hollow_dtype
 from nemo_dist_pipeline.runtime.adapted_stages import replace_parts
@@ -207,7 +207,7 @@ class AutoPipeline:
             return self.run([batch], [weights])
         batch = loss.model_inputs(batch) | loss.reads(batch)
         count: Any = loss.count(batch)
-        return self.run([batch], [weights / count.to(self.device).clamp(min=1)], loss)
+        return self.run([batch], [weights / at_least_something(count.to(self.device))], loss)
 
     @cached_property  # one object, as torch's schedules are kept by their loss
     def _loss_of_config(self) -> OwnLoss | None:
@@ -337,7 +337,7 @@ class AutoPipeline:
     def _mean(self, batch: Batch) -> Tensor:
         loss = self._loss_of_config or ModelLoss(inner_model(self.parts[-1]))
         total, count = self.measure([loss.model_inputs(batch) | loss.reads(batch)], loss)
-        mean: Tensor = (total / count.clamp(min=1)).float()
+        mean: Tensor = (total / at_least_something(count)).float()
         return mean
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:

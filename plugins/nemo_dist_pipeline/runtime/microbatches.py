@@ -13,7 +13,7 @@ from nemo_dist.hf_model import IGNORED
 from nemo_dist.plugin.hookspecs import Batch
 from nemo_dist.training.loss_weighting import count_labels
 from nemo_dist.training.router_aux_loss import COUNTED
-from nemo_dist.training.step_loss import ROWS
+from nemo_dist.training.step_loss import ROWS, at_least_something
 from nemo_dist_pipeline.schedule.stage_placement import StagePlacement
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class Microbatches:
         padded = _padded(given, rows, count * size)
         whole = cls(padded, weight.new_empty(0), count, count * size)
         counts = torch.stack([count_labels(model, whole[index]) for index in range(count)])
-        weights = weight.float() * counts.to(weight.device) / counts.sum().clamp(min=1).to(weight.device)
+        weights = weight.float() * counts.to(weight.device) / at_least_something(counts.sum()).to(weight.device)
         return attrs.evolve(whole, weights=weights)
 
     @classmethod
