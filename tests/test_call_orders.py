@@ -76,6 +76,10 @@ ORDERS = {
         *STEP,
     ),
     "a step without gradients": ("runtime", "optimizer", "update", "save", *STEP, "save", *STEP, "load", *STEP),
+    "gradients set to zero": (
+        *("runtime", "optimizer", "forward_backward", "zero_grad_in_place", "update", *STEP[:3], "zero_grad_in_place"),
+        *("forward_backward", "update", "evaluate"),
+    ),
     "a runtime more": ("runtime", "optimizer", *STEP, "evaluate", "runtime", *STEP, "evaluate"),
 }
 FEW = ("fsdp2", "ddp", "tp", "pp", "ep")  # by default; the rest is for the matrix

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import attrs
@@ -216,4 +217,14 @@ class Engine:
         adopted: Optimizer = fully_shard_optimizer(optimizer, preproc_state_dict_for_dcp_ckpt=False)
         for parameter, gradient in gradients:
             parameter.grad = gradient
+        adopted.zero_grad = partial(self._zero_grad, adopted, adopted.zero_grad)  # type: ignore[method-assign]
         return adopted
+
+    def _zero_grad(self, optimizer: Optimizer, drop: Callable[..., None], set_to_none: bool = True) -> None:
+        """Drop the gradients, or set them to zero, which the package does by dropping them."""
+        held = [one for group in optimizer.param_groups for one in group["params"] if one.grad is not None]
+        drop(set_to_none=set_to_none)
+        if not set_to_none:
+            self.reduced = False  # there is nothing to reduce once more
+            for parameter in held:
+                parameter.grad = torch.zeros_like(parameter)
