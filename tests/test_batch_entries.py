@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from nemo_dist.training.batch_entries import BatchEntries
-from nemo_dist.training.loss_weighting import judge_loss
+from nemo_dist.training.loss_weighting import _SHIFTS, _judged, judge_loss
 from nemo_dist.training.made_up_rows import MadeUpRows
 from nemo_dist.training.neighbouring_rows import depends_on_rows
 
@@ -185,3 +185,11 @@ def test_only_what_is_per_row_is_cut_into_rows():
         "none": (1, 0),
         "shares": (1,),
     }
+
+
+def test_labels_of_rows_of_like_losses_are_told_to_be_shifted():
+    model, labels = judged(OwnModel).model, torch.tensor([[-100, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, *[-100] * 4]])
+    shifted = torch.tensor([5.0, 4.9985, 5.0035])  # the mean of 7 and 3; of 7 and 4 it is 5.00032
+
+    assert _judged(model, shifted, labels)
+    assert vars(model)[_SHIFTS]

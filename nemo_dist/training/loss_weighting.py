@@ -122,12 +122,15 @@ def is_mean_with(model: Any, entries: MadeUpRows, beside: bool = False) -> bool 
 def _judged(model: Any, losses: Tensor, labels: Tensor) -> bool | None:
     if not losses.isfinite().all():
         return None
-    for shifts in (False, True):
-        counts = torch.stack([(row[1:] if shifts else row) != IGNORED for row in labels]).sum(1)
-        if same(losses[:1], ((losses[1:] * counts).sum() / counts.sum())[None]):
-            vars(model)[_SHIFTS] = shifts
-            return True
-    return False
+    means = []
+    for first in (0, 1):  # of the labels that count, where they are shifted
+        counts = (labels[:, first:] != IGNORED).sum(1)
+        means.append((losses[1:] * counts).sum() / counts.sum())
+    shifts = bool((means[1] - losses[0]).abs() < (means[0] - losses[0]).abs())  # rows of like losses may fit both
+    if not same(losses[:1], means[shifts][None]):
+        return False
+    vars(model)[_SHIFTS] = shifts
+    return True
 
 
 def _rehearsed(rehearsal: Rehearsal, entries: MadeUpRows, beside: bool) -> tuple[Tensor, Tensor]:
