@@ -4,7 +4,7 @@ Here: ``runtime`` (the object for training loops), ``batch_loop`` (forward and b
 model's own loss or the user's), ``whole_rows`` (outputs of whole rows), ``evaluation``, ``model_inputs`` (no cache,
 packed sequences), ``rehearsal`` (how a model's outputs depend on other tokens), ``neighbouring_rows`` (on other rows),
 ``counted_calls`` (on how often it ran), ``fixed_draws`` and ``kept_state`` (what makes such runs comparable),
-``batch_entries`` (what own code reads of a batch), ``loss_weighting``,
+``batch_entries`` (what own code reads of a batch), ``made_up_rows`` (values of its kind), ``loss_weighting``,
 ``router_aux_loss``, ``batch_checks``, ``uneven_batches``, ``replica_check`` (are copies equal on all ranks),
 ``train_mode`` (refuses batch statistics and LayerDrop), ``forward_code`` (what modules draw and write),
 ``grad_norm``, ``optimizer_probe``, ``gradient_average`` (of what every rank has whole), ``peft_adapters``,

@@ -22,11 +22,10 @@ from nemo_dist.hf_model import (
     predicts_next_token,
 )
 from nemo_dist.training.kept_state import on_copies
+from nemo_dist.training.made_up_rows import MadeUpRows
 from nemo_dist.training.rehearsal import Rehearsal, same
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from torch import Tensor, nn
 
     from nemo_dist.plugin.hookspecs import Batch
@@ -34,12 +33,13 @@ if TYPE_CHECKING:
 OWN_LOSS = "give a loss of your own, setup.runtime(model, loss=...), ready-made ones are in nemo_dist.losses"
 _LOADED = "_nemo_dist_loaded_loss"  # in the model's __dict__
 _SHIFTS = "_nemo_dist_shifts_labels"  # in the model's __dict__, where a run told
-_LENGTH, _VOCABULARY = 6, 24  # of the rows that such a run gets
+_LENGTH, _VOCABULARY = 8, 24  # of the rows that such a run gets
+_MASKS = MadeUpRows({"attention_mask": torch.ones(1, 1, dtype=torch.long)})
 _PER_LABEL = (
     *("ForMaskedLM", "ForTokenClassification", "ForSequenceClassification"),
     *("ForImageClassification", "ForVideoClassification", "ForAudioClassification"),
 )
-_REDUCTIONS = ("num_items_in_batch", "ignore_index")  # what transformers' losses take besides labels
+REDUCTIONS = ("num_items_in_batch", "ignore_index")  # what transformers' losses take besides labels
 # Names in the code of forwards whose loss is a plain mean over labels. A next-token loss from transformers.loss shifts
 # the labels; a forward that calls torch's cross entropy itself mostly does not.
 _MEANS = {"loss", "loss_function"}
@@ -96,26 +96,23 @@ def _is_mean(model: Any) -> bool | None:
 
     None where a copy does not run, or makes no number.
     """
-    found = is_mean_with(model, lambda rows, length: {})
-    return found if found is not True or not has_own_code(model) else is_mean_with(model, _masks) is not False
+    found = is_mean_with(model, MadeUpRows())
+    if not found or not has_own_code(model):
+        return found
+    return all(is_mean_with(model, _MASKS, beside) is not False for beside in (False, True))
 
 
-def _masks(rows: int, length: int) -> dict[str, Tensor]:
-    """Return a mask under which rows have unlike numbers of tokens."""
-    return {"attention_mask": (torch.arange(length) < length - torch.arange(rows)[:, None]).long()}
+def is_mean_with(model: Any, entries: MadeUpRows, beside: bool = False) -> bool | None:
+    """Whether the loss of *model* is such a mean where the batch has *entries*, too; None as above.
 
-
-def is_mean_with(model: Any, entries: Callable[[int, int], dict[str, Tensor]]) -> bool | None:
-    """Whether the loss of *model* is such a mean where the batch has ``entries(rows, length)``, too; None as above.
-
-    Own code runs in evaluation and in training.
+    ``beside``: see ``_rehearsed``. Own code runs in evaluation and in training.
     """
     try:
         rehearsal = Rehearsal.of(model)
-        found = _judged(model, *_rehearsed(rehearsal, entries))
+        found = _judged(model, *_rehearsed(rehearsal, entries, beside))
         if found and has_own_code(model):
             with rehearsal.training():
-                trained = _judged(model, *_rehearsed(rehearsal, entries))
+                trained = _judged(model, *_rehearsed(rehearsal, entries, beside))
             found = found if rehearsal.draws.unknown else trained
     except Exception:  # whatever a forward of any family raises
         return None
@@ -125,28 +122,45 @@ def is_mean_with(model: Any, entries: Callable[[int, int], dict[str, Tensor]]) -
 def _judged(model: Any, losses: Tensor, labels: Tensor) -> bool | None:
     if not losses.isfinite().all():
         return None
-    for shifts in (False, True):
-        counts = torch.stack([(row[1:] if shifts else row) != IGNORED for row in labels]).sum(1)
-        if same(losses[:1], ((losses[1:] * counts).sum() / counts.sum())[None]):
-            vars(model)[_SHIFTS] = shifts
-            return True
-    return False
+    means = []
+    for first in (0, 1):  # of the labels that count, where they are shifted
+        counts = (labels[:, first:] != IGNORED).sum(1)
+        means.append((losses[1:] * counts).sum() / counts.sum())
+    shifts = bool((means[1] - losses[0]).abs() < (means[0] - losses[0]).abs())  # rows of like losses may fit both
+    if not same(losses[:1], means[shifts][None]):
+        return False
+    vars(model)[_SHIFTS] = shifts
+    return True
 
 
-def _rehearsed(rehearsal: Rehearsal, entries: Callable[[int, int], dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Return the losses of two rows together and of each alone, (3,), and their labels."""
+def _rehearsed(rehearsal: Rehearsal, entries: MadeUpRows, beside: bool) -> tuple[Tensor, Tensor]:
+    """Return the losses of two rows together and of each alone, (3,), and their labels.
+
+    Labels that a mask of *entries* leaves out count, but for those of padding, which own code may cut off. They do
+    ``beside`` a row without padding, where each is alone in that the other has no labels.
+    """
     model = rehearsal.model
     classes = model.config.num_labels if "Classification" in str(loss_kind(model)) else _VOCABULARY
     tokens = torch.arange(2 * _LENGTH).view(2, _LENGTH) % _VOCABULARY + 3
     labels = (tokens * 5 + 1) % classes
-    labels[0, 0], labels[1, 2:] = IGNORED, IGNORED  # rows of unlike numbers of labels, both shifted and not
-    inputs = {"input_ids": tokens, "labels": labels, **entries(2, _LENGTH)}
+    labels[0, 0], labels[1, 4:] = IGNORED, IGNORED  # rows of unlike numbers of labels, both shifted and not
+    inputs = entries(tokens, labels=labels)
+    padding = inputs.get("attention_mask", torch.ones_like(labels)) == 0
+    if beside:
+        inputs["attention_mask"][0] = 1
+        parts = [inputs, *({**inputs, "labels": _only(labels, row)} for row in range(2))]
+    else:
+        inputs["labels"] = labels = labels.masked_fill(padding, IGNORED)
+        parts = [inputs, *(entries.rows(inputs, slice(row, row + 1)) for row in range(2))]
     losses = []
-    for row in (slice(None), slice(0, 1), slice(1, 2)):
+    for part in parts:
         with on_copies([model]):
-            run = rehearsal.run({name: value[row] if len(value) == 2 else value for name, value in inputs.items()})
-        losses.append(run.output.loss.detach().float())
+            losses.append(rehearsal.run(part).output.loss.detach().float())
     return torch.stack(losses), labels
+
+
+def _only(labels: Tensor, row: int) -> Tensor:
+    return labels.masked_fill(torch.arange(len(labels))[:, None] != row, IGNORED)
 
 
 def count_labels(model: nn.Module, batch: Batch) -> Tensor:
@@ -157,7 +171,7 @@ def count_labels(model: nn.Module, batch: Batch) -> Tensor:
     ``transformers.loss`` averages. Raises ValueError for a batch without labels or with an argument that changes the
     mean, and for a model whose loss is none of these.
     """
-    for name in _REDUCTIONS:
+    for name in REDUCTIONS:
         if batch.get(name) is not None:
             raise ValueError(f"the batch has {name!r}, which changes what the loss is a mean over; leave it out")
     labels: Tensor | None = batch.get("shift_labels", batch.get("labels"))

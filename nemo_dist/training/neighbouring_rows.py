@@ -7,7 +7,7 @@ in the next; the last one is in evaluation.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nemo_dist.hf_model import accepts
 from nemo_dist.training.kept_state import on_copies
+from nemo_dist.training.made_up_rows import MadeUpRows
 from nemo_dist.training.rehearsal import Rehearsal, Run, same
 
 _ROWS, _LENGTH = 4, 12
@@ -24,24 +25,25 @@ _EACH = ([0], [1], [2], [3])  # a forward that decides by one of the rows decide
 _SOME = ([3, 1], [2])  # the same with fewer runs
 
 Inputs = Mapping[str, Tensor]
-Entries = Callable[[int, int], dict[str, Tensor]]
 
 
-def depends_on_rows(model: Any, entries: Entries | None = None) -> str | None:
+def depends_on_rows(model: Any, entries: MadeUpRows | None = None) -> str | None:
     """Return what of a row *model* computes by the rows beside it: the first module, or a buffer; None if nothing.
 
-    None, too, where it cannot be run on tokens alone, with ``entries(rows, length)`` beside them.
+    None, too, where it cannot be run on tokens alone, with *entries* beside them.
     """
     try:
         rehearsal = Rehearsal.of(model)
     except Exception:  # whatever a constructor of any family raises
         return None
-    plain = {"input_ids": _tokens(model, _ROWS)} | (entries(_ROWS, _LENGTH) if entries is not None else {})
+    made = entries or MadeUpRows()
+    plain = made(_tokens(model, _ROWS))
     padded = {**plain, "attention_mask": (torch.arange(_LENGTH) < torch.tensor(_SHORT)[:, None]).long()}
     masked = accepts(model, "attention_mask")
-    judges = [partial(_in_evaluation, rehearsal, plain, _EACH), partial(_in_training, rehearsal, plain)]
+    judges = [partial(_in_evaluation, rehearsal, made, plain, _EACH), partial(_in_training, rehearsal, made, plain)]
     if masked:
-        judges[1:] = [partial(_in_evaluation, rehearsal, padded, _SOME), partial(_in_training, rehearsal, padded)]
+        judges[1:] = [partial(_in_evaluation, rehearsal, made, padded, _SOME)]
+        judges.append(partial(_in_training, rehearsal, made, padded))
     for judge in judges:
         try:
             found = judge()
@@ -79,22 +81,22 @@ def _tokens(model: Any, rows: int) -> Tensor:
     return torch.arange(rows * _LENGTH).view(rows, -1) * 5 % words
 
 
-def _in_evaluation(rehearsal: Rehearsal, inputs: Inputs, parts: Sequence[list[int]]) -> str | None:
+def _in_evaluation(rehearsal: Rehearsal, made: MadeUpRows, inputs: Inputs, parts: Sequence[list[int]]) -> str | None:
     together = rehearsal.run(inputs)
     for rows in parts:
-        some = {name: value[rows] if len(value) == _ROWS else value for name, value in inputs.items()}
+        some = made.rows(inputs, rows)
         where = _difference(rehearsal, together, rehearsal.run(some), rows, some)
         if where is not None:
             return where
     return None
 
 
-def _in_training(rehearsal: Rehearsal, inputs: Inputs) -> str | None:
+def _in_training(rehearsal: Rehearsal, made: MadeUpRows, inputs: Inputs) -> str | None:
     together, kept = _trained(rehearsal, inputs)
     if rehearsal.draws.unknown or not _repeats(rehearsal, inputs, together[0]):
         return None  # what is drawn cannot be made equal
     for rows in _SOME:
-        some = {name: value[rows] if len(value) == _ROWS else value for name, value in inputs.items()}
+        some = made.rows(inputs, rows)
         runs, buffers = _trained(rehearsal, some)
         where = next((f"buffer {name}" for name, value in buffers.items() if unlike(kept[name], value)), None)
         for ours, theirs in zip(together, runs, strict=True):
@@ -122,7 +124,7 @@ def _repeats(rehearsal: Rehearsal, inputs: Inputs, before: Run) -> bool:
 
 def _difference(rehearsal: Rehearsal, together: Run, apart: Run, rows: list[int], inputs: Inputs) -> str | None:
     """Return the first module whose outputs for *rows* differ where these, *inputs*, run apart."""
-    counted = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])) != 0
+    counted = inputs.get("attention_mask", torch.ones(apart.shape)) != 0
     for name, tensors in together.outputs.items():
         for ours, theirs in zip(tensors, apart.outputs.get(name, []), strict=False):
             if unlike(ours[rows], theirs, counted):
@@ -145,7 +147,17 @@ def _results(run: Run) -> list[Tensor]:
 
 
 def unlike(ours: Tensor, theirs: Tensor, counted: Tensor | None = None) -> bool:
-    """Whether two tensors of finite numbers differ; a copy without weights may make others."""
-    if counted is not None and ours.shape == theirs.shape:
-        ours, theirs = ours[counted], theirs[counted]
+    """Whether two tensors of finite numbers differ; a copy without weights may make others.
+
+    Where *counted* (rows, length) is given, only in what it counts; own code may have cut off columns at the end.
+    """
+    if counted is not None and _but_for_length(ours) == _but_for_length(theirs):
+        length = min(ours.shape[1], theirs.shape[1])
+        if counted[:, length:].any():
+            return True
+        ours, theirs = (value[:, :length][counted[:, :length]] for value in (ours, theirs))
     return bool(ours.isfinite().all() and theirs.isfinite().all()) and not same(ours, theirs)
+
+
+def _but_for_length(value: Tensor) -> tuple[int, ...]:
+    return (value.ndim, *value.shape[:1], *value.shape[2:])

@@ -58,12 +58,12 @@ class Rehearsal:
 
     @torch.no_grad()
     def run(self, inputs: Mapping[str, Any]) -> Run:
-        """Run the copy on *inputs*, tensors of (rows, length), without a cache.
+        """Run the copy on *inputs*, tokens or embeddings (rows, length, ...) and what is beside them, without a cache.
 
         In training it draws as ``draws`` say; see ``FixedDraws``.
         """
         given = {**inputs, "use_cache": False} if accepts(self.model, "use_cache") else inputs
-        shape = inputs["input_ids"].shape
+        shape = (inputs["input_ids"] if "input_ids" in inputs else inputs["inputs_embeds"]).shape[:2]
         with ExitStack() as stack:
             stack.enter_context(repeatable(self.draws, self.model.training))
             stack.enter_context(torch.device("cpu"))
