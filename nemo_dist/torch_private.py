@@ -6,7 +6,8 @@ stays in that module.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -42,9 +43,11 @@ __all__ = [
     "in_backward",
     "reduce_scatter_single",
     "run_after_backward",
+    "run_gradient_hooks",
     "storage_id",
     "tensors_in",
     "tree_map_only",
+    "without_gradient_hooks",
 ]
 
 # The placement of a tensor dim that another mesh axis, or a packed projection, has sharded before; torch has no public
@@ -133,6 +136,27 @@ def assert_on_device(condition: Tensor, message: str) -> None:
 def gradient_hooks(parameter: Tensor) -> tuple[bool, bool]:
     """Whether *parameter* has hooks of ``register_hook``, and of ``register_post_accumulate_grad_hook``."""
     return bool(parameter._backward_hooks), bool(getattr(parameter, "_post_accumulate_grad_hooks", None))
+
+
+@contextmanager
+def without_gradient_hooks(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Within the context no hook of ``register_post_accumulate_grad_hook`` of *parameters* is called."""
+    found = (getattr(one, "_post_accumulate_grad_hooks", None) for one in parameters)
+    held = [(hooks, dict(hooks)) for hooks in found if hooks]
+    for hooks, _ in held:
+        hooks.clear()
+    try:
+        yield
+    finally:
+        for hooks, before in held:
+            hooks.update(before)
+
+
+def run_gradient_hooks(parameter: Tensor) -> None:
+    """Call the hooks of ``register_post_accumulate_grad_hook`` of *parameter*, without gradients, as autograd does."""
+    with torch.no_grad():
+        for hook in list((getattr(parameter, "_post_accumulate_grad_hooks", None) or {}).values()):
+            hook(parameter)
 
 
 def changes_in_place(tensor: Tensor) -> int:

@@ -12,6 +12,8 @@ from nemo_dist.errors import TopologyError
 from nemo_dist.testing.equivalence import TOLERANCE, tensor_differences, whole_state
 from nemo_dist.testing.precision import FP32
 from nemo_dist.testing.tensors import rows_of_rank
+from nemo_dist_fsdp2 import resharding
+from nemo_dist_fsdp2.groups import strangers
 
 ROOT = Path(__file__).parents[1]
 TOKENS = (torch.arange(48).view(4, 12) * 5) % 90 + 3
@@ -112,6 +114,29 @@ def test_a_cast_after_the_first_step_is_refused(ranks):
     for message in ranks(2).run(on_rank_cast):
         assert message.startswith("model.embed_tokens.weight and 38 other parameters were cast after the first forward")
         assert message.endswith("load the model with dtype=")
+
+
+def on_rank_generate():
+    """Return how often forwards without gradients look at every parameter, and what one says of a replaced one."""
+    model, runtime = loaded()
+    step(runtime)
+    looked = []
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        model(TOKENS)
+        patch.setattr(resharding, "strangers", lambda groups: looked.append(groups) or strangers(groups))
+        for _ in range(3):
+            model(TOKENS)
+        count = len(looked)
+        model.lm_head.weight = model.model.embed_tokens.weight
+        with pytest.raises(RuntimeError) as caught:
+            model(TOKENS)
+    return count, str(caught.value)
+
+
+def test_forwards_without_gradients_look_only_for_parameters_that_were_replaced(ranks):
+    for count, message in ranks(2).run(on_rank_generate):
+        assert count == 0
+        assert message.startswith("lm_head.weight was replaced")
 
 
 def on_rank_compile():

@@ -2,12 +2,16 @@
 
 import pytest
 import torch
+import transformers
 from own_models import SIZES, OwnConfig, OwnModel
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from nemo_dist import DistributedSetup, FSDP2Config, NeMoAutoModelForCausalLM, ParallelismSizes
+from nemo_dist import DistributedSetup, FSDP2Config, NeMoAutoModelForCausalLM, ParallelismSizes, PipelineConfig
 from nemo_dist.errors import RankError
 from nemo_dist.testing.equivalence import TOLERANCE, tensor_differences, whole_state
 from nemo_dist.testing.precision import FP32
+from nemo_dist_fsdp2.sharding import shard
+from nemo_dist_fsdp2.unlike_ranks import Gradients
 
 # The branches of the batches of each rank; none of them takes branch 3. A rank takes one twice, or two once.
 TAKEN = {"branching": [(0, 0), (1, 2), (2, 0), (1, 1)], "experts": [(None, None)] * 2}
@@ -17,6 +21,8 @@ SETUPS = {
     "experts-recompute": (2, "experts", {}, {"activation_checkpointing": True}),
     "branching-hsdp": (4, "branching", {"dp_replicate_size": 2}, {}),
 }
+
+UNLIKE_ROWS = torch.randint(3, 90, (13, 6), generator=torch.Generator().manual_seed(3))
 
 
 def batches(change, rank):
@@ -107,3 +113,95 @@ def test_ranks_that_run_different_blocks_are_told(ranks, backward):
     for rank, message in enumerate(ranks(2).run(on_rank_run_others, backward)):
         assert "ranks run different modules of a model that FSDP2 gathers one by one" in message
         assert f"rank {rank} now gathers model.branches.{rank}" in message
+
+
+def on_rank_pipeline():
+    """Train on 8 rows on one data rank, which are 4 microbatches, and on 5 on the other, which are 3."""
+    setup = DistributedSetup.build(
+        FSDP2Config(mp_policy=FP32), ParallelismSizes(pp_size=2), PipelineConfig(pp_microbatch_size=2)
+    )
+    torch.manual_seed(0)
+    model = NeMoAutoModelForCausalLM.from_config(config("transposed"), distributed_setup=setup, dtype=torch.float32)
+    runtime = setup.runtime(model)
+    mine = UNLIKE_ROWS[:8] if runtime.dp_rank == 0 else UNLIKE_ROWS[8:]
+    loss = runtime.forward_backward({"input_ids": mine, "labels": mine}).item()
+    named = {name: one.grad for name, one in runtime.named_parameters() if one.grad is not None}
+    return loss, whole_state(runtime, named)
+
+
+def test_ranks_with_unlike_numbers_of_microbatches_train_like_one_process(ranks):
+    """Own code compares what ranks gather, and not how many microbatches they run."""
+    torch.manual_seed(0)
+    model = OwnModel(config("transposed")).eval()
+    loss = model(input_ids=UNLIKE_ROWS, labels=UNLIKE_ROWS).loss
+    loss.backward()
+    expected = {name: one.grad for name, one in model.named_parameters() if one.grad is not None}
+    found = ranks(4).run(on_rank_pipeline)
+    assert {name for _, gradients in found for name in gradients} == expected.keys()
+    for mean, gradients in found:
+        assert mean == pytest.approx(loss.item(), rel=TOLERANCE)
+        of_stage = {name: expected[name] for name in gradients}
+        assert tensor_differences("gradients", gradients, of_stage, TOLERANCE) == []
+
+
+class Normed(LlamaRMSNorm):
+    """A norm that a library computes in its own way."""
+
+
+def with_norms(model):
+    """Return *model* with norms of own code."""
+    for layer in model.model.layers:
+        layer.input_layernorm.__class__ = Normed
+    return model
+
+
+def on_rank_count():
+    """Return how often this rank compares what it does in a step, with a model of transformers and others."""
+    said = []
+    setup = DistributedSetup.build(FSDP2Config(mp_policy=FP32))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Gradients, "agree", lambda _, what: said.append(what))
+        for model in (llama(), with_norms(llama()), OwnModel(config(""))):
+            said.append(0)
+            shard(model, setup.mesh_context, FSDP2Config(mp_policy=FP32))
+            model(**batches("experts", 0)[0]).loss.backward()
+    return said
+
+
+def llama():
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES))
+
+
+def test_ranks_compare_what_they_gather_only_where_own_code_runs_groups(ranks):
+    """Each message makes the host wait, and norms of own code do not choose what is gathered."""
+    for said in ranks(2).run(on_rank_count):
+        assert said[:3] == [0, 0, 0]
+        assert "gathers model.layers.0" in said
+
+
+def decay(parameter):
+    """Step *parameter* in the backward, with a decay of its weights."""
+    parameter.mul_(0.5).sub_(0.1 * parameter.grad)
+
+
+def on_rank_decay():
+    runtime = loaded("branching", FP32, {}, {})
+    for _, one in runtime.named_parameters():
+        one.register_post_accumulate_grad_hook(decay)
+    runtime.forward_backward(batches("branching", runtime.dp_rank)[0])
+    return whole_state(runtime, {name: one.detach() for name, one in runtime.named_parameters()})
+
+
+def test_a_step_in_the_backward_leaves_alone_what_no_rank_used(ranks):
+    torch.manual_seed(0)
+    model = OwnModel(config("branching"))
+    before = {name: one.detach().clone() for name, one in model.named_parameters()}
+    for one in model.parameters():
+        one.register_post_accumulate_grad_hook(decay)
+    (sum(model(**batches("branching", rank)[0]).loss for rank in range(2)) / 2).backward()
+    expected = {name: one.detach() for name, one in model.named_parameters()}
+    assert torch.equal(expected["model.branches.3.weight"], before["model.branches.3.weight"])
+    assert not torch.equal(expected["model.branches.1.weight"], before["model.branches.1.weight"])
+
+    for found in ranks(2).run(on_rank_decay):
+        assert tensor_differences("weights", found, expected, TOLERANCE) == []

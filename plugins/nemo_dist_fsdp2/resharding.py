@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import attrs
@@ -26,6 +27,7 @@ class Resharding:
     modules: list[FSDPModule]
     slots: list[tuple[dict[str, Any], str]]  # the dict of a module's own parameters, and a name in it
     trained: list[bool] = attrs.field(init=False)
+    seen: list[Any] = attrs.field(factory=list)  # the shards that were judged last, and the dtype of one
     gathered: bool = False  # every group, at least once
     started: bool = False  # FSDP2 finds its root in the first forward, and cannot reset before
     groups: list[Any] = attrs.field(factory=list)
@@ -62,7 +64,12 @@ class Resharding:
             if shard is not gathered and gathered.requires_grad != trained:
                 shard.requires_grad_(gathered.requires_grad)
         self.trained = [shard.requires_grad for shard in shards]
-        self._judge([*found, *shards])
+        # A forward without gradients comes here twice for each token of ``generate``, and may not look at all of them.
+        seen = [*shards, *(one.dtype for one in shards[:1])]
+        same = len(seen) == len(self.seen) and all(map(operator.is_, seen, self.seen))
+        if torch.is_grad_enabled() or not same:
+            self._judge([*(one for one, shard in zip(found, shards, strict=True) if one is not shard), *shards])
+            self.seen = seen
 
     def _judge(self, parameters: list[nn.Parameter]) -> None:
         """Raise RuntimeError for what a user did to *parameters* that would be lost."""

@@ -28,7 +28,7 @@ from nemo_dist.training.rehearsal import read_from_outside
 from nemo_dist_fsdp2.buffers import follow_compute_dtype
 from nemo_dist_fsdp2.containers import keep_writes
 from nemo_dist_fsdp2.dtypes import kept_in_float32
-from nemo_dist_fsdp2.inputs import cast_activations
+from nemo_dist_fsdp2.inputs import cast_hidden_states, cast_inputs
 from nemo_dist_fsdp2.lost_writes import refuse_lost_writes
 from nemo_dist_fsdp2.policies import casts_all, in_float32, inside, offload
 from nemo_dist_fsdp2.resharding import Resharding
@@ -80,10 +80,10 @@ def shard(model: nn.Module, mesh: MeshContext, config: FSDP2Config) -> None:
     root = policy if all_inputs else replace(policy, cast_forward_inputs=False)
     fully_shard(model, reshard_after_forward=bool(reshard), **options | {"mp_policy": root})
     if not all_inputs:
-        cast_activations(model, policy.param_dtype)
+        cast_inputs(model, policy.param_dtype)
         for module in (*blocks, *tail(model)) if own_dtypes else ():
             if module not in own_dtypes and not kept.issuperset(module.parameters()):
-                cast_activations(module, policy.param_dtype)
+                cast_hidden_states(module, policy.param_dtype)
     _shard_kept(model, kept, precise | {"reshard_after_forward": block_reshard})
     Gradients.watch(model, mesh)
     refuse_lost_writes(model)

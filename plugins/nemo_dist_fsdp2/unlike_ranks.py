@@ -16,13 +16,14 @@ import attrs
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from nemo_dist.errors import RankError
-from nemo_dist.hf_model import has_own_code
+from nemo_dist.hf_model import is_own_code
 from nemo_dist.mesh.mesh_context import MeshContext
 from nemo_dist.mesh.process_group import has_cpu_backend
 from nemo_dist.planning.mesh_plan import Role
-from nemo_dist.torch_private import assert_on_device
+from nemo_dist.torch_private import assert_on_device, run_gradient_hooks, without_gradient_hooks
 from nemo_dist_fsdp2.groups import (
     agree_before_collectives,
     align_dtypes,
@@ -53,26 +54,27 @@ class Gradients:
     ranks: dist.ProcessGroup | None
     device: torch.device
     compared: bool  # whether ranks compare what they do before they do it
+    in_step: bool  # whether they do as many forwards and backwards; a pipeline does one for each of its microbatches
     used: set[Any] = attrs.field(factory=set)
     before: dict[Any, bool] = attrs.field(factory=dict)
     order: list[int] = attrs.field(factory=list)
 
     @classmethod
     def watch(cls, model: nn.Module, mesh: MeshContext) -> None:
-        """Keep those of *model*, which FSDP2 has sharded, right; its ranks compare what they do where *model* has code.
+        """Keep those of *model*, which FSDP2 has sharded, right; its ranks compare what they do where own code chooses.
 
-        Comparing takes the hosts a message for each group, so it is left out where the code is that of transformers.
+        Comparing takes the hosts a message for each group, so it is left out where no own code runs several groups.
         """
         ranks = mesh.group(Role.TOKENS)
-        compared = ranks is not None and has_own_code(model) and has_cpu_backend()
-        found = cls(groups_of(model), ranks, mesh.device, compared)
+        compared = ranks is not None and _chooses(model) and has_cpu_backend()
+        found = cls(groups_of(model), ranks, mesh.device, compared, in_step=mesh.size(Role.LAYERS) == 1)
         for index, group in enumerate(found.groups):
             around_reductions(group, partial(found.reduce, index))
             if compared:
                 agree_before_collectives(group, found.agree)
         around_backwards(model, refuse_graph, found.settle)
         model.register_forward_pre_hook(found.forget)
-        if compared:
+        if compared and found.in_step:
             model.register_forward_hook(lambda *_: found.agree("has run the model"))
 
     def agree(self, what: str) -> None:
@@ -86,7 +88,10 @@ class Gradients:
             raise RankError(f"{_UNLIKE} (rank {dist.get_rank()} now {what})")
 
     def reduce(self, index: int, reduce: Callable[..., None]) -> None:
-        """Reduce the group *index*: with zeros for parameters that only other ranks may have used."""
+        """Reduce the group *index*: with zeros for parameters that only other ranks may have used.
+
+        Users' hooks of gradients wait until it is known which ones those are.
+        """
         group = self.groups[index]
         parameters = trained(group) if group.reduce_grads else []
         for one in parameters:
@@ -98,11 +103,15 @@ class Gradients:
         align_dtypes(parameters)
         if parameters:
             self.order.append(index)
-        reduce()
+        with without_gradient_hooks(one.sharded_param for one in parameters if self.ranks is not None):
+            reduce()
 
     def settle(self) -> None:
-        """Take the gradients of parameters that no rank used away; all ranks take part where they reduced any."""
-        if self.compared:
+        """Take the gradients of parameters that no rank used away, and call the hooks of the others.
+
+        All ranks take part where they reduced any.
+        """
+        if self.compared and self.in_step:
             self.agree("is done with a backward")
         if not self.order:
             return
@@ -111,6 +120,8 @@ class Gradients:
         for one, by_any in zip(parameters, used, strict=True):
             if not by_any and self.before.get(one) is False:
                 one.sharded_param.grad = None
+            if by_any and one in self.before and self.ranks is not None:
+                run_gradient_hooks(one.sharded_param)
         self.forget()
 
     def forget(self, *_: Any) -> None:
@@ -137,6 +148,15 @@ class Gradients:
         elif not same:
             raise RankError(_UNLIKE)
         return here if all(here) else [bool(one) for one in told[:-2].tolist()]
+
+
+def _chooses(model: nn.Module) -> bool:
+    """Whether own code of *model* chooses which groups run: that of a module with groups inside of it.
+
+    A kernel for a norm or a feed-forward only chooses among the parameters of its own group.
+    """
+    own = (module for module in model.modules() if is_own_code(module))
+    return any(isinstance(inner, FSDPModule) for module in own for inner in module.modules() if inner is not module)
 
 
 def refuse_graph() -> None:
