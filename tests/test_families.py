@@ -41,6 +41,8 @@ def test_no_stored_cell_is_a_fault_that_is_not_known():
 SAMPLE = [
     ("causal", "llama", "fsdp2"),
     ("causal", "llama", "bfloat16"),
+    ("causal", "zamba2", "fsdp2"),  # runs modules of one group in several places
+    ("causal", "bert", "pp"),
     ("causal", "gpt2", "ddp"),
     ("causal", "minimax", "bfloat16"),
     ("causal", "qwen3_moe", "ep"),

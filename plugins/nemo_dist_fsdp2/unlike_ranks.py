@@ -20,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from nemo_dist.errors import RankError
 from nemo_dist.hf_model import is_own_code
+from nemo_dist.mesh.dtensor import local
 from nemo_dist.mesh.mesh_context import MeshContext
 from nemo_dist.mesh.process_group import has_cpu_backend
 from nemo_dist.planning.mesh_plan import Role
@@ -116,7 +117,7 @@ class Gradients:
         if not self.order:
             return
         parameters = [one for group in self.groups for one in trained(group)]
-        used = self._used_anywhere([one in self.used for one in parameters])
+        used = self._used_anywhere([one in self.used or _any(one.sharded_param.grad) for one in parameters])
         for one, by_any in zip(parameters, used, strict=True):
             if not by_any and self.before.get(one) is False:
                 one.sharded_param.grad = None
@@ -157,6 +158,11 @@ def _chooses(model: nn.Module) -> bool:
     """
     own = (module for module in model.modules() if is_own_code(module))
     return any(isinstance(inner, FSDPModule) for module in own for inner in module.modules() if inner is not module)
+
+
+def _any(gradient: Tensor | None) -> bool:
+    """Whether a gradient is there and not zero on this rank: of a module that ran in several places, say."""
+    return gradient is not None and bool(local(gradient).any())
 
 
 def refuse_graph() -> None:
