@@ -8,7 +8,7 @@ the backward, as on one process. Which groups ranks gather and reduce must be th
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,6 @@ from torch.distributed.fsdp import FSDPModule
 
 from nemo_dist.errors import RankError
 from nemo_dist.hf_model import is_own_code
-from nemo_dist.mesh.dtensor import local
 from nemo_dist.mesh.mesh_context import MeshContext
 from nemo_dist.mesh.process_group import has_cpu_backend
 from nemo_dist.planning.mesh_plan import Role
@@ -47,8 +46,9 @@ _ORDER = 1 << 30  # more than the number of an order of groups
 class Gradients:
     """The gradients of *groups* in one backward, which the ranks of ``ranks`` (None: this one alone) reduce together.
 
-    ``used``: the parameters that have one on this rank; ``before``: for each, whether its shard had one before.
-    ``order``: the numbers of the groups in the order in which they were reduced.
+    ``used``: the shards of parameters that have one on this rank; ``before``: for each shard, whether it had one before
+    (several parameters of groups have one shard where loading tied them). ``order``: the numbers of the groups in the
+    order in which they were reduced.
     """
 
     groups: list[Any]
@@ -56,8 +56,8 @@ class Gradients:
     device: torch.device
     compared: bool  # whether ranks compare what they do before they do it
     in_step: bool  # whether they do as many forwards and backwards; a pipeline does one for each of its microbatches
-    used: set[Any] = attrs.field(factory=set)
-    before: dict[Any, bool] = attrs.field(factory=dict)
+    used: set[nn.Parameter] = attrs.field(factory=set)
+    before: dict[nn.Parameter, bool] = attrs.field(factory=dict)
     order: list[int] = attrs.field(factory=list)
 
     @classmethod
@@ -96,15 +96,15 @@ class Gradients:
         group = self.groups[index]
         parameters = trained(group) if group.reduce_grads else []
         for one in parameters:
-            self.before.setdefault(one, one.sharded_param.grad is not None)
+            self.before.setdefault(one.sharded_param, one.sharded_param.grad is not None)
             if has_gradient(one):
-                self.used.add(one)
+                self.used.add(one.sharded_param)
             elif self.ranks is not None:
                 give_zeros(one)
         align_dtypes(parameters)
         if parameters:
             self.order.append(index)
-        with without_gradient_hooks(one.sharded_param for one in parameters if self.ranks is not None):
+        with without_gradient_hooks(_shards(parameters) if self.ranks is not None else ()):
             reduce()
 
     def settle(self) -> None:
@@ -116,13 +116,13 @@ class Gradients:
             self.agree("is done with a backward")
         if not self.order:
             return
-        parameters = [one for group in self.groups for one in trained(group)]
-        used = self._used_anywhere([one in self.used or _any(one.sharded_param.grad) for one in parameters])
-        for one, by_any in zip(parameters, used, strict=True):
-            if not by_any and self.before.get(one) is False:
-                one.sharded_param.grad = None
-            if by_any and one in self.before and self.ranks is not None:
-                run_gradient_hooks(one.sharded_param)
+        shards = _shards(one for group in self.groups for one in trained(group))
+        used = self._used_anywhere([shard in self.used for shard in shards])
+        for shard, by_any in zip(shards, used, strict=True):
+            if not by_any and self.before.get(shard) is False:
+                shard.grad = None
+            if by_any and shard in self.before and self.ranks is not None:
+                run_gradient_hooks(shard)
         self.forget()
 
     def forget(self, *_: Any) -> None:
@@ -160,9 +160,9 @@ def _chooses(model: nn.Module) -> bool:
     return any(isinstance(inner, FSDPModule) for module in own for inner in module.modules() if inner is not module)
 
 
-def _any(gradient: Tensor | None) -> bool:
-    """Whether a gradient is there and not zero on this rank: of a module that ran in several places, say."""
-    return gradient is not None and bool(local(gradient).any())
+def _shards(parameters: Iterable[Any]) -> list[nn.Parameter]:
+    """Return the shards of *parameters* of groups, each once."""
+    return list(dict.fromkeys(one.sharded_param for one in parameters))
 
 
 def refuse_graph() -> None:
