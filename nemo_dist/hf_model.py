@@ -146,8 +146,8 @@ def is_own_code(module: nn.Module) -> bool:
     return is_own_class(plain_class(module))
 
 
-def is_own_class(kind: type[Any]) -> bool:
-    """Whether *kind* is such a class."""
+def is_own_class(kind: Any) -> bool:
+    """Whether *kind* is such a class; or such a function."""
     return not f"{kind.__module__}.".startswith(_LIBRARIES)
 
 

@@ -85,10 +85,21 @@ ORDERS = {
 FEW = ("fsdp2", "ddp", "tp", "pp", "ep")  # by default; the rest is for the matrix
 
 
+def frozen_between_steps(order):
+    """Leave out what megatron_fsdp refuses: to freeze while gradients wait, which the next backward would add to."""
+    waiting = False
+    for call in order:
+        if not (waiting and call.startswith("freeze")):
+            yield call
+        waiting = call in ("forward_backward", "accumulate") or (waiting and call != "zero_grad")
+
+
 def prove(ranks, topology, order):
     world, specimen, options, without = TOPOLOGIES[topology]
-    pool = WithCudaCalls(ranks(world)) if topology == "megatron_fsdp" else ranks(world)
-    assert_order_changes_nothing(pool, possible(call for call in order if call not in without), specimen, **options)
+    pool, order = ranks(world), possible(call for call in order if call not in without)
+    if topology == "megatron_fsdp":
+        pool, order = WithCudaCalls(pool), frozen_between_steps(order)
+    assert_order_changes_nothing(pool, list(order), specimen, **options)
 
 
 def cell(topology, order):

@@ -1,7 +1,10 @@
 """A loss of the user's own is, under every composition, what one process computes: numbers, gradients, steps."""
 
+from functools import partial
+
 import pytest
 import torch
+import torch.distributed as dist
 from cases import cases, slow
 from loss_runs import LOSSES, LossTask, assert_as_one_process, setups
 from torch.nn.functional import cross_entropy, kl_div, log_softmax, logsigmoid, softmax
@@ -87,19 +90,77 @@ class Warmth(torch.nn.Module):
         return cross_entropy(logits.transpose(1, 2), labels, reduction="none"), (1 - labels % 3).float()
 
 
-def rows_of_one_rank(rank):
+def rows_of_one_rank(rank, ranks=2):
     tokens = (torch.arange(48).view(4, 12) * 5) % 90 + 3
-    return {"input_ids": tokens[rank::2], "labels": tokens[rank::2]}
+    return {"input_ids": tokens[rank::ranks], "labels": tokens[rank::ranks]}
 
 
-def on_rank_warm(folder, strategy):
-    setup = DistributedSetup.build(strategy=strategy)
+def losses_that_train():
+    """Return losses that read a trained parameter of their own in every way that a callable can."""
+    temperature = torch.nn.Parameter(torch.tensor(0.3))
+    module, scale = Warmth(), partial(lambda value, logits: value.exp() * logits, temperature)
+
+    def warm(outputs, batch, logits):
+        labels = batch["labels"][:, 1:]
+        return cross_entropy(logits[:, :-1].mT, labels, reduction="none"), (labels != -100).float()
+
+    class Called:
+        def __init__(self):
+            self.value = temperature
+
+        def __call__(self, outputs, batch):
+            return warm(outputs, batch, self.value.exp() * outputs.logits)
+
+        def method(self, outputs, batch):
+            return self(outputs, batch)
+
+    return {
+        "a module": module,
+        "its method": module.forward,
+        "a closure": lambda outputs, batch: warm(outputs, batch, temperature.exp() * outputs.logits),
+        "a function in it": lambda outputs, batch: warm(outputs, batch, scale(outputs.logits)),
+        "a partial": partial(
+            lambda value, outputs, batch: warm(outputs, batch, value.exp() * outputs.logits), temperature
+        ),
+        "an object": Called(),
+        "a method of one": Called().method,
+    }
+
+
+def on_rank_train_beside(folder):
+    """Return what is said of each of these losses, and of one that reads another model, frozen and trained."""
+    setup = DistributedSetup.build(strategy=DDPConfig())
+    model, other = (NeMoAutoModelForCausalLM.from_pretrained(folder, distributed_setup=setup) for _ in range(2))
+
+    def close(outputs, batch):
+        labels = batch["labels"][:, 1:]
+        own = cross_entropy(outputs.logits[:, :-1].mT, labels, reduction="none")
+        theirs = other(input_ids=batch["input_ids"]).logits[:, :-1]
+        return own + (outputs.logits[:, :-1] - theirs).square().mean(-1), torch.ones(labels.shape)
+
+    said = {}
+    for name, loss in {**losses_that_train(), "another model": close}.items():
+        try:
+            setup.runtime(model, loss=loss).forward_backward(rows_of_one_rank(dist.get_rank()))
+        except ValueError as error:
+            said[name] = str(error)
+    return said
+
+
+def test_a_loss_that_trains_what_is_not_the_models_is_refused_however_it_reads_it(ranks):
+    for said in ranks(2).run(on_rank_train_beside, checkpoint("llama")):
+        assert list(said) == list(losses_that_train())
+        assert all("trains parameters of its own (" in message for message in said.values())
+
+
+def on_rank_warm(folder, strategy, sizes):
+    setup = DistributedSetup.build(strategy=strategy, parallelism_sizes=sizes)
     model = NeMoAutoModelForCausalLM.from_pretrained(folder, distributed_setup=setup, dtype=torch.float32)
     loss = Warmth()
     runtime = setup.runtime(model, loss=loss)
     refusals = []
     for attempt in (
-        lambda: runtime.forward_backward(rows_of_one_rank(runtime.dp_rank)),
+        lambda: runtime.forward_backward(rows_of_one_rank(runtime.dp_rank, runtime.dp_size)),
         lambda: runtime.optimizer(torch.optim.SGD, [*model.parameters(), *loss.parameters()], lr=0.1),
     ):
         with pytest.raises(ValueError) as refusal:
@@ -109,14 +170,22 @@ def on_rank_warm(folder, strategy):
     model.temperature = torch.nn.Parameter(torch.tensor(0.3))
     runtime = setup.runtime(model, loss=Warmth(model))
     optimizer = runtime.optimizer(torch.optim.SGD, lr=0.1)
-    found = runtime.forward_backward(rows_of_one_rank(runtime.dp_rank)).item()
+    found = runtime.forward_backward(rows_of_one_rank(runtime.dp_rank, runtime.dp_size)).item()
     norm, gradient = runtime.clip_grad_norm_(1e9).item(), model.temperature.grad.item()
     optimizer.step()
     return refusals, found, norm, gradient, model.temperature.item()
 
 
-@pytest.mark.parametrize("strategy", [FSDP2Config(mp_policy=FP32), DDPConfig()], ids=["fsdp2", "ddp"])
-def test_a_parameter_of_a_loss_is_trained_as_one_of_the_model_and_weights_may_be_negative(ranks, strategy):
+@pytest.mark.parametrize(
+    ("strategy", "sizes"),
+    [
+        (FSDP2Config(mp_policy=FP32), None),
+        (DDPConfig(), None),
+        (FSDP2Config(mp_policy=FP32), ParallelismSizes(cp_size=2)),
+    ],
+    ids=["fsdp2", "ddp", "cp"],
+)
+def test_a_parameter_of_a_loss_is_trained_as_one_of_the_model_and_weights_may_be_negative(ranks, strategy, sizes):
     folder = checkpoint("llama")
     model = NeMoAutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model.temperature = torch.nn.Parameter(torch.tensor(0.3))
@@ -126,7 +195,7 @@ def test_a_parameter_of_a_loss_is_trained_as_one_of_the_model_and_weights_may_be
     expected = (losses * weights).sum() / weights.sum()
     expected.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9).item()
-    for refusals, *found in ranks(2).run(on_rank_warm, folder, strategy):
+    for refusals, *found in ranks(2).run(on_rank_warm, folder, strategy, sizes):
         gradient = model.temperature.grad.item()
         assert found == pytest.approx([expected.item(), norm, gradient, 0.3 - 0.1 * gradient], rel=1e-4)
         assert "the loss Warmth trains parameters of its own (temperature)" in refusals[0]

@@ -40,8 +40,8 @@ from nemo_dist_pipeline.partition.stage_model import stages_of
 from nemo_dist_recompute import RecomputeConfig
 from nemo_dist_recompute.apply import recompute
 from nemo_dist_tensor.apply import Parallelizer
-from nemo_dist_tensor.probe import SimulatedPeers
 from nemo_dist_tensor.random_choices import random_problems
+from nemo_dist_tensor.simulated_peers import SimulatedPeers
 from nemo_dist_tensor.structure import completed
 from nemo_dist_tensor.tp_plan import match
 

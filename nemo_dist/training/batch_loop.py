@@ -21,6 +21,7 @@ from nemo_dist.plugin.resharding import keep_gathered
 from nemo_dist.training.batch_checks import BatchCheck, require_one_form, tally
 from nemo_dist.training.batch_entries import BatchEntries
 from nemo_dist.training.kept_state import on_copies
+from nemo_dist.training.loss_parameters import refuse_trained, tensors_at_hand
 from nemo_dist.training.model_inputs import ModelInputs
 from nemo_dist.training.router_aux_loss import COUNTED, SWITCH, RouterLoss
 from nemo_dist.training.step_loss import ROWS, ModelLoss, OwnLoss, at_least_something
@@ -64,7 +65,7 @@ class BatchLoop:
             if part.after_backward is not None:
                 part.after_backward()
         if isinstance(self.loss, OwnLoss) and self.mesh.size(Role.TOKENS) > 1:
-            self.loss.refuse_own_gradients()
+            refuse_trained(self.loss.function, self._beside_the_model)
         return self.sum_over_batches(found / step.scale) + balance
 
     def _known(self, batches: Sequence[Batch]) -> Tensor | None:
@@ -102,6 +103,10 @@ class BatchLoop:
     @cached_property
     def _inputs(self) -> ModelInputs:
         return ModelInputs(self.sharded.parts[-1])
+
+    @cached_property
+    def _beside_the_model(self) -> list[tuple[str, Tensor]]:
+        return list(tensors_at_hand(self.loss.function)) if isinstance(self.loss, OwnLoss) else []
 
     @cached_property
     def _entries(self) -> BatchEntries:

@@ -200,6 +200,11 @@ def adapters(parts: Sequence[nn.Module], mesh: MeshContext, plugins: Sequence[Pl
     return {FEATURE: RuntimePart(no_sync=average.unsynchronised)}
 
 
+def is_averaged(parameter: object) -> bool:
+    """Whether *parameter* was loaded, or found as an adapter, for some setup, whose strategy averages its gradients."""
+    return hasattr(parameter, _LOADED) or hasattr(parameter, _KEPT_EQUAL)
+
+
 def refuse_unaveraged(
     named: Iterable[tuple[str, nn.Parameter]], groups: Iterable[Mapping[str, Any]], mesh: MeshContext
 ) -> None:
@@ -210,7 +215,7 @@ def refuse_unaveraged(
     """
     stepped = {id(parameter): parameter for group in groups for parameter in group["params"]}
     own = [(name, parameter) for name, parameter in named if stepped.pop(id(parameter), None) is not None]
-    late = [name for name, parameter in own if not (hasattr(parameter, _LOADED) or hasattr(parameter, _KEPT_EQUAL))]
+    late = [name for name, parameter in own if not is_averaged(parameter)]
     if stepped and mesh.size(Role.TOKENS) * mesh.size(Role.LAYERS) > 1:
         shape = tuple(next(iter(stepped.values())).shape)
         raise ValueError(
@@ -243,8 +248,8 @@ def _refuse(
         ):
             if axes:
                 raise ValueError(
-                    f"{some}; with {axes[0]} (got {mesh.size(axes[0])}) {why}, so add them with "
-                    "setup.add_adapters(model, config)"
+                    f"{some}; with {axes[0]} (got {mesh.size(axes[0])}) {why}, so add adapters with "
+                    f"setup.add_adapters(model, config), and other parameters where {axes[0]} is 1"
                 )
     apart = {
         id(parameter)

@@ -21,7 +21,6 @@ from nemo_dist.planning.mesh_plan import Role
 from nemo_dist.plugin.hookspecs import Batch, RuntimePart
 from nemo_dist.training.loss_weighting import count_labels, judge_loss, refuse_replaced
 from nemo_dist.training.neighbouring_rows import depends_on_padding, depends_on_rows
-from nemo_dist.training.peft_adapters import NOT_AVERAGED
 from nemo_dist.training.whole_rows import LABELS, WholeRows, first_rows, is_per_token, nothing, rows_and_length
 
 if TYPE_CHECKING:
@@ -129,19 +128,6 @@ class OwnLoss:
         if ROWS in batch and not batch[ROWS].any():
             return torch.zeros(())
         return torch.as_tensor(counted(_view(batch)), dtype=torch.float32)
-
-    def refuse_own_gradients(self) -> None:
-        """Raise ValueError where a backward gave parameters of the loss itself gradients, which are this rank's."""
-        own = getattr(self.function, "__self__", self.function)
-        if not isinstance(own, nn.Module):
-            return
-        of_model = {id(parameter) for parameter in self.model.parameters()}
-        found = [n for n, one in own.named_parameters() if one.grad is not None and id(one) not in of_model]
-        if found:
-            raise ValueError(
-                f"the loss {type(own).__qualname__} trains parameters of its own ({', '.join(found[:3])}), "
-                f"{NOT_AVERAGED}; if they are not to be trained, freeze them"
-            )
 
     def __call__(self, outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the sum of the losses of *batch* and what counts in it; rows that were appended do not count."""

@@ -53,7 +53,11 @@ class Engine:
         model.register_forward_hook(engine._after_forward)
         for name, raw in wrapper.raw_param.items():
             if raw.requires_grad:
-                raw.register_post_accumulate_grad_hook(lambda _, name=name: engine.used.add(name))
+                raw.register_post_accumulate_grad_hook(partial(engine._use, name))
+
+    def _use(self, name: str, _: Any) -> None:
+        if self.shards[name].requires_grad:  # the package does not know of what was frozen after it took over
+            self.used.add(name)
 
     @staticmethod
     def of(model: nn.Module) -> Engine:
@@ -90,6 +94,15 @@ class Engine:
             raise RuntimeError(
                 f"{', '.join(hooked)} has a hook of its gradient, which megatron_fsdp never calls; change .grad of "
                 "runtime.named_parameters() between the backward and optimizer.step()"
+            )
+
+    def _refuse_frozen_between(self) -> None:
+        """Refuse to add to gradients of what was frozen since: the package would add to those, too."""
+        frozen = sorted(name for name in self.used if not self.shards[name].requires_grad)
+        if frozen:
+            raise RuntimeError(
+                f"{', '.join(frozen)} was frozen after a backward whose gradients wait for this one; call "
+                "optimizer.step() and optimizer.zero_grad() first, freeze before the first backward, or use 'fsdp2'"
             )
 
     def _install_changed_weights(self) -> None:
@@ -142,6 +155,7 @@ class Engine:
             )
         if self.reduced:
             self._continue_accumulating()
+        self._refuse_frozen_between()
         self.in_backward = True
         self._let_package_reduce(self.synchronise and self.wrapper.ddp_config.overlap_grad_reduce)
         self.wrapper._replace_param_with_raw_if_needed()
@@ -174,7 +188,7 @@ class Engine:
         All data-parallel ranks take part: whether a parameter was used on any of them decides.
         """
         names = list(self.shards)
-        trained = [self.shards[name].requires_grad and name in self.used for name in names]
+        trained = [name in self.used for name in names]
         used = torch.tensor(trained, dtype=torch.uint8).to(self.wrapper.device, non_blocking=True)
         if self.layout.group is not None:
             dist.all_reduce(used, op=dist.ReduceOp.MAX, group=self.layout.group)
@@ -224,7 +238,9 @@ class Engine:
         """Drop the gradients, or set them to zero, which the package does by dropping them."""
         held = [one for group in optimizer.param_groups for one in group["params"] if one.grad is not None]
         drop(set_to_none=set_to_none)
-        if not set_to_none:
+        if set_to_none:
+            self.used.clear()
+        else:
             self.reduced = False  # there is nothing to reduce once more
             for parameter in held:
                 parameter.grad = torch.zeros_like(parameter)

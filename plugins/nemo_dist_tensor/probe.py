@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import copy
 import re
-import threading
 from collections.abc import Callable, Collection, Mapping, MutableMapping, MutableSequence, Sequence
 from contextlib import nullcontext
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import attrs
@@ -29,6 +28,7 @@ from nemo_dist.training.fixed_draws import FixedDraws, unmoved_generators
 from nemo_dist.training.kept_state import on_copies
 from nemo_dist.training.rehearsal import read_from_outside
 from nemo_dist_tensor.collectives import Peers
+from nemo_dist_tensor.simulated_peers import SimulatedPeers, together
 
 ROWS, LENGTH = 2, 6
 _FACTOR = 4  # the rank of the random matrices
@@ -36,7 +36,6 @@ _WORDS = 64  # rows of an embedding; token ids are smaller
 _MOST = 1 << 22  # numbers in a parameter; a larger one repeats its first slice
 _EXPERTS = 2  # of an experts' module that is compared
 _TOLERANCE = 1e-4
-_WAIT = 60.0
 _ELEMENTWISE = ("Mul", "Div", "Tanh", "ToCopy", "Clone", "Alias", "View", "UnsafeView", "Slice")
 
 
@@ -315,50 +314,6 @@ def _buffer(name: str, buffer: Tensor) -> Tensor:
     return places.expand(buffer.shape).to(buffer.dtype, copy=True)
 
 
-@attrs.define(eq=False)
-class _Exchange:
-    """What the simulated ranks share: a place for the tensor of each, and a barrier."""
-
-    size: int
-    barrier: threading.Barrier
-    slots: list[Any]
-
-    def all(self, rank: int, value: Tensor) -> list[Tensor]:
-        """Return the *value* of every rank."""
-        self.slots[rank] = value
-        self.barrier.wait(_WAIT)
-        found = list(self.slots)
-        self.barrier.wait(_WAIT)
-        return found
-
-
-@attrs.frozen(eq=False)
-class SimulatedPeers(Peers):
-    """Peers that are threads of this process."""
-
-    exchange: _Exchange
-
-    @classmethod
-    def make(cls, size: int) -> list[SimulatedPeers]:
-        """Return *size* peers of one another."""
-        exchange = _Exchange(size, threading.Barrier(size), [None] * size)
-        nothing: Any = None  # there is no mesh and no process group
-        return [cls(nothing, nothing, size, rank, exchange) for rank in range(size)]
-
-    def all_reduce(self, value: Tensor, operation: str = "sum") -> Tensor:
-        """Return the sum (or "max") over the peers."""
-        values = torch.stack(self.exchange.all(self.rank, value.detach().contiguous()))
-        return values.sum(0) if operation == "sum" else values.max(0).values
-
-    def all_gather(self, piece: Tensor, dim: int, total: int) -> Tensor:
-        """Return the pieces of all peers joined along *dim*."""
-        return torch.cat(self.exchange.all(self.rank, piece.detach()), dim).contiguous()
-
-    def reduce_scatter(self, value: Tensor, dim: int) -> Tensor:
-        """Return this rank's piece of the sum over the peers."""
-        return self.piece(self.all_reduce(value), dim)
-
-
 @attrs.frozen
 class Verdict:
     """The outcome of a proof. ``summed``: whole parameters whose gradients the ranks have to sum.
@@ -428,7 +383,7 @@ def _proven(unit: nn.Module, call: Call, ranks: int, cut: Cut) -> Verdict:
             copies.append(twin)
         with disable_current_modes(), torch.device("cpu"):
             whole = _run(unit, call)
-        parts = _threads(copies, call, peers[0].exchange)
+        parts = together([partial(_run, each, call) for each in copies], peers[0].exchange)
     except Exception as error:
         return Verdict(problem=f"its forward fails when it is cut ({type(error).__name__}: {str(error)[:200]})")
     if whole.unknown:
@@ -531,27 +486,6 @@ def _shared(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
     return [
         tensor for box in boxes for tensor in tensors_in(list(box.values() if isinstance(box, MutableMapping) else box))
     ]
-
-
-def _threads(copies: list[nn.Module], call: Call, exchange: _Exchange) -> list[_Result]:
-    results: list[Any] = [None] * len(copies)
-
-    def work(rank: int) -> None:
-        try:
-            results[rank] = _run(copies[rank], call)
-        except Exception as error:
-            results[rank] = error
-            exchange.barrier.abort()
-
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(len(copies))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    errors = [result for result in results if isinstance(result, Exception)]
-    if errors:
-        raise next((e for e in errors if not isinstance(e, threading.BrokenBarrierError)), errors[0])
-    return results
 
 
 def _compare(
