@@ -32,6 +32,14 @@ TOPOLOGIES = {
     "cp": (2, "llama", fsdp2(cp_size=2), ()),
     "ep": (2, "qwen3-moe", fsdp2(ep_size=2), ()),
     "megatron_fsdp": (2, "llama", {"strategy": MegatronFSDPConfig()}, ()),
+    "megatron_fsdp, ZeRO 1": (2, "llama", {"strategy": MegatronFSDPConfig(zero_dp_strategy=1)}, ()),
+    "megatron_fsdp, ZeRO 2": (2, "llama", {"strategy": MegatronFSDPConfig(zero_dp_strategy=2)}, ()),
+    "megatron_fsdp, no overlap": (
+        2,
+        "llama",
+        {"strategy": MegatronFSDPConfig(zero_dp_strategy=1, overlap_param_gather=False, overlap_grad_reduce=False)},
+        (),
+    ),
     "kept": (2, "llama", {"strategy": FSDP2Config(mp_policy=FP32, reshard_after_forward=False)}, ()),
     "resharded to 2": (4, "llama", {"strategy": FSDP2Config(mp_policy=FP32, reshard_after_forward=2)}, ()),
     "recompute": (2, "llama", {**fsdp2(), "activation_checkpointing": "full"}, ()),
@@ -66,6 +74,10 @@ ORDERS = {
         *("evaluate", "freeze block", "runtime", "optimizer", *STEP, "thaw", "evaluate", "optimizer", *STEP),
         *("forward", "freeze head", "update", "zero_grad", *STEP, "evaluate"),
     ),
+    "frozen and thawed while gradients wait": (
+        *("runtime", "freeze embedding", "forward_backward", "thaw", "optimizer", "forward_backward", "freeze block"),
+        *("forward_backward", *STEP, "thaw", *STEP),
+    ),
     "an optimizer after the backward": (
         "runtime",
         "forward_backward",
@@ -85,25 +97,29 @@ ORDERS = {
 FEW = ("fsdp2", "ddp", "tp", "pp", "ep")  # by default; the rest is for the matrix
 
 
-def frozen_between_steps(order):
-    """Leave out what megatron_fsdp refuses: to freeze while gradients wait, which the next backward would add to."""
+def one_backward_a_step(order):
+    """Leave out what ZeRO 1 of megatron_fsdp refuses: a backward while reduced gradients of another wait."""
     waiting = False
     for call in order:
-        if not (waiting and call.startswith("freeze")):
+        backward = call in ("forward_backward", "accumulate")
+        if not (waiting and backward):
             yield call
-        waiting = call in ("forward_backward", "accumulate") or (waiting and call != "zero_grad")
+        waiting = backward or (waiting and call not in ("zero_grad", "zero_grad_in_place"))
 
 
 def prove(ranks, topology, order):
     world, specimen, options, without = TOPOLOGIES[topology]
     pool, order = ranks(world), possible(call for call in order if call not in without)
-    if topology == "megatron_fsdp":
-        pool, order = WithCudaCalls(pool), frozen_between_steps(order)
+    if topology.startswith("megatron_fsdp"):
+        pool = WithCudaCalls(pool)
+    if topology in ("megatron_fsdp, ZeRO 1", "megatron_fsdp, no overlap"):
+        order = one_backward_a_step(order)
     assert_order_changes_nothing(pool, list(order), specimen, **options)
 
 
 def cell(topology, order):
-    return (topology, order) if topology in FEW else slow(topology, order)
+    default = topology in FEW or (topology, order) == ("megatron_fsdp", "frozen and thawed while gradients wait")
+    return (topology, order) if default else slow(topology, order)
 
 
 @cases(("topology", "order"), [cell(topology, order) for topology in TOPOLOGIES for order in ORDERS])

@@ -5,7 +5,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from unittest.mock import patch
 
 import pytest
@@ -338,30 +338,6 @@ def test_weights_that_are_changed_between_steps_are_those_of_the_next_forward(ra
                 parameter.mul_(0.5)
     for losses in ranks(2).run(on_rank_edit_in_bfloat16, zero, folder, kept):
         assert losses == pytest.approx(expected, rel=5e-3)
-
-
-def on_rank_freeze_between(folder):
-    """Return what is said of a backward after one whose gradients wait, in a step and in a loop of one's own."""
-    model, runtime = on_rank_start(3, folder)
-    optimizer = runtime.optimizer(torch.optim.SGD, lr=0.1)
-    batch, said = rows_of_rank(Task(rows=4).batches(0)[0], runtime), []
-    for own_loop in (False, True):
-        with runtime.no_sync() if own_loop else nullcontext():
-            model(**runtime.batch(batch)).loss.backward()
-        model.model.embed_tokens.requires_grad_(False)
-        with pytest.raises(RuntimeError) as refusal:
-            runtime.forward_backward(batch)
-        said.append(str(refusal.value))
-        optimizer.zero_grad()
-        runtime.forward_backward(batch)
-        optimizer.zero_grad()
-        model.model.embed_tokens.requires_grad_(True)
-    return said
-
-
-def test_what_is_frozen_while_gradients_wait_is_refused(ranks):
-    for said in ranks(2).run(on_rank_freeze_between, checkpoint("llama")):
-        assert all("model.embed_tokens.weight was frozen after a backward whose gradients wait" in one for one in said)
 
 
 def on_rank_resume_in_bfloat16(folder, other, path):

@@ -53,11 +53,17 @@ class Engine:
         model.register_forward_hook(engine._after_forward)
         for name, raw in wrapper.raw_param.items():
             if raw.requires_grad:
-                raw.register_post_accumulate_grad_hook(partial(engine._use, name))
+                raw.register_hook(partial(engine._take, name))
 
-    def _use(self, name: str, _: Any) -> None:
-        if self.shards[name].requires_grad:  # the package does not know of what was frozen after it took over
-            self.used.add(name)
+    def _take(self, name: str, gradient: torch.Tensor) -> torch.Tensor | None:
+        """Note that a backward reached this parameter; add nothing to what was frozen after the package took over.
+
+        The package does not know of it, and asserts that its parameters require gradients as they did before.
+        """
+        if not self.shards[name].requires_grad:
+            return torch.zeros_like(gradient)
+        self.used.add(name)
+        return None
 
     @staticmethod
     def of(model: nn.Module) -> Engine:
@@ -96,22 +102,15 @@ class Engine:
                 "runtime.named_parameters() between the backward and optimizer.step()"
             )
 
-    def _refuse_frozen_between(self) -> None:
-        """Refuse to add to gradients of what was frozen since: the package would add to those, too."""
-        frozen = sorted(name for name in self.used if not self.shards[name].requires_grad)
-        if frozen:
-            raise RuntimeError(
-                f"{', '.join(frozen)} was frozen after a backward whose gradients wait for this one; call "
-                "optimizer.step() and optimizer.zero_grad() first, freeze before the first backward, or use 'fsdp2'"
-            )
-
     def _install_changed_weights(self) -> None:
         """Copy changed shards to the parameters of the forward; the package notices only its own optimizer steps."""
         if self._edits() != self.installed:
             self.wrapper.install_optimized_model_weights()
             self.stale = True
-        if self.stale and not self.wrapper.ddp_config.overlap_param_gather:
-            self.wrapper.start_param_sync()  # gathers all parameters; nothing else would
+        if self.stale:
+            self.wrapper.synchronize_param_gather()  # drops what a forward without its backward left gathered
+            if not self.wrapper.ddp_config.overlap_param_gather:
+                self.wrapper.start_param_sync()  # gathers all parameters; nothing else would
         self.stale = False
         self.installed = self._edits()  # now, because a gather may write to what the shards are views of
 
@@ -155,7 +154,6 @@ class Engine:
             )
         if self.reduced:
             self._continue_accumulating()
-        self._refuse_frozen_between()
         self.in_backward = True
         self._let_package_reduce(self.synchronise and self.wrapper.ddp_config.overlap_grad_reduce)
         self.wrapper._replace_param_with_raw_if_needed()
