@@ -208,6 +208,7 @@ def _config(family: str, kind: str) -> tuple[Any, FamilyTask]:
     if kind in ("sequence", "token"):
         for one in (config, text):
             one.num_labels = _LABELS
+            one.classifier_dropout = 0.0  # of many heads it is 0.1, without an option in the config
             one.pad_token_id = one.pad_token_id if getattr(one, "pad_token_id", None) is not None else 0
     eos = getattr(text, "eos_token_id", None)
     eos = eos[0] if isinstance(eos, (list, tuple)) else eos
