@@ -18,7 +18,7 @@ from nemo_dist.testing.tiny_models import SPECIMENS
 
 FSDP2 = FSDP2Config(mp_policy=FP32)
 # A pipeline is no transformers model: it has an evaluation of its own, and neither generates nor runs a bare forward.
-NO_MODEL = ("infer", "forward", "generate")
+NO_MODEL = ("infer", "forward", "generate", "own_backward")
 
 
 def fsdp2(**sizes):
@@ -78,6 +78,18 @@ ORDERS = {
         *("runtime", "freeze embedding", "forward_backward", "thaw", "optimizer", "forward_backward", "freeze block"),
         *("forward_backward", *STEP, "thaw", *STEP),
     ),
+    "an optimizer of some": (
+        *("runtime", "freeze embedding", "optimizer", "thaw", "forward_backward", "zero_grad", "forward_backward"),
+        *("update", "zero_grad_in_place", *STEP, *STEP),
+    ),
+    "gradients of one's own": (
+        *("runtime", "optimizer", "forward_backward", "replace_gradients", "forward_backward", "drop block"),
+        *("forward_backward", "halve_gradients", "clip", "forward_backward", "drop embedding", "update", *STEP),
+    ),
+    "a loop of one's own": (
+        *("runtime", "optimizer", "own_backward", "evaluate", "own_backward", "clip", "update", "zero_grad"),
+        *("own_backward", "shrink_weights", "forward", "update", "evaluate"),
+    ),
     "an optimizer after the backward": (
         "runtime",
         "forward_backward",
@@ -102,8 +114,8 @@ def one_backward_a_step(order):
     """Leave out what ZeRO 1 of megatron_fsdp refuses: a backward while reduced gradients of another wait."""
     waiting = False
     for call in order:
-        backward = call in ("forward_backward", "accumulate")
-        if not (waiting and backward):
+        backward = call in ("forward_backward", "own_backward", "accumulate")
+        if not (waiting and backward) and call != "thaw":  # thawed, the optimizer does not drop it
             yield call
         waiting = backward or (waiting and call not in ("zero_grad", "zero_grad_in_place"))
 

@@ -16,7 +16,11 @@ ANY_TIME = (
     *("evaluate", "infer", "forward", "generate", "train", "eval", "thaw"),
     *(f"freeze {name}" for name in FROZEN),
 )
-WITH_RUNTIME = ("forward_backward", "accumulate", "clip", "export", "optimizer", "runtime", "save", "load")
+WITH_RUNTIME = (
+    *("forward_backward", "own_backward", "accumulate", "clip", "export", "optimizer", "runtime", "save", "load"),
+    *("halve_gradients", "replace_gradients", "shrink_weights"),
+    *(f"drop {name}" for name in FROZEN),
+)
 WITH_OPTIMIZER = ("update", "zero_grad", "zero_grad_in_place")
 CALLS = (*ANY_TIME, *WITH_RUNTIME, *WITH_OPTIMIZER)
 

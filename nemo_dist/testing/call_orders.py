@@ -13,8 +13,11 @@ from typing import Any
 
 import attrs
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.nn.functional import cross_entropy, pad
 
+from nemo_dist.hf_model import IGNORED
 from nemo_dist.setup.setup import DistributedSetup
 from nemo_dist.testing.call_names import FROZEN, possible
 from nemo_dist.testing.equivalence import checkpoint, tensor_differences, whole_state
@@ -132,6 +135,36 @@ class Caller:
         loss.backward()
         return [loss.item()]
 
+    def call_own_backward(self, place: int) -> list[float]:
+        """Run forward and backward of one batch without the runtime."""
+        loss = self.model(**self.batch(place)).loss
+        loss.backward()
+        return [loss.item()]
+
+    def call_halve_gradients(self) -> None:
+        """Change the gradients in place."""
+        for parameter in self.named().values():
+            if parameter.grad is not None:
+                parameter.grad.mul_(0.5)
+
+    def call_replace_gradients(self) -> None:
+        """Put other tensors in the place of the gradients."""
+        for parameter in self.named().values():
+            if parameter.grad is not None:
+                parameter.grad = parameter.grad * 0.5
+
+    def call_drop(self, name: str) -> None:
+        """Drop the gradients of some parameters."""
+        for parameter_name, parameter in self.named().items():
+            if parameter_name.startswith(FROZEN[name]):
+                parameter.grad = None
+
+    @torch.no_grad()
+    def call_shrink_weights(self) -> None:
+        """Change the weights in place."""
+        for parameter in self.named().values():
+            parameter.mul_(0.9)
+
     def call_clip(self) -> list[float]:
         """Clip the gradients and return their norm before."""
         return [torch.nn.utils.clip_grad_norm_(self.model.parameters(), MAX_NORM).item()]
@@ -235,6 +268,17 @@ class RankCaller(Caller):
         batches = [rows_of_rank(self.batch(1000 * index + place), self.made) for index in range(count)]
         return [self.made.forward_backward(batches if count > 1 else batches[0]).item()]
 
+    def call_own_backward(self, place: int) -> list[float]:
+        """Run forward and backward of one batch in a loop of one's own; return the loss of all ranks."""
+        batch = rows_of_rank(self.batch(place), self.made)
+        following = pad(batch.pop("labels"), (0, 1), value=IGNORED)[:, 1:]
+        inputs = self.made.batch({**batch, "shift_labels": following})
+        labels = inputs.pop("shift_labels")
+        total = cross_entropy(self.model(**inputs).logits.mT, labels, ignore_index=IGNORED, reduction="sum")
+        loss = self.made.scale((labels != IGNORED).sum()) * total
+        loss.backward()
+        return [mean_of_ranks(loss)]
+
     def call_clip(self) -> list[float]:
         """Clip the gradients and return their norm before."""
         return [self.made.clip_grad_norm_(MAX_NORM).item()]
@@ -265,7 +309,24 @@ class RankCaller(Caller):
 
 
 # Calls that get their place in the order, from which their batch or folder follows.
-_PLACED = ("evaluate", "infer", "forward", "generate", "forward_backward", "accumulate", "export", "save")
+_PLACED = (
+    "evaluate",
+    "infer",
+    "forward",
+    "generate",
+    "forward_backward",
+    "own_backward",
+    "accumulate",
+    "export",
+    "save",
+)
+
+
+def mean_of_ranks(value: Tensor) -> float:
+    """Return the mean of *value* over all ranks."""
+    total = value.detach().clone()
+    dist.all_reduce(total)
+    return total.item() / dist.get_world_size()
 
 
 def _copied(tensors: Mapping[str, Any]) -> dict[str, Any]:

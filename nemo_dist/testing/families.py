@@ -103,6 +103,8 @@ def _verdicts(pool: RankPool, folder: Path, cells: Sequence[str]) -> Iterator[tu
                 verdict = merged(pool.run(judge, cell, folder, timeout=_LIMIT))
         except RankFailure as error:  # a rank died, or hangs: the pool starts new ones
             verdict = Verdict(status="crash", reason=_last_line(error))
+        if verdict.status in FAILED:  # a rank that failed alone leaves the others in the middle of an exchange
+            pool.close()
         yield cell, verdict
     shutil.rmtree(folder, ignore_errors=True)
 

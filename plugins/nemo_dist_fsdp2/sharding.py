@@ -64,15 +64,16 @@ def shard(model: nn.Module, mesh: MeshContext, config: FSDP2Config) -> None:
     # A pipeline stage runs several forwards before the first backward: gather its blocks once for all of them.
     block_reshard = mesh.size(Role.LAYERS) == 1 if reshard is None else reshard
     _shard_placed(model, options, bool(block_reshard))
+    # The embedding first: it may be in a block, around which some models call it (ModernVBERT).
+    for embedding in untied(model, embeddings(model)):
+        how = precise if kept.issuperset(embedding.parameters()) else options
+        fully_shard(embedding, reshard_after_forward=block_reshard, **how)
     blocks = untied(model, hf_model.blocks(model).values())
     for block in blocks:
         if config.enable_compile:
             block.compile()
         how = precise if kept.issuperset(block.parameters()) else options
         fully_shard(block, reshard_after_forward=block_reshard, **how)
-    for embedding in untied(model, embeddings(model)):
-        how = precise if kept.issuperset(embedding.parameters()) else options
-        fully_shard(embedding, reshard_after_forward=block_reshard, **how)
     # The backward starts where the forward ends, so freeing norm and head in between would only gather them twice.
     end = [module for module in untied(model, tail(model)) if not kept.issuperset(module.parameters())]
     if end:

@@ -11,7 +11,7 @@ import attrs
 import torch
 import torch.distributed as dist
 from megatron_fsdp import fully_shard_optimizer
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nemo_dist.mesh.dtensor import parameter_slots
@@ -34,7 +34,8 @@ class Engine:
     layout: RowLayout
     shards: dict[str, Any]
     slots: list[tuple[str, dict[str, Any], str, Any]]  # a name, the dict of a module's own parameters, its name there
-    used: set[str] = attrs.field(factory=set)
+    used: set[str] = attrs.field(factory=set)  # whose gradients this rank added to since they were dropped
+    shown: dict[str, tuple[Any, int]] = attrs.field(factory=dict)  # the gradients as they were set, and their changes
     synchronise: bool = True
     in_backward: bool = False
     reduced: bool = False
@@ -55,7 +56,7 @@ class Engine:
             if raw.requires_grad:
                 raw.register_hook(partial(engine._take, name))
 
-    def _take(self, name: str, gradient: torch.Tensor) -> torch.Tensor | None:
+    def _take(self, name: str, gradient: Tensor) -> Tensor | None:
         """Note that a backward reached this parameter; add nothing to what was frozen after the package took over.
 
         The package does not know of it, and asserts that its parameters require gradients as they did before.
@@ -116,13 +117,13 @@ class Engine:
 
     def _edits(self) -> int:
         """Count writes to the shards: to the DTensors, and to their local tensors, which torch counts apart."""
-        return sum(changes_in_place(shard) + changes_in_place(shard.to_local()) for shard in self.shards.values())
+        return sum(map(_changes, self.shards.values()))
 
     def _stepped(self, *_: Any) -> None:
         self.stale, self.installed = True, self._edits()  # the package installs what its own steps wrote
 
     def _continue_accumulating(self) -> None:
-        """Prepare a backward after a synchronised one: accumulate on its gradients, unless they were set to None."""
+        """Prepare a backward after a synchronised one: it adds to the gradients that the shards have now."""
         if all(shard.grad is None for shard in self.shards.values()):
             self.wrapper.zero_grad_buffer()
             self.used.clear()
@@ -131,7 +132,29 @@ class Engine:
                 "ZeRO 1 has reduced the gradients of the last backward, and would reduce them again; call "
                 "optimizer.zero_grad() first, or run all but the last backward under runtime.no_sync()"
             )
+        else:
+            for name, shard in self.shards.items():
+                self._take_back(name, shard.grad)
         self.reduced = False
+
+    def _take_back(self, name: str, gradient: Any) -> None:
+        """Let the package add to *gradient*, where the user dropped, replaced or changed what it had."""
+        part = self._gradient_part(name)
+        if gradient is None:
+            self.used.discard(name)
+            if part is not None:
+                part.zero_()
+            return
+        self.used.add(name)
+        shown, changes = self.shown.get(name, (None, 0))
+        if part is not None and not (gradient is shown and _changes(gradient) == changes):
+            part.copy_(gradient.to_local().flatten())
+
+    def _gradient_part(self, name: str) -> Tensor | None:
+        """Return where the package adds up this rank's part of a gradient, flat; None for what it took over frozen."""
+        raw, buffer = self.wrapper.raw_param[name], self.wrapper.param_and_grad_buffer
+        gradients = buffer.parameter_groups[buffer.param_to_param_group[raw]].main_grad_buffer
+        return None if gradients is None else gradients.get_item(gradients.param_idx[raw])
 
     def _after_forward(self, model: nn.Module, args: Any, output: Any) -> None:
         if not torch.is_grad_enabled() and self.wrapper.ddp_config.overlap_param_gather:
@@ -198,6 +221,7 @@ class Engine:
                 shard.grad = torch.zeros_like(shard)
             if shard.grad is not None:
                 self.layout.correct(name, shard.grad)
+                self.shown[name] = shard.grad, _changes(shard.grad)
 
     @contextmanager
     def _unsynchronised(self) -> Iterator[None]:
@@ -233,12 +257,23 @@ class Engine:
         return adopted
 
     def _zero_grad(self, optimizer: Optimizer, drop: Callable[..., None], set_to_none: bool = True) -> None:
-        """Drop the gradients, or set them to zero, which the package does by dropping them."""
-        held = [one for group in optimizer.param_groups for one in group["params"] if one.grad is not None]
-        drop(set_to_none=set_to_none)
+        """Drop the gradients of what *optimizer* trains, or set them to zero; the package drops those of all."""
+        trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        held = [parameter for parameter in trained if parameter.grad is not None]
+        names = {name for name, shard in self.shards.items() if any(shard is one for one in trained)}
+        alone = all(name in names for name, shard in self.shards.items() if name in self.used or shard.grad is not None)
+        drop(zero_grad_buffer=alone)
+        self.shown = {} if alone else {name: one for name, one in self.shown.items() if name not in names}
+        for name in names if not (alone or self.reduced) else ():  # else the next backward sees what was dropped
+            self._take_back(name, None)
         if set_to_none:
-            self.used.clear()
+            self.used -= names
         else:
-            self.reduced = False  # there is nothing to reduce once more
+            self.reduced = self.reduced and not alone  # if alone there is nothing to reduce once more
             for parameter in held:
                 parameter.grad = torch.zeros_like(parameter)
+
+
+def _changes(tensor: Any) -> int:
+    """Count writes to a DTensor: to itself, and to its local tensor, which torch counts apart."""
+    return changes_in_place(tensor) + changes_in_place(tensor.to_local())
