@@ -166,17 +166,3 @@ def test_compiled_blocks_train_like_one_process(ranks, case):
     strategy = FSDP2Config(mp_policy=FP32, enable_compile=True, sequence_parallel=sequence)
     options = {"parallelism_sizes": ParallelismSizes(**sizes), "activation_checkpointing": mode}
     assert_equivalent(ranks(world), Task(length=16), strategy=strategy, **options)
-
-
-def on_rank_count_graphs(folder):
-    initialize_distributed("gloo")
-    setup = DistributedSetup.build(strategy=FSDP2Config(mp_policy=FP32, enable_compile=True))
-    model = SPECIMENS["llama"].load.from_pretrained(folder, distributed_setup=setup, dtype=torch.float32)
-    torch._dynamo.utils.counters.clear()
-    setup.runtime(model).forward_backward(SPECIMENS["llama"].batch(2, 16, torch.Generator().manual_seed(0)))
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
-
-
-@pytest.mark.slow
-def test_enable_compile_does_compile(on_ranks):
-    assert on_ranks(1, on_rank_count_graphs, checkpoint("llama"))[0] > 0

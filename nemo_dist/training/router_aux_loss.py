@@ -172,6 +172,16 @@ class RouterLoss:
         index = index if isinstance(output, tuple) else 0  # as transformers reads what it records
         if mask is None or values[index] is None:
             return None
+        return self._tie(output, values, index, mask)
+
+    # Not compiled: the backward reads the slope, which is known only after the forward, and a graph would keep that of
+    # the step in which it was made.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _tie(self, output: Any, values: tuple[Any, ...], index: int, mask: Tensor) -> Any:
+        """Count the choices by the logits, ``values[index]``; return *output* with the gradient of the loss attached.
+
+        None stands for *output* as it is, where there is no backward.
+        """
         logits: Tensor = values[index]
         if self._counting:
             self._count(logits.detach(), mask)

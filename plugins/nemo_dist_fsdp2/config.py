@@ -50,10 +50,11 @@ class FSDP2Config:
     forward needs and in the stages of a pipeline. ``defer_fsdp_grad_sync``: reduce gradients once per
     ``forward_backward``, not once per batch of a list (faster, but holds whole gradients).
     ``forward_prefetch_depth``, ``backward_prefetch_depth``: how many blocks ahead are gathered.
-    ``enable_compile``: run ``torch.compile`` on every block. ``activation_checkpointing`` is the same as on
-    ``DistributedSetup.build``; ``activation_checkpointing_scope`` restricts it to parts of a model of several towers:
-    one or more of "language", "vision", "audio" and "multimodal"; None is all. ``sequence_parallel``, ``tp_plan`` and
-    ``enable_async_tensor_parallel`` go to the plugin of the ``tp`` axis, and are refused without one.
+    ``enable_compile``: run ``torch.compile`` on every block; a warning names those of which it compiles nothing.
+    ``activation_checkpointing`` is the same as on ``DistributedSetup.build``; ``activation_checkpointing_scope``
+    restricts it to parts of a model of several towers: one or more of "language", "vision", "audio" and "multimodal";
+    None is all. ``sequence_parallel``, ``tp_plan`` and ``enable_async_tensor_parallel`` go to the plugin of the ``tp``
+    axis, and are refused without one.
     """
 
     mp_policy: MixedPrecisionPolicy | dict[str, Any] | None = attrs.field(

@@ -26,6 +26,7 @@ from nemo_dist.plugin.resharding import reshard_with
 from nemo_dist.plugin.sharding_override import ShardingOverride, sharding_overrides
 from nemo_dist.training.rehearsal import read_from_outside
 from nemo_dist_fsdp2.buffers import follow_compute_dtype
+from nemo_dist_fsdp2.compiled import compile_blocks
 from nemo_dist_fsdp2.containers import keep_writes
 from nemo_dist_fsdp2.dtypes import kept_in_float32
 from nemo_dist_fsdp2.inputs import cast_hidden_states, cast_inputs
@@ -69,9 +70,9 @@ def shard(model: nn.Module, mesh: MeshContext, config: FSDP2Config) -> None:
         how = precise if kept.issuperset(embedding.parameters()) else options
         fully_shard(embedding, reshard_after_forward=block_reshard, **how)
     blocks = untied(model, hf_model.blocks(model).values())
+    if config.enable_compile:
+        compile_blocks(model, blocks)
     for block in blocks:
-        if config.enable_compile:
-            block.compile()
         how = precise if kept.issuperset(block.parameters()) else options
         fully_shard(block, reshard_after_forward=block_reshard, **how)
     # The backward starts where the forward ends, so freeing norm and head in between would only gather them twice.

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from typing import Any
 
@@ -42,18 +40,38 @@ def _operators(names: tuple[str, ...]) -> frozenset[Any]:
 
 
 class _Copies(TorchDispatchMode):
-    """Return copies of the result of ``topk``, because routers scale the weights that they chose in place."""
+    """Within *kept*, return copies of the results of ``topk``, because routers scale what they chose in place.
+
+    torch.compile takes no other contexts for a layer that recomputes than modes like this one.
+    """
+
+    def __init__(self, kept: Any) -> None:
+        make: Any = super().__init__  # torch leaves it untyped
+        make()
+        self._kept = kept
+
+    def __enter__(self) -> Any:
+        self._kept.__enter__()
+        enter: Any = super().__enter__
+        return enter()
+
+    def __exit__(self, *failure: Any) -> None:
+        leave: Any = super().__exit__
+        leave(*failure)
+        self._kept.__exit__(*failure)
+
+    @property
+    def ac_graph_id(self) -> Any:
+        """The number that torch.compile gives the layer, by which *kept* marks what is computed in it."""
+        return self._kept.ac_graph_id
+
+    @ac_graph_id.setter
+    def ac_graph_id(self, number: int) -> None:
+        self._kept.ac_graph_id = number
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = function(*args, **(kwargs or {}))
         return tuple(part.clone() for part in found) if function is torch.ops.aten.topk.default else found
-
-
-@contextmanager
-def _copying(kept: AbstractContextManager[Any]) -> Iterator[None]:
-    mode: Any = _Copies  # torch leaves its constructor untyped
-    with kept, mode():
-        yield
 
 
 @cache
@@ -84,4 +102,4 @@ def selective_contexts(routed: bool = False) -> Any:
         return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
     contexts: Any = create_selective_checkpoint_contexts(keep)
-    return tuple(map(_copying, contexts)) if routed else contexts
+    return tuple(map(_Copies, contexts)) if routed else contexts
