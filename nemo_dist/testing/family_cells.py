@@ -229,10 +229,10 @@ def _new_model(config: Any, kind: str) -> Any:
         for parameter in model.parameters():
             if not parameter.is_floating_point():
                 continue
-            if parameter.ndim < 2:
-                parameter.add_(torch.randn_like(parameter), alpha=0.1)
-            elif not parameter.any():
+            if not parameter.any():
                 parameter.normal_(std=0.1)
+            elif parameter.ndim < 2 or parameter.min() == parameter.max():
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
             elif parameter.std() < 0.05:
                 parameter.mul_(parameter.shape[-1] ** -0.5 / parameter.std())
     return model
