@@ -163,18 +163,20 @@ def _differences(
 ) -> list[str]:
     """Return where *found*, or the first of *files*, is further from one process than rounding brings it.
 
-    What a run in float64 says of rounding is asked only where the two differ.
+    What runs in float64, and from weights that are moved by one rounding, say of it is asked only where the two differ.
     """
     lines = differences(found, exact) + tensor_differences("export", *files, TOLERANCE)
-    if not lines:
-        return lines
-    try:
-        double, _ = _alone(task, folder, torch.float64)
-    except (RuntimeError, NotImplementedError):  # a kernel without float64
-        return lines
-    return differences(found, exact, other=_held_here(double, found)) + tensor_differences(
-        "export", *files, TOLERANCE, double.parameters
-    )
+    for how in ({"dtype": torch.float64}, {"moved": True}):
+        if not lines:
+            break
+        try:
+            other, _ = _alone(task, folder, **how)
+        except (RuntimeError, NotImplementedError):  # a kernel without float64
+            continue
+        unexplained = differences(found, exact, other=_held_here(other, found))
+        unexplained += tensor_differences("export", *files, TOLERANCE, other.parameters)
+        lines = [line for line in lines if line in unexplained]
+    return lines
 
 
 def merged(verdicts: list[Verdict]) -> Verdict:
@@ -264,9 +266,20 @@ def _reference(task: FamilyTask, folder: Path, dtype: torch.dtype = torch.float3
     return outcome, _saved(folder / "saved", task)
 
 
-def _alone(task: FamilyTask, folder: Path, dtype: torch.dtype) -> tuple[Outcome, Any]:
-    """Return what one process computes in *dtype*, with optimizer and weights in float32 at least, and the model."""
+def _alone(
+    task: FamilyTask, folder: Path, dtype: torch.dtype = torch.float32, moved: bool = False
+) -> tuple[Outcome, Any]:
+    """Return what one process computes in *dtype*, with optimizer and weights in float32 at least, and the model.
+
+    *moved*: from weights each of which is the next number above or below, at random.
+    """
     model = _plain(task, folder / "model", dtype)
+    if moved:
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                away = torch.where(torch.rand(parameter.shape, generator=generator) < 0.5, -torch.inf, torch.inf)
+                parameter.copy_(torch.nextafter(parameter, away.to(parameter.dtype)))
     if dtype is torch.float64:
         compute_experts_one_by_one(model)
     wide = torch.promote_types(dtype, torch.float32)
