@@ -21,18 +21,19 @@ from torch.nn.functional import log_softmax, logsigmoid
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
-from nemo_dist import RankError, TopologyError
+from nemo_dist import RankError, RunFolder, TopologyError
 from nemo_dist.checkpoint.preemption import CODE
 from nemo_dist.cli.main import app
 from nemo_dist.hf_model import IGNORED
 from nemo_dist.mesh.launch_env import Launch
 from nemo_dist.planning.device_flops import bfloat16_flops
 from nemo_dist.recipe import job, throughput
-from nemo_dist.recipe.config import DataSection, LoggingSection, Recipe
+from nemo_dist.recipe.config import DataSection, LoggingSection, Recipe, SchedulerSection
 from nemo_dist.recipe.documents import documents
 from nemo_dist.recipe.dry_run import described
 from nemo_dist.recipe.job import judge, stream_of, train
 from nemo_dist.recipe.metrics import FILE, Metrics
+from nemo_dist.recipe.optimization import give_back, make_schedule, options_of
 from nemo_dist.recipe.row_stream import RowStream
 from nemo_dist.recipe.tokens import Row, byte_tokenizer, packed, rows_of, tokenizer_of
 
@@ -714,6 +715,60 @@ def test_epochs_with_another_size_of_steps_are_refused_at_resume(on_ranks, alone
         RankError, match=r"TopologyError: - training\.batch_size is 2, but the run read 16 rows in its 4 steps"
     ):
         run(on_ranks, 1, example("sft", *QUIET, *longer))
+
+
+def test_a_run_that_has_done_more_steps_than_it_is_to_have_is_refused(on_ranks, alone):
+    with pytest.raises(RankError, match=r"- training\.steps makes 3 steps, but the run in .* has done 4; make it 4 steps"):
+        run(on_ranks, 1, example("sft", *QUIET, f"checkpoint.folder={alone}", "training.steps=3"))
+
+
+def test_a_run_that_begins_anew_beside_other_checkpoints_says_so(tmp_path, capsys):
+    job._say_what_stays(RunFolder(tmp_path))
+    assert not capsys.readouterr().out
+    for step in (2, 4):
+        (tmp_path / f"step-{step:08d}").mkdir()
+    job._say_what_stays(RunFolder(tmp_path))
+    assert "has checkpoints of a run before, of steps 2, 4, and those of later steps" in capsys.readouterr().out
+
+
+def scheduled(steps, **options):
+    """Return an optimizer of *options* with a cosine schedule over so many *steps*."""
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))], **options)
+    return optimizer, make_schedule(SchedulerSection(type="cosine"), optimizer, steps)
+
+
+def test_what_a_checkpoint_brings_gives_way_to_what_the_recipe_says():
+    before, short = scheduled(4, lr=0.1)
+    optimizer, schedule = scheduled(8, lr=0.5, weight_decay=0.3)
+    for _ in range(2):
+        before.step()
+        short.step()
+    for options, found in ((options_of(before), []), (options_of(optimizer), ["lr 0.5", "weight_decay 0.3", "the rate"])):
+        one, its = (before, short) if not found else (optimizer, schedule)
+        one.load_state_dict(before.state_dict())
+        its.load_state_dict(short.state_dict())
+        said = give_back(options, one, its)
+        assert len(said) == len(found) and all(any(line.startswith(name) for line in said) for name in found)
+    whole = scheduled(8, lr=0.5)
+    for _ in range(2):
+        whole[0].step()
+        whole[1].step()
+
+    for _ in range(6):
+        assert schedule.get_last_lr() == whole[1].get_last_lr() == [optimizer.param_groups[0]["lr"]]
+        for one in (optimizer, schedule, *whole):
+            one.step()
+    assert optimizer.param_groups[0]["weight_decay"] == 0.3
+
+
+def test_a_run_that_goes_on_trains_as_its_recipe_says_now(on_ranks, tmp_path):
+    asked = (*QUIET, *into(tmp_path), "scheduler={type: cosine}", "evaluate=null")
+    run(on_ranks, 1, example("sft", *asked, "training.steps=2", "optimizer.lr=1e-2"))
+    run(on_ranks, 1, example("sft", *asked, "training.steps=4", "optimizer.lr=1e-3"))
+
+    # Of a cosine over 2 steps, and from its middle on over 4.
+    rates = [1e-2, 5e-3, 5e-4, 5e-4 * (1 - 0.5**0.5)]
+    assert list(numbers(tmp_path, "lr").values()) == pytest.approx(rates)
 
 
 def on_rank_stop(recipe):

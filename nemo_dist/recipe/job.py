@@ -19,11 +19,19 @@ from nemo_dist.mesh.process_group import DistEnv, initialize_distributed
 from nemo_dist.mesh.store_consensus import brief, compare, reported
 from nemo_dist.models.meta_model import in_one_line
 from nemo_dist.planning.mesh_plan import Role
+from nemo_dist.planning.validation import shown
 from nemo_dist.recipe.config import DataSection, Recipe
 from nemo_dist.recipe.documents import files_of
 from nemo_dist.recipe.metrics import Metrics, judge_logging
 from nemo_dist.recipe.model import adapter_config, config_of, load_model
-from nemo_dist.recipe.optimization import make_loss, make_optimizer, make_schedule, tried_optimizer
+from nemo_dist.recipe.optimization import (
+    give_back,
+    make_loss,
+    make_optimizer,
+    make_schedule,
+    options_of,
+    tried_optimizer,
+)
 from nemo_dist.recipe.progress import Report, progress, say
 from nemo_dist.recipe.reference_scores import score
 from nemo_dist.recipe.row_stream import RowStream
@@ -163,6 +171,29 @@ def _refuse_other_steps(recipe: Recipe, done: int, taken: int) -> None:
         )
 
 
+def _say_what_stays(folder: RunFolder) -> None:
+    """Say which checkpoints a run that begins anew finds in *folder*; RunFolder never removes those of later steps."""
+    steps = folder.steps()
+    if steps:
+        say(
+            f"begins anew, as checkpoint.resume says; {folder.path} has checkpoints of a run before, of steps "
+            f"{', '.join(map(str, steps[:5]))}{', ...' * (len(steps) > 5)}, and those of later steps than this run's "
+            "stay; name a new checkpoint.folder to have them apart"
+        )
+
+
+def _refuse_too_few_steps(recipe: Recipe, done: int, steps: int) -> None:
+    """Raise TopologyError where more steps are done than the run has: its export would be of the later one."""
+    if done > steps:
+        asked = "steps" if recipe.training.steps is not None else "epochs"
+        raise TopologyError(
+            [
+                f"training.{asked} makes {steps} steps, but the run in {recipe.checkpoint.folder} has done {done}; make "
+                f"it {done} steps or more, or set checkpoint.folder to a new folder"
+            ]
+        )
+
+
 @attrs.frozen(kw_only=True, eq=False)
 class Job:
     """The loop of a run from step ``done`` to ``steps``, and all that is saved with it."""
@@ -192,8 +223,16 @@ class Job:
         if kept.folder is not None:
             folder = RunFolder(kept.folder, keep_last=kept.keep_last, keep_every=kept.keep_every)
             if kept.resume:
+                options = options_of(optimizer)
                 found = folder.resume(runtime, optimizer, schedulers=[schedule], data=stream)
+            elif env.is_main:
+                _say_what_stays(folder)
             _refuse_other_steps(recipe, found[0] if found else 0, stream.taken)
+            if found is not None:
+                _refuse_too_few_steps(recipe, found[0], steps)
+                changed = give_back(options, optimizer, schedule)
+                if env.is_main and changed:
+                    say(f"goes on as the recipe says now: {', '.join(changed)}")
         return cls(
             recipe=recipe,
             env=env,
