@@ -28,11 +28,12 @@ from nemo_dist.hf_model import IGNORED
 from nemo_dist.mesh.launch_env import Launch
 from nemo_dist.planning.device_flops import bfloat16_flops
 from nemo_dist.recipe import job, throughput
-from nemo_dist.recipe.config import DataSection, LoggingSection, Recipe, SchedulerSection
+from nemo_dist.recipe.config import DataSection, LoggingSection, ModelSection, Recipe, SchedulerSection
 from nemo_dist.recipe.documents import documents
 from nemo_dist.recipe.dry_run import described
 from nemo_dist.recipe.job import judge, stream_of, train
 from nemo_dist.recipe.metrics import FILE, Metrics
+from nemo_dist.recipe.model import config_of, weightless
 from nemo_dist.recipe.optimization import give_back, make_schedule, options_of
 from nemo_dist.recipe.row_stream import RowStream
 from nemo_dist.recipe.tokens import Row, byte_tokenizer, packed, rows_of, tokenizer_of
@@ -95,6 +96,10 @@ WRONG = {
     "no tokenizer": ({"model": {"config": {"model_type": "llama"}}}, "model.tokenizer must be given"),
     "endless": ({"training": {"epochs": float("inf"), "batch_size": 4}}, "training.epochs must be finite and above 0"),
     "a date": ({"data": {"path": CHAT, "date": "July"}}, "data.date must be a date, as 2024-07-26 (got 'July')"),
+    "another dtype": (
+        {"model": {"path": "x", "options": {"dtype": "bfloat16"}}},
+        "model.options has dtype, whose place is model.dtype; move it there",
+    ),
     "a dtype": ({"model": {"path": "x", "dtype": "bfloat61"}}, "(got 'bfloat61'); did you mean 'bfloat16'?"),
 }
 
@@ -172,6 +177,58 @@ def test_a_change_that_says_nothing_is_refused_in_few_words(change):
     with pytest.raises((ValueError, TypeError), match=CHANGES[change]) as caught:
         example("sft", change).setup(1)
     assert len(str(caught.value)) < 1000
+
+
+def in_cache(cache, revisions):
+    """Make a cache of the hub of a model and its tokenizer, by revision with another vocabulary and template.
+
+    The tokenizer is beside the model, or, where that is in "below", above it.
+    """
+    place = cache / "models--some--model"
+    (place / "refs").mkdir(parents=True)
+    for number, (revision, subfolder) in enumerate(revisions.items()):
+        snapshot = place / "snapshots" / (str(number) * 40)
+        for folder in {snapshot / subfolder} | ({snapshot} if subfolder == "below" else set()):
+            transformers.LlamaConfig(vocab_size=300 + number).save_pretrained(folder)
+        tokenizer = byte_tokenizer()
+        tokenizer.chat_template = revision
+        tokenizer.save_pretrained(snapshot if subfolder == "below" else snapshot / subfolder)
+        (place / "refs" / revision).write_text(str(number) * 40)
+
+
+def test_options_of_the_loader_reach_the_config_and_the_tokenizer(tmp_path):
+    in_cache(tmp_path, {"main": "", "v2": "", "v3": "deep", "v4": "below"})
+    places = [{}, {"revision": "v2"}, *({"revision": r, "subfolder": s} for r, s in (("v3", "deep"), ("v4", "below")))]
+    for number, place in enumerate(places):
+        options = {"cache_dir": str(tmp_path), "local_files_only": True, **place}
+        model = ModelSection(path="some/model", options=options)
+        assert tokenizer_of(model, DataSection(path=CHAT)).chat_template == place.get("revision", "main")
+        assert config_of(model).vocab_size == 300 + number
+        other = ModelSection(path="another/model", tokenizer="some/model", options=options)  # at its own revision
+        assert tokenizer_of(other, DataSection(path=CHAT)).chat_template == "main"
+
+
+OWN_CODE = '''
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own_of_recipe"
+
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+'''
+
+
+def test_a_dry_run_makes_models_of_code_that_the_recipe_trusts(tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "own_code_of_recipe.py").write_text(OWN_CODE)
+    own = {"AutoConfig": "own_code_of_recipe.OwnConfig", "AutoModelForCausalLM": "own_code_of_recipe.OwnModel"}
+    config = example("sft").model.config | {"model_type": "own_of_recipe", "auto_map": own}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+
+    found = weightless(ModelSection(path=str(tmp_path / "model"), options={"trust_remote_code": True}))
+    assert type(found).__name__ == "OwnModel"
 
 
 def test_rows_that_do_not_divide_over_the_ranks_are_refused():

@@ -50,13 +50,13 @@ def meta_model(source: str | os.PathLike[str] | PreTrainedConfig, dtype: torch.d
     return model
 
 
-def read_config(name: str | os.PathLike[str]) -> Any:
-    """Return the config in a folder, in a file, or under a name on the hub.
+def read_config(name: str | os.PathLike[str], **options: Any) -> Any:
+    """Return the config in a folder, in a file, or under a name on the hub, with *options* as a model's loader takes them.
 
     Raises ValueError when there is none, with the nearest name beside a path that does not exist.
     """
     try:
-        return AutoConfig.from_pretrained(os.fspath(name))
+        return AutoConfig.from_pretrained(os.fspath(name), **options)
     except Exception as error:  # every class checks its fields in its own way
         raise ValueError(
             f"no model config at {shown(os.fspath(name))}{_beside(os.fspath(name))}; name a folder with a config.json, "

@@ -89,6 +89,8 @@ class ModelSection:
         if (self.path is None) == (self.config is None):
             raise ValueError("model needs one of path (a folder, or a name on the hub) and config (of a new model)")
         _refuse_dtype(self.dtype, (*_DTYPES, _AUTO) if self.config is None else _DTYPES)
+        for name in {"dtype", "torch_dtype"} & self.options.keys():
+            raise ValueError(f"model.options has {name}, whose place is model.dtype; move it there")
         if self.config is not None and not isinstance(self.config.get("model_type"), str):
             raise ValueError("model.config needs a model_type, 'llama' for one")
         if self.config is not None and self.tokenizer is None:

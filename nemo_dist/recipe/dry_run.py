@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-
 from nemo_dist.hf_model import IGNORED
-from nemo_dist.models.meta_model import making_a_model
 from nemo_dist.recipe.config import DataSection, Recipe
 from nemo_dist.recipe.job import judge, steps_of
-from nemo_dist.recipe.model import config_of
+from nemo_dist.recipe.model import weightless
 from nemo_dist.recipe.tokens import rows_of, tokenizer_of
 from nemo_dist.setup.setup import DistributedSetup
 
@@ -19,13 +16,7 @@ from nemo_dist.setup.setup import DistributedSetup
 def described(recipe: Recipe, setup: DistributedSetup) -> str:
     """Return what *recipe* does under *setup* as text; raise what the run would raise before it loads the model."""
     judge(recipe)
-    from transformers import AutoModelForCausalLM
-
-    config = config_of(recipe.model)
-    # In the dtype that is stored, as bytes are counted by it; "auto" is that of the files, which their config says.
-    options = {} if recipe.model.dtype == "auto" else {"dtype": getattr(torch, recipe.model.dtype)}
-    with making_a_model(config), torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config, **options)
+    model = weightless(recipe.model)
     tokenizer = tokenizer_of(recipe.model, recipe.data)
     plan = setup.explain(model, recipe.rows_of_batch(setup), recipe.data.length)
     return "\n".join([plan, "", *_lines(recipe, setup, model, tokenizer)])

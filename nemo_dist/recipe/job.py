@@ -263,7 +263,7 @@ class Job:
                 metrics = Metrics.open(recipe.logging, recipe.folder, self.done, recipe.given)
         speed = Throughput()
         if main:
-            speed = Throughput.of(config_of(recipe.model), recipe.data.length, self.env.world_size)
+            speed = Throughput.of(recipe.model, recipe.data.length, self.env.world_size)
         with closing(metrics), progress(self.steps, self.done, recipe.logging.every, main) as report:
             for step in range(self.done + 1, self.steps + 1):
                 self._step(step, speed, metrics, report)

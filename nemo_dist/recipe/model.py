@@ -9,7 +9,7 @@ import torch
 
 from nemo_dist.errors import UnknownNameError
 from nemo_dist.models.auto_model import NeMoAutoModelForCausalLM
-from nemo_dist.models.meta_model import in_one_line, read_config
+from nemo_dist.models.meta_model import in_one_line, making_a_model, read_config
 from nemo_dist.planning.validation import near, shown
 from nemo_dist.recipe.config import ModelSection
 from nemo_dist.setup.setup import DistributedSetup
@@ -30,12 +30,24 @@ def load_model(section: ModelSection, setup: DistributedSetup) -> Any:
     return model if config is None else setup.add_adapters(model, config)
 
 
+def weightless(section: ModelSection) -> Any:
+    """Return the model without weights and adapters; raise ValueError where transformers makes none of its config."""
+    from transformers import AutoModelForCausalLM
+
+    config = config_of(section)
+    # In the dtype that is stored, as bytes are counted by it; "auto" is that of the files, which their config says.
+    options = {} if section.dtype == "auto" else {"dtype": getattr(torch, section.dtype)}
+    trusted = section.options.get("trust_remote_code")
+    with making_a_model(config), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trusted, **options)
+
+
 def config_of(section: ModelSection) -> Any:
-    """Return the transformers config of the model."""
+    """Return the transformers config of the model, which takes the loader's options as the loader itself does."""
     from transformers import AutoConfig
 
     if section.config is None:
-        return read_config(str(section.path))
+        return read_config(str(section.path), **section.options)
     fields = dict(section.config)
     try:
         return AutoConfig.for_model(fields.pop("model_type"), **fields)
