@@ -305,6 +305,26 @@ def test_a_template_that_asks_for_today_gets_the_date_of_the_recipe():
         rows_of(DataSection(path=CHAT), tokenizer)
 
 
+TOOLS = '"tools": [{"type": "function", "function": {"name": "weather"}}]'
+ASKED, ANSWERED = '{"role": "user", "content": "ab"}', '{"role": "assistant", "content": "cd"}'
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [f'"messages": [{ASKED}, {ANSWERED}]', f'"prompt": [{ASKED}], "chosen": [{ANSWERED}], "rejected": [{ANSWERED}]'],
+)
+def test_the_tools_of_a_conversation_go_to_the_template(turns, tmp_path):
+    (tmp_path / "data.jsonl").write_text(f"{{{turns}, {TOOLS}}}\n")
+    section, tokenizer = DataSection(path=str(tmp_path / "data.jsonl")), byte_tokenizer()
+    pairs = "chosen" in turns
+    with pytest.raises(ValueError, match=r"line 1 has tools, which the chat template does not write; take the field"):
+        rows_of(section, tokenizer, pairs=pairs)
+    tokenizer.chat_template = "{% if tools %}{{ tools[0].function.name }}{% endif %}" + tokenizer.chat_template
+    for row in rows_of(section, tokenizer, pairs=pairs):
+        assert tokenizer.decode(row.tokens) == "weather<|user|>ab<|end|><|assistant|>cd<|end|>"
+        assert tokenizer.decode(row.tokens[row.labels != IGNORED]) == "cd<|end|>"
+
+
 def test_the_end_that_a_tokenizer_adds_by_itself_counts_as_the_one_added_here(tmp_path):
     from tokenizers.processors import TemplateProcessing
 
@@ -363,6 +383,7 @@ BAD_LINES = {
     '{"messages": []}': "messages must be a list of turns",
     '{"messages": [{"content": "x"}]}': "a turn has a role and content",
     '{"text": 3}': "text must be text",
+    '{"messages": [{"role": "user", "content": "x"}], "tools": "[]"}': r"tools must be a list of mappings \(got '\[\]'",
     '{"chosen": "a", "rejected": "b"}': "prompt must be text",
     '{"prompt": "a", "chosen": [], "rejected": []}': "chosen must be text",
 }

@@ -211,6 +211,11 @@ class _Cut:
         """Return the text of a conversation, and the spans in it that the assistant says."""
         turns = list(document.messages)
         whole = self._rendered(document, turns)
+        if document.tools and whole == self._rendered(attrs.evolve(document, tools=()), turns):
+            raise ValueError(
+                f"data: {document.where} has tools, which the chat template does not write; take the field out, or set "
+                "data.chat_template to a template that does"
+            )
         if self.data.train_on == ALL:
             return whole, [(0, len(whole))]
         spans = []
@@ -230,7 +235,11 @@ class _Cut:
     def _rendered(self, document: Document, turns: Sequence[Any], add_generation_prompt: bool = False) -> str:
         try:
             text: str = self.tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=add_generation_prompt, **self._dated
+                turns,
+                tools=list(document.tools) or None,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                **self._dated,
             )
         except Exception as error:  # whatever a template raises, or that there is none
             raise ValueError(f"data: {document.where}: the chat template failed: {error}") from error
