@@ -92,6 +92,10 @@ WRONG = {
         {"loss": {"type": "dpo"}, "evaluate": {"path": CHAT, "rows": 3}},
         "evaluate.rows must be even, as loss.type 'dpo' takes pairs (got 3)",
     ),
+    "the reference": (
+        {"loss": {"type": "dpo"}, "model": {"path": str(EXAMPLES)}, "checkpoint": {"export": f"{EXAMPLES}/../examples"}},
+        f"checkpoint.export is model.path, {EXAMPLES}, whose model is the reference of loss.type 'dpo'",
+    ),
     "no folder": ({"checkpoint": {"every": 3}}, "checkpoint.folder must be given"),
     "no tokenizer": ({"model": {"config": {"model_type": "llama"}}}, "model.tokenizer must be given"),
     "endless": ({"training": {"epochs": float("inf"), "batch_size": 4}}, "training.epochs must be finite and above 0"),

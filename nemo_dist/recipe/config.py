@@ -357,8 +357,21 @@ class Recipe:
             problems.append("data.packing puts rows together that loss.type 'dpo' compares; leave it out")
         if self.pairs and self.evaluate is not None and (self.evaluate.rows or 0) % 2:
             problems.append(f"evaluate.rows must be even, as loss.type 'dpo' takes pairs (got {self.evaluate.rows})")
+        if self.pairs and self._exports_over_its_model():
+            problems.append(
+                f"checkpoint.export is model.path, {self.model.path}, whose model is the reference of loss.type 'dpo' "
+                "whenever the run is started; export to another folder"
+            )
         if problems:
             raise TopologyError(problems)
+
+    def _exports_over_its_model(self) -> bool:
+        asked, out = self.model.path, self.checkpoint.export
+        if asked is None or out is None:
+            return False
+        inner = self.model.options.get("subfolder")
+        held = [Path(asked).expanduser(), *([Path(asked, inner).expanduser()] if isinstance(inner, str) else [])]
+        return Path(out).expanduser().resolve() in [folder.resolve() for folder in held]
 
     def rows_of_batch(self, setup: DistributedSetup) -> int:
         """Return the rows of one batch of one data-parallel rank."""
