@@ -137,6 +137,9 @@ NAMES = {
     "optimizer={type: LBFGS}": "(TypeError: LBFGS.step() missing 1 required positional argument: 'closure'); change",
     "optimizer.lr=fast": "optimizer.type 'AdamW' does not run as the section sets it (TypeError: ",
     "optimizer.betas=[0.9]": "optimizer.type 'AdamW' does not run as the section sets it",
+    "optimizer.lr=.inf": "optimizer.lr must be of finite numbers (got inf)",
+    "optimizer.weight_decay=yes": "optimizer.weight_decay must be of finite numbers (got True)",
+    "optimizer.betas=[0.9, .nan]": "optimizer.betas must be of finite numbers (got [0.9, nan])",
     "data.path=docs/examples/chats.jsonl": "there is no docs/examples/chats.jsonl; did you mean 'chat.jsonl'?",
     "evaluate.path=/gone": "there is no /gone",
     "model.peft={peft_type: LORE}": "is no kind of adapters of PEFT; did you mean 'LORA'?",
@@ -253,6 +256,13 @@ def test_changes_reach_any_depth_and_numbers_are_numbers():
     assert recipe.distributed["mp_policy"]["param_dtype"] == "bfloat16"
     assert recipe.model.config["head_dim"] == 8
     assert Recipe.from_json(recipe.to_json()) == recipe
+
+
+def test_a_change_goes_into_a_section_without_keys(tmp_path):
+    (tmp_path / "job.yaml").write_text("model: {path: x}\ndata: {path: y}\ntraining:\ncheckpoint:\n")
+    changes = ["checkpoint.folder=run", "training.steps=3", "training.batch_size=1"]
+    recipe = Recipe.from_yaml(tmp_path / "job.yaml", changes)
+    assert (recipe.checkpoint.folder, recipe.training.steps) == ("run", 3)
 
 
 def command(*arguments, **options):
@@ -562,6 +572,12 @@ def test_lines_of_steps_that_are_trained_again_are_dropped(tmp_path):
     metrics.write(2, {"loss": 2.5})
     metrics.close()
     assert lines(tmp_path) == [{"step": 1, "loss": 3}, {"step": 2, "loss": 2.5}]
+
+
+def test_numbers_that_json_does_not_have_are_null(tmp_path):
+    metrics = Metrics.open(LoggingSection(), tmp_path, 0, {})
+    metrics.write(1, {"loss": float("nan"), "norm": float("inf"), "lr": 0.5})
+    assert (tmp_path / FILE).read_text() == '{"step": 1, "loss": null, "norm": null, "lr": 0.5}\n'
 
 
 def test_the_numbers_of_an_earlier_run_are_kept_beside(tmp_path):

@@ -436,7 +436,9 @@ def _change(sections: dict[str, Any], change: str) -> None:
     value = read_value(text, f"the value of {shown(change)}")
     within: Any = sections
     for name in outer:
-        if not isinstance(within.setdefault(name, {}), dict):
-            raise ValueError(f"{shown(change)} goes into {shown(name)}, which is no section")
+        if within.get(name) is None:  # missing, or without keys of its own
+            within[name] = {}
         within = within[name]
+        if not isinstance(within, dict):
+            raise ValueError(f"{shown(change)} goes into {shown(name)}, which is no section")
     within[key] = value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -48,7 +49,14 @@ def optimizer_type(section: OptimizerSection) -> type[Optimizer]:
             f"{', '.join(sorted(known))}"
         )
     kind = known[section.type]
-    _refuse_unknown("optimizer", section.options, list(inspect.signature(kind).parameters)[1:])
+    takes = inspect.signature(kind).parameters
+    _refuse_unknown("optimizer", section.options, list(takes)[1:])
+    for name, value in section.options.items():
+        if isinstance(takes[name].default, bool) or "bool" in str(takes[name].annotation):
+            continue
+        for one in value if isinstance(value, list) else [value]:
+            if isinstance(one, bool) or (isinstance(one, float) and not math.isfinite(one)):
+                raise ValueError(f"optimizer.{name} must be of finite numbers (got {shown(value)})")
     return kind
 
 
