@@ -12,7 +12,7 @@ from typing import Any
 import attrs
 
 from nemo_dist.models.meta_model import in_one_line
-from nemo_dist.planning.validation import near, shown
+from nemo_dist.planning.validation import near_file, shown
 
 _JSON = ".json"
 _LINES = (".jsonl", ".ndjson")
@@ -60,8 +60,7 @@ def files_of(path: str) -> list[Path]:
     if found.is_file():
         files = [found]
     elif not found.is_dir():
-        beside = sorted(entry.name for entry in found.parent.iterdir()) if found.parent.is_dir() else []
-        raise ValueError(f"data: there is no {path}{near(found.name, beside)}")
+        raise ValueError(f"data: there is no {path}{near_file(found)}")
     elif any((found / name).is_file() for name in _OF_DATASETS):
         return [found]
     else:
