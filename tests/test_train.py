@@ -10,6 +10,7 @@ from contextlib import closing, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
+import attrs
 import pytest
 import torch
 import transformers
@@ -547,6 +548,43 @@ def test_a_padding_token_that_the_model_does_not_have_is_not_used():
     batches = stream_of(recipe, recipe.setup(1), tokenizer, recipe.data, 0).all()
     assert any("attention_mask" in batch for batch in batches)
     assert all(int(batch["input_ids"].max()) < size for batch in batches)
+
+
+LEARNED = {
+    "gpt2": {"n_positions": 60, "n_embd": 32, "n_head": 4, "n_layer": 1},
+    "opt": {"max_position_embeddings": 60, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1},
+    "gptj": {"n_positions": 60, "n_embd": 32, "n_head": 4, "n_layer": 1, "rotary_dim": 4},
+}
+
+
+@pytest.mark.filterwarnings("ignore:.* are longer than data.length")
+@pytest.mark.parametrize("kind", LEARNED)
+def test_rows_are_no_longer_than_the_positions_of_a_model(kind):
+    config = {"model_type": kind, "vocab_size": 264, "initializer_range": 0.02, **LEARNED[kind]}
+    recipe = example("sft", "data.length=60", "data.packing=false")
+    recipe = attrs.evolve(recipe, model=attrs.evolve(recipe.model, config=config))
+    tokenizer = byte_tokenizer()
+    batches = stream_of(recipe, recipe.setup(1), tokenizer, recipe.data, 0).all()
+    assert max(batch["input_ids"].shape[1] for batch in batches) == 60
+    with torch.no_grad():
+        made = transformers.AutoModelForCausalLM.from_config(config_of(recipe.model))
+        assert made(**batches[0]).loss.isfinite()
+
+    longer = attrs.evolve(recipe, data=attrs.evolve(recipe.data, length=61))
+    for refused in (lambda: stream_of(longer, longer.setup(1), tokenizer, longer.data, 0), lambda: judged(longer)):
+        with pytest.raises(ValueError, match="a row has 61 tokens, but the model has 60 positions; set data.length to at"):
+            refused()
+
+
+def judged(recipe):
+    return described(recipe, recipe.setup(1))
+
+
+@pytest.mark.filterwarnings("ignore:.* are longer than data.length")
+def test_rows_of_any_length_are_for_rotary_positions():
+    recipe = example("sft", "data.length=60", "data.packing=false", "model.config.max_position_embeddings=32")
+    batches = stream_of(recipe, recipe.setup(1), byte_tokenizer(), recipe.data, 0).all()
+    assert max(batch["input_ids"].shape[1] for batch in batches) == 64
 
 
 def test_a_position_in_other_data_is_refused():

@@ -20,10 +20,10 @@ from nemo_dist.mesh.store_consensus import brief, compare, reported
 from nemo_dist.models.meta_model import in_one_line
 from nemo_dist.planning.mesh_plan import Role
 from nemo_dist.planning.validation import shown
-from nemo_dist.recipe.config import DataSection, Recipe
+from nemo_dist.recipe.config import DataSection, ModelSection, Recipe
 from nemo_dist.recipe.documents import files_of
 from nemo_dist.recipe.metrics import Metrics, judge_logging
-from nemo_dist.recipe.model import adapter_config, config_of, load_model
+from nemo_dist.recipe.model import adapter_config, config_of, load_model, positions_of
 from nemo_dist.recipe.optimization import (
     give_back,
     make_loss,
@@ -34,7 +34,7 @@ from nemo_dist.recipe.optimization import (
 )
 from nemo_dist.recipe.progress import Report, progress, say
 from nemo_dist.recipe.reference_scores import score
-from nemo_dist.recipe.row_stream import RowStream
+from nemo_dist.recipe.row_stream import MULTIPLE, RowStream
 from nemo_dist.recipe.throughput import Throughput
 from nemo_dist.recipe.tokens import Row, rows_of, tokenizer_of
 from nemo_dist.setup.setup import DistributedSetup
@@ -122,10 +122,10 @@ def judge(recipe: Recipe) -> None:
 def stream_of(recipe: Recipe, setup: DistributedSetup, tokenizer: Any, data: DataSection, rank: int) -> RowStream:
     """Return the rows of *data* as data-parallel *rank* reads them.
 
-    Raises ValueError for tokens that the model does not have.
+    Raises ValueError for tokens and positions that the model does not have.
     """
     rows, known = rows_of(data, tokenizer, pairs=recipe.pairs), config_of(recipe.model).get_text_config().vocab_size
-    _refuse_unknown_tokens(rows, known)
+    positions = judge_rows(recipe.model, rows)
     pad = tokenizer.pad_token_id
     return RowStream(
         rows=rows,
@@ -138,7 +138,23 @@ def stream_of(recipe: Recipe, setup: DistributedSetup, tokenizer: Any, data: Dat
         pad_token=pad if pad is not None and pad < known else 0,  # it is masked, and counts for nothing
         packing=data.packing,
         together=2 if recipe.pairs else 1,
+        positions=positions,
     )
+
+
+def judge_rows(model: ModelSection, rows: Sequence[Row]) -> int | None:
+    """Return how many positions *model* has, None where it takes all that *rows* and their padding have.
+
+    Raises ValueError for tokens and positions that it does not have.
+    """
+    _refuse_unknown_tokens(rows, config_of(model).get_text_config().vocab_size)
+    longest = max(length for row in rows for length in row.lengths)
+    positions = positions_of(model, longest + MULTIPLE)
+    if positions is not None and longest > positions:
+        raise ValueError(
+            f"a row has {longest} tokens, but the model has {positions} positions; set data.length to at most {positions}"
+        )
+    return positions
 
 
 def _refuse_unknown_tokens(rows: Sequence[Row], size: int) -> None:

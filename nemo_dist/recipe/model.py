@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
 import torch
@@ -14,6 +15,9 @@ from nemo_dist.planning.validation import near, shown
 from nemo_dist.recipe.config import ModelSection
 from nemo_dist.setup.setup import DistributedSetup
 from nemo_dist.training.peft_adapters import refuse_copies
+
+_OF_POSITIONS = re.compile(r"pos|\bwpe\b")  # in names of parameters: wpe, embed_positions, position_embeddings
+_BESIDE = 2  # rows of a table that some models keep for padding
 
 
 def load_model(section: ModelSection, setup: DistributedSetup) -> Any:
@@ -53,6 +57,21 @@ def config_of(section: ModelSection) -> Any:
         return AutoConfig.for_model(fields.pop("model_type"), **fields)
     except Exception as error:  # a class checks its fields in its own way
         raise ValueError(f"model.config is refused by transformers: {in_one_line(error)}") from error
+
+
+def positions_of(section: ModelSection, needed: int) -> int | None:
+    """Return of how many positions the model has a table, learned or computed once, if fewer than *needed*.
+
+    None otherwise, and for a model that takes any number, as with rotary positions.
+    """
+    longest = getattr(config_of(section).get_text_config(), "max_position_embeddings", None)
+    if not isinstance(longest, int) or needed <= longest:
+        return None  # and no model needs to be made
+    model = weightless(section)
+    tables = [tensor for name, tensor in model.named_parameters() if _OF_POSITIONS.search(name)]
+    tables += [tensor for name, tensor in model.named_buffers() if name.endswith("embed_positions")]
+    sizes = [len(tensor) for tensor in tables if tensor.ndim == 2]
+    return longest if any(longest <= size <= longest + _BESIDE for size in sizes) else None
 
 
 def adapter_config(section: ModelSection) -> Any:
