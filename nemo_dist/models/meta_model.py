@@ -50,7 +50,7 @@ def meta_model(source: str | os.PathLike[str] | PreTrainedConfig, dtype: torch.d
 
 
 def read_config(name: str | os.PathLike[str], **options: Any) -> Any:
-    """Return the config in a folder, in a file, or under a name on the hub, with *options* as a model's loader takes them.
+    """Return the config in a folder, in a file, or under a name on the hub, with the *options* of a model's loader.
 
     Raises ValueError when there is none, with the nearest name beside a path that does not exist.
     """

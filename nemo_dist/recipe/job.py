@@ -19,7 +19,6 @@ from nemo_dist.mesh.process_group import DistEnv, initialize_distributed
 from nemo_dist.mesh.store_consensus import brief, compare, reported
 from nemo_dist.models.meta_model import in_one_line
 from nemo_dist.planning.mesh_plan import Role
-from nemo_dist.planning.validation import shown
 from nemo_dist.recipe.config import DataSection, ModelSection, Recipe
 from nemo_dist.recipe.documents import files_of
 from nemo_dist.recipe.metrics import Metrics, judge_logging
@@ -152,7 +151,8 @@ def judge_rows(model: ModelSection, rows: Sequence[Row]) -> int | None:
     positions = positions_of(model, longest + MULTIPLE)
     if positions is not None and longest > positions:
         raise ValueError(
-            f"a row has {longest} tokens, but the model has {positions} positions; set data.length to at most {positions}"
+            f"a row has {longest} tokens, but the model has {positions} positions; set data.length to "
+            f"at most {positions}"
         )
     return positions
 
@@ -204,8 +204,8 @@ def _refuse_too_few_steps(recipe: Recipe, done: int, steps: int) -> None:
         asked = "steps" if recipe.training.steps is not None else "epochs"
         raise TopologyError(
             [
-                f"training.{asked} makes {steps} steps, but the run in {recipe.checkpoint.folder} has done {done}; make "
-                f"it {done} steps or more, or set checkpoint.folder to a new folder"
+                f"training.{asked} makes {steps} steps, but the run in {recipe.checkpoint.folder} has done {done}; "
+                f"make it {done} steps or more, or set checkpoint.folder to a new folder"
             ]
         )
 
