@@ -32,7 +32,7 @@ from nemo_dist.recipe import job, throughput
 from nemo_dist.recipe.config import DataSection, LoggingSection, ModelSection, Recipe, SchedulerSection
 from nemo_dist.recipe.documents import documents
 from nemo_dist.recipe.dry_run import described
-from nemo_dist.recipe.job import judge, stream_of, train
+from nemo_dist.recipe.job import judge, judge_schedule, stream_of, train
 from nemo_dist.recipe.metrics import FILE, Metrics
 from nemo_dist.recipe.model import config_of, weightless
 from nemo_dist.recipe.optimization import give_back, make_schedule, options_of
@@ -185,6 +185,30 @@ def test_a_change_that_says_nothing_is_refused_in_few_words(change):
     with pytest.raises((ValueError, TypeError), match=CHANGES[change]) as caught:
         example("sft", change).setup(1)
     assert len(str(caught.value)) < 1000
+
+
+FEW = {
+    "too few": (1, 1, "1F1B", "1 rows in each of 1 batches"),
+    "batches in one schedule": (2, 2, "1F1B", None),
+    "enough": (2, 1, "1F1B", None),
+    "filled up": (1, 1, "1F1B, pp_batch_size: 2", None),
+    "any will do": (1, 1, "GPipe", None),
+}
+
+
+@pytest.mark.parametrize("what", FEW)
+def test_too_few_rows_for_the_stages_of_a_pipeline_are_refused_before_the_model_loads(what):
+    rows, accumulation, schedule, said = FEW[what]
+    recipe = example(
+        *("sft", f"training.batch_size={rows}", f"training.accumulation={accumulation}"),
+        *("distributed.pp_size=2", f"distributed.pipeline={{pp_schedule: {schedule}}}"),
+    )
+    if said is None:
+        judge_schedule(recipe, recipe.setup(2))
+        return
+    message = rf"needs at least .* 2 stages \(got 1\): training\.batch_size {rows} gives a rank {said}, and"
+    with pytest.raises(TopologyError, match=message):
+        described(recipe, recipe.setup(2))
 
 
 def in_cache(cache, revisions):

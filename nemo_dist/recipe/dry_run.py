@@ -7,7 +7,7 @@ from typing import Any
 
 from nemo_dist.hf_model import IGNORED
 from nemo_dist.recipe.config import DataSection, Recipe
-from nemo_dist.recipe.job import judge, judge_rows, steps_of
+from nemo_dist.recipe.job import judge, judge_rows, judge_schedule, steps_of
 from nemo_dist.recipe.model import weightless
 from nemo_dist.recipe.tokens import rows_of, tokenizer_of
 from nemo_dist.setup.setup import DistributedSetup
@@ -16,6 +16,7 @@ from nemo_dist.setup.setup import DistributedSetup
 def described(recipe: Recipe, setup: DistributedSetup) -> str:
     """Return what *recipe* does under *setup* as text; raise what the run would raise before it loads the model."""
     judge(recipe)
+    judge_schedule(recipe, setup)
     model = weightless(recipe.model)
     tokenizer = tokenizer_of(recipe.model, recipe.data)
     plan = setup.explain(model, recipe.rows_of_batch(setup), recipe.data.length)

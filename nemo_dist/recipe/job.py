@@ -6,7 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from nemo_dist.planning.mesh_plan import Role
 from nemo_dist.recipe.config import DataSection, ModelSection, Recipe
 from nemo_dist.recipe.documents import files_of
 from nemo_dist.recipe.metrics import Metrics, judge_logging
-from nemo_dist.recipe.model import adapter_config, config_of, load_model, positions_of
+from nemo_dist.recipe.model import adapter_config, config_of, load_model, positions_of, weightless
 from nemo_dist.recipe.optimization import (
     give_back,
     make_loss,
@@ -36,6 +36,7 @@ from nemo_dist.recipe.reference_scores import score
 from nemo_dist.recipe.row_stream import MULTIPLE, RowStream
 from nemo_dist.recipe.throughput import Throughput
 from nemo_dist.recipe.tokens import Row, rows_of, tokenizer_of
+from nemo_dist.setup.explain import facts_of
 from nemo_dist.setup.setup import DistributedSetup
 from nemo_dist.training.runtime import Runtime
 
@@ -60,6 +61,7 @@ def train(recipe: Recipe) -> None:
     rank = setup.mesh_context.rank(Role.BATCH)
     with reported("reading the recipe and its data"), _in_words():
         judge(recipe)
+        judge_schedule(recipe, setup)
         tokenizer = tokenizer_of(recipe.model, recipe.data)
         stream = stream_of(recipe, setup, tokenizer, recipe.data, rank)
         others = recipe.evaluation_data
@@ -139,6 +141,24 @@ def stream_of(recipe: Recipe, setup: DistributedSetup, tokenizer: Any, data: Dat
         together=2 if recipe.pairs else 1,
         positions=positions,
     )
+
+
+def judge_schedule(recipe: Recipe, setup: DistributedSetup) -> None:
+    """Raise TopologyError where a rank has too few rows in a step for the schedule of its pipeline."""
+    if setup.plan.splitting(Role.LAYERS) == 1:
+        return
+    rows, batches = recipe.rows_of_batch(setup), recipe.training.accumulation
+    with suppress(AttributeError):  # of a config without heads: then the first step says it
+        facts = facts_of(setup, weightless(recipe.model), rows * batches, recipe.data.length)
+        step = setup.calls.only("schedule", plan=setup.plan, facts=attrs.evolve(facts, batches=batches), model=None)
+        if step is not None and step.problem:
+            raise TopologyError(
+                [
+                    f"{step.problem}: training.batch_size {recipe.training.batch_size} gives a rank {rows} rows in "
+                    f"each of {batches} batches, and a microbatch is of {step.rows}; raise training.batch_size, or change "
+                    "training.accumulation"
+                ]
+            )
 
 
 def judge_rows(model: ModelSection, rows: Sequence[Row]) -> int | None:
