@@ -32,10 +32,11 @@ from nemo_dist.recipe import job, throughput
 from nemo_dist.recipe.config import DataSection, LoggingSection, ModelSection, Recipe, SchedulerSection
 from nemo_dist.recipe.documents import documents
 from nemo_dist.recipe.dry_run import described
-from nemo_dist.recipe.job import judge, judge_schedule, stream_of, train
+from nemo_dist.recipe.job import judge, stream_of, train
 from nemo_dist.recipe.metrics import FILE, Metrics
 from nemo_dist.recipe.model import config_of, weightless
 from nemo_dist.recipe.optimization import give_back, make_schedule, options_of
+from nemo_dist.recipe.refusals import judge_schedule, say_what_stays
 from nemo_dist.recipe.row_stream import RowStream
 from nemo_dist.recipe.tokens import Row, byte_tokenizer, packed, rows_of, tokenizer_of
 
@@ -883,11 +884,11 @@ def test_a_run_that_has_done_more_steps_than_it_is_to_have_is_refused(on_ranks, 
 
 
 def test_a_run_that_begins_anew_beside_other_checkpoints_says_so(tmp_path, capsys):
-    job._say_what_stays(RunFolder(tmp_path))
+    say_what_stays(RunFolder(tmp_path))
     assert not capsys.readouterr().out
     for step in (2, 4):
         (tmp_path / f"step-{step:08d}").mkdir()
-    job._say_what_stays(RunFolder(tmp_path))
+    say_what_stays(RunFolder(tmp_path))
     assert "has checkpoints of a run before, of steps 2, 4, and those of later steps" in capsys.readouterr().out
 
 

@@ -7,8 +7,9 @@ from typing import Any
 
 from nemo_dist.hf_model import IGNORED
 from nemo_dist.recipe.config import DataSection, Recipe
-from nemo_dist.recipe.job import judge, judge_rows, judge_schedule, steps_of
+from nemo_dist.recipe.job import judge, steps_of
 from nemo_dist.recipe.model import weightless
+from nemo_dist.recipe.refusals import judge_rows, judge_schedule
 from nemo_dist.recipe.tokens import rows_of, tokenizer_of
 from nemo_dist.setup.setup import DistributedSetup
 

@@ -6,7 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,10 @@ from nemo_dist.mesh.process_group import DistEnv, initialize_distributed
 from nemo_dist.mesh.store_consensus import brief, compare, reported
 from nemo_dist.models.meta_model import in_one_line
 from nemo_dist.planning.mesh_plan import Role
-from nemo_dist.recipe.config import DataSection, ModelSection, Recipe
+from nemo_dist.recipe.config import DataSection, Recipe
 from nemo_dist.recipe.documents import files_of
 from nemo_dist.recipe.metrics import Metrics, judge_logging
-from nemo_dist.recipe.model import adapter_config, config_of, load_model, positions_of, weightless
+from nemo_dist.recipe.model import adapter_config, config_of, load_model
 from nemo_dist.recipe.optimization import (
     give_back,
     make_loss,
@@ -33,10 +33,16 @@ from nemo_dist.recipe.optimization import (
 )
 from nemo_dist.recipe.progress import Report, progress, say
 from nemo_dist.recipe.reference_scores import score
-from nemo_dist.recipe.row_stream import MULTIPLE, RowStream
+from nemo_dist.recipe.refusals import (
+    judge_rows,
+    judge_schedule,
+    refuse_other_steps,
+    refuse_too_few_steps,
+    say_what_stays,
+)
+from nemo_dist.recipe.row_stream import RowStream
 from nemo_dist.recipe.throughput import Throughput
-from nemo_dist.recipe.tokens import Row, rows_of, tokenizer_of
-from nemo_dist.setup.explain import facts_of
+from nemo_dist.recipe.tokens import rows_of, tokenizer_of
 from nemo_dist.setup.setup import DistributedSetup
 from nemo_dist.training.runtime import Runtime
 
@@ -143,91 +149,12 @@ def stream_of(recipe: Recipe, setup: DistributedSetup, tokenizer: Any, data: Dat
     )
 
 
-def judge_schedule(recipe: Recipe, setup: DistributedSetup) -> None:
-    """Raise TopologyError where a rank has too few rows in a step for the schedule of its pipeline."""
-    if setup.plan.splitting(Role.LAYERS) == 1:
-        return
-    rows, batches = recipe.rows_of_batch(setup), recipe.training.accumulation
-    with suppress(AttributeError):  # of a config without heads: then the first step says it
-        facts = facts_of(setup, weightless(recipe.model), rows * batches, recipe.data.length)
-        step = setup.calls.only("schedule", plan=setup.plan, facts=attrs.evolve(facts, batches=batches), model=None)
-        if step is not None and step.problem:
-            raise TopologyError(
-                [
-                    f"{step.problem}: training.batch_size {recipe.training.batch_size} gives a rank {rows} rows in "
-                    f"each of {batches} batches, and a microbatch is of {step.rows}; raise training.batch_size, or change "
-                    "training.accumulation"
-                ]
-            )
-
-
-def judge_rows(model: ModelSection, rows: Sequence[Row]) -> int | None:
-    """Return how many positions *model* has, None where it takes all that *rows* and their padding have.
-
-    Raises ValueError for tokens and positions that it does not have.
-    """
-    _refuse_unknown_tokens(rows, config_of(model).get_text_config().vocab_size)
-    longest = max(length for row in rows for length in row.lengths)
-    positions = positions_of(model, longest + MULTIPLE)
-    if positions is not None and longest > positions:
-        raise ValueError(
-            f"a row has {longest} tokens, but the model has {positions} positions; set data.length to "
-            f"at most {positions}"
-        )
-    return positions
-
-
-def _refuse_unknown_tokens(rows: Sequence[Row], size: int) -> None:
-    largest = max(int(row.tokens.max()) for row in rows)
-    if largest >= size:
-        raise ValueError(
-            f"the tokenizer makes the token {largest}, but the model knows {size}; give model.tokenizer one that fits, "
-            "or a new model a larger vocab_size"
-        )
-
-
 def steps_of(recipe: Recipe, rows: int) -> int:
     """Return the steps of the run: those that the recipe gives, or those of its epochs over so many *rows*."""
     training = recipe.training
     if training.steps is not None:
         return training.steps
     return max(1, round((training.epochs or 0) * rows / training.batch_size))
-
-
-def _refuse_other_steps(recipe: Recipe, done: int, taken: int) -> None:
-    """Raise TopologyError where steps of another size have come before: epochs do not say how many are then left."""
-    training = recipe.training
-    if training.epochs is not None and taken != done * training.batch_size:
-        raise TopologyError(
-            [
-                f"training.batch_size is {training.batch_size}, but the run read {taken} rows in its {done} steps, so "
-                "training.epochs does not say how many are left; keep training.batch_size, or set training.steps in "
-                "place of training.epochs"
-            ]
-        )
-
-
-def _say_what_stays(folder: RunFolder) -> None:
-    """Say which checkpoints a run that begins anew finds in *folder*; RunFolder never removes those of later steps."""
-    steps = folder.steps()
-    if steps:
-        say(
-            f"begins anew, as checkpoint.resume says; {folder.path} has checkpoints of a run before, of steps "
-            f"{', '.join(map(str, steps[:5]))}{', ...' * (len(steps) > 5)}, and those of later steps than this run's "
-            "stay; name a new checkpoint.folder to have them apart"
-        )
-
-
-def _refuse_too_few_steps(recipe: Recipe, done: int, steps: int) -> None:
-    """Raise TopologyError where more steps are done than the run has: its export would be of the later one."""
-    if done > steps:
-        asked = "steps" if recipe.training.steps is not None else "epochs"
-        raise TopologyError(
-            [
-                f"training.{asked} makes {steps} steps, but the run in {recipe.checkpoint.folder} has done {done}; "
-                f"make it {done} steps or more, or set checkpoint.folder to a new folder"
-            ]
-        )
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -262,10 +189,10 @@ class Job:
                 options = options_of(optimizer)
                 found = folder.resume(runtime, optimizer, schedulers=[schedule], data=stream)
             elif env.is_main:
-                _say_what_stays(folder)
-            _refuse_other_steps(recipe, found[0] if found else 0, stream.taken)
+                say_what_stays(folder)
+            refuse_other_steps(recipe, found[0] if found else 0, stream.taken)
             if found is not None:
-                _refuse_too_few_steps(recipe, found[0], steps)
+                refuse_too_few_steps(recipe, found[0], steps)
                 changed = give_back(options, optimizer, schedule)
                 if env.is_main and changed:
                     say(f"goes on as the recipe says now: {', '.join(changed)}")
