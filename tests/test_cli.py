@@ -33,6 +33,15 @@ def refused(*arguments: str) -> str:
     return result.stderr
 
 
+def test_files_that_cannot_be_read_or_written_are_named_in_words(tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text("model: {}")
+    for command in (["train"], ["plan", "-n", "2", "--config"]):
+        said = refused(*command, f"{tmp_path}/jobs.yaml")
+        assert f"{tmp_path}/jobs.yaml cannot be read: No such file or directory; did you mean 'job.yaml'?" in said
+    said = refused("explain", "-n", "2", "--html", f"{tmp_path}/gone/page.html")
+    assert said == f"error: --html {tmp_path}/gone/page.html cannot be written: No such file or directory\n"
+
+
 def test_planning_explaining_and_listing_plugins_import_no_torch() -> None:
     code = (
         "import sys; from typer.testing import CliRunner; from nemo_dist.cli.main import app\n"

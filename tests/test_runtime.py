@@ -171,6 +171,22 @@ def test_a_gradient_that_is_no_number_makes_every_norm_unknown_on_all_ranks(rank
         assert all(norm != norm for norm in norms), norms
 
 
+def on_rank_no_clip(folder):
+    """Return the norm of gradients with one that is infinite, and whether a clip to infinity left all as they were."""
+    _, _, runtime = start("fsdp2", folder)
+    tokens = torch.arange(1, 25).reshape(2, 12)
+    runtime.forward_backward({"input_ids": tokens, "labels": tokens})
+    gradients = [parameter.grad.to_local() for _, parameter in runtime.named_parameters()]
+    gradients[-1][:1] = torch.inf
+    before = [gradient.clone() for gradient in gradients]
+    norm = runtime.clip_grad_norm_(float("inf")).item()
+    return norm, all(map(torch.equal, gradients, before))
+
+
+def test_a_clip_to_no_norm_leaves_gradients_as_they_are_where_one_is_infinite(ranks):
+    assert ranks(2).run(on_rank_no_clip, checkpoint("llama")) == [(float("inf"), True)] * 2
+
+
 def on_rank_group(folder):
     _, _, runtime = start("fsdp2", folder)
     decayed = [p for n, p in runtime.named_parameters() if p.ndim > 1]

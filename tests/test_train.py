@@ -10,6 +10,7 @@ from contextlib import closing, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
+import attrs
 import pytest
 import torch
 import transformers
@@ -21,18 +22,21 @@ from torch.nn.functional import log_softmax, logsigmoid
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
-from nemo_dist import RankError, TopologyError
+from nemo_dist import RankError, RunFolder, TopologyError
 from nemo_dist.checkpoint.preemption import CODE
 from nemo_dist.cli.main import app
 from nemo_dist.hf_model import IGNORED
 from nemo_dist.mesh.launch_env import Launch
 from nemo_dist.planning.device_flops import bfloat16_flops
 from nemo_dist.recipe import job, throughput
-from nemo_dist.recipe.config import DataSection, LoggingSection, Recipe
+from nemo_dist.recipe.config import DataSection, LoggingSection, ModelSection, Recipe, SchedulerSection
 from nemo_dist.recipe.documents import documents
 from nemo_dist.recipe.dry_run import described
 from nemo_dist.recipe.job import judge, stream_of, train
 from nemo_dist.recipe.metrics import FILE, Metrics
+from nemo_dist.recipe.model import config_of, weightless
+from nemo_dist.recipe.optimization import give_back, make_schedule, options_of
+from nemo_dist.recipe.refusals import judge_schedule, say_what_stays
 from nemo_dist.recipe.row_stream import RowStream
 from nemo_dist.recipe.tokens import Row, byte_tokenizer, packed, rows_of, tokenizer_of
 
@@ -90,10 +94,18 @@ WRONG = {
         {"loss": {"type": "dpo"}, "evaluate": {"path": CHAT, "rows": 3}},
         "evaluate.rows must be even, as loss.type 'dpo' takes pairs (got 3)",
     ),
+    "the reference": (
+        {"loss": {"type": "dpo"}, "model": {"path": str(ROOT)}, "checkpoint": {"export": f"{ROOT}/docs/.."}},
+        f"checkpoint.export is model.path, {ROOT}, whose model is the reference of loss.type 'dpo'",
+    ),
     "no folder": ({"checkpoint": {"every": 3}}, "checkpoint.folder must be given"),
     "no tokenizer": ({"model": {"config": {"model_type": "llama"}}}, "model.tokenizer must be given"),
     "endless": ({"training": {"epochs": float("inf"), "batch_size": 4}}, "training.epochs must be finite and above 0"),
     "a date": ({"data": {"path": CHAT, "date": "July"}}, "data.date must be a date, as 2024-07-26 (got 'July')"),
+    "another dtype": (
+        {"model": {"path": "x", "options": {"dtype": "bfloat16"}}},
+        "model.options has dtype, whose place is model.dtype; move it there",
+    ),
     "a dtype": ({"model": {"path": "x", "dtype": "bfloat61"}}, "(got 'bfloat61'); did you mean 'bfloat16'?"),
 }
 
@@ -127,6 +139,9 @@ NAMES = {
     "optimizer={type: LBFGS}": "(TypeError: LBFGS.step() missing 1 required positional argument: 'closure'); change",
     "optimizer.lr=fast": "optimizer.type 'AdamW' does not run as the section sets it (TypeError: ",
     "optimizer.betas=[0.9]": "optimizer.type 'AdamW' does not run as the section sets it",
+    "optimizer.lr=.inf": "optimizer.lr must be of finite numbers (got inf)",
+    "optimizer.weight_decay=yes": "optimizer.weight_decay must be of finite numbers (got True)",
+    "optimizer.betas=[0.9, .nan]": "optimizer.betas must be of finite numbers (got [0.9, nan])",
     "data.path=docs/examples/chats.jsonl": "there is no docs/examples/chats.jsonl; did you mean 'chat.jsonl'?",
     "evaluate.path=/gone": "there is no /gone",
     "model.peft={peft_type: LORE}": "is no kind of adapters of PEFT; did you mean 'LORA'?",
@@ -173,6 +188,82 @@ def test_a_change_that_says_nothing_is_refused_in_few_words(change):
     assert len(str(caught.value)) < 1000
 
 
+FEW = {
+    "too few": (1, 1, "1F1B", "1 rows in each of 1 batches"),
+    "batches in one schedule": (2, 2, "1F1B", None),
+    "enough": (2, 1, "1F1B", None),
+    "filled up": (1, 1, "1F1B, pp_batch_size: 2", None),
+    "any will do": (1, 1, "GPipe", None),
+}
+
+
+@pytest.mark.parametrize("what", FEW)
+def test_too_few_rows_for_the_stages_of_a_pipeline_are_refused_before_the_model_loads(what):
+    rows, accumulation, schedule, said = FEW[what]
+    recipe = example(
+        *("sft", f"training.batch_size={rows}", f"training.accumulation={accumulation}"),
+        *("distributed.pp_size=2", f"distributed.pipeline={{pp_schedule: {schedule}}}"),
+    )
+    if said is None:
+        judge_schedule(recipe, recipe.setup(2))
+        return
+    message = rf"needs at least .* 2 stages \(got 1\): training\.batch_size {rows} gives a rank {said}, and"
+    with pytest.raises(TopologyError, match=message):
+        described(recipe, recipe.setup(2))
+
+
+def in_cache(cache, revisions):
+    """Make a cache of the hub of a model and its tokenizer, by revision with another vocabulary and template.
+
+    The tokenizer is beside the model, or, where that is in "below", above it.
+    """
+    place = cache / "models--some--model"
+    (place / "refs").mkdir(parents=True)
+    for number, (revision, subfolder) in enumerate(revisions.items()):
+        snapshot = place / "snapshots" / (str(number) * 40)
+        for folder in {snapshot / subfolder} | ({snapshot} if subfolder == "below" else set()):
+            transformers.LlamaConfig(vocab_size=300 + number).save_pretrained(folder)
+        tokenizer = byte_tokenizer()
+        tokenizer.chat_template = revision
+        tokenizer.save_pretrained(snapshot if subfolder == "below" else snapshot / subfolder)
+        (place / "refs" / revision).write_text(str(number) * 40)
+
+
+def test_options_of_the_loader_reach_the_config_and_the_tokenizer(tmp_path):
+    in_cache(tmp_path, {"main": "", "v2": "", "v3": "deep", "v4": "below"})
+    places = [{}, {"revision": "v2"}, *({"revision": r, "subfolder": s} for r, s in (("v3", "deep"), ("v4", "below")))]
+    for number, place in enumerate(places):
+        options = {"cache_dir": str(tmp_path), "local_files_only": True, **place}
+        model = ModelSection(path="some/model", options=options)
+        assert tokenizer_of(model, DataSection(path=CHAT)).chat_template == place.get("revision", "main")
+        assert config_of(model).vocab_size == 300 + number
+        other = ModelSection(path="another/model", tokenizer="some/model", options=options)  # at its own revision
+        assert tokenizer_of(other, DataSection(path=CHAT)).chat_template == "main"
+
+
+OWN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own_of_recipe"
+
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_a_dry_run_makes_models_of_code_that_the_recipe_trusts(tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "own_code_of_recipe.py").write_text(OWN_CODE)
+    own = {"AutoConfig": "own_code_of_recipe.OwnConfig", "AutoModelForCausalLM": "own_code_of_recipe.OwnModel"}
+    config = example("sft").model.config | {"model_type": "own_of_recipe", "auto_map": own}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+
+    found = weightless(ModelSection(path=str(tmp_path / "model"), options={"trust_remote_code": True}))
+    assert type(found).__name__ == "OwnModel"
+
+
 def test_rows_that_do_not_divide_over_the_ranks_are_refused():
     with pytest.raises(ValueError, match=r"4 rows, which 3 data-parallel ranks .* a multiple of 6"):
         example("sft").setup(3)
@@ -191,6 +282,13 @@ def test_changes_reach_any_depth_and_numbers_are_numbers():
     assert recipe.distributed["mp_policy"]["param_dtype"] == "bfloat16"
     assert recipe.model.config["head_dim"] == 8
     assert Recipe.from_json(recipe.to_json()) == recipe
+
+
+def test_a_change_goes_into_a_section_without_keys(tmp_path):
+    (tmp_path / "job.yaml").write_text("model: {path: x}\ndata: {path: y}\ntraining:\ncheckpoint:\n")
+    changes = ["checkpoint.folder=run", "training.steps=3", "training.batch_size=1"]
+    recipe = Recipe.from_yaml(tmp_path / "job.yaml", changes)
+    assert (recipe.checkpoint.folder, recipe.training.steps) == ("run", 3)
 
 
 def command(*arguments, **options):
@@ -245,6 +343,26 @@ def test_a_template_that_asks_for_today_gets_the_date_of_the_recipe():
 
     with pytest.raises(ValueError, match=r"line 1: the chat template failed: it writes the date of today.* data\.date"):
         rows_of(DataSection(path=CHAT), tokenizer)
+
+
+TOOLS = '"tools": [{"type": "function", "function": {"name": "weather"}}]'
+ASKED, ANSWERED = '{"role": "user", "content": "ab"}', '{"role": "assistant", "content": "cd"}'
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [f'"messages": [{ASKED}, {ANSWERED}]', f'"prompt": [{ASKED}], "chosen": [{ANSWERED}], "rejected": [{ANSWERED}]'],
+)
+def test_the_tools_of_a_conversation_go_to_the_template(turns, tmp_path):
+    (tmp_path / "data.jsonl").write_text(f"{{{turns}, {TOOLS}}}\n")
+    section, tokenizer = DataSection(path=str(tmp_path / "data.jsonl")), byte_tokenizer()
+    pairs = "chosen" in turns
+    with pytest.raises(ValueError, match=r"line 1 has tools, which the chat template does not write; take the field"):
+        rows_of(section, tokenizer, pairs=pairs)
+    tokenizer.chat_template = "{% if tools %}{{ tools[0].function.name }}{% endif %}" + tokenizer.chat_template
+    for row in rows_of(section, tokenizer, pairs=pairs):
+        assert tokenizer.decode(row.tokens) == "weather<|user|>ab<|end|><|assistant|>cd<|end|>"
+        assert tokenizer.decode(row.tokens[row.labels != IGNORED]) == "cd<|end|>"
 
 
 def test_the_end_that_a_tokenizer_adds_by_itself_counts_as_the_one_added_here(tmp_path):
@@ -305,6 +423,7 @@ BAD_LINES = {
     '{"messages": []}': "messages must be a list of turns",
     '{"messages": [{"content": "x"}]}': "a turn has a role and content",
     '{"text": 3}': "text must be text",
+    '{"messages": [{"role": "user", "content": "x"}], "tools": "[]"}': r"tools must be a list of mappings \(got '\[\]'",
     '{"chosen": "a", "rejected": "b"}': "prompt must be text",
     '{"prompt": "a", "chosen": [], "rejected": []}': "chosen must be text",
 }
@@ -456,6 +575,43 @@ def test_a_padding_token_that_the_model_does_not_have_is_not_used():
     assert all(int(batch["input_ids"].max()) < size for batch in batches)
 
 
+LEARNED = {
+    "gpt2": {"n_positions": 60, "n_embd": 32, "n_head": 4, "n_layer": 1},
+    "opt": {"max_position_embeddings": 60, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1},
+    "gptj": {"n_positions": 60, "n_embd": 32, "n_head": 4, "n_layer": 1, "rotary_dim": 4},
+}
+
+
+@pytest.mark.filterwarnings("ignore:.* are longer than data.length")
+@pytest.mark.parametrize("kind", LEARNED)
+def test_rows_are_no_longer_than_the_positions_of_a_model(kind):
+    config = {"model_type": kind, "vocab_size": 264, "initializer_range": 0.02, **LEARNED[kind]}
+    recipe = example("sft", "data.length=60", "data.packing=false")
+    recipe = attrs.evolve(recipe, model=attrs.evolve(recipe.model, config=config))
+    tokenizer = byte_tokenizer()
+    batches = stream_of(recipe, recipe.setup(1), tokenizer, recipe.data, 0).all()
+    assert max(batch["input_ids"].shape[1] for batch in batches) == 60
+    with torch.no_grad():
+        made = transformers.AutoModelForCausalLM.from_config(config_of(recipe.model))
+        assert made(**batches[0]).loss.isfinite()
+
+    longer = attrs.evolve(recipe, data=attrs.evolve(recipe.data, length=61))
+    for refused in (lambda: stream_of(longer, longer.setup(1), tokenizer, longer.data, 0), lambda: judged(longer)):
+        with pytest.raises(ValueError, match=r"a row has 61 tokens, but the model has 60 positions; set data\.length"):
+            refused()
+
+
+def judged(recipe):
+    return described(recipe, recipe.setup(1))
+
+
+@pytest.mark.filterwarnings("ignore:.* are longer than data.length")
+def test_rows_of_any_length_are_for_rotary_positions():
+    recipe = example("sft", "data.length=60", "data.packing=false", "model.config.max_position_embeddings=32")
+    batches = stream_of(recipe, recipe.setup(1), byte_tokenizer(), recipe.data, 0).all()
+    assert max(batch["input_ids"].shape[1] for batch in batches) == 64
+
+
 def test_a_position_in_other_data_is_refused():
     with pytest.raises(ValueError, match="the run was at row 2 of other data"):
         stream(rows([3, 4])).load_state_dict(stream(rows([3, 5]), taken=2).state_dict())
@@ -479,6 +635,12 @@ def test_lines_of_steps_that_are_trained_again_are_dropped(tmp_path):
     metrics.write(2, {"loss": 2.5})
     metrics.close()
     assert lines(tmp_path) == [{"step": 1, "loss": 3}, {"step": 2, "loss": 2.5}]
+
+
+def test_numbers_that_json_does_not_have_are_null(tmp_path):
+    metrics = Metrics.open(LoggingSection(), tmp_path, 0, {})
+    metrics.write(1, {"loss": float("nan"), "norm": float("inf"), "lr": 0.5})
+    assert (tmp_path / FILE).read_text() == '{"step": 1, "loss": null, "norm": null, "lr": 0.5}\n'
 
 
 def test_the_numbers_of_an_earlier_run_are_kept_beside(tmp_path):
@@ -714,6 +876,61 @@ def test_epochs_with_another_size_of_steps_are_refused_at_resume(on_ranks, alone
         RankError, match=r"TopologyError: - training\.batch_size is 2, but the run read 16 rows in its 4 steps"
     ):
         run(on_ranks, 1, example("sft", *QUIET, *longer))
+
+
+def test_a_run_that_has_done_more_steps_than_it_is_to_have_is_refused(on_ranks, alone):
+    with pytest.raises(RankError, match=r"- training\.steps makes 3 steps, but the run in .* has done 4; make it 4"):
+        run(on_ranks, 1, example("sft", *QUIET, f"checkpoint.folder={alone}", "training.steps=3"))
+
+
+def test_a_run_that_begins_anew_beside_other_checkpoints_says_so(tmp_path, capsys):
+    say_what_stays(RunFolder(tmp_path))
+    assert not capsys.readouterr().out
+    for step in (2, 4):
+        (tmp_path / f"step-{step:08d}").mkdir()
+    say_what_stays(RunFolder(tmp_path))
+    assert "has checkpoints of a run before, of steps 2, 4, and those of later steps" in capsys.readouterr().out
+
+
+def scheduled(steps, **options):
+    """Return an optimizer of *options* with a cosine schedule over so many *steps*."""
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))], **options)
+    return optimizer, make_schedule(SchedulerSection(type="cosine"), optimizer, steps)
+
+
+def test_what_a_checkpoint_brings_gives_way_to_what_the_recipe_says():
+    before, short = scheduled(4, lr=0.1)
+    optimizer, schedule = scheduled(8, lr=0.5, weight_decay=0.3)
+    for _ in range(2):
+        before.step()
+        short.step()
+    others = ["lr 0.5", "weight_decay 0.3", "the rate"]
+    for options, found in ((options_of(before), []), (options_of(optimizer), others)):
+        one, its = (before, short) if not found else (optimizer, schedule)
+        one.load_state_dict(before.state_dict())
+        its.load_state_dict(short.state_dict())
+        said = give_back(options, one, its)
+        assert len(said) == len(found) and all(any(line.startswith(name) for line in said) for name in found)
+    whole = scheduled(8, lr=0.5)
+    for _ in range(2):
+        whole[0].step()
+        whole[1].step()
+
+    for _ in range(6):
+        assert schedule.get_last_lr() == whole[1].get_last_lr() == [optimizer.param_groups[0]["lr"]]
+        for one in (optimizer, schedule, *whole):
+            one.step()
+    assert optimizer.param_groups[0]["weight_decay"] == 0.3
+
+
+def test_a_run_that_goes_on_trains_as_its_recipe_says_now(on_ranks, tmp_path):
+    asked = (*QUIET, *into(tmp_path), "scheduler={type: cosine}", "evaluate=null")
+    run(on_ranks, 1, example("sft", *asked, "training.steps=2", "optimizer.lr=1e-2"))
+    run(on_ranks, 1, example("sft", *asked, "training.steps=4", "optimizer.lr=1e-3"))
+
+    # Of a cosine over 2 steps, and from its middle on over 4.
+    rates = [1e-2, 5e-3, 5e-4, 5e-4 * (1 - 0.5**0.5)]
+    assert list(numbers(tmp_path, "lr").values()) == pytest.approx(rates)
 
 
 def on_rank_stop(recipe):

@@ -111,15 +111,16 @@ def _refuse_another_kind(kind: str, own: Mapping[str, Any], state: Mapping[str, 
 def restore_scheduler(scheduler: Any, state: Mapping[str, Any]) -> None:
     """Load *state*, as ``fitted`` returned it, into *scheduler*; rates that it lacks come from the groups."""
     scheduler.load_state_dict(dict(state))
-    _take_rates(scheduler, state)
+    take_rates(scheduler, state)
 
 
-def _take_rates(scheduler: Any, state: Mapping[str, Any]) -> None:
+def take_rates(scheduler: Any, state: Mapping[str, Any]) -> None:
+    """Have *scheduler* start from the rates of the parameter groups of its optimizer, but those in *state*."""
     for name, key in _RATES.items():
         if name not in state and hasattr(scheduler, name):
             setattr(scheduler, name, [_number(group.get(key)) for group in _groups(scheduler)])
     for one, its in zip(getattr(scheduler, _NESTED, ()), state.get(_NESTED, ()), strict=True):
-        _take_rates(one, its)
+        take_rates(one, its)
 
 
 def _groups(scheduler: Any) -> Sequence[Any]:

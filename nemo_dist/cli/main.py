@@ -128,7 +128,11 @@ def explain(
         if page is None:
             typer.echo(wrapped(setup.explain(found, rows, length)))
             return
-        page.write_text(setup.explain_page(found, rows, length, per_node), encoding="utf-8")
+        drawn = setup.explain_page(found, rows, length, per_node)
+        try:
+            page.write_text(drawn, encoding="utf-8")
+        except OSError as error:
+            raise OSError(f"--html {page} cannot be written: {error.strerror}") from None
     typer.echo(f"wrote {page}")
 
 

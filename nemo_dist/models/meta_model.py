@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.initialization import no_init_weights
 from transformers.modeling_utils import local_torch_dtype
 
-from nemo_dist.planning.validation import near, shown
+from nemo_dist.planning.validation import near_file, shown
 
 _AUTO: tuple[tuple[Any, Any], ...] = (
     (transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.AutoModelForCausalLM),
@@ -50,26 +49,18 @@ def meta_model(source: str | os.PathLike[str] | PreTrainedConfig, dtype: torch.d
     return model
 
 
-def read_config(name: str | os.PathLike[str]) -> Any:
-    """Return the config in a folder, in a file, or under a name on the hub.
+def read_config(name: str | os.PathLike[str], **options: Any) -> Any:
+    """Return the config in a folder, in a file, or under a name on the hub, with the *options* of a model's loader.
 
     Raises ValueError when there is none, with the nearest name beside a path that does not exist.
     """
     try:
-        return AutoConfig.from_pretrained(os.fspath(name))
+        return AutoConfig.from_pretrained(os.fspath(name), **options)
     except Exception as error:  # every class checks its fields in its own way
         raise ValueError(
-            f"no model config at {shown(os.fspath(name))}{_beside(os.fspath(name))}; name a folder with a config.json, "
+            f"no model config at {shown(os.fspath(name))}{near_file(name)}; name a folder with a config.json, "
             f"such a file, or a model of the hub ({in_one_line(error)})"
         ) from error
-
-
-def _beside(name: str) -> str:
-    try:
-        path = Path(name)
-        return near(path.name, [entry.name for entry in path.parent.iterdir()]) if not path.exists() else ""
-    except (OSError, ValueError):  # there is no such folder, or no such path
-        return ""
 
 
 @contextmanager

@@ -25,8 +25,8 @@ class StepSchedule:
     ``lanes``: for each coordinate of the axis its tasks. ``kinds``: what each kind of task is, where "F" is a
     forward, "B" a whole backward, "I" its part for the inputs and "W" its part for the weights. ``owners``: the
     coordinate that each stage is on. ``microbatches``: of the step; the lanes may show fewer, and ``notes`` then say
-    so. ``rows``: sequences in a microbatch. ``idle``: the share of time that ranks wait, from 0 to 1, if all stages
-    take equally long.
+    so. ``problem``: why the batch does not fit the schedule, which is then drawn with another. ``rows``: sequences in a
+    microbatch. ``idle``: the share of time that ranks wait, from 0 to 1, if all stages take equally long.
     """
 
     axis: str
@@ -38,3 +38,4 @@ class StepSchedule:
     rows: int
     idle: float
     notes: tuple[str, ...] = ()
+    problem: str = ""

@@ -89,6 +89,8 @@ class ModelSection:
         if (self.path is None) == (self.config is None):
             raise ValueError("model needs one of path (a folder, or a name on the hub) and config (of a new model)")
         _refuse_dtype(self.dtype, (*_DTYPES, _AUTO) if self.config is None else _DTYPES)
+        for name in {"dtype", "torch_dtype"} & self.options.keys():
+            raise ValueError(f"model.options has {name}, whose place is model.dtype; move it there")
         if self.config is not None and not isinstance(self.config.get("model_type"), str):
             raise ValueError("model.config needs a model_type, 'llama' for one")
         if self.config is not None and self.tokenizer is None:
@@ -355,8 +357,21 @@ class Recipe:
             problems.append("data.packing puts rows together that loss.type 'dpo' compares; leave it out")
         if self.pairs and self.evaluate is not None and (self.evaluate.rows or 0) % 2:
             problems.append(f"evaluate.rows must be even, as loss.type 'dpo' takes pairs (got {self.evaluate.rows})")
+        if self.pairs and self._exports_over_its_model():
+            problems.append(
+                f"checkpoint.export is model.path, {self.model.path}, whose model is the reference of loss.type 'dpo' "
+                "whenever the run is started; export to another folder"
+            )
         if problems:
             raise TopologyError(problems)
+
+    def _exports_over_its_model(self) -> bool:
+        asked, out = self.model.path, self.checkpoint.export
+        if asked is None or out is None:
+            return False
+        inner = self.model.options.get("subfolder")
+        held = [Path(asked).expanduser(), *([Path(asked, inner).expanduser()] if isinstance(inner, str) else [])]
+        return Path(out).expanduser().resolve() in [folder.resolve() for folder in held]
 
     def rows_of_batch(self, setup: DistributedSetup) -> int:
         """Return the rows of one batch of one data-parallel rank."""
@@ -421,7 +436,9 @@ def _change(sections: dict[str, Any], change: str) -> None:
     value = read_value(text, f"the value of {shown(change)}")
     within: Any = sections
     for name in outer:
-        if not isinstance(within.setdefault(name, {}), dict):
-            raise ValueError(f"{shown(change)} goes into {shown(name)}, which is no section")
+        if within.get(name) is None:  # missing, or without keys of its own
+            within[name] = {}
         within = within[name]
+        if not isinstance(within, dict):
+            raise ValueError(f"{shown(change)} goes into {shown(name)}, which is no section")
     within[key] = value

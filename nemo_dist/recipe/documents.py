@@ -12,7 +12,7 @@ from typing import Any
 import attrs
 
 from nemo_dist.models.meta_model import in_one_line
-from nemo_dist.planning.validation import near, shown
+from nemo_dist.planning.validation import near_file, shown
 
 _JSON = ".json"
 _LINES = (".jsonl", ".ndjson")
@@ -20,6 +20,7 @@ _TABLES = (".csv", ".tsv", ".parquet", ".arrow")
 _OF_DATASETS = ("dataset_info.json", "state.json", "dataset_dict.json")  # what save_to_disk writes
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")  # in JSON: one of a pair that stands for a letter
 _MESSAGES, _PROMPT, _COMPLETION = "messages", "prompt", "completion"
+_TOOLS = "tools"
 _CHOSEN, _REJECTED = "chosen", "rejected"
 
 
@@ -28,6 +29,7 @@ class Document:
     """One example: its ``text``, or the ``messages`` of a conversation, each a mapping with ``role`` and ``content``.
 
     ``answer``: where in the text the labels begin that count as an answer. ``where`` names the document in errors.
+    ``tools``: of a conversation, the tools that the assistant may call, as chat templates take them.
     ``rejected``: of a preference, the document that this one was chosen over.
     """
 
@@ -35,6 +37,7 @@ class Document:
     text: str = ""
     answer: int = 0
     messages: tuple[Mapping[str, Any], ...] = ()
+    tools: tuple[Mapping[str, Any], ...] = ()
     rejected: Document | None = None
 
 
@@ -57,8 +60,7 @@ def files_of(path: str) -> list[Path]:
     if found.is_file():
         files = [found]
     elif not found.is_dir():
-        beside = sorted(entry.name for entry in found.parent.iterdir()) if found.parent.is_dir() else []
-        raise ValueError(f"data: there is no {path}{near(found.name, beside)}")
+        raise ValueError(f"data: there is no {path}{near_file(found)}")
     elif any((found / name).is_file() for name in _OF_DATASETS):
         return [found]
     else:
@@ -156,7 +158,7 @@ def _document(where: str, row: Any, text: str) -> Document:
     if not isinstance(row, Mapping):
         raise ValueError(f"data: {where} is no mapping of fields (got {shown(row)})")
     if row.get(_MESSAGES) is not None:
-        return Document(where=where, messages=tuple(_messages(where, row[_MESSAGES])))
+        return _conversation(where, row, row[_MESSAGES])
     if row.get(_CHOSEN) is not None and row.get(_REJECTED) is not None:
         return attrs.evolve(_answered(where, row, _CHOSEN), rejected=_answered(where, row, _REJECTED))
     if row.get(_PROMPT) is not None and row.get(_COMPLETION) is not None:
@@ -173,7 +175,7 @@ def _answered(where: str, row: Mapping[str, Any], field: str) -> Document:
     """Return the document of the prompt of *row* and the answer in *field*: texts, or turns of a conversation."""
     prompt, answer = row.get(_PROMPT), row[field]
     if field != _COMPLETION and isinstance(answer, list) and isinstance(prompt, list | None):
-        return Document(where=where, messages=tuple(_messages(where, [*(prompt or ()), *answer])))
+        return _conversation(where, row, [*(prompt or ()), *answer])
     begun, rest = _of_text(where, _PROMPT, prompt), _of_text(where, field, answer)
     return Document(where=where, text=begun + rest, answer=len(begun))
 
@@ -182,6 +184,13 @@ def _of_text(where: str, field: str, value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError(f"data: {where}: {field} must be text (got {shown(value)})")
     return value
+
+
+def _conversation(where: str, row: Mapping[str, Any], messages: Any) -> Document:
+    tools = row.get(_TOOLS)
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools)):
+        raise ValueError(f"data: {where}: {_TOOLS} must be a list of mappings (got {shown(tools)})")
+    return Document(where=where, messages=tuple(_messages(where, messages)), tools=tuple(tools or ()))
 
 
 def _messages(where: str, messages: Any) -> Iterable[Mapping[str, Any]]:

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
-
 from nemo_dist.hf_model import IGNORED
-from nemo_dist.models.meta_model import making_a_model
 from nemo_dist.recipe.config import DataSection, Recipe
 from nemo_dist.recipe.job import judge, steps_of
-from nemo_dist.recipe.model import config_of
+from nemo_dist.recipe.model import weightless
+from nemo_dist.recipe.refusals import judge_rows, judge_schedule
 from nemo_dist.recipe.tokens import rows_of, tokenizer_of
 from nemo_dist.setup.setup import DistributedSetup
 
@@ -19,13 +17,8 @@ from nemo_dist.setup.setup import DistributedSetup
 def described(recipe: Recipe, setup: DistributedSetup) -> str:
     """Return what *recipe* does under *setup* as text; raise what the run would raise before it loads the model."""
     judge(recipe)
-    from transformers import AutoModelForCausalLM
-
-    config = config_of(recipe.model)
-    # In the dtype that is stored, as bytes are counted by it; "auto" is that of the files, which their config says.
-    options = {} if recipe.model.dtype == "auto" else {"dtype": getattr(torch, recipe.model.dtype)}
-    with making_a_model(config), torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config, **options)
+    judge_schedule(recipe, setup)
+    model = weightless(recipe.model)
     tokenizer = tokenizer_of(recipe.model, recipe.data)
     plan = setup.explain(model, recipe.rows_of_batch(setup), recipe.data.length)
     return "\n".join([plan, "", *_lines(recipe, setup, model, tokenizer)])
@@ -36,10 +29,10 @@ def _lines(recipe: Recipe, setup: DistributedSetup, model: Any, tokenizer: Any) 
     made = f"from {recipe.model.path}" if recipe.model.path else "with new weights"
     adapters = f", adapters of {recipe.model.peft['peft_type']}" if recipe.model.peft else ""
     yield f"model: {type(model).__name__} of {weights:,} parameters {made}, stored in {recipe.model.dtype}{adapters}"
-    rows, text = _data(recipe.data, tokenizer, recipe.pairs)
+    rows, text = _data(recipe, recipe.data, tokenizer)
     yield f"data: {text}"
     if recipe.evaluation_data is not None:
-        yield f"evaluation: {_data(recipe.evaluation_data, tokenizer, recipe.pairs)[1]}"
+        yield f"evaluation: {_data(recipe, recipe.evaluation_data, tokenizer)[1]}"
     training, ranks = recipe.training, setup.plan.size("dp")
     size = recipe.rows_of_batch(setup)
     yield f"step: {training.batch_size} rows = {ranks} data ranks x {training.accumulation} batches x {size} rows"
@@ -53,11 +46,12 @@ def _lines(recipe: Recipe, setup: DistributedSetup, model: Any, tokenizer: Any) 
     yield f"metrics: {recipe.folder}"
 
 
-def _data(data: DataSection, tokenizer: Any, pairs: bool) -> tuple[int, str]:
+def _data(recipe: Recipe, data: DataSection, tokenizer: Any) -> tuple[int, str]:
     """Return how many rows *data* has, and what it is in words."""
-    rows = rows_of(data, tokenizer, pairs=pairs)
+    rows = rows_of(data, tokenizer, pairs=recipe.pairs)
+    judge_rows(recipe.model, rows)
     tokens = sum(len(row.tokens) for row in rows)
     counted = sum(int((row.labels != IGNORED).sum()) for row in rows)
-    packed = f", packed of {sum(len(row.lengths) for row in rows)}" if data.packing else ", in pairs" * pairs
+    packed = f", packed of {sum(len(row.lengths) for row in rows)}" if data.packing else ", in pairs" * recipe.pairs
     most = max(len(row.tokens) for row in rows)
     return len(rows), f"{data.path}: {len(rows)} rows{packed}, {tokens:,} tokens, at most {most}, {counted:,} labels"

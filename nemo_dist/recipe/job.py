@@ -23,12 +23,26 @@ from nemo_dist.recipe.config import DataSection, Recipe
 from nemo_dist.recipe.documents import files_of
 from nemo_dist.recipe.metrics import Metrics, judge_logging
 from nemo_dist.recipe.model import adapter_config, config_of, load_model
-from nemo_dist.recipe.optimization import make_loss, make_optimizer, make_schedule, tried_optimizer
+from nemo_dist.recipe.optimization import (
+    give_back,
+    make_loss,
+    make_optimizer,
+    make_schedule,
+    options_of,
+    tried_optimizer,
+)
 from nemo_dist.recipe.progress import Report, progress, say
 from nemo_dist.recipe.reference_scores import score
+from nemo_dist.recipe.refusals import (
+    judge_rows,
+    judge_schedule,
+    refuse_other_steps,
+    refuse_too_few_steps,
+    say_what_stays,
+)
 from nemo_dist.recipe.row_stream import RowStream
 from nemo_dist.recipe.throughput import Throughput
-from nemo_dist.recipe.tokens import Row, rows_of, tokenizer_of
+from nemo_dist.recipe.tokens import rows_of, tokenizer_of
 from nemo_dist.setup.setup import DistributedSetup
 from nemo_dist.training.runtime import Runtime
 
@@ -53,6 +67,7 @@ def train(recipe: Recipe) -> None:
     rank = setup.mesh_context.rank(Role.BATCH)
     with reported("reading the recipe and its data"), _in_words():
         judge(recipe)
+        judge_schedule(recipe, setup)
         tokenizer = tokenizer_of(recipe.model, recipe.data)
         stream = stream_of(recipe, setup, tokenizer, recipe.data, rank)
         others = recipe.evaluation_data
@@ -114,10 +129,10 @@ def judge(recipe: Recipe) -> None:
 def stream_of(recipe: Recipe, setup: DistributedSetup, tokenizer: Any, data: DataSection, rank: int) -> RowStream:
     """Return the rows of *data* as data-parallel *rank* reads them.
 
-    Raises ValueError for tokens that the model does not have.
+    Raises ValueError for tokens and positions that the model does not have.
     """
     rows, known = rows_of(data, tokenizer, pairs=recipe.pairs), config_of(recipe.model).get_text_config().vocab_size
-    _refuse_unknown_tokens(rows, known)
+    positions = judge_rows(recipe.model, rows)
     pad = tokenizer.pad_token_id
     return RowStream(
         rows=rows,
@@ -130,16 +145,8 @@ def stream_of(recipe: Recipe, setup: DistributedSetup, tokenizer: Any, data: Dat
         pad_token=pad if pad is not None and pad < known else 0,  # it is masked, and counts for nothing
         packing=data.packing,
         together=2 if recipe.pairs else 1,
+        positions=positions,
     )
-
-
-def _refuse_unknown_tokens(rows: Sequence[Row], size: int) -> None:
-    largest = max(int(row.tokens.max()) for row in rows)
-    if largest >= size:
-        raise ValueError(
-            f"the tokenizer makes the token {largest}, but the model knows {size}; give model.tokenizer one that fits, "
-            "or a new model a larger vocab_size"
-        )
 
 
 def steps_of(recipe: Recipe, rows: int) -> int:
@@ -148,19 +155,6 @@ def steps_of(recipe: Recipe, rows: int) -> int:
     if training.steps is not None:
         return training.steps
     return max(1, round((training.epochs or 0) * rows / training.batch_size))
-
-
-def _refuse_other_steps(recipe: Recipe, done: int, taken: int) -> None:
-    """Raise TopologyError where steps of another size have come before: epochs do not say how many are then left."""
-    training = recipe.training
-    if training.epochs is not None and taken != done * training.batch_size:
-        raise TopologyError(
-            [
-                f"training.batch_size is {training.batch_size}, but the run read {taken} rows in its {done} steps, so "
-                "training.epochs does not say how many are left; keep training.batch_size, or set training.steps in "
-                "place of training.epochs"
-            ]
-        )
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -192,8 +186,16 @@ class Job:
         if kept.folder is not None:
             folder = RunFolder(kept.folder, keep_last=kept.keep_last, keep_every=kept.keep_every)
             if kept.resume:
+                options = options_of(optimizer)
                 found = folder.resume(runtime, optimizer, schedulers=[schedule], data=stream)
-            _refuse_other_steps(recipe, found[0] if found else 0, stream.taken)
+            elif env.is_main:
+                say_what_stays(folder)
+            refuse_other_steps(recipe, found[0] if found else 0, stream.taken)
+            if found is not None:
+                refuse_too_few_steps(recipe, found[0], steps)
+                changed = give_back(options, optimizer, schedule)
+                if env.is_main and changed:
+                    say(f"goes on as the recipe says now: {', '.join(changed)}")
         return cls(
             recipe=recipe,
             env=env,
@@ -224,7 +226,7 @@ class Job:
                 metrics = Metrics.open(recipe.logging, recipe.folder, self.done, recipe.given)
         speed = Throughput()
         if main:
-            speed = Throughput.of(config_of(recipe.model), recipe.data.length, self.env.world_size)
+            speed = Throughput.of(recipe.model, recipe.data.length, self.env.world_size)
         with closing(metrics), progress(self.steps, self.done, recipe.logging.every, main) as report:
             for step in range(self.done + 1, self.steps + 1):
                 self._step(step, speed, metrics, report)

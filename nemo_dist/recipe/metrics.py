@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import warnings
@@ -103,7 +104,8 @@ class _Lines:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Append the line of *values*, after those that are left; where the disk fails, the file stays as it was."""
-        self.left.append(json.dumps({"step": step, **values}) + "\n")
+        numbers = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
+        self.left.append(json.dumps({"step": step, **numbers}, allow_nan=False) + "\n")
         whole = self.path.stat().st_size if self.path.exists() else 0
         try:
             with self.path.open("a") as file:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
 import torch
 
 from nemo_dist.errors import UnknownNameError
 from nemo_dist.models.auto_model import NeMoAutoModelForCausalLM
-from nemo_dist.models.meta_model import in_one_line, read_config
+from nemo_dist.models.meta_model import in_one_line, making_a_model, read_config
 from nemo_dist.planning.validation import near, shown
 from nemo_dist.recipe.config import ModelSection
 from nemo_dist.setup.setup import DistributedSetup
 from nemo_dist.training.peft_adapters import refuse_copies
+
+_OF_POSITIONS = re.compile(r"pos|\bwpe\b")  # in names of parameters: wpe, embed_positions, position_embeddings
+_BESIDE = 2  # rows of a table that some models keep for padding
 
 
 def load_model(section: ModelSection, setup: DistributedSetup) -> Any:
@@ -30,17 +34,44 @@ def load_model(section: ModelSection, setup: DistributedSetup) -> Any:
     return model if config is None else setup.add_adapters(model, config)
 
 
+def weightless(section: ModelSection) -> Any:
+    """Return the model without weights and adapters; raise ValueError where transformers makes none of its config."""
+    from transformers import AutoModelForCausalLM
+
+    config = config_of(section)
+    # In the dtype that is stored, as bytes are counted by it; "auto" is that of the files, which their config says.
+    options = {} if section.dtype == "auto" else {"dtype": getattr(torch, section.dtype)}
+    trusted = section.options.get("trust_remote_code")
+    with making_a_model(config), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trusted, **options)
+
+
 def config_of(section: ModelSection) -> Any:
-    """Return the transformers config of the model."""
+    """Return the transformers config of the model, which takes the loader's options as the loader itself does."""
     from transformers import AutoConfig
 
     if section.config is None:
-        return read_config(str(section.path))
+        return read_config(str(section.path), **section.options)
     fields = dict(section.config)
     try:
         return AutoConfig.for_model(fields.pop("model_type"), **fields)
     except Exception as error:  # a class checks its fields in its own way
         raise ValueError(f"model.config is refused by transformers: {in_one_line(error)}") from error
+
+
+def positions_of(section: ModelSection, needed: int) -> int | None:
+    """Return of how many positions the model has a table, learned or computed once, if fewer than *needed*.
+
+    None otherwise, and for a model that takes any number, as with rotary positions.
+    """
+    longest = getattr(config_of(section).get_text_config(), "max_position_embeddings", None)
+    if not isinstance(longest, int) or needed <= longest:
+        return None  # and no model needs to be made
+    model = weightless(section)
+    tables = [tensor for name, tensor in model.named_parameters() if _OF_POSITIONS.search(name)]
+    tables += [tensor for name, tensor in model.named_buffers() if name.endswith("embed_positions")]
+    sizes = [len(tensor) for tensor in tables if tensor.ndim == 2]
+    return longest if any(longest <= size <= longest + _BESIDE for size in sizes) else None
 
 
 def adapter_config(section: ModelSection) -> Any:

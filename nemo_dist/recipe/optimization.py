@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch.optim import Optimizer
 
 from nemo_dist import losses
+from nemo_dist.checkpoint.scheduler_state import take_rates
 from nemo_dist.errors import UnknownNameError
 from nemo_dist.models.meta_model import in_one_line
 from nemo_dist.planning.validation import near, shown
@@ -19,6 +21,7 @@ from nemo_dist.recipe.config import LOSSES, LossSection, OptimizerSection, Sched
 from nemo_dist.training.runtime import Runtime
 
 _WARMUP = "num_warmup_steps"
+_WORDS = {"initial_lr": "lr", "lr": "the rate of the next step"}  # of options that a schedule goes by
 
 
 def make_loss(section: LossSection | None) -> Any:
@@ -46,7 +49,14 @@ def optimizer_type(section: OptimizerSection) -> type[Optimizer]:
             f"{', '.join(sorted(known))}"
         )
     kind = known[section.type]
-    _refuse_unknown("optimizer", section.options, list(inspect.signature(kind).parameters)[1:])
+    takes = inspect.signature(kind).parameters
+    _refuse_unknown("optimizer", section.options, list(takes)[1:])
+    for name, value in section.options.items():
+        if isinstance(takes[name].default, bool) or "bool" in str(takes[name].annotation):
+            continue
+        for one in value if isinstance(value, list) else [value]:
+            if isinstance(one, bool) or (isinstance(one, float) and not math.isfinite(one)):
+                raise ValueError(f"optimizer.{name} must be of finite numbers (got {shown(value)})")
     return kind
 
 
@@ -118,6 +128,27 @@ def make_schedule(section: SchedulerSection, optimizer: Any, steps: int) -> Any:
             for factor in schedule.lr_lambdas:
                 factor(step)
     return schedule
+
+
+def options_of(optimizer: Any) -> list[dict[str, Any]]:
+    """Return the options of each parameter group of *optimizer*, as the recipe gives them."""
+    return [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+
+
+def give_back(options: Sequence[Mapping[str, Any]], optimizer: Any, schedule: Any) -> list[str]:
+    """Give *optimizer* its *options* of before a checkpoint was loaded, and the rate that *schedule* has for the step.
+
+    A checkpoint brings those that it was saved with. Returns what is another than in the checkpoint, in words.
+    """
+    changed: dict[str, None] = {}
+    for group, own, factor in zip(optimizer.param_groups, options, schedule.lr_lambdas, strict=True):
+        rate = own["initial_lr"] * factor(schedule.last_epoch)
+        for name, value in {**own, "lr": rate}.items():
+            if name in group and group[name] != value:
+                changed[f"{_WORDS.get(name, name)} {shown(value)} (it was {shown(group[name])})"] = None
+            group[name] = value
+    take_rates(schedule, {})
+    return list(changed)
 
 
 def _refuse_unknown(where: str, options: Iterable[str], valid: list[str]) -> None:

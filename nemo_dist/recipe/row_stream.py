@@ -14,7 +14,7 @@ from torch import Tensor
 from nemo_dist.hf_model import IGNORED
 from nemo_dist.recipe.tokens import Row
 
-_MULTIPLE = 8  # rows are padded to a multiple of so many tokens
+MULTIPLE = 8  # rows are padded to a multiple of so many tokens
 
 
 @attrs.define(eq=False, slots=False, kw_only=True)
@@ -35,6 +35,7 @@ class RowStream:
     pad_token: int = 0
     packing: bool = False
     together: int = 1  # neighbouring rows that stay so
+    positions: int | None = None  # that the model has, where it does not take any
     taken: int = 0
     tokens: int = 0  # of the last step, over all ranks, without padding
     _order: tuple[int, Tensor] | None = None
@@ -58,8 +59,10 @@ class RowStream:
         return [batch for start in range(0, len(rows), size) for batch in self._own(rows[start : start + size])]
 
     def _own(self, rows: Sequence[Row]) -> list[dict[str, Tensor]]:
-        width = max(len(row.tokens) for row in rows)
-        width += -width % _MULTIPLE
+        longest = max(len(row.tokens) for row in rows)
+        width = longest + -longest % MULTIPLE
+        if self.positions is not None and not self.packing:  # where they restart, those of padding are 0
+            width = max(longest, min(width, self.positions))
         self.tokens = sum(len(row.tokens) for row in rows)
         masked = self.tokens < len(rows) * width
         size = self.rows_of_batch * self.ranks

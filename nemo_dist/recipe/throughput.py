@@ -11,6 +11,8 @@ import torch
 
 from nemo_dist.hf_model import input_embedding
 from nemo_dist.planning.device_flops import bfloat16_flops
+from nemo_dist.recipe.config import ModelSection
+from nemo_dist.recipe.model import weightless
 
 _FORWARD_AND_BACKWARD = 6  # operations per weight and token: two forward, four backward
 _ATTENTION = 12  # per layer, token, token that it sees, and unit of width: scores and sums, forward and backward
@@ -47,14 +49,12 @@ class Throughput:
     peak: float | None = None
 
     @classmethod
-    def of(cls, config: Any, length: int, ranks: int) -> Throughput:
-        """Return that of a causal language model of *config*; without a share where the device is not known."""
+    def of(cls, model: ModelSection, length: int, ranks: int) -> Throughput:
+        """Return that of the *model* of a recipe; without a share where the device is not known."""
         peak = bfloat16_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
         if peak is None:
             return cls()
-        from nemo_dist.models.meta_model import meta_model
-
-        return cls(operations=operations_per_token(meta_model(config), length), peak=peak * ranks)
+        return cls(operations=operations_per_token(weightless(model), length), peak=peak * ranks)
 
     def measured(self, tokens: int, seconds: float) -> dict[str, float]:
         """Return what *tokens* in *seconds* are: ``tokens_per_second``, ``mfu`` from 0 to 1 where known, memory."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +21,9 @@ from nemo_dist.recipe.config import ALL, DataSection, ModelSection
 from nemo_dist.recipe.documents import Document, documents
 
 _BYTES = "bytes"
+# Of the loader's options: those that reach any name, and those that say which files of the model's own.
+_ACCESS = ("cache_dir", "token", "local_files_only", "trust_remote_code")
+_PLACE = ("revision", "code_revision", "subfolder")
 _END = "<|end|>"
 # The usual form of a chat template, in the words of the tokenizer of bytes.
 _TEMPLATE = (
@@ -45,11 +49,9 @@ class Row:
 
 def tokenizer_of(model: ModelSection, data: DataSection) -> Any:
     """Return the tokenizer of the recipe with the chat template that it asks for; raise ValueError where none is."""
-    from transformers import AutoTokenizer
-
     name = model.tokenizer or model.path
     try:
-        tokenizer: Any = byte_tokenizer() if name == _BYTES else AutoTokenizer.from_pretrained(name)
+        tokenizer: Any = byte_tokenizer() if name == _BYTES else _stored(str(name), model)
     except Exception as error:  # every class reads its files in its own way
         raise ValueError(
             f"no tokenizer at {shown(name)}; give model.tokenizer a folder that has one, a name on the hub, or "
@@ -61,6 +63,22 @@ def tokenizer_of(model: ModelSection, data: DataSection) -> Any:
         except UnicodeDecodeError as error:
             raise ValueError(f"data.chat_template: {data.chat_template} is no text in UTF-8 ({error.reason})") from None
     return tokenizer
+
+
+def _stored(name: str, model: ModelSection) -> Any:
+    """Return the tokenizer called *name* by the loader's options that say where files are, and how to reach them.
+
+    Beside a subfolder without one it is the one above, as in an export of the model.
+    """
+    from transformers import AutoTokenizer
+
+    known = (*_ACCESS, *_PLACE) if name == model.path else _ACCESS
+    options = {key: model.options[key] for key in known if key in model.options}
+    if "subfolder" in options:
+        with suppress(OSError, ValueError):
+            return AutoTokenizer.from_pretrained(name, **options)
+        options.pop("subfolder")
+    return AutoTokenizer.from_pretrained(name, **options)
 
 
 def byte_tokenizer() -> Any:
@@ -193,6 +211,11 @@ class _Cut:
         """Return the text of a conversation, and the spans in it that the assistant says."""
         turns = list(document.messages)
         whole = self._rendered(document, turns)
+        if document.tools and whole == self._rendered(attrs.evolve(document, tools=()), turns):
+            raise ValueError(
+                f"data: {document.where} has tools, which the chat template does not write; take the field out, or set "
+                "data.chat_template to a template that does"
+            )
         if self.data.train_on == ALL:
             return whole, [(0, len(whole))]
         spans = []
@@ -212,7 +235,11 @@ class _Cut:
     def _rendered(self, document: Document, turns: Sequence[Any], add_generation_prompt: bool = False) -> str:
         try:
             text: str = self.tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=add_generation_prompt, **self._dated
+                turns,
+                tools=list(document.tools) or None,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                **self._dated,
             )
         except Exception as error:  # whatever a template raises, or that there is none
             raise ValueError(f"data: {document.where}: the chat template failed: {error}") from error

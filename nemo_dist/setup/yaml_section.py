@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import attrs
 import yaml
 
-from nemo_dist.planning.validation import shown
+from nemo_dist.planning.validation import near_file, shown
 
 _LARGEST = 2**20  # bytes of a file
 _DEEPEST = 64  # levels of nesting
@@ -118,6 +118,8 @@ class _Values:
                 content = stream.read(_LARGEST + 1)
         except ValueError:  # a NUL, or a letter that no file system has
             self.fail("is no path")
+        except OSError as error:
+            raise type(error)(f"{self.where} cannot be read: {error.strerror}{near_file(path)}") from None
         return self.composed(content)
 
     def composed(self, content: bytes) -> yaml.Node | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -338,7 +339,8 @@ class Runtime:
         """Scale all gradients to a global norm of at most *max_norm*; return the norm before, equal on every rank.
 
         Every parameter of the whole model counts once, across all meshes, pipeline stages and experts. ``norm_type`` is
-        the exponent, a number above 0 or ``inf``, the greatest absolute value; ValueError for another.
+        the exponent, a number above 0 or ``inf``, the greatest absolute value; ValueError for another. A *max_norm* of
+        ``inf`` leaves every gradient as it is.
         """
         if not norm_type > 0:
             raise ValueError(f"norm_type must be above 0, or inf (got {norm_type!r})")
@@ -355,6 +357,8 @@ class Runtime:
         kept = [grad for part in self._parts if part.kept_gradients is not None for grad in part.kept_gradients()]
         axes = tuple(axis for part in self._parts for axis in part.norm_axes)
         norm = global_norm([*(grad for grad in counted if grad is not None), *kept], norm_type, axes, self.mesh)
+        if max_norm == math.inf:  # inf / inf would scale all gradients by NaN where one is inf
+            return norm
         for group in by_mesh(parameters).values():
             clip_grads_with_norm_(group, max_norm, norm)
         if kept:

@@ -27,7 +27,9 @@ def step_schedule(
         stages = placement.stage_count(config, placement.pp_size * (config.layers_per_stage or 1)) or 1
         notes.append(f"drawn with {stages} stages: how many layers_per_stage makes depends on the model")
     count, problem = _microbatches(facts, placement, config)
-    notes += [problem] if problem else []
+    notes += [f"{problem}; drawn with {count}, as if each data-parallel rank had more rows in its batch"] * bool(
+        problem
+    )
     drawn = _drawn(count, stages, placement)
     if drawn < count:
         notes.append(f"drawn with {drawn} of the {count} microbatches; the middle of the schedule repeats itself")
@@ -46,6 +48,7 @@ def step_schedule(
         rows=config.pp_microbatch_size,
         idle=placement.bubble(stages, count),
         notes=tuple(notes),
+        problem=problem,
     )
 
 
@@ -65,11 +68,11 @@ def _microbatches(facts: ModelFacts | None, placement: StagePlacement, config: P
     usual = 4 * placement.pp_size
     if given or facts is None:
         return given or usual, ""
-    count = -(-facts.rows // config.pp_microbatch_size)
+    count = -(-facts.rows // (facts.batches * config.pp_microbatch_size))
+    if placement.joins:
+        count *= facts.batches
     problem = placement.microbatch_problem(count)
-    if problem is None:
-        return count, ""
-    return usual, f"{problem}; drawn with {usual}, as if each data-parallel rank had more rows in its batch"
+    return (count, "") if problem is None else (usual, problem)
 
 
 def _drawn(count: int, stages: int, placement: StagePlacement) -> int:
