@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from nemo_dist.mesh.dtensor import parameter_slots
 from nemo_dist.torch_private import gradient_hooks, number_of_backward, run_after_backward, tensors_in
 from nemo_dist_megatron_fsdp.gradients import Gradients
-from nemo_dist_megatron_fsdp.parameter_shard import ParameterShard, changes
+from nemo_dist_megatron_fsdp.parameter_shard import changes, guard
 from nemo_dist_megatron_fsdp.row_layout import RowLayout
 
 _ENGINE = "_nemo_dist_megatron_fsdp"  # key in the model's __dict__, so that the engine is no submodule
@@ -38,7 +38,6 @@ class Engine:
     shards: dict[str, Any]
     slots: list[tuple[str, dict[str, Any], str, Any]]  # a name, the dict of a module's own parameters, its name there
     gradients: Gradients
-    storage: dict[str, int]  # where the shards lie
     synchronise: bool = True
     backward: int = _NONE  # the number of the one that began, and did not end
     installed: int = -1
@@ -50,12 +49,11 @@ class Engine:
         slots = [(name, module._parameters, slot, one) for name, module, slot, one in parameter_slots(model)]
         shards: dict[str, Any] = dict(model.named_parameters())
         for name, shard in shards.items():
-            shard.__class__ = ParameterShard
             layout.correct(name, shard)
+        guard(model, shards)
         gradients = Gradients(wrapper=wrapper, layout=layout, shards=shards)
         gradients.watch()
-        storage = {name: shard.to_local().data_ptr() for name, shard in shards.items()}
-        engine = cls(wrapper=wrapper, layout=layout, shards=shards, slots=slots, gradients=gradients, storage=storage)
+        engine = cls(wrapper=wrapper, layout=layout, shards=shards, slots=slots, gradients=gradients)
         model.__dict__[_ENGINE] = engine
         model.__dict__["zero_grad"] = partial(engine._zero_grad_of_model, model)
         wrapper.all_gather_and_wait_parameters_ready = partial(
@@ -117,15 +115,7 @@ class Engine:
                 f"{', '.join(others)} was replaced, or tied to another parameter, after megatron_fsdp took the model "
                 "over, which the package would undo; save the model, change it and load it again"
             )
-        if moved := [name for name, shard in self.shards.items() if self._moved(name, shard)]:
-            raise RuntimeError(
-                f"{', '.join(moved)} was converted or moved, as model.to() does, after megatron_fsdp took the model "
-                "over, which goes on with what it has; leave that out: load with dtype=, on the mesh's device"
-            )
         self._refuse_hooked()
-
-    def _moved(self, name: str, shard: Any) -> bool:
-        return type(shard) is not ParameterShard or shard.to_local().data_ptr() != self.storage[name]
 
     def _refuse_hooked(self) -> None:
         """Refuse hooks of gradients: the package takes the gradients of other parameters."""
@@ -256,7 +246,6 @@ class Engine:
         and counts as the first step. It gets a step that does nothing, and replaces it by its own. It also replaces the
         gradients, which may be those of a backward that came before, and drops them.
         """
-        self._refuse_lost()
         groups = optimizer.param_groups
         gradients = [(parameter, parameter.grad) for group in groups for parameter in group["params"]]
         optimizer.register_step_post_hook(self._stepped)
@@ -267,9 +256,12 @@ class Engine:
         for parameter, gradient in gradients:
             parameter.grad = gradient
         adopted.zero_grad = partial(self._zero_grad, adopted, adopted.zero_grad)  # type: ignore[method-assign]
-        taken = adopted.step
-        step = lambda one, *args, **options: self._step(taken, one, *args, **options)  # noqa: E731
-        adopted.step = MethodType(step, adopted)  # type: ignore[method-assign]  # torch's schedulers expect a method
+        step = adopted.step
+
+        def step_of_package(one: Optimizer, *args: Any, **options: Any) -> Any:
+            return self._step(step, one, *args, **options)
+
+        adopted.step = MethodType(step_of_package, adopted)  # type: ignore[method-assign]
         return adopted
 
     def _step(
