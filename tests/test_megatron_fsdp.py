@@ -778,7 +778,10 @@ def drop_what_waits(loop):
     with loop.no_sync():
         loop.backward(0)
     loop.model.zero_grad()
-    loop.backward(1)
+    with loop.no_sync():
+        loop.backward(1)
+    loop.model.model.layers[0].zero_grad()
+    loop.backward(2)
     return loop.gradients()
 
 

@@ -55,7 +55,8 @@ class Engine:
         gradients.watch()
         engine = cls(wrapper=wrapper, layout=layout, shards=shards, slots=slots, gradients=gradients)
         model.__dict__[_ENGINE] = engine
-        model.__dict__["zero_grad"] = partial(engine._zero_grad_of_model, model)
+        for module in model.modules():
+            module.__dict__["zero_grad"] = partial(engine._zero_grad_of_module, module)
         wrapper.all_gather_and_wait_parameters_ready = partial(
             engine._gather, wrapper.all_gather_and_wait_parameters_ready
         )
@@ -287,11 +288,11 @@ class Engine:
         drop(set_to_none=set_to_none, zero_grad_buffer=False)
         self.gradients.forget(self._names(_parameters(optimizer)))
 
-    def _zero_grad_of_model(self, model: nn.Module, set_to_none: bool = True) -> None:
-        """Drop all gradients of *model*, or set them to zero; those too that wait in the package's buffers."""
+    def _zero_grad_of_module(self, module: nn.Module, set_to_none: bool = True) -> None:
+        """Drop the gradients of *module*, or set them to zero; those too that wait in the package's buffers."""
         self._notice_failure()
-        type(model).zero_grad(model, set_to_none=set_to_none)
-        self.gradients.forget(self.shards)
+        type(module).zero_grad(module, set_to_none)
+        self.gradients.forget(self._names(module.parameters()))
 
     def _names(self, parameters: Iterable[Tensor]) -> list[str]:
         ids = set(map(id, parameters))
