@@ -548,7 +548,7 @@ def on_rank_edit(folder, edit):
 
 
 def register_hook(model, runtime, batch):
-    model.model.norm.weight.register_hook(lambda gradient: gradient * 0)
+    return model.model.norm.weight.register_hook(lambda gradient: gradient * 0)
 
 
 def register_post_hook(model, runtime, batch):
@@ -557,8 +557,9 @@ def register_post_hook(model, runtime, batch):
 
 def register_late_hook(model, runtime, batch):
     loss = model(**batch).loss
-    register_hook(model, runtime, batch)
+    handle = register_hook(model, runtime, batch)
     loss.backward()
+    handle.remove()
 
 
 def tie(model, runtime, batch):
