@@ -269,8 +269,8 @@ class Engine:
         self, step: Callable[..., Any], optimizer: Optimizer, closure: Callable[[], Any] | None = None, **options: Any
     ) -> Any:
         """Take a step and return what *closure* did, of which the package returns nothing."""
+        self._notice_failure()
         if closure is None:
-            self._notice_failure()
             self.gradients.refuse_step(self._names(_parameters(optimizer)))
             return step(**options)
         values: list[Any] = []

@@ -129,7 +129,7 @@ class Gradients:
         """Give whoever holds a gradient that was dropped its own copy: the package writes the next one over it."""
         shown = self.wrapper.param_and_grad_buffer.dist_main_grad
         held = shown.get(name)
-        # Three unheld: in the dict, here as variable and argument, and its own full_tensor.
+        # Four if nobody does: the dict, the variable and the argument here, and its own full_tensor.
         if held is not None and held is not self.shards[name].grad and sys.getrefcount(held) > 4:
             held._local_tensor = held._local_tensor.clone()
             del shown[name]
