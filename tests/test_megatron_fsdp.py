@@ -5,7 +5,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from unittest.mock import patch
 
 import pytest
@@ -540,41 +540,350 @@ def on_rank_edit(folder, edit):
     model, runtime = on_rank_start(3, folder)
     batch = rows_of_rank(Task(rows=4).batches(0)[0], runtime)
     try:
-        edit(model, batch)
+        edit(model, runtime, batch)
         runtime.forward_backward(batch)
     except RuntimeError as error:
         return str(error)
     return ""
 
 
-def register_hook(model, batch):
-    model.model.norm.weight.register_hook(lambda gradient: gradient * 0)
+def register_hook(model, runtime, batch):
+    return model.model.norm.weight.register_hook(lambda gradient: gradient * 0)
 
 
-def register_late_hook(model, batch):
+def register_post_hook(model, runtime, batch):
     model.model.norm.weight.register_post_accumulate_grad_hook(lambda parameter: None)
 
 
-def tie(model, batch):
+def register_late_hook(model, runtime, batch):
+    loss = model(**batch).loss
+    handle = register_hook(model, runtime, batch)
+    loss.backward()
+    handle.remove()
+
+
+def tie(model, runtime, batch):
     model.lm_head.weight = model.model.embed_tokens.weight
 
 
-def differentiate_twice(model, batch):
+def differentiate_twice(model, runtime, batch):
     model(**batch).loss.backward(create_graph=True)
+
+
+def change_weights_before_the_backward(model, runtime, batch):
+    loss = model(**batch).loss
+    with torch.no_grad():
+        model.model.norm.weight.mul_(0.5)
+    loss.backward()
+
+
+def replace_data(model, runtime, batch):
+    model.model.norm.weight.data = model.model.norm.weight.data * 0.5
+
+
+def convert(model, runtime, batch):
+    model.to(torch.bfloat16)
+
+
+def convert_a_part(model, runtime, batch):
+    model.model.norm.to(torch.bfloat16)
+
+
+def call_a_part(model, runtime, batch):
+    model.model(batch["input_ids"])
+
+
+def begin_inside(model, runtime, batch):
+    found = []
+    model.model.layers[0].register_forward_hook(lambda *given: found.append(given[-1]))
+    model(**batch)
+    found[0].mean().backward()
+
+
+def step_what_waits(model, runtime, batch):
+    optimizer = runtime.optimizer(torch.optim.SGD, lr=0.1)
+    with runtime.no_sync():
+        model(**batch).loss.backward()
+    optimizer.step()
+
+
+def replace_what_waits(model, runtime, batch):
+    with runtime.no_sync():
+        model(**batch).loss.backward()
+    model.model.norm.weight.grad = torch.ones_like(model.model.norm.weight)
+
+
+def go_on_after_a_failure(model, runtime, batch):
+    fail_in_the_middle(model, lambda: model(**batch).loss)
+
+
+def step_after_a_failure(model, runtime, batch):
+    optimizer = runtime.optimizer(torch.optim.SGD, lr=0.1)
+    go_on_after_a_failure(model, runtime, batch)
+    optimizer.step()
 
 
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
         (register_hook, "model.norm.weight has a hook of its gradient, which megatron_fsdp never calls"),
+        (register_post_hook, "model.norm.weight has a hook of its gradient, which megatron_fsdp never calls"),
         (register_late_hook, "model.norm.weight has a hook of its gradient, which megatron_fsdp never calls"),
         (tie, "lm_head.weight was replaced, or tied to another parameter, after megatron_fsdp took the model over"),
         (differentiate_twice, "a backward with create_graph=True is to be differentiated once more"),
+        (change_weights_before_the_backward, "weights were changed between a forward and its backward"),
+        (replace_data, "parameter.data = ... gives a parameter other storage"),
+        (convert, "model.embed_tokens.weight would be converted or moved"),
+        (convert_a_part, "model.norm.weight would be converted or moved"),
+        (call_a_part, "a module of the model was called by itself"),
+        (begin_inside, "a backward reached the model by another way than what its forward returned"),
+        (step_what_waits, "optimizer.step() while gradients of a backward under runtime.no_sync() wait"),
+        (replace_what_waits, "the gradient of model.norm.weight was set or changed while that of a backward under"),
+        (go_on_after_a_failure, "a backward failed in the middle, with gradients of some parameters only; call"),
+        (step_after_a_failure, "a backward failed in the middle, with gradients of some parameters only; call"),
     ],
 )
-def test_what_the_package_would_undo_or_never_call_is_refused(ranks, edit, message):
+def test_what_would_go_wrong_in_silence_is_refused(ranks, edit, message):
     for found in ranks(2).run(on_rank_edit, checkpoint("llama"), edit):
         assert found.startswith(message)
+
+
+# ---- the order of calls in a loop of one's own ----
+
+
+class Failing(torch.autograd.Function):
+    """Raises in the backward."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise ValueError("the backward fails")
+
+
+def failing_after_a_block(model):
+    """Let the backward of forwards fail after the last block; return the handle of that."""
+    return model.model.layers[-1].register_forward_pre_hook(lambda module, args: (Failing.apply(args[0]), *args[1:]))
+
+
+def fail_in_the_middle(model, forward):
+    """Run a backward that raises between two blocks."""
+    handle = failing_after_a_block(model)
+    with pytest.raises(ValueError, match="the backward fails"):
+        forward().backward()
+    handle.remove()
+
+
+def fail_in_the_forward(model, forward):
+    def fail(*args):
+        raise ValueError("the forward fails")
+
+    handle = model.model.layers[-1].register_forward_pre_hook(fail)
+    with pytest.raises(ValueError, match="the forward fails"):
+        forward()
+    handle.remove()
+
+
+class Loop:
+    """What a loop of one's own uses, on a rank or, without a runtime, on one process."""
+
+    def __init__(self, model, runtime=None):
+        self.model, self.runtime = model, runtime
+        self.no_sync = runtime.no_sync if runtime else nullcontext
+
+    def forward(self, seed):
+        tokens = Task(rows=4).batches(seed)[0]["input_ids"]  # as many for every rank, so that a mean of means is one
+        if self.runtime:
+            tokens = tokens.chunk(2)[self.runtime.dp_rank]
+        return self.model(tokens, labels=tokens).loss
+
+    def backward(self, seed):
+        self.forward(seed).backward()
+
+    def optimizer(self, groups=None):
+        if self.runtime:
+            return self.runtime.optimizer(torch.optim.SGD, groups, lr=0.1)
+        return torch.optim.SGD(groups or self.model.parameters(), lr=0.1)
+
+    def gradients(self):
+        return {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+
+
+def drop_a_failed_backward(loop):
+    optimizer = loop.optimizer()
+    fail_in_the_middle(loop.model, lambda: loop.forward(0))
+    optimizer.zero_grad()
+    loop.backward(1)
+    optimizer.step()
+    optimizer.zero_grad()
+    loop.backward(2)
+    return loop.gradients()
+
+
+def drop_a_failed_backward_of_two(loop):
+    optimizer = loop.optimizer()
+    handle = failing_after_a_block(loop.model)
+    first = loop.forward(0)
+    handle.remove()
+    second = loop.forward(1)
+    with pytest.raises(ValueError, match="the backward fails"):
+        first.backward()
+    optimizer.zero_grad()
+    second.backward()
+    return loop.gradients()
+
+
+def drop_a_failed_backward_that_waits(loop):
+    with loop.no_sync():
+        fail_in_the_middle(loop.model, lambda: loop.forward(0))
+    loop.model.zero_grad()
+    with loop.no_sync():
+        loop.backward(1)
+    loop.backward(2)
+    return loop.gradients()
+
+
+def step_after_a_failed_forward(loop):
+    optimizer = loop.optimizer()
+    loop.backward(0)
+    fail_in_the_forward(loop.model, lambda: loop.forward(1))
+    with torch.no_grad():
+        for parameter in loop.model.parameters():
+            parameter.grad.mul_(0.5)
+    optimizer.step()
+    optimizer.zero_grad()
+    loop.backward(2)
+    return loop.gradients()
+
+
+def write_data_after_a_forward(loop):
+    loop.forward(0)
+    for parameter in loop.model.parameters():
+        parameter.data.mul_(0.5)
+    loop.backward(1)
+    return loop.gradients()
+
+
+def set_gradients_before_the_backward(loop):
+    for parameter in loop.model.parameters():
+        parameter.grad = parameter.detach() * 0.5
+    with loop.no_sync():
+        loop.backward(0)
+    loop.backward(1)
+    return loop.gradients()
+
+
+def drop_what_waits(loop):
+    with loop.no_sync():
+        loop.backward(0)
+    loop.model.zero_grad()
+    with loop.no_sync():
+        loop.backward(1)
+    loop.model.model.layers[0].zero_grad()
+    loop.backward(2)
+    return loop.gradients()
+
+
+def step_with_an_empty_group_first(loop):
+    optimizer = loop.optimizer([{"params": []}, {"params": list(loop.model.parameters())}])
+    loop.backward(0)
+    optimizer.step()
+    optimizer.zero_grad()
+    loop.backward(1)
+    return loop.gradients()
+
+
+def nest_no_sync(loop):
+    with loop.no_sync():
+        with loop.no_sync():
+            loop.backward(0)
+        loop.backward(1)
+    loop.backward(2)
+    return loop.gradients()
+
+
+def move_to_where_it_is(loop):
+    loop.model.to("cpu").float()
+    loop.model.model.to("cpu")
+    loop.backward(0)
+    return loop.gradients()
+
+
+def hold_gradients(loop):
+    optimizer = loop.optimizer()
+    loop.backward(0)
+    held = loop.gradients()
+    optimizer.zero_grad()
+    loop.backward(1)
+    return held
+
+
+def zero_between_forward_and_backward(loop):
+    """Which is no change of weights."""
+    optimizer = loop.optimizer()
+    loop.backward(0)
+    first, second = loop.forward(1), loop.forward(2)
+    optimizer.zero_grad()
+    with torch.no_grad():
+        loop.forward(3)
+    with loop.no_sync():
+        first.backward()
+    second.backward()
+    return loop.gradients()
+
+
+def on_rank_loop(folder, zero, options, loop):
+    model, runtime = on_rank_start(zero, folder, **options)
+    return canonical(runtime, loop(Loop(model, runtime)))
+
+
+@cases(
+    ("loop", "zero", "options"),
+    [
+        (drop_a_failed_backward, 3, {}),
+        (drop_a_failed_backward, 1, {}),
+        slow(drop_a_failed_backward, 1, NO_OVERLAP),
+        (drop_a_failed_backward_of_two, 3, {}),
+        slow(drop_a_failed_backward_that_waits, 3, {}),
+        (drop_a_failed_backward_that_waits, 1, {}),
+        (step_after_a_failed_forward, 3, {}),
+        (write_data_after_a_forward, 3, {}),
+        (write_data_after_a_forward, 1, NO_OVERLAP),
+        (set_gradients_before_the_backward, 3, {}),
+        (set_gradients_before_the_backward, 1, {}),
+        slow(drop_what_waits, 3, {}),
+        (drop_what_waits, 1, {}),
+        (step_with_an_empty_group_first, 3, {}),
+        (nest_no_sync, 1, {}),
+        (move_to_where_it_is, 3, {}),
+        (hold_gradients, 3, {}),
+        slow(hold_gradients, 1, {}),
+        (zero_between_forward_and_backward, 3, {}),
+        slow(zero_between_forward_and_backward, 2, {}),
+        (zero_between_forward_and_backward, 1, NO_OVERLAP),
+    ],
+    lambda loop, zero, options: case_id(loop.__name__, f"zero {zero}", options),
+)
+def test_the_gradients_of_a_loop_are_those_of_one_process(ranks, loop, zero, options):
+    expected = loop(Loop(SPECIMENS["llama"].make().eval()))
+    for found in ranks(2).run(on_rank_loop, checkpoint("llama"), zero, options, loop):
+        assert found.keys() == expected.keys()
+        for name, gradient in expected.items():
+            torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def on_rank_step_with_a_closure(folder):
+    _, runtime = on_rank_start(3, folder)
+    optimizer = runtime.optimizer(torch.optim.SGD, lr=0.1)
+    batch = rows_of_rank(Task(rows=4).batches(0)[0], runtime)
+    return optimizer.step(lambda: runtime.forward_backward(batch)).item()
+
+
+def test_a_step_returns_what_its_closure_did(ranks):
+    expected = SPECIMENS["llama"].make().eval()(**Task(rows=4).batches(0)[0]).loss.item()
+    assert ranks(2).run(on_rank_step_with_a_closure, checkpoint("llama")) == pytest.approx([expected] * 2)
 
 
 def test_a_parameter_without_elements_is_refused():

@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import attrs
 import torch
-import torch.distributed as dist
 from megatron_fsdp import fully_shard_optimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nemo_dist.mesh.dtensor import parameter_slots
-from nemo_dist.torch_private import changes_in_place, gradient_hooks, run_after_backward, tensors_in
+from nemo_dist.torch_private import gradient_hooks, number_of_backward, run_after_backward, tensors_in
+from nemo_dist_megatron_fsdp.gradients import Gradients
+from nemo_dist_megatron_fsdp.parameter_shard import changes, guard
 from nemo_dist_megatron_fsdp.row_layout import RowLayout
 
 _ENGINE = "_nemo_dist_megatron_fsdp"  # key in the model's __dict__, so that the engine is no submodule
+_NONE = -1  # the number of no backward
 
 
 @attrs.define(kw_only=True, eq=False)
 class Engine:
-    """The package's wrapper of one model, and the state of its current gradients.
+    """The package's wrapper of one model, and what its hooks on the model need to remember.
 
     The wrapper's own forward only swaps the shards, which the optimizer and the user see, for the parameters that the
     model computes with. Hooks on the model do the same, so the model needs no wrapping. Outside of a forward and a
@@ -34,11 +37,9 @@ class Engine:
     layout: RowLayout
     shards: dict[str, Any]
     slots: list[tuple[str, dict[str, Any], str, Any]]  # a name, the dict of a module's own parameters, its name there
-    used: set[str] = attrs.field(factory=set)  # whose gradients this rank added to since they were dropped
-    shown: dict[str, tuple[Any, int]] = attrs.field(factory=dict)  # the gradients as they were set, and their changes
+    gradients: Gradients
     synchronise: bool = True
-    in_backward: bool = False
-    reduced: bool = False
+    backward: int = _NONE  # the number of the one that began, and did not end
     installed: int = -1
     stale: bool = True
 
@@ -46,25 +47,22 @@ class Engine:
     def start(cls, model: nn.Module, wrapper: Any, layout: RowLayout) -> None:
         """Attach an engine to *model*."""
         slots = [(name, module._parameters, slot, one) for name, module, slot, one in parameter_slots(model)]
-        engine = cls(wrapper=wrapper, layout=layout, shards=dict(model.named_parameters()), slots=slots)
-        model.__dict__[_ENGINE] = engine
-        for name, shard in engine.shards.items():
+        shards: dict[str, Any] = dict(model.named_parameters())
+        for name, shard in shards.items():
             layout.correct(name, shard)
+        guard(model, shards)
+        gradients = Gradients(wrapper=wrapper, layout=layout, shards=shards)
+        gradients.watch()
+        engine = cls(wrapper=wrapper, layout=layout, shards=shards, slots=slots, gradients=gradients)
+        model.__dict__[_ENGINE] = engine
+        for module in model.modules():
+            module.__dict__["zero_grad"] = partial(engine._zero_grad_of_module, module)
+        wrapper.all_gather_and_wait_parameters_ready = partial(
+            engine._gather, wrapper.all_gather_and_wait_parameters_ready
+        )
         model.register_forward_pre_hook(engine._before_forward, prepend=True)
         model.register_forward_hook(engine._after_forward)
-        for name, raw in wrapper.raw_param.items():
-            if raw.requires_grad:
-                raw.register_hook(partial(engine._take, name))
-
-    def _take(self, name: str, gradient: Tensor) -> Tensor | None:
-        """Note that a backward reached this parameter; add nothing to what was frozen after the package took over.
-
-        The package does not know of it, and asserts that its parameters require gradients as they did before.
-        """
-        if not self.shards[name].requires_grad:
-            return torch.zeros_like(gradient)
-        self.used.add(name)
-        return None
+        model.register_forward_hook(engine._after_failed_forward, always_call=True)
 
     @staticmethod
     def of(model: nn.Module) -> Engine:
@@ -73,11 +71,32 @@ class Engine:
         return engine
 
     def _before_forward(self, model: nn.Module, args: Any) -> None:
-        self.in_backward = False  # a backward that failed leaves it True
+        if self._repeats():
+            return
+        self._notice_failure()
         self._refuse_thawed()
         self._refuse_lost()
         self._install_changed_weights()
         self.wrapper._replace_param_with_raw_if_needed()
+
+    def _repeats(self) -> bool:
+        """Whether a forward runs again inside of its backward, which has put the parameters in place."""
+        return self.backward != _NONE and self.backward == number_of_backward()
+
+    def _gather(self, gather: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        """Gather parameters for a module; refuse one that runs while the model has its shards."""
+        if self.wrapper.is_param_fsdp_distributed:
+            if number_of_backward() == _NONE:
+                raise RuntimeError(
+                    "a module of the model was called by itself, which under megatron_fsdp has only a shard of its "
+                    "parameters; call the whole model (output_hidden_states=True returns what is inside), or use "
+                    "'fsdp2'"
+                )
+            raise RuntimeError(
+                "a backward reached the model by another way than what its forward returned, which megatron_fsdp "
+                "needs to begin; let the forward return it (output_hidden_states=True), or use 'fsdp2'"
+            )
+        gather(*args, **kwargs)
 
     def _refuse_thawed(self) -> None:
         """Refuse to train what was frozen when the package took over: it has no buffer for such gradients."""
@@ -97,6 +116,10 @@ class Engine:
                 f"{', '.join(others)} was replaced, or tied to another parameter, after megatron_fsdp took the model "
                 "over, which the package would undo; save the model, change it and load it again"
             )
+        self._refuse_hooked()
+
+    def _refuse_hooked(self) -> None:
+        """Refuse hooks of gradients: the package takes the gradients of other parameters."""
         if hooked := [name for name, shard in self.shards.items() if any(gradient_hooks(shard))]:
             raise RuntimeError(
                 f"{', '.join(hooked)} has a hook of its gradient, which megatron_fsdp never calls; change .grad of "
@@ -116,47 +139,15 @@ class Engine:
         self.installed = self._edits()  # now, because a gather may write to what the shards are views of
 
     def _edits(self) -> int:
-        """Count writes to the shards: to the DTensors, and to their local tensors, which torch counts apart."""
-        return sum(map(_changes, self.shards.values()))
+        """Count writes to the shards."""
+        return sum(map(changes, self.shards.values()))
 
     def _stepped(self, *_: Any) -> None:
         self.stale, self.installed = True, self._edits()  # the package installs what its own steps wrote
 
-    def _continue_accumulating(self) -> None:
-        """Prepare a backward after a synchronised one: it adds to the gradients that the shards have now."""
-        if all(shard.grad is None for shard in self.shards.values()):
-            self.wrapper.zero_grad_buffer()
-            self.used.clear()
-        elif self.wrapper.data_parallel_sharding_strategy == "optim":
-            raise RuntimeError(
-                "ZeRO 1 has reduced the gradients of the last backward, and would reduce them again; call "
-                "optimizer.zero_grad() first, or run all but the last backward under runtime.no_sync()"
-            )
-        else:
-            for name, shard in self.shards.items():
-                self._take_back(name, shard.grad)
-        self.reduced = False
-
-    def _take_back(self, name: str, gradient: Any) -> None:
-        """Let the package add to *gradient*, where the user dropped, replaced or changed what it had."""
-        part = self._gradient_part(name)
-        if gradient is None:
-            self.used.discard(name)
-            if part is not None:
-                part.zero_()
-            return
-        self.used.add(name)
-        shown, changes = self.shown.get(name, (None, 0))
-        if part is not None and not (gradient is shown and _changes(gradient) == changes):
-            part.copy_(gradient.to_local().flatten())
-
-    def _gradient_part(self, name: str) -> Tensor | None:
-        """Return where the package adds up this rank's part of a gradient, flat; None for what it took over frozen."""
-        raw, buffer = self.wrapper.raw_param[name], self.wrapper.param_and_grad_buffer
-        gradients = buffer.parameter_groups[buffer.param_to_param_group[raw]].main_grad_buffer
-        return None if gradients is None else gradients.get_item(gradients.param_idx[raw])
-
     def _after_forward(self, model: nn.Module, args: Any, output: Any) -> None:
+        if self._repeats():
+            return
         if not torch.is_grad_enabled() and self.wrapper.ddp_config.overlap_param_gather:
             self.wrapper.synchronize_param_gather()  # puts the shards back; no backward will do it
             return
@@ -164,20 +155,32 @@ class Engine:
         if not torch.is_grad_enabled():
             return
         tensors = [tensor for tensor in tensors_in(output) if tensor.requires_grad]
+        begin = partial(self._before_backward, self._edits())
         # The package's own hook needs a model that returns tensors; a transformers model returns a ModelOutput.
-        torch.autograd.graph.register_multi_grad_hook(tensors, self._before_backward, mode="any")
+        torch.autograd.graph.register_multi_grad_hook(tensors, begin, mode="any")
 
-    def _before_backward(self, gradients: Any) -> None:
-        if self.in_backward:
+    def _after_failed_forward(self, model: nn.Module, args: Any, output: Any) -> None:
+        """Put the shards back when the forward raised; inside a backward its end does, or what notices its failure."""
+        if output is None and number_of_backward() == _NONE:
+            self.wrapper._replace_param_with_distributed_if_needed()
+
+    def _before_backward(self, edits: int, gradients: Any) -> None:
+        if self._edits() != edits:
+            raise RuntimeError(
+                "weights were changed between a forward and its backward, which would compute with both; run the "
+                "forward again"
+            )
+        if self._repeats():
             return
+        self._notice_failure()
+        self._refuse_hooked()
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "a backward with create_graph=True is to be differentiated once more, and megatron_fsdp frees the "
                 "parameters that this would read; use 'ddp', with cp_size=1 and tp_size=1"
             )
-        if self.reduced:
-            self._continue_accumulating()
-        self.in_backward = True
+        self.gradients.begin()
+        self.backward = number_of_backward()
         self._let_package_reduce(self.synchronise and self.wrapper.ddp_config.overlap_grad_reduce)
         self.wrapper._replace_param_with_raw_if_needed()
         if not self.wrapper._root_pre_backward_hook_issued:
@@ -186,14 +189,32 @@ class Engine:
         run_after_backward(self._after_backward)
 
     def _after_backward(self) -> None:
-        self.in_backward = False
+        self.backward = _NONE
         self.wrapper._replace_param_with_distributed_if_needed()
         if self.synchronise:
             if not self.wrapper.ddp_config.overlap_grad_reduce:
                 self.wrapper.finish_grad_sync()
-            self._settle_gradients()
-            self.reduced = True
+            self.gradients.settle()
         self._let_package_reduce(True)  # or its optimizer step would reduce once more
+
+    def _notice_failure(self) -> None:
+        """Undo what a backward that raised had begun, and the package would end with it."""
+        number, wrapper = number_of_backward(), self.wrapper
+        begun = self.backward not in (_NONE, number)
+        if not begun and not (number == _NONE and wrapper._root_pre_backward_hook_issued):
+            return
+        self.backward = _NONE
+        wrapper._root_pre_backward_hook_issued = False
+        self.gradients.fail()
+        pipeline = wrapper.grad_reduce_pipeline
+        pipeline.wait_for_previous_grad_reduce(0)
+        for ready in pipeline.bucket_grad_ready_params:
+            ready.clear()
+        pipeline.reset()
+        self._let_package_reduce(True)
+        wrapper.synchronize_param_gather()
+        wrapper._replace_param_with_distributed_if_needed()
+        self.stale = True
 
     def _let_package_reduce(self, reduce: bool) -> None:
         """Say whether the package reduces gradients during a backward.
@@ -202,34 +223,13 @@ class Engine:
         """
         self.wrapper.model_auto_sync = self.wrapper.is_last_microbatch = reduce
 
-    def _settle_gradients(self) -> None:
-        """Set an empty gradient on shards without rows, and None on parameters that were not used, as on one process.
-
-        The package does the opposite, and does not know of parameters that were frozen after it took over.
-        All data-parallel ranks take part: whether a parameter was used on any of them decides.
-        """
-        names = list(self.shards)
-        trained = [name in self.used for name in names]
-        used = torch.tensor(trained, dtype=torch.uint8).to(self.wrapper.device, non_blocking=True)
-        if self.layout.group is not None:
-            dist.all_reduce(used, op=dist.ReduceOp.MAX, group=self.layout.group)
-        for name, took_part in zip(names, used.tolist(), strict=True):
-            shard = self.shards[name]
-            if not took_part:
-                shard.grad = None
-            elif shard.grad is None:
-                shard.grad = torch.zeros_like(shard)
-            if shard.grad is not None:
-                self.layout.correct(name, shard.grad)
-                self.shown[name] = shard.grad, _changes(shard.grad)
-
     @contextmanager
     def _unsynchronised(self) -> Iterator[None]:
-        self.synchronise = False
+        before, self.synchronise = self.synchronise, False
         try:
             yield
         finally:
-            self.synchronise = True
+            self.synchronise = before
 
     @staticmethod
     @contextmanager
@@ -247,33 +247,57 @@ class Engine:
         and counts as the first step. It gets a step that does nothing, and replaces it by its own. It also replaces the
         gradients, which may be those of a backward that came before, and drops them.
         """
-        gradients = [(parameter, parameter.grad) for group in optimizer.param_groups for parameter in group["params"]]
+        groups = optimizer.param_groups
+        gradients = [(parameter, parameter.grad) for group in groups for parameter in group["params"]]
         optimizer.register_step_post_hook(self._stepped)
         optimizer.step = lambda *args, **kwargs: None  # type: ignore[assignment]
+        optimizer.param_groups = [group for group in groups if group["params"]]  # the package looks into the first
         adopted: Optimizer = fully_shard_optimizer(optimizer, preproc_state_dict_for_dcp_ckpt=False)
+        adopted.param_groups = groups
         for parameter, gradient in gradients:
             parameter.grad = gradient
         adopted.zero_grad = partial(self._zero_grad, adopted, adopted.zero_grad)  # type: ignore[method-assign]
+        step = adopted.step
+
+        def step_of_package(one: Optimizer, *args: Any, **options: Any) -> Any:
+            return self._step(step, one, *args, **options)
+
+        adopted.step = MethodType(step_of_package, adopted)  # type: ignore[method-assign]
         return adopted
+
+    def _step(
+        self, step: Callable[..., Any], optimizer: Optimizer, closure: Callable[[], Any] | None = None, **options: Any
+    ) -> Any:
+        """Take a step and return what *closure* did, of which the package returns nothing."""
+        self._notice_failure()
+        if closure is None:
+            self.gradients.refuse_step(self._names(_parameters(optimizer)))
+            return step(**options)
+        values: list[Any] = []
+
+        def kept() -> Any:
+            values.append(closure())
+            return values[-1]
+
+        step(kept, **options)
+        return values[0]
 
     def _zero_grad(self, optimizer: Optimizer, drop: Callable[..., None], set_to_none: bool = True) -> None:
         """Drop the gradients of what *optimizer* trains, or set them to zero; the package drops those of all."""
-        trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        held = [parameter for parameter in trained if parameter.grad is not None]
-        names = {name for name, shard in self.shards.items() if any(shard is one for one in trained)}
-        alone = all(name in names for name, shard in self.shards.items() if name in self.used or shard.grad is not None)
-        drop(zero_grad_buffer=alone)
-        self.shown = {} if alone else {name: one for name, one in self.shown.items() if name not in names}
-        for name in names if not (alone or self.reduced) else ():  # else the next backward sees what was dropped
-            self._take_back(name, None)
-        if set_to_none:
-            self.used -= names
-        else:
-            self.reduced = self.reduced and not alone  # if alone there is nothing to reduce once more
-            for parameter in held:
-                parameter.grad = torch.zeros_like(parameter)
+        self._notice_failure()
+        drop(set_to_none=set_to_none, zero_grad_buffer=False)
+        self.gradients.forget(self._names(_parameters(optimizer)))
+
+    def _zero_grad_of_module(self, module: nn.Module, set_to_none: bool = True) -> None:
+        """Drop the gradients of *module*, or set them to zero; those too that wait in the package's buffers."""
+        self._notice_failure()
+        type(module).zero_grad(module, set_to_none)
+        self.gradients.forget(self._names(module.parameters()))
+
+    def _names(self, parameters: Iterable[Tensor]) -> list[str]:
+        ids = set(map(id, parameters))
+        return [name for name, shard in self.shards.items() if id(shard) in ids]
 
 
-def _changes(tensor: Any) -> int:
-    """Count writes to a DTensor: to itself, and to its local tensor, which torch counts apart."""
-    return changes_in_place(tensor) + changes_in_place(tensor.to_local())
+def _parameters(optimizer: Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
