@@ -75,12 +75,13 @@ class FSDP2:
 
     @hookimpl
     def runtime(self, parts: list[nn.Module], mesh: MeshContext) -> RuntimePart:
-        from nemo_dist_fsdp2.sharding import unsynchronised
+        from nemo_dist_fsdp2.sharding import unreduced, unsynchronised
 
         return RuntimePart(
             no_sync=(lambda: unsynchronised([inner_model(part) for part in parts]))
             if self.config.defer_fsdp_grad_sync
             else None,
+            unreduced=lambda: unreduced([inner_model(part) for part in parts]),
             lockstep=mesh.size(Role.TOKENS) > 1,
         )
 

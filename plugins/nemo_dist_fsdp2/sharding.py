@@ -24,7 +24,9 @@ from nemo_dist.planning.mesh_plan import Role
 from nemo_dist.plugin.mixed_precision import mixed_precision
 from nemo_dist.plugin.resharding import reshard_with
 from nemo_dist.plugin.sharding_override import ShardingOverride, sharding_overrides
+from nemo_dist.torch_private import in_backward
 from nemo_dist.training.rehearsal import read_from_outside
+from nemo_dist_fsdp2 import groups
 from nemo_dist_fsdp2.buffers import follow_compute_dtype
 from nemo_dist_fsdp2.containers import keep_writes
 from nemo_dist_fsdp2.dtypes import kept_in_float32
@@ -94,7 +96,10 @@ def shard(model: nn.Module, mesh: MeshContext, config: FSDP2Config) -> None:
             if isinstance(module, FSDPModule):
                 keep_writes(module)
     _prefetch([block for block in blocks if isinstance(block, FSDPModule)], config)
-    resharding = Resharding.of(model)
+    resharding = Resharding.of(model, compiled=config.enable_compile)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            _drop_unreduced(module, resharding)
     reshard_with(model, resharding, resharding.gather)
 
 
@@ -228,6 +233,25 @@ def unsynchronised(parts: list[nn.Module]) -> Iterator[None]:
     finally:
         for part in sharded:
             part.set_requires_gradient_sync(True)
+
+
+def unreduced(parts: list[nn.Module]) -> dict[nn.Parameter, Callable[[], None]]:
+    """Return the shards of *parts* with gradients that are not reduced yet, each with what drops those."""
+    return {shard: drop for part in parts for shard, drop in groups.unreduced(groups.groups_of(part)).items()}
+
+
+def _drop_unreduced(module: nn.Module, resharding: Resharding) -> None:
+    """Let ``zero_grad`` of *module* drop gradients that wait to be reduced too, and those of shards while gathered."""
+    found = module.zero_grad
+
+    def zero_grad(set_to_none: bool = True) -> None:
+        if not in_backward():
+            resharding()
+        found(set_to_none)
+        for drop in unreduced([module]).values():
+            drop()
+
+    module.zero_grad = zero_grad  # type: ignore[method-assign]
 
 
 def embeddings(model: Any) -> list[nn.Module]:
