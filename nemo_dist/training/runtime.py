@@ -204,8 +204,12 @@ class Runtime:
 
     def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
         reshard(self.parts)
-        own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        unreduced.refuse(self._parts, (one for one in self._named() if id(one[1]) in own), "optimizer.step()")
+
+        def stepped() -> Iterator[tuple[str, nn.Parameter]]:
+            own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+            return (one for one in self._named() if id(one[1]) in own)
+
+        unreduced.refuse(self._parts, stepped, "optimizer.step()")
 
     def _compare_groups(self, groups: Iterable[Mapping[str, Any]]) -> None:
         """Raise RankError where ranks that have a parameter put it into unlike groups, or only some of them into one.
@@ -359,7 +363,7 @@ class Runtime:
             return self._clip(max_norm, norm_type)
 
     def _clip(self, max_norm: float, norm_type: float) -> Tensor:
-        unreduced.refuse(self._parts, self.named_parameters(), "clip_grad_norm_()")
+        unreduced.refuse(self._parts, self.named_parameters, "clip_grad_norm_()")
         for part in self._parts:
             if part.before_clip is not None:
                 part.before_clip()

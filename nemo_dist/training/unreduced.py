@@ -10,12 +10,13 @@ from torch import nn
 from nemo_dist.plugin.hookspecs import RuntimePart
 
 _SHOWN = 3
+Named = Iterable[tuple[str, nn.Parameter]]
 
 
-def refuse(parts: Iterable[RuntimePart], named: Iterable[tuple[str, nn.Parameter]], what: str) -> None:
-    """Raise RuntimeError, before *what*, where gradients of the parameters *named* wait to be reduced."""
+def refuse(parts: Iterable[RuntimePart], named: Callable[[], Named], what: str) -> None:
+    """Raise RuntimeError, before *what*, where gradients of the parameters *named* gives wait to be reduced."""
     waiting = {id(parameter) for parameter, _ in _waiting(parts)}
-    names = [name for name, parameter in named if id(parameter) in waiting] if waiting else []
+    names = [name for name, parameter in named() if id(parameter) in waiting] if waiting else []
     if names:
         more = f" and {len(names) - _SHOWN} others" if len(names) > _SHOWN else ""
         raise RuntimeError(
