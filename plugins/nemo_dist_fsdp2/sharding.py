@@ -26,10 +26,10 @@ from nemo_dist.plugin.resharding import reshard_with
 from nemo_dist.plugin.sharding_override import ShardingOverride, sharding_overrides
 from nemo_dist.torch_private import in_backward
 from nemo_dist.training.rehearsal import read_from_outside
-from nemo_dist_fsdp2 import groups
 from nemo_dist_fsdp2.buffers import follow_compute_dtype
 from nemo_dist_fsdp2.containers import keep_writes
 from nemo_dist_fsdp2.dtypes import kept_in_float32
+from nemo_dist_fsdp2.groups import groups_of, unreduced
 from nemo_dist_fsdp2.inputs import cast_hidden_states, cast_inputs
 from nemo_dist_fsdp2.lost_writes import refuse_lost_writes
 from nemo_dist_fsdp2.policies import casts_all, in_float32, inside, offload
@@ -235,20 +235,15 @@ def unsynchronised(parts: list[nn.Module]) -> Iterator[None]:
             part.set_requires_gradient_sync(True)
 
 
-def unreduced(parts: list[nn.Module]) -> dict[nn.Parameter, Callable[[], None]]:
-    """Return the shards of *parts* with gradients that are not reduced yet, each with what drops those."""
-    return {shard: drop for part in parts for shard, drop in groups.unreduced(groups.groups_of(part)).items()}
-
-
 def _drop_unreduced(module: nn.Module, resharding: Resharding) -> None:
     """Let ``zero_grad`` of *module* drop gradients that wait to be reduced too, and those of shards while gathered."""
-    found = module.zero_grad
+    found, own = module.zero_grad, groups_of(module)
 
     def zero_grad(set_to_none: bool = True) -> None:
         if not in_backward():
             resharding()
         found(set_to_none)
-        for drop in unreduced([module]).values():
+        for drop in unreduced(own).values():
             drop()
 
     module.zero_grad = zero_grad  # type: ignore[method-assign]
