@@ -105,6 +105,14 @@ def drop_by_model(training):
     training.loss(1).backward()
 
 
+def drop_those_of_a_module(training):
+    with training.no_sync():
+        training.loss(0).backward()
+    training.model.model.norm.zero_grad()
+    training.model.model.layers[0].zero_grad()
+    training.loss(1).backward()
+
+
 def drop_some(training):
     """Two optimizers, of which one drops its gradients."""
     named = dict(training.model.named_parameters())
@@ -174,7 +182,14 @@ def assign_weights(training):
 
 
 LOOPS = (
-    *(drop_by_optimizer, drop_by_model, drop_some, go_on_after_a_failed_backward, fail_without_synchronising),
+    *(
+        drop_by_optimizer,
+        drop_by_model,
+        drop_those_of_a_module,
+        drop_some,
+        go_on_after_a_failed_backward,
+        fail_without_synchronising,
+    ),
     *(go_on_with_a_second_graph, run_a_part_after_a_failed_backward, start_at_an_activation),
 )
 OF_DDP = (reach_some_parameters, assign_weights)  # the others free what they need, or keep their own parameters

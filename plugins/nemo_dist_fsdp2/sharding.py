@@ -243,8 +243,10 @@ def _drop_unreduced(module: nn.Module, resharding: Resharding) -> None:
         if not in_backward():
             resharding()
         found(set_to_none)
-        for drop in unreduced(own).values():
-            drop()
+        shards = set(module.parameters())
+        for shard, drop in unreduced(own).items():
+            if shard in shards:  # a group may be of several modules
+                drop()
 
     module.zero_grad = zero_grad  # type: ignore[method-assign]
 
