@@ -45,6 +45,19 @@ def compare_weights(model: nn.Module, refuse: Callable[[Any], None]) -> None:
         state._register_pre_backward_hook = partial(_remember, state, refuse, state._register_pre_backward_hook)
 
 
+def gather_before_each_backward(model: nn.Module) -> None:
+    """Gather a group of several modules of *model* before the backward of each, as one of them may run by itself.
+
+    FSDP2 does so before that of the last, and frees the group after that of any that was called alone.
+    """
+    for state in _states(model):
+        for group in _groups(state):
+            for module in group.modules if len(group.modules) > 1 else ():
+                module.register_forward_hook(
+                    lambda _, args, output, state=state: state._register_pre_backward_hook(output)
+                )
+
+
 def reset(model: Any) -> None:
     """Put the groups of *model* into the state before a forward or backward that failed; no communication."""
     if getattr(model, "reset_iter_state", None) is None:

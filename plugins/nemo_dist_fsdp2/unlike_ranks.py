@@ -31,6 +31,7 @@ from nemo_dist_fsdp2.groups import (
     around_backwards,
     around_reductions,
     compare_weights,
+    gather_before_each_backward,
     give_zeros,
     groups_of,
     has_gradient,
@@ -79,6 +80,7 @@ class Gradients:
         around_backwards(model, backwards.begin, backwards.end)
         around_backwards(model, refuse_graph, found.settle)
         compare_weights(model, refuse_changed_weights)
+        gather_before_each_backward(model)
         model.register_forward_pre_hook(found.forget)
         for module in model.modules():
             if isinstance(module, FSDPModule):
