@@ -40,6 +40,7 @@ __all__ = [
     "functional_collectives",
     "gradient_hooks",
     "group_named",
+    "held_by",
     "in_backward",
     "reduce_scatter_single",
     "run_after_backward",
@@ -162,3 +163,9 @@ def run_gradient_hooks(parameter: Tensor) -> None:
 def changes_in_place(tensor: Tensor) -> int:
     """Return how often *tensor* was changed in place since it was made; only for comparison with a later value."""
     return tensor._version
+
+
+def held_by(tensor: Any) -> Tensor:
+    """Return the local tensor of a DTensor itself, of which ``to_local`` makes a view, or a plain tensor itself."""
+    found: Tensor = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+    return found

@@ -48,7 +48,7 @@ PRIVATE = {
         *("_version", "_dtensor_spec", "_assert_async", "_resolve_process_group", "_subclasses", "_spec", "_BatchNorm"),
         *("_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_backward"),
         *("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward"),
-        *("_backward_hooks", "_post_accumulate_grad_hooks"),
+        *("_backward_hooks", "_post_accumulate_grad_hooks", "_local_tensor"),
     ),
     "nemo_dist.hf_model": (
         *("_no_split_modules", "_hf_peft_config_loaded", "_is_hf_initialized", "_attn_implementation"),
@@ -79,11 +79,12 @@ PRIVATE = {
             "_fsdp_param_group",
             "_lazy_init",
             "_pre_backward",
+            "_register_pre_backward_hook",
             "_root_post_backward_final_callback",
         ),
         *("_all_gather_comm", "_reduce_scatter_comm", "_module_fqn", "_module_info", "_unsharded_param"),
     ),
-    "nemo_dist_ddp.replicas": ("_pre_forward", "_post_forward"),
+    "nemo_dist_ddp.replicas": ("_pre_forward", "_post_forward", "_check_reducer_finalized"),
     "nemo_dist_moe.experts": ("_expand_parallel_plan", "_is_view"),
     "nemo_dist_recompute.apply": ("_can_checkpoint_with_cache", "_gradient_checkpointing_func"),
     "nemo_dist_pipeline.runtime.torch_stage": (

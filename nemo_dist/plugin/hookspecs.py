@@ -83,6 +83,8 @@ class RuntimePart:
     The backward:
 
     ``no_sync`` returns a context in which a backward does not reduce gradients, for gradient accumulation.
+    ``unreduced`` returns the parameters with gradients that no backward has reduced yet, each with a function that
+    drops those: the runtime refuses to clip or step them, and drops them with the optimizer's.
     ``loss_scale`` returns a factor that every loss is multiplied by before its backward; the loss that the user gets is
     without it, and gradients keep it until ``after_backward`` or ``before_clip`` of the same part removes it.
     ``after_backward`` runs once per ``forward_backward``, after the last backward.
@@ -126,6 +128,7 @@ class RuntimePart:
     batch: Callable[[Batch], Batch] | None = None
     lockstep: bool = False
     no_sync: Callable[[], AbstractContextManager[None]] | None = None
+    unreduced: Callable[[], Mapping[nn.Parameter, Callable[[], None]]] | None = None
     loss_scale: Callable[[], Tensor | float] | None = None
     after_backward: Callable[[], None] | None = None
     engine: Callable[..., Tensor] | None = None

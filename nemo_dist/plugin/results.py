@@ -59,6 +59,7 @@ _OPTIMIZER = ("step", "zero_grad", "param_groups", "state")
 _CALLABLES: Mapping[str, tuple[str, Test]] = {
     "batch": ("the batch, a mapping", lambda found: isinstance(found, Mapping)),
     "no_sync": ("a context manager", _having("__enter__", "__exit__")),
+    "unreduced": ("a mapping from parameters to functions", lambda found: isinstance(found, Mapping)),
     "engine": ("the loss, a tensor", _having("detach")),
     "optimizer": (f"an optimizer, with {', '.join(_OPTIMIZER)}", _having(*_OPTIMIZER)),
     "metrics": ("a mapping from names to numbers", _naming(Real)),

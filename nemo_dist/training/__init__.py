@@ -8,7 +8,7 @@ other tokens), ``neighbouring_rows`` (on other rows), ``counted_calls`` (on how 
 (values of its kind), ``loss_weighting``, ``router_aux_loss``, ``batch_checks``, ``uneven_batches``, ``replica_check``
 (are copies equal on all ranks), ``train_mode`` (refuses batch statistics and LayerDrop), ``forward_code`` (what
 modules draw and write), ``grad_norm``, ``optimizer_probe``, ``gradient_average`` (of what every rank has whole),
-``peft_adapters``, ``modules_in_place`` (PEFT's ``modules_to_save``), ``token_rows`` (its trainable tokens),
-``dora_magnitudes``, ``adapter_files``, ``merged_adapters``, ``seed`` (random generators of the ranks). Not here: how
-a strategy reduces gradients.
+``unreduced`` (gradients that wait for a reduction), ``peft_adapters``, ``modules_in_place`` (PEFT's
+``modules_to_save``), ``token_rows`` (its trainable tokens), ``dora_magnitudes``, ``adapter_files``,
+``merged_adapters``, ``seed`` (random generators of the ranks). Not here: how a strategy reduces gradients.
 """

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import attrs
 import torch
@@ -26,8 +28,9 @@ class GradientAverage:
     parameters: Sequence[nn.Parameter]
     group: dist.ProcessGroup
     otherwise: Callable[[], bool] = lambda: False
-    _synchronised: bool = True
+    synchronised: bool = True
     _heard_of: int = -1  # the last backward
+    _local: set[nn.Parameter] = attrs.field(factory=set)  # those with a gradient that is not averaged yet
 
     def __deepcopy__(self, memo: object) -> GradientAverage:
         """Return an average for a copy of the model, which hears of no parameter yet."""
@@ -46,18 +49,28 @@ class GradientAverage:
     @contextmanager
     def unsynchronised(self) -> Iterator[None]:
         """Within the context, a backward leaves gradients as they are."""
-        self._synchronised = False
+        self.synchronised = False
         try:
             yield
         finally:
-            self._synchronised = True
+            self.synchronised = True
 
-    def _arrived(self, _: Tensor) -> None:
+    def unreduced(self) -> dict[nn.Parameter, Callable[[], None]]:
+        """Return the parameters whose gradients are not averaged yet, each with what forgets that."""
+        waiting = [parameter for parameter in self._local if parameter.grad is not None]
+        return {parameter: partial(self._local.discard, parameter) for parameter in waiting}
+
+    def settle(self) -> None:
+        """Take the gradients of what is trained now as averaged."""
+        self._local = {parameter for parameter in self._local if not parameter.requires_grad}
+
+    def _arrived(self, parameter: Any) -> None:
         current = number_of_backward()  # and no flag, which a backward that fails would leave set
         if current != self._heard_of:
             self._heard_of = current
-            if self._synchronised and not self.otherwise():
+            if not self.otherwise() and self.synchronised:
                 run_after_backward(self.run)
+        self._local.add(parameter)
 
     def run(self) -> None:
         """All-reduce the accumulated gradients to their mean; what an earlier call averaged stays the same.
@@ -77,6 +90,7 @@ class GradientAverage:
         for index in without:
             if not reached[index]:
                 trained[index].grad = None
+        self.settle()
 
 
 @torch.no_grad()

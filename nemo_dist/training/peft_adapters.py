@@ -197,7 +197,7 @@ def adapters(parts: Sequence[nn.Module], mesh: MeshContext, plugins: Sequence[Pl
     if _layers(mesh):
         return {FEATURE: RuntimePart(after_backward=average.run)}  # an engine has a backward per microbatch
     average.start()
-    return {FEATURE: RuntimePart(no_sync=average.unsynchronised)}
+    return {FEATURE: RuntimePart(no_sync=average.unsynchronised, unreduced=average.unreduced)}
 
 
 def is_averaged(parameter: object) -> bool:

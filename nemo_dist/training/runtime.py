@@ -8,7 +8,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import attrs
@@ -35,6 +35,7 @@ from nemo_dist.plugin.hookspecs import Batch, RuntimePart
 from nemo_dist.plugin.protocol import Plugin
 from nemo_dist.plugin.resharding import reshard
 from nemo_dist.plugin.results import named_part, named_state
+from nemo_dist.training import unreduced
 from nemo_dist.training.batch_loop import BatchLoop
 from nemo_dist.training.evaluation import mean_loss, outputs_of
 from nemo_dist.training.grad_norm import by_mesh, global_norm, one_mesh_per_group
@@ -190,7 +191,7 @@ class Runtime:
         warn_of_lost_updates(groups)
         refuse_what_mixes_elements(optimizer_type, groups, options, self.mesh)
         optimizer = optimizer_type(groups, **options)
-        optimizer.register_step_pre_hook(lambda *_: reshard(self.parts))
+        optimizer.register_step_pre_hook(self._before_step)
         optimizer.register_load_state_dict_pre_hook(placed)
         by = [name for name, part in self.plugins.items() if part.optimizer is not None]
         for part in self._parts:
@@ -198,7 +199,18 @@ class Runtime:
         if by:
             watch_steps(optimizer, by, keeps_state(optimizer_type, options))
         droppers = [part.zero_grad for part in self._parts if part.zero_grad is not None]
+        if any(part.unreduced is not None for part in self._parts):
+            droppers.append(partial(unreduced.drop, self._parts, optimizer))
         return _dropping_gradients_of(optimizer, droppers) if droppers else optimizer
+
+    def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
+        reshard(self.parts)
+
+        def stepped() -> Iterator[tuple[str, nn.Parameter]]:
+            own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+            return (one for one in self._named() if id(one[1]) in own)
+
+        unreduced.refuse(self._parts, stepped, "optimizer.step()")
 
     def _compare_groups(self, groups: Iterable[Mapping[str, Any]]) -> None:
         """Raise RankError where ranks that have a parameter put it into unlike groups, or only some of them into one.
@@ -328,7 +340,11 @@ class Runtime:
         check_replicas(self.named_parameters(), self.mesh)
 
     def no_sync(self) -> AbstractContextManager[None]:
-        """Within the context, a backward does not reduce gradients, for accumulation in your own training loop."""
+        """Within the context, a backward does not reduce gradients, for accumulation in your own training loop.
+
+        The next backward outside of it reduces them. Until then ``clip_grad_norm_`` and the step of an optimizer of
+        ``runtime.optimizer`` raise RuntimeError, and its ``zero_grad`` drops them.
+        """
         return self._loop.no_sync()
 
     def metrics(self) -> dict[str, float]:
@@ -340,7 +356,7 @@ class Runtime:
 
         Every parameter of the whole model counts once, across all meshes, pipeline stages and experts. ``norm_type`` is
         the exponent, a number above 0 or ``inf``, the greatest absolute value; ValueError for another. A *max_norm* of
-        ``inf`` leaves every gradient as it is.
+        ``inf`` leaves every gradient as it is. RuntimeError while gradients wait to be reduced, as ``no_sync`` says.
         """
         if not norm_type > 0:
             raise ValueError(f"norm_type must be above 0, or inf (got {norm_type!r})")
@@ -348,6 +364,7 @@ class Runtime:
             return self._clip(max_norm, norm_type)
 
     def _clip(self, max_norm: float, norm_type: float) -> Tensor:
+        unreduced.refuse(self._parts, self.named_parameters, "clip_grad_norm_()")
         for part in self._parts:
             if part.before_clip is not None:
                 part.before_clip()

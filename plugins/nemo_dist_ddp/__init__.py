@@ -54,11 +54,12 @@ class DDP:
 
     @hookimpl
     def runtime(self, parts: list[nn.Module]) -> RuntimePart:
-        from nemo_dist_ddp.replicas import forward_to_loss, unsynchronised
+        from nemo_dist_ddp.replicas import forward_to_loss, unreduced, unsynchronised
 
         # torch records a static graph in the first synchronised backward, and fails on an unsynchronised one before it.
         return RuntimePart(
             no_sync=None if self.config.static_graph else lambda: unsynchronised([inner_model(part) for part in parts]),
+            unreduced=lambda: unreduced([inner_model(part) for part in parts]),
             forward_to_loss=partial(forward_to_loss, inner_model(parts[0])),
         )
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import operator
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from nemo_dist import Role
+from nemo_dist.mesh.dtensor import parameter_slots
+from nemo_dist.torch_private import in_backward, run_after_backward
 from nemo_dist.training.gradient_average import GradientAverage
 
 if TYPE_CHECKING:
@@ -31,16 +34,19 @@ class Replicas:
     parameters without a gradient from the model's outputs on, or, with ``awaits_loss``, from the loss made of them.
 
     A forward makes it ready for one backward. ``average`` does the same after every other one: the second of one
-    forward or of two, and those of forwards of a part of the model.
+    forward or of two, those of forwards of a part of the model, and those that reach less than the outputs are made of
+    (``backward(inputs=...)``, or one of a captured activation), for which torch's module would wait. ``begun`` says
+    that it averages the gradients of the backward that runs; it stays set by one that fails.
     """
 
     model: nn.Module
     options: dict[str, Any]
     average: GradientAverage = attrs.field(init=False)
     ready: bool = False
-    synchronise: bool = True
+    begun: bool = False
     awaits_loss: bool = False
     ddp: DistributedDataParallel | None = None
+    slots: Sequence[tuple[dict[str, Any], str]] = ()  # the dict of a module's own parameters, and a name in it
     parameters: Sequence[nn.Parameter] = ()
     trained: Sequence[bool] = ()
 
@@ -57,18 +63,45 @@ class Replicas:
         self.average.start()
 
     def _otherwise(self) -> bool:
-        """Whether the backward that begins leaves gradients local, or is the one that torch's module is ready for."""
-        ready, self.ready = self.ready, False
-        return ready or not self.synchronise
+        """Whether the backward that begins is the one that torch's module is ready for."""
+        self._drop_failed()
+        self.begun, self.ready = self.ready and self.ddp is not None, False
+        if self.begun:
+            # Torch's module puts its own end of the backward there with its last bucket: be after that.
+            run_after_backward(lambda: run_after_backward(self._end))
+        return self.begun
+
+    def _end(self) -> None:
+        self.begun = False
+        if self.ddp is None or _finished(self.ddp):
+            self.average.settle()
+            return
+        self.ddp = None
+        if self.options["gradient_as_bucket_view"]:
+            raise RuntimeError(
+                "a backward reached only some of the parameters that the model's outputs are made of, so ddp has not "
+                "averaged their gradients, which gradient_as_bucket_view=True keeps in its buckets; leave that out, or "
+                "leave out backward(inputs=...) and start at the outputs of the model"
+            )
+        self.average.run()
+
+    def _drop_failed(self) -> None:
+        """Drop torch's module where the last backward failed: it would wait for the rest of that for ever."""
+        if self.begun:
+            self.begun, self.ddp = False, None
 
     def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not torch.is_grad_enabled():
             return None
-        if self.ddp is None or self.trained != [parameter.requires_grad for parameter in self.parameters]:
+        if not in_backward():
+            self._drop_failed()
+        now = [own.get(name) for own, name in self.slots]
+        same = all(map(operator.is_, now, self.parameters))
+        if self.ddp is None or not same or self.trained != [parameter.requires_grad for parameter in self.parameters]:
             self._take_over()
         if self.ddp is None:
             return None
-        self.ddp.require_backward_grad_sync = self.synchronise
+        self.ddp.require_backward_grad_sync = self.average.synchronised
         return self.ddp._pre_forward(*args, **kwargs)
 
     def _after_forward(self, model: nn.Module, args: Any, output: Any) -> Any:
@@ -78,12 +111,14 @@ class Replicas:
         """Return *output*, on which the next backward starts, as torch's module prepares it."""
         if self.ddp is None or not torch.is_grad_enabled():
             return output
-        self.ready = self.synchronise
+        self.ready = self.average.synchronised
         return self.ddp._post_forward(output)
 
     def _take_over(self) -> None:
         """Make torch's module for what is trained now; all data-parallel ranks take part, as it compares shapes."""
         self.parameters = list(self.model.parameters())
+        first = {id(one): (module._parameters, slot) for _, module, slot, one in parameter_slots(self.model)}
+        self.slots = [first[id(one)] for one in self.parameters]
         self.trained = [parameter.requires_grad for parameter in self.parameters]
         self.hear()
         self.ddp = None  # first, so that the hooks of the old one are gone
@@ -129,11 +164,25 @@ def forward_to_loss(part: nn.Module, run: Callable[[], Tensor]) -> Tensor:
 @contextmanager
 def unsynchronised(parts: list[nn.Module]) -> Iterator[None]:
     """Within the context, leave gradients of *parts* local: a backward communicates nothing."""
-    replicated: list[Replicas] = [part.__dict__[_KEY] for part in parts if _KEY in part.__dict__]
-    for replicas in replicated:
-        replicas.synchronise = False
-    try:
+    with ExitStack() as stack:
+        for replicas in _replicated(parts):
+            stack.enter_context(replicas.average.unsynchronised())
         yield
-    finally:
-        for replicas in replicated:
-            replicas.synchronise = True
+
+
+def unreduced(parts: list[nn.Module]) -> dict[nn.Parameter, Callable[[], None]]:
+    """Return the parameters of *parts* whose gradients are not averaged yet, each with what forgets that."""
+    return {one: drop for replicas in _replicated(parts) for one, drop in replicas.average.unreduced().items()}
+
+
+def _replicated(parts: list[nn.Module]) -> list[Replicas]:
+    return [part.__dict__[_KEY] for part in parts if _KEY in part.__dict__]
+
+
+def _finished(ddp: DistributedDataParallel) -> bool:
+    """Whether *ddp* has averaged all gradients that it waited for."""
+    try:
+        ddp._check_reducer_finalized()
+    except RuntimeError:
+        return False
+    return True

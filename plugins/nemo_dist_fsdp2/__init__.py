@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import attrs
@@ -75,12 +76,15 @@ class FSDP2:
 
     @hookimpl
     def runtime(self, parts: list[nn.Module], mesh: MeshContext) -> RuntimePart:
+        from nemo_dist_fsdp2.groups import groups_of, unreduced
         from nemo_dist_fsdp2.sharding import unsynchronised
 
+        groups = [group for part in parts for group in groups_of(inner_model(part))]
         return RuntimePart(
             no_sync=(lambda: unsynchronised([inner_model(part) for part in parts]))
             if self.config.defer_fsdp_grad_sync
             else None,
+            unreduced=partial(unreduced, groups),
             lockstep=mesh.size(Role.TOKENS) > 1,
         )
 

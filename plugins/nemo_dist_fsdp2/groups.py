@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from nemo_dist.torch_private import changes_in_place, held_by
+
 
 def groups_of(model: nn.Module) -> list[Any]:
     """Return the groups of *model*, in the order of its modules."""
@@ -35,6 +37,46 @@ def around_backwards(model: nn.Module, first: Callable[[], None], last: Callable
     for state in _states(model):
         state._pre_backward = partial(_after, first, state._pre_backward)
         state._root_post_backward_final_callback = partial(_before, last, state._root_post_backward_final_callback)
+
+
+def compare_weights(model: nn.Module, refuse: Callable[[Any], None]) -> None:
+    """Call *refuse* with a state of FSDP2 in a backward for which its weights are not those of the forward."""
+    for state in _states(model):
+        state._register_pre_backward_hook = partial(_remember, state, refuse, state._register_pre_backward_hook)
+
+
+def gather_before_each_backward(model: nn.Module) -> None:
+    """Gather a group of several modules of *model* before the backward of each, as one of them may run by itself.
+
+    FSDP2 does so before that of the last, and frees the group after that of any that was called alone.
+    """
+    for state in _states(model):
+        for group in _groups(state):
+            for module in group.modules if len(group.modules) > 1 else ():
+                module.register_forward_hook(
+                    lambda _, args, output, state=state: state._register_pre_backward_hook(output)
+                )
+
+
+def reset(model: Any) -> None:
+    """Put the groups of *model* into the state before a forward or backward that failed; no communication."""
+    if getattr(model, "reset_iter_state", None) is None:
+        raise RuntimeError("an earlier backward failed, after which fsdp2 goes on only with torch 2.13; load the model")
+    model.reset_iter_state()
+
+
+def name_of(state: Any) -> str:
+    """Return the name of the module that *state* is of."""
+    return next((group._module_fqn for group in _groups(state) if group._module_fqn), "the model")
+
+
+def unreduced(groups: Iterable[Any]) -> dict[nn.Parameter, Callable[[], None]]:
+    """Return the shards of *groups* with gradients that are not reduced yet, each with what drops those."""
+    found: dict[nn.Parameter, list[Any]] = {}
+    for one in _all(groups):
+        if hasattr(one, "_unsharded_param") and has_gradient(one):
+            found.setdefault(one.sharded_param, []).append(one)
+    return {shard: partial(_drop, several) for shard, several in found.items()}
 
 
 def agree_before_collectives(group: Any, agree: Callable[[str], None]) -> None:
@@ -93,6 +135,32 @@ def _place(parameter: Any) -> Place:
 def _current(parameter: Any) -> Any:
     module, name = _place(parameter)
     return module._parameters.get(name)
+
+
+def _drop(parameters: Iterable[Any]) -> None:
+    for one in parameters:
+        one.unsharded_accumulated_grad = one._unsharded_param.grad = None
+
+
+def _remember(state: Any, refuse: Callable[[Any], None], register: Callable[[Any], Any], output: Any) -> Any:
+    """Let FSDP2 *register* what it does before the backward of *output*, with the weights of now to compare."""
+    found, before = state._pre_backward, _changes(state)
+
+    def compare() -> None:
+        if _changes(state) != before:
+            refuse(state)
+
+    state._pre_backward = partial(_after, compare, found)
+    try:
+        return register(output)
+    finally:
+        state._pre_backward = found
+
+
+def _changes(state: Any) -> int:
+    """Count the writes to the shards of *state*: to each DTensor, and to its local tensor, which torch counts apart."""
+    shards = [one.sharded_param for one in _all(_groups(state))]
+    return sum(changes_in_place(one) + changes_in_place(held_by(one)) for one in shards)
 
 
 def _groups(state: Any) -> list[Any]:

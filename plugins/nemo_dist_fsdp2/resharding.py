@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from nemo_dist.mesh.dtensor import parameter_slots
 from nemo_dist.torch_private import gradient_hooks
 from nemo_dist_fsdp2.groups import Place, cast, groups_of, initialise, strangers
+from nemo_dist_fsdp2.lost_edits import LostEdits
 
 
 @attrs.define(eq=False)
@@ -31,19 +32,23 @@ class Resharding:
     gathered: bool = False  # every group, at least once
     started: bool = False  # FSDP2 finds its root in the first forward, and cannot reset before
     groups: list[Any] = attrs.field(factory=list)
+    edits: LostEdits = attrs.field(init=False)
 
     @classmethod
-    def of(cls, model: nn.Module) -> Resharding:
-        """Return that of *model*, which FSDP2 has sharded."""
+    def of(cls, model: nn.Module, compiled: bool) -> Resharding:
+        """Return that of *model*, which FSDP2 has sharded, and whose blocks may be *compiled*."""
         modules: list[Any] = [module for module in model.modules() if isinstance(module, FSDPModule)]
         found = cls(model, modules, [(module._parameters, slot) for _, module, slot, _ in parameter_slots(model)])
         found.groups = groups_of(model)
+        # A class of its own for what is gathered would have a compiled block leave its graph.
+        found.edits = LostEdits(found.groups, of_data=not compiled)
         for module in modules:
             if module is not model:
                 module.register_forward_pre_hook(found._start_inside, prepend=True)  # before FSDP2's own
         model.register_forward_pre_hook(found._leave_inference_mode, prepend=True)
         model.register_forward_pre_hook(_judge_compilation, prepend=True)
         model.register_forward_pre_hook(found._start)  # after FSDP2's own
+        model.register_forward_hook(found.edits.left_by_forward, always_call=True)
         return found
 
     def __attrs_post_init__(self) -> None:
@@ -52,6 +57,7 @@ class Resharding:
     def __call__(self) -> None:
         """Put the shards back."""
         found = self._parameters()
+        lost = self.edits.of_gathered()
         reset: Any = getattr(self.model, "reset_iter_state", None)
         if self.started and reset is not None:
             # Also for a group of several modules of which a forward ran only some, and for one that an error cut short.
@@ -64,12 +70,27 @@ class Resharding:
             if shard is not gathered and gathered.requires_grad != trained:
                 shard.requires_grad_(gathered.requires_grad)
         self.trained = [shard.requires_grad for shard in shards]
+        self._judge_edits(lost, shards)
         # A forward without gradients comes here twice for each token of ``generate``, and may not look at all of them.
         seen = [*shards, *(one.dtype for one in shards[:1])]
         same = len(seen) == len(self.seen) and all(map(operator.is_, seen, self.seen))
         if torch.is_grad_enabled() or not same:
             self._judge([*(one for one, shard in zip(found, shards, strict=True) if one is not shard), *shards])
             self.seen = seen
+
+    def _judge_edits(self, gathered: list[Place], shards: list[nn.Parameter]) -> None:
+        """Raise RuntimeError where what was at the places *gathered* was changed, or ``data`` of *shards* assigned."""
+        if gathered:
+            raise RuntimeError(
+                f"{self._named(gathered[:3])} was changed while gathered, after a forward without a backward, which "
+                "fsdp2 would lose; change what runtime.named_parameters() gives"
+            )
+        if assigned := self.edits.of_shards(shards):
+            names = [name for name, one in self.model.named_parameters() if any(one is other for other in assigned)]
+            raise RuntimeError(
+                f"the data of {', '.join(names[:3])} was assigned, which changes nothing in a shard; write "
+                "p.data.copy_(value) in place of p.data = value"
+            )
 
     def _judge(self, parameters: list[nn.Parameter]) -> None:
         """Raise RuntimeError for what a user did to *parameters* that would be lost."""

@@ -24,11 +24,13 @@ from nemo_dist.planning.mesh_plan import Role
 from nemo_dist.plugin.mixed_precision import mixed_precision
 from nemo_dist.plugin.resharding import reshard_with
 from nemo_dist.plugin.sharding_override import ShardingOverride, sharding_overrides
+from nemo_dist.torch_private import in_backward
 from nemo_dist.training.rehearsal import read_from_outside
 from nemo_dist_fsdp2.buffers import follow_compute_dtype
 from nemo_dist_fsdp2.compiled import compile_blocks
 from nemo_dist_fsdp2.containers import keep_writes
 from nemo_dist_fsdp2.dtypes import kept_in_float32
+from nemo_dist_fsdp2.groups import groups_of, unreduced
 from nemo_dist_fsdp2.inputs import cast_hidden_states, cast_inputs
 from nemo_dist_fsdp2.lost_writes import refuse_lost_writes
 from nemo_dist_fsdp2.policies import casts_all, in_float32, inside, offload
@@ -95,7 +97,10 @@ def shard(model: nn.Module, mesh: MeshContext, config: FSDP2Config) -> None:
             if isinstance(module, FSDPModule):
                 keep_writes(module)
     _prefetch([block for block in blocks if isinstance(block, FSDPModule)], config)
-    resharding = Resharding.of(model)
+    resharding = Resharding.of(model, compiled=config.enable_compile)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            _drop_unreduced(module, resharding)
     reshard_with(model, resharding, resharding.gather)
 
 
@@ -229,6 +234,22 @@ def unsynchronised(parts: list[nn.Module]) -> Iterator[None]:
     finally:
         for part in sharded:
             part.set_requires_gradient_sync(True)
+
+
+def _drop_unreduced(module: nn.Module, resharding: Resharding) -> None:
+    """Let ``zero_grad`` of *module* drop gradients that wait to be reduced too, and those of shards while gathered."""
+    found, own = module.zero_grad, groups_of(module)
+
+    def zero_grad(set_to_none: bool = True) -> None:
+        if not in_backward():
+            resharding()
+        found(set_to_none)
+        shards = set(module.parameters())
+        for shard, drop in unreduced(own).items():
+            if shard in shards:  # a group may be of several modules
+                drop()
+
+    module.zero_grad = zero_grad  # type: ignore[method-assign]
 
 
 def embeddings(model: Any) -> list[nn.Module]:

@@ -24,11 +24,14 @@ from nemo_dist.mesh.mesh_context import MeshContext
 from nemo_dist.mesh.process_group import has_cpu_backend
 from nemo_dist.planning.mesh_plan import Role
 from nemo_dist.torch_private import assert_on_device, run_gradient_hooks, without_gradient_hooks
+from nemo_dist_fsdp2.backwards import Backwards, refuse_changed_weights
 from nemo_dist_fsdp2.groups import (
     agree_before_collectives,
     align_dtypes,
     around_backwards,
     around_reductions,
+    compare_weights,
+    gather_before_each_backward,
     give_zeros,
     groups_of,
     has_gradient,
@@ -73,8 +76,15 @@ class Gradients:
             around_reductions(group, partial(found.reduce, index))
             if compared:
                 agree_before_collectives(group, found.agree)
+        backwards = Backwards(model, found.forget)
+        around_backwards(model, backwards.begin, backwards.end)
         around_backwards(model, refuse_graph, found.settle)
+        compare_weights(model, refuse_changed_weights)
+        gather_before_each_backward(model)
         model.register_forward_pre_hook(found.forget)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.register_forward_pre_hook(backwards.recover_before_forward, prepend=True)
         if compared and found.in_step:
             model.register_forward_hook(lambda *_: found.agree("has run the model"))
 
