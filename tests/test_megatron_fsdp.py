@@ -607,6 +607,12 @@ def step_what_waits(model, runtime, batch):
     optimizer.step()
 
 
+def clip_what_waits(model, runtime, batch):
+    with runtime.no_sync():
+        model(**batch).loss.backward()
+    runtime.clip_grad_norm_(1.0)
+
+
 def replace_what_waits(model, runtime, batch):
     with runtime.no_sync():
         model(**batch).loss.backward()
@@ -637,10 +643,11 @@ def step_after_a_failure(model, runtime, batch):
         (convert_a_part, "model.norm.weight would be converted or moved"),
         (call_a_part, "a module of the model was called by itself"),
         (begin_inside, "a backward reached the model by another way than what its forward returned"),
-        (step_what_waits, "optimizer.step() while gradients of a backward under runtime.no_sync() wait"),
+        (step_what_waits, "optimizer.step() found gradients of one rank's rows alone, of "),
+        (clip_what_waits, "clip_grad_norm_() found gradients of one rank's rows alone, of "),
         (replace_what_waits, "the gradient of model.norm.weight was set or changed while that of a backward under"),
         (go_on_after_a_failure, "a backward failed in the middle, with gradients of some parameters only; call"),
-        (step_after_a_failure, "a backward failed in the middle, with gradients of some parameters only; call"),
+        (step_after_a_failure, "optimizer.step() found gradients of one rank's rows alone, of "),
     ],
 )
 def test_what_would_go_wrong_in_silence_is_refused(ranks, edit, message):

@@ -77,6 +77,7 @@ class MegatronFSDP:
             no_sync=lambda: Engine.unsynchronised(engines),
             lockstep=mesh.size(Role.TOKENS) > 1,
             optimizer=engines[0].adopt,
+            unreduced=lambda: {one: drop for engine in engines for one, drop in engine.unreduced().items()},
         )
 
     @hookimpl

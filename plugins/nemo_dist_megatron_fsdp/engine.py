@@ -269,9 +269,7 @@ class Engine:
         self, step: Callable[..., Any], optimizer: Optimizer, closure: Callable[[], Any] | None = None, **options: Any
     ) -> Any:
         """Take a step and return what *closure* did, of which the package returns nothing."""
-        self._notice_failure()
         if closure is None:
-            self.gradients.refuse_step(self._names(_parameters(optimizer)))
             return step(**options)
         values: list[Any] = []
 
@@ -281,6 +279,11 @@ class Engine:
 
         step(kept, **options)
         return values[0]
+
+    def unreduced(self) -> dict[Any, Callable[[], None]]:
+        """Return the parameters whose gradients are not whole, each with a function that drops them."""
+        self._notice_failure()
+        return self.gradients.unreduced()
 
     def _zero_grad(self, optimizer: Optimizer, drop: Callable[..., None], set_to_none: bool = True) -> None:
         """Drop the gradients of what *optimizer* trains, or set them to zero; the package drops those of all."""

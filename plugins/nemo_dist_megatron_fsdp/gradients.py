@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -140,19 +140,10 @@ class Gradients:
         for raw in self.wrapper.raw_param.values():
             raw.grad = None
 
-    def refuse_step(self, names: Iterable[str]) -> None:
-        """Refuse a step without gradients that one process would have: those of a backward that failed, or wait."""
-        for name in names:
-            if name in self.failed:
-                raise RuntimeError(
-                    f"a backward failed in the middle, with gradients of some parameters only; {_DROP_ALL} before "
-                    "optimizer.step()"
-                )
-            if name in self.waiting:
-                raise RuntimeError(
-                    "optimizer.step() while gradients of a backward under runtime.no_sync() wait, which it would leave "
-                    "out; run the last backward of a step outside of no_sync()"
-                )
+    def unreduced(self) -> dict[Any, Callable[[], None]]:
+        """Return the shards whose gradients are not shown, or that a failed backward left, each with its drop."""
+        names = self.waiting | self.failed
+        return {shard: partial(self.forget, [name]) for name, shard in self.shards.items() if name in names}
 
     def settle(self) -> None:
         """Set an empty gradient on shards without rows, and None on parameters that were not used, as on one process.
