@@ -10,6 +10,7 @@ import inspect
 import re
 import textwrap
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -129,6 +130,52 @@ def is_media(name: str, value: Any) -> bool:
 def has_adapters(model: Any) -> bool:
     """Whether adapters were loaded into *model* with transformers' ``load_adapter``."""
     return bool(getattr(model, "_hf_peft_config_loaded", False))
+
+
+@contextmanager
+def without_adapters(model: Any) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Within the context, modules that PEFT wraps are in the places of its wrappers; yield the transformers model.
+
+    Also yields the parameters that PEFT added, by name. Where it trains a copy of a module, that is in its place. Of
+    None, yields None.
+    """
+    added: dict[str, Any] = {}
+    if model is None:
+        yield None, added
+        return
+    inner: Any = inner_model(model)
+    slots = []
+    for outer, parent in inner.named_modules():
+        for key, child in parent.named_children():
+            if _is_wrapper(child) and not _is_wrapper(parent):
+                slots.append((parent, key, child))
+                known = {id(parameter) for parameter in _wrapped(child).parameters()}
+                added |= {
+                    f"{outer}.{key}.{name}".removeprefix("."): parameter
+                    for name, parameter in child.named_parameters()
+                    if id(parameter) not in known and not name.startswith("original_module.")
+                }
+    for parent, key, child in slots:
+        parent._modules[key] = _wrapped(child)
+    try:
+        yield inner, added
+    finally:
+        for parent, key, child in slots:
+            parent._modules[key] = child
+
+
+def _is_wrapper(module: Any) -> bool:
+    """Whether PEFT put *module* in the place of another one, which it holds."""
+    of_peft = any(kind.__module__.startswith("peft.") for kind in type(module).__mro__)
+    return of_peft and ("base_layer" in module._modules or "modules_to_save" in module._modules)
+
+
+def _wrapped(module: Any) -> Any:
+    """Return what PEFT wraps in *module*, or the copy of it that is trained."""
+    while _is_wrapper(module):
+        copies = module._modules.get("modules_to_save", {})
+        module = next(iter(copies.values())) if copies else module.get_base_layer()
+    return module
 
 
 def predicts_next_token(model: Any) -> bool:

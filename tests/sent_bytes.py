@@ -56,6 +56,21 @@ class Sent(TorchDispatchMode):
             self.sent["all-reduce"] += 2 * args[0].nbytes * (size - 1) // size
 
 
+class Reduced(Sent):
+    """Add up the bytes of gradients that this rank sends in the all-reduce of a strategy."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if str(function).startswith("c10d.allreduce_"):
+            size = dist.ProcessGroup.unbox(args[1]).size()
+            # Those of the runtime are of a few numbers: counts of labels, and the loss.
+            self.bytes += sum(2 * one.nbytes * (size - 1) // size for one in args[0] if one.numel() > 4)
+        return super().__torch_dispatch__(function, types, args, kwargs)
+
+
 def on_rank_measure_bytes(specimen, options):
     """Return the bytes that a step sends by kind of collective, and those that the plugins say it will."""
     initialize_distributed("gloo")

@@ -66,16 +66,39 @@ class Sent(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def on_rank_send(specimen, sizes, options):
+def on_rank_send(specimen, sizes, options, frozen=()):
     setup = build(sizes, options)
     config = SPECIMENS[specimen].config()
     pipeline = SPECIMENS[specimen].load.from_config(config, distributed_setup=setup, dtype=torch.float32)
+    freeze(pipeline.parts, frozen)
     runtime = setup.runtime(pipeline)
     batch = SPECIMENS[specimen].batch(ROWS, LENGTH, torch.Generator().manual_seed(0))
     runtime.forward_backward(batch)  # before its first step a schedule greets its neighbours with a number
     with Sent() as counter:
         runtime.forward_backward(batch)
     return pipeline.info.pp_rank, counter.bytes
+
+
+def freeze(parts, names):
+    for part in parts:
+        for name, parameter in part.named_parameters():
+            parameter.requires_grad_(not name.startswith(tuple(names)))
+
+
+@pytest.mark.parametrize("case", ["tied", "1f1b"])
+def test_pipeline_ranks_with_frozen_parameters_send_what_explain_says(ranks, case):
+    """Gradients of hidden states are sent to a stage that is frozen too, and so is the sum of a frozen tied one."""
+    world, specimen, sizes, options, *_, tied = CASES[case]
+    frozen = ("model.embed_tokens", "lm_head", "model.layers") if tied else ("model",)
+    setup = build(sizes, options, world)
+    with torch.device("meta"):
+        model = SPECIMENS[specimen].load.from_config(SPECIMENS[specimen].config(), dtype=torch.float32)
+    freeze([model], frozen)
+    facts = ModelFacts.of(model, ROWS, LENGTH, setup.strategy.compute_dtype, recomputes=False)
+    said = [entry for found in setup.calls.traffic(plan=setup.plan, facts=facts, model=model) for entry in found]
+    sums = [entry.sent for entry in said if entry.axis == "pp"]
+    sent = [count for _, count in ranks(world).run(on_rank_send, specimen, sizes, options, frozen)]
+    assert sent == [sums[0] + sum(sums[2:]), sums[1] + sum(sums[2:])]
 
 
 @pytest.mark.parametrize("case", CASES)

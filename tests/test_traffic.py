@@ -5,9 +5,8 @@ from typing import ClassVar
 import attrs
 import pytest
 import torch
-import torch.distributed as dist
 from cases import case_id, cases, slow
-from sent_bytes import LENGTH, ROWS, Sent, on_rank_measure_bytes
+from sent_bytes import LENGTH, ROWS, Reduced, on_rank_measure_bytes
 
 from nemo_dist import (
     ContextConfig,
@@ -109,21 +108,6 @@ class Slices(Islands):
     name: ClassVar[str] = "slices"
     axes: ClassVar[frozenset[str]] = frozenset({"slices"})
     roles: ClassVar = {"slices": Role.SEQUENCE}
-
-
-class Reduced(Sent):
-    """Add up the bytes of gradients that this rank sends in the all-reduce of a strategy."""
-
-    def __init__(self):
-        super().__init__()
-        self.bytes = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if str(function).startswith("c10d.allreduce_"):
-            size = dist.ProcessGroup.unbox(args[1]).size()
-            # Those of the runtime are of a few numbers: counts of labels, and the loss.
-            self.bytes += sum(2 * one.nbytes * (size - 1) // size for one in args[0] if one.numel() > 4)
-        return super().__torch_dispatch__(function, types, args, kwargs)
 
 
 def on_rank_reduce(specimen, options, batches):

@@ -28,6 +28,7 @@ from nemo_dist.cli.main import app
 from nemo_dist.hf_model import IGNORED
 from nemo_dist.mesh.launch_env import Launch
 from nemo_dist.planning.device_flops import bfloat16_flops
+from nemo_dist.plugin.comm_estimate import readable
 from nemo_dist.recipe import job, throughput
 from nemo_dist.recipe.config import DataSection, LoggingSection, ModelSection, Recipe, SchedulerSection
 from nemo_dist.recipe.documents import documents
@@ -308,6 +309,19 @@ def test_a_dry_run_says_what_each_example_does(name, tmp_path):
     shown = {"sft": "packed of 16", "lora": "adapters of LORA", "moe": "which are 0.", "dpo": "16 rows, in pairs"}
     assert shown[name] in said
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("changed", ["r=8", "use_dora=true", "modules_to_save=[lm_head]"])
+def test_a_dry_run_counts_what_adapters_train(changed, tmp_path):
+    """Adapters of rank 8 to 64, 32, 32 and 64 features in two layers; a direction's length for each with DoRA."""
+    recipe = example("lora", f"checkpoint.folder={tmp_path / 'run'}", f"model.peft.{changed}")
+    said = described(recipe, recipe.setup(2))
+
+    adapters = 2 * (8 * (4 * 64 + 64 + 32 + 32 + 64) + (64 + 32 + 32 + 64 if "dora" in changed else 0))
+    head = 264 * 64 if "lm_head" in changed else 0
+    assert f"adapters of LORA: {adapters + head:,} parameters trained" in said
+    assert f"all-reduce of gradients of adapters, once: {readable(4 * adapters)}" in said
+    assert f"reduce-scatter of gradients, by block, once: {readable(4 * head // 2)}" in said
 
 
 # ---- the data ----

@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy
 from typer.testing import CliRunner
 
 from nemo_dist import DistributedSetup, FSDP2Config, ParallelismSizes, TopologyError
@@ -15,7 +16,8 @@ from nemo_dist.testing import verify
 from nemo_dist.testing.axes import Held, blame
 from nemo_dist.testing.comparison import Comparison
 from nemo_dist.testing.layouts import Tokens, Verdict, match
-from nemo_dist.testing.local_topology import LARGEST, fit
+from nemo_dist.testing.local_topology import LARGEST, as_asked, fit
+from nemo_dist.testing.proof import _tried_as_it_is
 from nemo_dist.testing.proof_run import STEPS, Result
 from nemo_dist.testing.tiny_models import SPECIMENS
 from nemo_dist.testing.tiny_work import loader_of
@@ -67,11 +69,38 @@ def test_a_model_that_the_setup_refuses_is_reported_with_the_reason(ranks):
     assert "refused: " in str(report)
 
 
-def test_a_setup_that_is_refused_starts_no_ranks():
-    def none(world_size):
-        raise AssertionError("no ranks are needed")
+def no_ranks(world_size):
+    raise AssertionError("no ranks are needed")
 
-    report = verify({"parallelism_sizes": TP, "strategy": "ddp"}, transformers.LlamaConfig(), pool=none)
+
+def test_sizes_of_the_real_model_that_the_setup_refuses_are_refused_before_a_tiny_copy_is_proven():
+    """A tiny copy has heads that divide."""
+    config = transformers.LlamaConfig(**LLAMA | {"num_hidden_layers": 2})
+    report = verify({"parallelism_sizes": ParallelismSizes(tp_size=3)}, config, ranks=3, pool=no_ranks)
+    assert not report.ok and not report.checks
+    assert report.refused == (
+        "LlamaForCausalLM: 32 attention heads do not divide over 3 tensor-parallel ranks; use a tp_size of 2, 4, 8, "
+        "16, 32",
+    )
+    assert str(report).startswith("6 ranks (dp_shard 2, tp 3), plugins: tensor, fsdp2, the model as it is\n")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"world_size": 64, "parallelism_sizes": ParallelismSizes(tp_size=8, pp_size=2)},
+        {"parallelism_sizes": ParallelismSizes(ep_size=4)},
+        {"world_size": 8, "ranks": [4, 5, 6, 7], "strategy": FSDP2Config(offload_policy=CPUOffloadPolicy())},
+    ],
+    ids=["tp and pp", "ep", "offload"],
+)
+def test_the_real_sizes_are_tried_on_as_many_ranks_as_were_asked_for(options):
+    small = {"num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 8, "num_experts": 8}
+    assert _tried_as_it_is(as_asked(options), transformers.Qwen3MoeConfig(**small)) == ((), ())
+
+
+def test_a_setup_that_is_refused_starts_no_ranks():
+    report = verify({"parallelism_sizes": TP, "strategy": "ddp"}, transformers.LlamaConfig(), pool=no_ranks)
     assert not report.ok and "strategy 'ddp' does not compose with it" in report.refused[0]
 
 

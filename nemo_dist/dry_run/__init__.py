@@ -2,6 +2,6 @@
 
 Here: ``imagined_world`` (torch's fake process group, and a store for it), ``phases`` (CPU time and memory of each
 part), ``holdings`` (bytes of parameters, gradients and optimizer), ``checkpoint_plan`` (what saving and loading would
-do) and ``rehearsal`` (all of it, and its report). The real functions run, on the meta device. Not here: what a plan
-says without torch, which is in ``nemo_dist.planning``.
+do), ``rehearsal`` (all of it, and its report) and ``trial`` (whether a setup takes a model). The real functions run, on
+the meta device. Not here: what a plan says without torch, which is in ``nemo_dist.planning``.
 """

@@ -25,19 +25,21 @@ _AUTO: tuple[tuple[Any, Any], ...] = (
 _LONGEST = 300  # characters of an error of transformers
 
 
-def meta_model(source: str | os.PathLike[str] | PreTrainedConfig, dtype: torch.dtype | None = None) -> Any:
+def meta_model(
+    source: str | os.PathLike[str] | PreTrainedConfig, dtype: torch.dtype | None = None, auto: Any = None
+) -> Any:
     """Return the model that *source* describes: a config, its folder or file, or a name on the hub; reads no weight.
 
-    Its class is the architecture that the config names, or else the one that the config is for, first of all for causal
-    models. Parameters are of *dtype*, or else of the config's, or float32. Errors as for ``read_config``; ValueError
-    too where it is of no language model, and where transformers makes none of it.
+    Its class is that of the Auto class *auto*, or else the architecture that the config names, or else the one that the
+    config is for, first of all for causal models. Parameters are of *dtype*, or else of the config's, or float32.
+    Errors as for ``read_config``; ValueError too where it is of no language model, and where transformers makes none.
     """
     config = copy.deepcopy(source) if isinstance(source, PreTrainedConfig) else read_config(source)
     names = getattr(config, "architectures", None) or [""]
     kind = getattr(transformers, names[0], None)
     stored: Any = dtype or config.dtype or torch.float32
     known = [partial(auto.from_config, dtype=stored) for mapping, auto in _AUTO if type(config) in mapping]
-    makers = [kind] if kind else known
+    makers = [partial(auto.from_config, dtype=stored)] if auto else [kind] if kind else known
     if not makers:
         raise ValueError(
             f"{type(config).__name__} names no architecture and is of no language model; known are the models of "

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
+from types import MappingProxyType
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -42,6 +43,7 @@ class RankShare:
 
     ``computed``: by name, the shapes of the parameters as its modules compute with them. ``stored``: as it keeps them
     between forwards, with gradient and optimizer state of the same shapes: those of the first rank, which holds most.
+    ``added``: those of adapters, which it keeps whole. ``frozen``: which of all these get no gradient.
     ``itemsize``: bytes per number, by name. ``stages``: what it runs. ``rows``, ``length``: the batch of one forward,
     in sequences and in tokens that this rank has of each. ``forwards``: how many such batches make a step. ``idle``:
     the share of the time that it waits for other ranks of the pipeline. ``bytes``: whatever else it holds at the moment
@@ -60,16 +62,22 @@ class RankShare:
     bytes: dict[str, int] = attrs.field(factory=dict)
     bytes_per_token: dict[str, int] = attrs.field(factory=dict)
     overridden: set[str] = attrs.field(factory=set)
+    added: dict[str, Shape] = attrs.field(factory=dict)
+    frozen: frozenset[str] = frozenset()
 
     @classmethod
-    def whole(cls, model: Any, rows: int, length: int) -> RankShare:
-        """Return the share of a rank that does everything with *model*; it may be on meta."""
+    def whole(cls, model: Any, rows: int, length: int, added: Mapping[str, Any] = MappingProxyType({})) -> RankShare:
+        """Return the share of a rank that does everything with *model*, and *added* parameters; it may be on meta."""
         parameters, blocks = _shapes(model)
-        shapes = {name: shape for name, (shape, _) in parameters.items()}
+        own = {name: shape for name, (shape, _) in parameters.items()}
+        sizes = {name: size for name, (_, size) in parameters.items()}
+        every = (*model.named_parameters(), *added.items())  # what is frozen may change, so it is not kept
         return cls(
-            computed=shapes,
-            stored=dict(shapes),
-            itemsize={name: size for name, (_, size) in parameters.items()},
+            computed=own,
+            stored=dict(own),
+            added={name: tuple(parameter.shape) for name, parameter in added.items()},
+            frozen=frozenset(name for name, parameter in every if not parameter.requires_grad),
+            itemsize=sizes | {name: parameter.itemsize for name, parameter in added.items()},
             stages=(StageShare(blocks=blocks),),
             rows=rows,
             length=length,
@@ -91,19 +99,34 @@ class RankShare:
         held = (name for name in names if name in self.computed)
         return sum(math.prod(self.computed[name]) * (itemsize or self.itemsize[name]) for name in held)
 
+    def trained(self, names: Iterable[str]) -> list[str]:
+        """Return those of the parameters *names* that get gradients."""
+        return [name for name in names if name not in self.frozen]
+
     @property
     def stored_bytes(self) -> int:
-        """The bytes of the parameters that it keeps; of their gradients as well."""
-        return sum(math.prod(shape) * self.itemsize[name] for name, shape in self.stored.items())
+        """The bytes of the parameters of the model that it keeps."""
+        return self._bytes(self.stored)
+
+    @property
+    def gradient_bytes(self) -> int:
+        """The bytes of the gradients of those parameters."""
+        return self._bytes(self.trained(self.stored))
+
+    def _bytes(self, names: Iterable[str]) -> int:
+        shapes = {**self.added, **self.stored}
+        return sum(math.prod(shapes[name]) * self.itemsize[name] for name in names)
 
     @property
     def states(self) -> dict[str, int]:
-        """The bytes of parameters, gradients and the state of AdamW, in the dtype of the parameters."""
-        stored = self.stored_bytes
+        """The bytes of parameters and adapters, of gradients, and of the state of AdamW, in the dtype of parameters."""
+        held = [*self.stored, *self.added]
+        trained = self.trained(held)
+        gradients = self._bytes(trained)
         return {
-            "parameters": stored,
-            "gradients": stored,
-            "optimizer state": MOMENTS * stored + STEP_BYTES * len(self.stored),
+            "parameters": self._bytes(held),
+            "gradients": gradients,
+            "optimizer state": MOMENTS * gradients + STEP_BYTES * len(trained),
         }
 
     @property

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from nemo_dist.hf_model import IGNORED
+from nemo_dist.hf_model import IGNORED, without_adapters
 from nemo_dist.recipe.config import DataSection, Recipe
 from nemo_dist.recipe.job import judge, steps_of
-from nemo_dist.recipe.model import weightless
+from nemo_dist.recipe.model import adapter_config, weightless
 from nemo_dist.recipe.refusals import judge_rows, judge_schedule
 from nemo_dist.recipe.tokens import rows_of, tokenizer_of
 from nemo_dist.setup.setup import DistributedSetup
+from nemo_dist.training.peft_adapters import adapted_on_meta
 
 
 def described(recipe: Recipe, setup: DistributedSetup) -> str:
@@ -20,14 +21,21 @@ def described(recipe: Recipe, setup: DistributedSetup) -> str:
     judge_schedule(recipe, setup)
     model = weightless(recipe.model)
     tokenizer = tokenizer_of(recipe.model, recipe.data)
-    plan = setup.explain(model, recipe.rows_of_batch(setup), recipe.data.length)
-    return "\n".join([plan, "", *_lines(recipe, setup, model, tokenizer)])
+    adapters = adapter_config(recipe.model)
+    trained = model if adapters is None else adapted_on_meta(model, adapters)
+    plan = setup.explain(trained, recipe.rows_of_batch(setup), recipe.data.length)
+    with without_adapters(trained) as (plain, added):
+        return "\n".join([plan, "", *_lines(recipe, setup, plain, added, tokenizer)])
 
 
-def _lines(recipe: Recipe, setup: DistributedSetup, model: Any, tokenizer: Any) -> Iterator[str]:
+def _lines(
+    recipe: Recipe, setup: DistributedSetup, model: Any, added: Mapping[str, Any], tokenizer: Any
+) -> Iterator[str]:
     weights = sum(parameter.numel() for parameter in model.parameters())
+    trained = sum(one.numel() for one in (*model.parameters(), *added.values()) if one.requires_grad)
     made = f"from {recipe.model.path}" if recipe.model.path else "with new weights"
-    adapters = f", adapters of {recipe.model.peft['peft_type']}" if recipe.model.peft else ""
+    kind = recipe.model.peft and recipe.model.peft["peft_type"]
+    adapters = f", adapters of {kind}: {trained:,} parameters trained" if kind else ""
     yield f"model: {type(model).__name__} of {weights:,} parameters {made}, stored in {recipe.model.dtype}{adapters}"
     rows, text = _data(recipe, recipe.data, tokenizer)
     yield f"data: {text}"

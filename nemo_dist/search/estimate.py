@@ -193,7 +193,7 @@ class Estimator:
         # What a strategy gathers and reduces runs beside the computation, in a pipeline beside one microbatch.
         window = busy / rank.forwards if len(ranks) > 1 else busy
         shared = self._strategy_seconds(topology, rank)
-        update = max(rank.stored_bytes for rank in ranks) * _UPDATE_PASSES / self._bandwidth
+        update = max(rank.states["gradients"] for rank in ranks) * _UPDATE_PASSES / self._bandwidth
         return {
             **slowest,
             "pipeline idle": waits,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from nemo_dist.hf_model import without_adapters
 from nemo_dist.mesh.launch_env import launched_rank
-from nemo_dist.planning.mesh_plan import FLATTENED
+from nemo_dist.planning.mesh_plan import FLATTENED, Role
 from nemo_dist.planning.validation import integer
-from nemo_dist.plugin.comm_estimate import ModelFacts
+from nemo_dist.plugin.comm_estimate import ModelFacts, Traffic, shared
 from nemo_dist.plugin.protocol import Plugin, claimants, declared
 from nemo_dist.setup.composition import Composition
 
@@ -30,14 +32,14 @@ def explanation(setup: Composition, own_mesh: DeviceMesh | None, model: Any, row
                 f"  {axis.name:<12} {axis.size:>6}  {_claimants(setup.plugins, axis.name) if axis.size > 1 else '-'}"
             )
     lines.append("plugins, in the order they act on the model:")
-    lines += [f"  {line}" for line in setup.calls.explain(plan=plan, model=model)]
+    with without_adapters(model) as (plain, added):
+        lines += [f"  {line}" for line in setup.calls.explain(plan=plan, model=plain)]
+        sent = traffic(setup, facts_of(setup, plain, rows, length, added), plain)
     lines += [
         f"  {plugin.name}: does not compute what one process computes, by design"
         for plugin in setup.plugins
         if not declared(plugin, "exact")
     ]
-    facts = facts_of(setup, model, rows, length)
-    sent = [line for found in setup.calls.traffic(plan=plan, facts=facts, model=model) for line in found]
     if sent:
         lines.append("collectives of a step" + (", with the bytes that one rank sends:" if model is not None else ":"))
         lines += [f"  {line}" for line in sent]
@@ -71,10 +73,25 @@ def _claimants(plugins: Iterable[Plugin], axis: str) -> str:
     return ", ".join(plugin.name for plugin in claimants(plugins, axis))
 
 
-def facts_of(setup: Composition, model: Any, rows: int, length: int | None) -> ModelFacts | None:
+def traffic(setup: Composition, facts: ModelFacts | None, model: Any) -> list[Traffic]:
+    """Return the collectives of a step: those of plugins, and that of adapters, which every rank has whole."""
+    plan = setup.plan
+    found = [line for lines in setup.calls.traffic(plan=plan, facts=facts, model=model) for line in lines]
+    ranks = plan.splitting(Role.TOKENS)
+    if facts is not None and facts.adapter_bytes and ranks > 1:
+        sent = 2 * shared(ranks, facts.adapter_bytes / plan.splitting(Role.LAYERS))
+        axis = "dp" if plan.size("dp") == ranks else "dp_cp"
+        found.append(Traffic(axis=axis, collective="all-reduce", of="gradients of adapters", often="once", sent=sent))
+    return found
+
+
+def facts_of(
+    setup: Composition, model: Any, rows: int, length: int | None, added: Mapping[str, Any] = MappingProxyType({})
+) -> ModelFacts | None:
     """Return the numbers of *model* and of a batch of *rows* sequences of *length* tokens; None without a model.
 
-    Raises TypeError or ValueError for other rows and lengths than ints from 1 up.
+    *added*: the parameters of its adapters. Raises TypeError or ValueError for other rows and lengths than ints from 1
+    up.
     """
     integer("rows", rows)
     if length is not None:
@@ -87,4 +104,5 @@ def facts_of(setup: Composition, model: Any, rows: int, length: int | None) -> M
         length or model.config.get_text_config().max_position_embeddings,
         declared(setup.strategy, "compute_dtype"),
         setup.recompute_mode == "full",
+        added,
     )

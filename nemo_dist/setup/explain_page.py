@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from importlib.resources import files
 from typing import Any
 
 import attrs
 
+from nemo_dist.hf_model import without_adapters
 from nemo_dist.planning.mesh_plan import MeshPlan, Role, View
 from nemo_dist.planning.validation import integer
 from nemo_dist.plugin.comm_estimate import ModelFacts
 from nemo_dist.plugin.protocol import claimants
 from nemo_dist.plugin.step_schedule import StepSchedule
 from nemo_dist.setup.composition import Composition
-from nemo_dist.setup.explain import facts_of
+from nemo_dist.setup.explain import facts_of, traffic
 from nemo_dist.setup.rank_memory import memory_bars
 
 _SCRIPTS = ("elements.js", "ranks.js", "mesh.js", "memory.js", "schedule.js", "collectives.js", "main.js")
@@ -53,10 +54,16 @@ def _embedded(data: Any) -> str:
 
 def page_data(setup: Composition, model: Any, rows: int, length: int | None, ranks_per_node: int) -> dict[str, Any]:
     """Return all that the page shows, as values for JSON."""
+    with without_adapters(model) as (plain, added):
+        return _page_data(setup, plain, added, facts_of(setup, plain, rows, length, added), ranks_per_node)
+
+
+def _page_data(
+    setup: Composition, model: Any, added: Mapping[str, Any], facts: ModelFacts | None, ranks_per_node: int
+) -> dict[str, Any]:
     plan = setup.plan
-    facts = facts_of(setup, model, rows, length)
     schedule: StepSchedule | None = setup.calls.only("schedule", plan=plan, facts=facts, model=model)
-    bars, notes = memory_bars(setup, model, facts, schedule)
+    bars, notes = memory_bars(setup, model, added, facts, schedule)
     return {
         "version": version("nemo-dist"),
         "world_size": plan.world_size,
@@ -71,9 +78,7 @@ def page_data(setup: Composition, model: Any, rows: int, length: int | None, ran
         "model": None if facts is None else _model(model, facts),
         "memory": {"bars": [bar | {"modules": _shortened(bar["modules"])} for bar in bars], "notes": notes},
         "schedule": None if schedule is None else _schedule(schedule),
-        "collectives": [
-            attrs.asdict(one) for found in setup.calls.traffic(plan=plan, facts=facts, model=model) for one in found
-        ],
+        "collectives": [attrs.asdict(one) for one in traffic(setup, facts, model)],
     }
 
 

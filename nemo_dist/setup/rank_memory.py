@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import attrs
@@ -40,18 +40,22 @@ def divide(
 
 
 def memory_bars(
-    setup: Composition, model: Any, facts: ModelFacts | None, schedule: StepSchedule | None
+    setup: Composition,
+    model: Any,
+    added: Mapping[str, Any],
+    facts: ModelFacts | None,
+    schedule: StepSchedule | None,
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Return what a rank holds at each coordinate of the axis that splits the layers, as values for JSON, and notes.
 
-    There is one bar without such an axis. There is none without a model, and none where a plugin cannot say what it
-    holds, which is then the note.
+    *added*: the parameters of adapters of *model*. There is one bar without such an axis. There is none without a
+    model, and none where a plugin cannot say what it holds, which is then the note.
     """
     if facts is None:
         return [], []
     rows = facts.rows if schedule is None else schedule.rows * schedule.microbatches
     step = attrs.evolve(facts, rows=rows)  # a schedule is drawn with more rows where it needs them
-    whole = RankShare.whole(model, rows, facts.length)
+    whole = RankShare.whole(model, rows, facts.length, added)
     try:
         shares = divide(whole, setup.calls, setup.strategy, setup.plan, step, model)
     except (ValueError, PluginError) as refusal:

@@ -45,12 +45,8 @@ def fit(
     for is in ``changes``. Everything computes in float32, so that it can be compared with one process. Raises
     TopologyError when the setup itself is refused, or when *most* ranks are too few for all axes of the sizes.
     """
-    sizes = _with_roles(keywords, keywords.get("parallelism_sizes") or ParallelismSizes())
-    world = keywords.get("world_size")
-    if world is None and sizes.dp_size is not None and plan is None:
-        world = sizes.model_size * sizes.dp_size
-    if world is not None:  # raises for what is wrong with the user's own topology
-        plan = DistributedSetup.build(**{**keywords, "world_size": world}).plan
+    sizes = _sizes(keywords)
+    plan = _planned(keywords, sizes, plan)
     wide = {} if plan is None else {axis.name: axis.size for axis in plan.wide}
     refusals: list[TopologyError] = []
     found: list[LocalTopology] = []
@@ -68,6 +64,39 @@ def fit(
     if refusals:
         raise refusals[0]
     raise TopologyError([f"every axis of {_words(sizes)} kept wide needs more than {most} ranks; allow more"])
+
+
+def as_asked(keywords: Mapping[str, Any], plan: MeshPlan | None = None) -> DistributedSetup:
+    """Return the setup of *keywords* with its own sizes, on CPUs: for the ranks of *plan*, or as few as it may have.
+
+    Raises TopologyError where it is refused.
+    """
+    sizes, given = _sizes(keywords), {**keywords, **_HERE}
+    if planned := _planned(keywords, sizes, plan):
+        return DistributedSetup.build(**{**given, "world_size": planned.world_size})
+    refusals: list[TopologyError] = []
+    for dp in _data_parallel(sizes):
+        given |= {"parallelism_sizes": attrs.evolve(sizes, dp_size=dp), "world_size": sizes.model_size * dp}
+        try:
+            return DistributedSetup.build(**given)
+        except TopologyError as refusal:
+            refusals.append(refusal)
+    raise refusals[0]
+
+
+def _sizes(keywords: Mapping[str, Any]) -> ParallelismSizes:
+    return _with_roles(keywords, keywords.get("parallelism_sizes") or ParallelismSizes())
+
+
+def _planned(keywords: Mapping[str, Any], sizes: ParallelismSizes, plan: MeshPlan | None) -> MeshPlan | None:
+    """Return the plan of *keywords*, or else *plan*, or None where neither says how many ranks there are.
+
+    Raises TopologyError for what is wrong with the user's own topology.
+    """
+    world = keywords.get("world_size")
+    if world is None and sizes.dp_size is not None and plan is None:
+        world = sizes.model_size * sizes.dp_size
+    return plan if world is None else DistributedSetup.build(**{**keywords, "world_size": world}).plan
 
 
 def _with_roles(keywords: Mapping[str, Any], sizes: ParallelismSizes) -> ParallelismSizes:

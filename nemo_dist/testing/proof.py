@@ -21,19 +21,23 @@ from typing import Any
 
 import attrs
 import torch
+import torch.distributed as dist
 from transformers import AutoConfig
 
+import nemo_dist
+from nemo_dist.dry_run.trial import refusals
 from nemo_dist.errors import RankError, TopologyError
+from nemo_dist.models.meta_model import in_one_line, meta_model
 from nemo_dist.plugin.registry import Registry
 from nemo_dist.setup.config_section import build_keywords
 from nemo_dist.setup.setup import DistributedSetup
 from nemo_dist.testing.comparison import Check, Comparison, told
 from nemo_dist.testing.layouts import Tokens
-from nemo_dist.testing.local_topology import LARGEST, LocalTopology, fit, only
+from nemo_dist.testing.local_topology import LARGEST, LocalTopology, as_asked, fit, only
 from nemo_dist.testing.localise import Culprit, Part, Search
 from nemo_dist.testing.pool import RankPool
 from nemo_dist.testing.proof_run import STEPS, Around, Result, Work, joined, run_alone, run_on_rank
-from nemo_dist.testing.tiny_work import make_work
+from nemo_dist.testing.tiny_work import loader_of, make_work
 
 TIMEOUT = 600.0  # seconds
 RANKS = 8  # at most, unless the caller allows more
@@ -86,10 +90,11 @@ def verify(
     """Prove that *setup* trains a model of *config* as one process does; run on ranks of this machine, on the CPU.
 
     ``setup``: a DistributedSetup for any number of ranks, or the keywords of ``DistributedSetup.build``. ``config``: a
-    transformers config, or the folder or hub name to read one from. The model is made tiny, with the same structure,
-    unless *full*; the topology is made smaller until it has at most *ranks* ranks, and every axis that is wide stays
-    wide. ``pool(world_size)`` returns the ranks to use, as the fixture ``ranks`` of the pytest plugin does; by default
-    they are started, and end with the call. ``around`` is entered on every rank around the whole run.
+    transformers config, or the folder or hub name to read one from. First the model is tried as it is, without weights,
+    on the setup as it is: what refuses that is the result. Then the model is made tiny, with the same structure, unless
+    *full*; the topology is made smaller until it has at most *ranks* ranks, and every axis that is wide stays wide.
+    ``pool(world_size)`` returns the ranks to use, as the fixture ``ranks`` of the pytest plugin does; by default they
+    are started, and end with the call. ``around`` is entered on every rank around the whole run.
 
     Compared are loss, every gradient by name, the clipped norm, three AdamW steps, one more after a save and a load
     into a new model, and the export. Where they differ, the run is repeated with the outputs and gradients of all
@@ -102,11 +107,28 @@ def verify(
     plan = setup.plan if isinstance(setup, DistributedSetup) else None
     try:
         topology = fit(keywords, ranks, {} if full else LARGEST, plan)
+        asked = as_asked(keywords, plan)
     except TopologyError as refusal:
         return Report(topology="no topology", refused=refusal.problems, seconds=time.monotonic() - start)
+    refused, untried = _tried_as_it_is(asked, config)
+    if refused:
+        shown = f"{_shown(asked)}, the model as it is"
+        return Report(topology=shown, refused=refused, seconds=time.monotonic() - start)
     work, changes = make_work(config, topology.setup.plan, topology.asked, full=full)
     report = _Proof(topology=topology, work=work, pool=pool or _Started, around=around).report()
-    return attrs.evolve(report, changes=(*topology.changes, *changes), seconds=time.monotonic() - start)
+    return attrs.evolve(report, changes=(*topology.changes, *untried, *changes), seconds=time.monotonic() - start)
+
+
+def _tried_as_it_is(setup: DistributedSetup, config: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return why *setup* refuses the model of *config* with its real sizes, and what to say where that is not known."""
+    if dist.is_initialized():
+        return (), ("real sizes: not tried, as this process has a process group",)
+    auto = getattr(nemo_dist, loader_of(config)).auto
+    try:
+        with redirect_stdout(StringIO()):
+            return refusals(setup, lambda: meta_model(config, torch.float32, auto)), ()
+    except Exception as error:  # of a model whose code does not run without weights
+        return (), (f"real sizes: not tried without weights ({in_one_line(error)})",)
 
 
 @attrs.frozen
@@ -130,7 +152,7 @@ class _Proof:
     around: Around | None
 
     def report(self) -> Report:
-        shown = _shown(self.topology.setup)
+        shown = f"{_shown(self.topology.setup)}, against one process"
         try:
             results = self._on_ranks(self.work)
         except RankError as error:
@@ -230,4 +252,4 @@ class _Proof:
 def _shown(setup: DistributedSetup) -> str:
     sizes = ", ".join(f"{axis.name} {axis.size}" for axis in setup.plan.wide)
     plugins = ", ".join(plugin.name for plugin in setup.plugins)
-    return f"{setup.plan.world_size} ranks ({sizes or 'no axis'}), plugins: {plugins}, against one process"
+    return f"{setup.plan.world_size} ranks ({sizes or 'no axis'}), plugins: {plugins}"

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -76,6 +77,16 @@ def add_adapters(
     if keeps_weights_of_the_model(config):
         made.save_pretrained = AdapterFiles(sharded([made]), False, made.save_pretrained)
     return made
+
+
+def adapted_on_meta(model: Any, config: Any) -> Any:
+    """Return the PEFT model of *model*, whole and on the meta device, with what ``add_adapters`` trains."""
+    import peft
+
+    from nemo_dist.training.modules_in_place import without_copies
+
+    with without_copies(), torch.device("meta"):
+        return peft.get_peft_model(model, copy.deepcopy(config))
 
 
 def _adapted(model: nn.Module, config: Any, mesh: MeshContext) -> Any:

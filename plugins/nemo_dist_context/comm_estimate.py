@@ -15,10 +15,11 @@ def traffic(plan: MeshPlan, facts: ModelFacts | None, config: ContextConfig) -> 
     forward = backward = None
     if facts is not None:
         forward = _sent(ranks, plan.size("tp"), facts, config) // plan.size("pp")
-        backward = forward
+        reached = facts.reached_blocks / facts.blocks if facts.blocks else 0
+        backward = round(forward * reached)
         if config.method == "ring":  # keys and values go round again, and their gradients, in float32, all the way home
-            backward += 4 * forward * ranks // (ranks - 1) // facts.computed
-        forward *= 2 if facts.recomputes else 1
+            backward += 4 * backward * ranks // (ranks - 1) // facts.computed
+        forward += round(forward * reached) if facts.recomputes else 0
     what, ways = "keys and values", ("all-gather", "reduce-scatter")
     if config.method == "ulysses":
         what, ways = "queries, keys, values and outputs", ("all-to-all", "all-to-all")

@@ -80,13 +80,14 @@ class DDP:
         often = "once for every batch of a list" if every else "once"
         sent = None
         if facts is not None:
-            sent = 2 * shared(replicas, facts.parameters * facts.stored) * (facts.batches if every else 1)
+            trained = facts.trained * facts.stored + facts.adapter_bytes  # torch's buckets take both
+            sent = 2 * shared(replicas, trained) * (facts.batches if every else 1)
         return [Traffic(axis=axis, collective="all-reduce", of="gradients, by bucket", often=often, sent=sent)]
 
     @hookimpl
     def memory(self, ranks: list[RankShare]) -> None:
         for rank in ranks:  # torch keeps buckets for all gradients, and with views none beside them
-            rank.bytes["gradient buckets"] = 0 if self.config.gradient_as_bucket_view else rank.stored_bytes
+            rank.bytes["gradient buckets"] = 0 if self.config.gradient_as_bucket_view else rank.states["gradients"]
 
     def _torch_options(self) -> dict[str, Any]:
         names = (

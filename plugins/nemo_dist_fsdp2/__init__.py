@@ -106,7 +106,10 @@ class FSDP2:
         if not self.config.defer_fsdp_grad_sync:
             return ""
         dtype = self._dtypes[1]
-        whole = sum(one.numel() * (bytes_of(dtype) if dtype else one.itemsize) for one in model.parameters())
+        trained = [one for one in model.parameters() if one.requires_grad]
+        if not trained:
+            return ""
+        whole = sum(one.numel() * (bytes_of(dtype) if dtype else one.itemsize) for one in trained)
         here = readable(whole // plan.size("tp") // plan.size("pp"))
         return (
             f"; a list of batches holds whole gradients until the last one is done, up to {here} on a rank "

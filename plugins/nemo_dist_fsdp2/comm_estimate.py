@@ -22,11 +22,13 @@ def traffic(
         part = plan.size("tp") * plan.size("pp")
         elsewhere = facts.expert_parameters if any("ep" in view for view in plan.views) else 0  # counted there
         here = facts.parameters - elsewhere
-        twice = facts.block_parameters - elsewhere + facts.embedding_parameters if reshard else 0
+        twice = facts.block_parameters - elsewhere + facts.embedding_parameters - _skipped(facts, elsewhere > 0)
+        twice = twice if reshard else 0
+        trained = facts.trained - (facts.trained_experts if elsewhere else 0)
         gathered = facts.batches * shared(shards, (here + twice) * facts.computed / part)  # a backward frees all
         size = (bytes_of(reduction) if reduction else facts.stored) * (1 if deferred else facts.batches)
-        reduced = shared(shards, here * size / part)
-        averaged = 2 * shared(replicas, here * size / part / shards)
+        reduced = shared(shards, trained * size / part)
+        averaged = 2 * shared(replicas, trained * size / part / shards)
     reductions = "once" if deferred else "once for every batch of a list"
     found = [
         Traffic(
@@ -38,6 +40,14 @@ def traffic(
     ]
     copies = Traffic(axis=between, collective="all-reduce", of="gradient shards", often=reductions, sent=averaged)
     return [*(found if shards > 1 else ()), *([copies] if replicas > 1 else ())]
+
+
+def _skipped(facts: ModelFacts, experts_elsewhere: bool) -> int:
+    """Return the numbers that are not gathered for a backward, which does not come to them.
+
+    The last of what it does not come to is: FSDP2 gathers one ahead.
+    """
+    return sum(held - (experts if experts_elsewhere else 0) for held, experts in facts.skipped[:-1])
 
 
 def replica_axis(plan: MeshPlan) -> str:

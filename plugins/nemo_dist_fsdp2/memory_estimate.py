@@ -57,7 +57,9 @@ def hold(
         rank.bytes["gathered parameters"] = rank.computed_bytes(found.staying, compute) + (
             most if frees else sum(sizes)
         )
-        largest = max(found.passing, key=rank.computed_bytes, default=())
+        largest = max(map(rank.trained, found.passing), key=rank.computed_bytes, default=[])
         waits = (pipeline or rank.forwards > 1) and config.defer_fsdp_grad_sync
         waiting = rank.computed if waits else (*largest, *found.staying)
-        rank.bytes["gradients before they are reduced"] = rank.computed_bytes(waiting, reduction or compute)
+        rank.bytes["gradients before they are reduced"] = rank.computed_bytes(
+            rank.trained(waiting), reduction or compute
+        )

@@ -50,13 +50,15 @@ def hold(ranks: list[RankShare], shards: int, tp: int, config: MegatronFSDPConfi
         main = narrow and config.preserve_fp32_weights  # float32 weights, which the optimizer steps
         if main:
             rank.itemsize = dict.fromkeys(rank.itemsize, _WIDE)
-        level, kept = config.zero_dp_strategy, rank.stored_bytes
+        level = config.zero_dp_strategy
         weights = _bytes(found, shards if level == 3 else 1)
         gradients = _bytes(found, shards if level > 1 else 1, _WIDE if main else None)
-        rank.bytes["gathered parameters"] = weights - (0 if main else kept) + (_gathered(found) if level == 3 else 0)
+        rank.bytes["gathered parameters"] = (
+            weights - (0 if main else rank.stored_bytes) + (_gathered(found) if level == 3 else 0)
+        )
         reduced = _WIDE if config.grad_reduce_in_fp32 else None
         waiting = max(_units(found, reduced), default=0) if level > 1 else 0
-        rank.bytes["gradients before they are reduced"] = gradients - kept + waiting
+        rank.bytes["gradients before they are reduced"] = gradients - rank.gradient_bytes + waiting
 
 
 def _refuse_uneven(model: Any, rank: RankShare, tp: int) -> None:

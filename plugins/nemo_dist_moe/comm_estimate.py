@@ -26,15 +26,16 @@ def dispatch(plan: MeshPlan, facts: ModelFacts | None, config: MoEParallelizerCo
         return _listed(ep, tp, config.dispatcher, (None, None, None, None), "")
     tokens = facts.tokens / plan.size("cp")
     layers = facts.expert_layers / plan.size("pp")
-    forwards = layers * (2 if facts.recomputes else 1)
+    backwards = layers - sum(experts > 0 for _, experts in facts.skipped) / plan.size("pp")
+    forwards = layers + (backwards if facts.recomputes else 0)
     width = facts.hidden * facts.computed
     weights = facts.experts_per_token * facts.computed
     sent = shared(ep, tokens / tp * facts.experts_per_token * width)
     amounts = (
-        round((2 * forwards + 2 * layers) * sent),
+        round((2 * forwards + 2 * backwards) * sent),
         round(forwards * shared(ep, facts.experts * _COUNT)),
-        round(forwards * shared(tp, tokens * width) + layers * shared(tp, tokens * (width + weights))),
-        round(2 * (forwards * shared(ep, tokens * width) + layers * shared(ep, tokens * (width + weights)))),
+        round(forwards * shared(tp, tokens * width) + backwards * shared(tp, tokens * (width + weights))),
+        round(2 * (forwards * shared(ep, tokens * width) + backwards * shared(ep, tokens * (width + weights)))),
     )
     held = f", of {facts.experts // ep} experts a rank, {readable(4 * sent)} a layer"
     return _listed(ep, tp, config.dispatcher, amounts, held)
@@ -66,11 +67,12 @@ def shards(plan: MeshPlan, facts: ModelFacts | None, config: MoEParallelizerConf
     gathered = reduced = averaged = None
     regathers = config.reshard_after_forward is not False
     if facts is not None:
-        held = facts.expert_parameters / plan.size("ep") / plan.size("pp")
         compute, reduction = _sizes(config.mp_policy, facts.computed)
-        gathered = shared(within, held * compute * (2 if regathers else 1))
-        reduced = shared(within, held * reduction)
-        averaged = 2 * shared(between, held * reduction / within)
+        part = plan.size("ep") * plan.size("pp")
+        again = facts.expert_parameters - sum(experts for _, experts in facts.skipped) if regathers else 0
+        gathered = shared(within, (facts.expert_parameters + again) / part * compute)
+        reduced = shared(within, facts.trained_experts / part * reduction)
+        averaged = 2 * shared(between, facts.trained_experts / part * reduction / within)
     often = "once, and again in the backward" if regathers else "once"
     found = []
     if within > 1:

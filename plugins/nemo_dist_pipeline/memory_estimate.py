@@ -123,6 +123,8 @@ def _share(
     """Return what pipeline *rank* holds of the *whole*."""
     stages = placement.stage_ids(rank, len(division))
     kept = [name for stage in stages for name in _parameters(structure, division, stage, whole)]
+    units = {unit for stage in stages for unit in division[stage]}
+    added = [name for name in whole.added if structure.owner(name) in units]
     own = [
         StageShare(
             blocks=tuple(unit for unit in division[stage] if unit in set(structure.layers)),
@@ -138,6 +140,7 @@ def _share(
         whole,
         computed={name: whole.computed[name] for name in kept},
         stored={name: whole.stored[name] for name in kept},
+        added={name: whole.added[name] for name in added},
         stages=tuple(own),
         rows=config.pp_microbatch_size,
         forwards=count,

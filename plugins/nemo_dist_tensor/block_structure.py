@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from functools import cached_property
 from typing import Any
 
 import attrs
@@ -16,7 +17,7 @@ from nemo_dist_tensor.styles import ROW
 from nemo_dist_tensor.tp_plan import Rules, generic
 
 
-@attrs.frozen(eq=False)
+@attrs.frozen(eq=False, slots=False)
 class Blocks:
     """The blocks of *model* that contain a rule, by name, in the order in which they run."""
 
@@ -61,6 +62,37 @@ class Blocks:
     def styles_in(self, region: str) -> dict[str, str]:
         """Return the rules for modules in *region*, by name."""
         return {name: self.rules.modules[name] for name in self.ruled(region) if name in self.rules.modules}
+
+    def reached(self, region: str, trained: Collection[str], first: int) -> tuple[bool, bool]:
+        """Whether a backward needs the gradients of what *region* reads, and of what it gives.
+
+        It does where something before is *trained* (names of parameters, adapters included), or something inside.
+        *first*: the place of the first of them among the parameters of the model.
+        """
+        block = region.rpartition(".")[0]
+        start, end = self._places[block]
+        if not start <= first < end:
+            return first < start, first < start
+        before = [name for name, _ in self._regions_of(block)]
+        later = tuple(f"{name}." for name in before[before.index(region) :])
+        own = [name for name in trained if name.startswith(f"{block}.")]
+        reads = not all(name.startswith(later) for name in own)
+        return reads, reads or any(name.startswith(f"{region}.") for name in own)
+
+    def follow(self, first: int) -> bool:
+        """Whether all blocks come after the parameter at the place *first* of the model."""
+        return first < min((start for start, _ in self._places.values()), default=0)
+
+    def recomputed(self, region: str, first: int) -> bool:
+        """Whether a backward comes to the block of *region*, where the first trained parameter is at *first*."""
+        return first < self._places[region.rpartition(".")[0]][1]
+
+    @cached_property
+    def _places(self) -> dict[str, tuple[int, int]]:
+        """The places of the first parameter of every block and of the first one after it, among all of the model."""
+        places = {id(parameter): place for place, parameter in enumerate(self.model.parameters())}
+        own = {name: [places[id(p)] for p in block.parameters()] for name, block in self.blocks.items()}
+        return {name: (min(found), max(found) + 1) for name, found in own.items()}
 
     def ends_its_block(self, region: str) -> bool:
         """Whether nothing after *region* in its block needs its output in the backward."""

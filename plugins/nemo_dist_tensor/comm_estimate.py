@@ -122,60 +122,69 @@ class Step:
             yield JOIN_OUTPUTS, hidden
         elif style in COLUMN and module is self.model.get_output_embeddings():
             yield LOSS, self._tokens * _LOSS_NUMBERS * _LOSS_BYTES
-            yield SUM_GRADIENTS, hidden
+            if not all(trained.startswith(f"{name}.") for trained in self.facts.trained_names):
+                yield SUM_GRADIENTS, hidden
         elif style == "replicated_with_grad_allreduce" or self._stays_whole(name, style):
             yield from self._parameters(module)
 
     def _parameters(self, module: nn.Module) -> Iterator[tuple[Kind, float]]:
         for parameter in module.parameters(recurse=False):
-            yield SUM_PARAMETERS, parameter.numel() * self.facts.computed
+            if parameter.requires_grad:
+                yield SUM_PARAMETERS, parameter.numel() * self.facts.computed
 
     def _stays_whole(self, name: str, style: str) -> bool:
         return style == "colwise" and is_key_value(name) and self.facts.key_heads % self.plan.size("tp") != 0
 
     def _between(self, blocks: Blocks) -> Iterator[tuple[Kind, float]]:
         """Yield what sharding the tokens costs outside of regions: at both ends of the blocks, and for the norms."""
-        yield GATHER_GRADIENTS, self._pieces  # of the first block's input
+        if blocks.follow(self.facts.first_trained):
+            yield GATHER_GRADIENTS, self._pieces  # of the first block's input
         yield GATHER_INPUTS, self._pieces  # of the last block's output, not recomputed
         for _, module in blocks.between():
             yield from self._parameters(module)
 
     def _region(self, blocks: Blocks, region: str, exit_rule: str | None) -> Iterator[tuple[Kind, float]]:
         """Yield the collectives at both ends of attention or feed-forward, and those of the rules inside it."""
-        styles, again = blocks.styles_in(region), self._again(last=False)
+        styles, once = blocks.styles_in(region), not blocks.recomputed(region, self.facts.first_trained)
+        reads, gives = blocks.reached(region, self.facts.trained_names, self.facts.first_trained)
+        again, times = self._again(last=once), self._again(last=once or blocks.ends_its_block(region))
         if self.sequence:
             yield GATHER_INPUTS, self._pieces * again
-        if COLUMN & set(styles.values()):
+        if reads and COLUMN & set(styles.values()):
             whole = self._tokens * self.facts.hidden * self.facts.computed
             yield (SCATTER_GRADIENTS, self._pieces) if self.sequence else (SUM_GRADIENTS, whole)
         for name, style in styles.items():
             module = self.model.get_submodule(name)
-            if style in WHOLE_INPUT and _is_linear(module):
+            if gives and style in WHOLE_INPUT and _is_linear(module):
                 yield JOIN_GRADIENTS, self._tokens * module.in_features * self.facts.computed
             if self.sequence and name == exit_rule:
-                yield from self._exit(module, self._again(blocks.ends_its_block(region)))
+                yield from self._exit(module, times, gives)
             else:
-                yield from self._inside(module, style, self._again(blocks.ends_its_block(region)))
-        if self.sequence and exit_rule is None:
+                yield from self._inside(module, style, times, again, gives)
+        if gives and self.sequence and exit_rule is None:
             yield GATHER_GRADIENTS, self._pieces
 
-    def _exit(self, module: nn.Module, times: int) -> Iterator[tuple[Kind, float]]:
+    def _exit(self, module: nn.Module, times: int, gives: bool) -> Iterator[tuple[Kind, float]]:
         """Yield what the projection that ends a region costs when each rank keeps its own tokens of the sum."""
         yield SCATTER_OUTPUTS, self._pieces * times
-        yield GATHER_GRADIENTS, self._pieces
-        if _is_linear(module) and module.bias is not None:
+        if gives:
+            yield GATHER_GRADIENTS, self._pieces
+        if _is_linear(module) and module.bias is not None and module.bias.requires_grad:
             yield SUM_PARAMETERS, module.bias.numel() * self.facts.computed
 
-    def _inside(self, module: nn.Module, style: str, times: int) -> Iterator[tuple[Kind, float]]:
+    def _inside(
+        self, module: nn.Module, style: str, times: int, again: int, gives: bool
+    ) -> Iterator[tuple[Kind, float]]:
         one = self._tokens * self.facts.computed  # a number for each token
         if style in ROW and _is_linear(module):
             yield SUM_OUTPUTS, one * module.out_features * times
         elif style in GATHERED and _is_linear(module):
-            yield JOIN_OUTPUTS, one * module.out_features * self._again(last=False)
+            yield JOIN_OUTPUTS, one * module.out_features * again
         elif style == "moe_tp_experts":  # a token's expert weights have partial gradients too
             chosen = getattr(self.model.config.get_text_config(), "num_experts_per_tok", 0)
             yield SUM_OUTPUTS, one * self.facts.hidden * times
-            yield SUM_GRADIENTS, one * (self.facts.hidden + chosen)
+            if gives:
+                yield SUM_GRADIENTS, one * (self.facts.hidden + chosen)
 
 
 def _is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:

@@ -52,7 +52,7 @@ class Zero1:
         ranks = plan.size("dp_cp")
         if ranks == 1:
             return []
-        sent = None if facts is None else shared(ranks, facts.parameters * facts.stored)
+        sent = None if facts is None else shared(ranks, facts.trained * facts.stored)
         averaged = None if sent is None else 2 * sent
         return [
             Traffic(axis="dp_cp", collective="all-reduce", of="gradients", often="one by one", sent=averaged),
