@@ -169,3 +169,8 @@ def held_by(tensor: Any) -> Tensor:
     """Return the local tensor of a DTensor itself, of which ``to_local`` makes a view, or a plain tensor itself."""
     found: Tensor = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
     return found
+
+
+def hold_a_copy(tensor: DTensor) -> None:
+    """Let a DTensor hold a copy of its local tensor."""
+    tensor._local_tensor = tensor._local_tensor.clone()

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nemo_dist.torch_private import hold_a_copy
 from nemo_dist_megatron_fsdp.parameter_shard import changes
 from nemo_dist_megatron_fsdp.row_layout import RowLayout
 
@@ -131,7 +132,7 @@ class Gradients:
         held = shown.get(name)
         # Four if nobody does: the dict, the variable and the argument here, and its own full_tensor.
         if held is not None and held is not self.shards[name].grad and sys.getrefcount(held) > 4:
-            held._local_tensor = held._local_tensor.clone()
+            hold_a_copy(held)
             del shown[name]
 
     def fail(self) -> None:
