@@ -95,7 +95,6 @@ PRIVATE = {
         *("_replace_param_with_raw_if_needed", "_replace_param_with_distributed_if_needed"),
         "_root_pre_backward_hook_issued",
     ),
-    "nemo_dist_megatron_fsdp.gradients": ("_local_tensor",),
 }
 # Names of torch's modules that are private by their underscore, and as good as public by their use.
 USUAL = {"_parameters", "_buffers"}
