@@ -74,6 +74,7 @@ STRATEGIES = {
     "fsdp2-compiled": FSDP2Config(mp_policy=FP32, enable_compile=True),
     "fsdp2-offload": FSDP2Config(mp_policy=FP32, offload_policy="cpu"),
     "ddp": DDPConfig(),
+    "ddp-views": DDPConfig(gradient_as_bucket_view=True),
     "ddp-full": DDPConfig(activation_checkpointing="full"),
 }
 

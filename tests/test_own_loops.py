@@ -285,6 +285,13 @@ def assign_data(training):
         training.loss(1)
 
 
+def recompute_inside(training):
+    training.model.train()
+    training.model.enable_input_require_grads()
+    training.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    training.loss(0).backward()
+
+
 WAITS = r"of model\.embed_tokens\.weight, .* and 27 others: they are of a backward under runtime\.no_sync\(\)"
 REFUSED = {
     ("fsdp2", clip_what_waits): rf"clip_grad_norm_\(\) found gradients of one rank's rows alone, {WAITS}",
@@ -295,6 +302,7 @@ REFUSED = {
     ("fsdp2", step_before_the_backward): r"weights of .* were changed between a forward and its backward.*once more",
     ("fsdp2", edit_what_is_gathered): r"lm_head\.weight was changed while gathered, after a forward without a backward",
     ("fsdp2", edit_data_of_what_is_gathered): r"lm_head\.weight was changed while gathered.*runtime\.named_parameters",
+    ("ddp, views", recompute_inside): r"a backward runs inside of another, .* or set use_reentrant=False",
     ("fsdp2", assign_data): r"the data of model\.embed_tokens\.weight, .* was assigned.*p\.data\.copy_\(value\)",
 }
 

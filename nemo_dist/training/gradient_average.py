@@ -16,6 +16,17 @@ from nemo_dist.torch_private import number_of_backward, run_after_backward
 
 _BUCKET = 1 << 24  # elements of a flat vector, so that no copy of all gradients is made
 _WATCHED = "_nemo_dist_averaged"  # attribute of a parameter whose gradients an average hears of
+_WHOLE = "_nemo_dist_averaged_whole"  # in the __dict__ of a model that leaves no parameter to another average
+
+
+def take_whole(model: nn.Module) -> None:
+    """Say that a strategy averages the gradients of all that *model* trains, adapters that are added later included."""
+    model.__dict__[_WHOLE] = True
+
+
+def is_whole(model: nn.Module) -> bool:
+    """Whether a strategy averages the gradients of all that *model* trains."""
+    return _WHOLE in model.__dict__
 
 
 @attrs.define(eq=False)

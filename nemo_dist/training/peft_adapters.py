@@ -30,7 +30,7 @@ from nemo_dist.plugin.resharding import gathered
 from nemo_dist.plugin.sharding_override import sharding_overrides
 from nemo_dist.training.adapter_files import AdapterFiles, keeps_weights_of_the_model
 from nemo_dist.training.dora_magnitudes import fill_magnitudes
-from nemo_dist.training.gradient_average import GradientAverage, together
+from nemo_dist.training.gradient_average import GradientAverage, is_whole, together
 from nemo_dist.training.token_rows import compute_beside
 
 FEATURE = "adapters"  # what a plugin lists in ``composes_with`` when it is tested with them
@@ -201,7 +201,7 @@ def adapters(parts: Sequence[nn.Module], mesh: MeshContext, plugins: Sequence[Pl
     for same in (group, *map(mesh.group, _sharing(mesh))):
         if same is not None:
             together(list(added.values()), partial(dist.broadcast, group_src=0, group=same))
-    if group is None:
+    if group is None or all(is_whole(inner_model(part)) for part in parts):
         return {}
     average: GradientAverage = vars(parts[0]).setdefault(_AVERAGE, GradientAverage((), group))  # of all runtimes
     average.parameters = list(added.values())

@@ -80,7 +80,7 @@ class DDP:
         often = "once for every batch of a list" if every else "once"
         sent = None
         if facts is not None:
-            trained = facts.trained * facts.stored + facts.adapter_bytes  # torch's buckets take both
+            trained = facts.trained * facts.stored  # adapters, which its buckets take too, have a line of their own
             sent = 2 * shared(replicas, trained) * (facts.batches if every else 1)
         return [Traffic(axis=axis, collective="all-reduce", of="gradients, by bucket", often=often, sent=sent)]
 

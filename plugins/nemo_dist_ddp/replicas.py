@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import operator
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from nemo_dist import Role
 from nemo_dist.mesh.dtensor import parameter_slots
 from nemo_dist.torch_private import in_backward, run_after_backward
-from nemo_dist.training.gradient_average import GradientAverage
+from nemo_dist.training.gradient_average import GradientAverage, take_whole
 
 if TYPE_CHECKING:
     from nemo_dist.mesh.mesh_context import MeshContext
@@ -44,6 +45,7 @@ class Replicas:
     average: GradientAverage = attrs.field(init=False)
     ready: bool = False
     begun: bool = False
+    running: Callable[[], object] = lambda: None
     awaits_loss: bool = False
     ddp: DistributedDataParallel | None = None
     slots: Sequence[tuple[dict[str, Any], str]] = ()  # the dict of a module's own parameters, and a name in it
@@ -64,11 +66,21 @@ class Replicas:
 
     def _otherwise(self) -> bool:
         """Whether the backward that begins is the one that torch's module is ready for."""
+        if self.begun and self.running() is not None and self.options["gradient_as_bucket_view"]:
+            raise RuntimeError(
+                "a backward runs inside of another, as reentrant checkpointing does, and gradient_as_bucket_view=True "
+                "keeps gradients of both in the buckets of the first; leave that out, or set use_reentrant=False"
+            )
         self._drop_failed()
         self.begun, self.ready = self.ready and self.ddp is not None, False
         if self.begun:
-            # Torch's module puts its own end of the backward there with its last bucket: be after that.
-            run_after_backward(lambda: run_after_backward(self._end))
+
+            def end() -> None:
+                # Torch's module puts its own end of the backward there with its last bucket: be after that.
+                run_after_backward(self._end)
+
+            run_after_backward(end)
+            self.running = weakref.ref(end)  # which torch keeps until the backward ends or fails
         return self.begun
 
     def _end(self) -> None:
@@ -140,6 +152,7 @@ def replicate(part: nn.Module, mesh: MeshContext, options: dict[str, Any]) -> No
     replicas = Replicas(model=part, options={"process_group": group, **options})
     replicas.hear()
     part.__dict__[_KEY] = replicas
+    take_whole(part)
     part.register_forward_pre_hook(replicas._before_forward, with_kwargs=True)
     part.register_forward_hook(replicas._after_forward)
 

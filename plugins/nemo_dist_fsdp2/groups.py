@@ -144,6 +144,8 @@ def _drop(parameters: Iterable[Any]) -> None:
 
 def _remember(state: Any, refuse: Callable[[Any], None], register: Callable[[Any], Any], output: Any) -> Any:
     """Let FSDP2 *register* what it does before the backward of *output*, with the weights of now to compare."""
+    if not torch.is_grad_enabled():
+        return register(output)
     found, before = state._pre_backward, _changes(state)
 
     def compare() -> None:

@@ -19,6 +19,16 @@ from nemo_dist_megatron_fsdp.row_layout import RowLayout
 _DROP_ALL = "call optimizer.zero_grad(), of every optimizer, or model.zero_grad()"
 
 
+def _references() -> int:
+    """Return how many references Python counts of what is in a dict and in a variable of the function that asks."""
+    places = {"": object()}
+    held = places.get("")
+    return sys.getrefcount(held)
+
+
+_BY_NOBODY = _references() + 1  # of a gradient that is held by the package and by its own full_tensor
+
+
 @attrs.define(kw_only=True, eq=False)
 class Gradients:
     """The gradients of one model, by name of their parameter.
@@ -130,8 +140,7 @@ class Gradients:
         """Give whoever holds a gradient that was dropped its own copy: the package writes the next one over it."""
         shown = self.wrapper.param_and_grad_buffer.dist_main_grad
         held = shown.get(name)
-        # Four if nobody does: the dict, the variable and the argument here, and its own full_tensor.
-        if held is not None and held is not self.shards[name].grad and sys.getrefcount(held) > 4:
+        if held is not None and held is not self.shards[name].grad and sys.getrefcount(held) > _BY_NOBODY:
             hold_a_copy(held)
             del shown[name]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from nemo_dist.torch_private import changes_in_place
+from nemo_dist.torch_private import changes_in_place, held_by
 
 
 class ParameterShard(DTensor):
@@ -67,4 +67,4 @@ def _apply(
 
 def changes(tensor: Any) -> int:
     """Count writes to a DTensor: to itself, and to its local tensor, which torch counts apart."""
-    return changes_in_place(tensor) + changes_in_place(tensor.to_local())
+    return changes_in_place(tensor) + changes_in_place(held_by(tensor))
