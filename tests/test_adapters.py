@@ -203,7 +203,7 @@ def test_adapters_that_are_thawed_and_frozen_between_steps_train_like_on_one_pro
 
 def on_rank_make_two(folder):
     """Return how many gradients of adapters were averaged in a backward without synchronisation, and in one with it."""
-    model = adapted(folder, DDPConfig()).model
+    model = adapted(folder, FSDP2Config(mp_policy=FP32)).model
     runtime = model.get_base_model().distributed_setup.runtime(model)
     tokens, labels = batches(0)
     counts = []
