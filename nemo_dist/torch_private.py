@@ -41,7 +41,9 @@ __all__ = [
     "gradient_hooks",
     "group_named",
     "held_by",
+    "hold_a_copy",
     "in_backward",
+    "number_of_backward",
     "reduce_scatter_single",
     "run_after_backward",
     "run_gradient_hooks",
@@ -49,6 +51,7 @@ __all__ = [
     "tensors_in",
     "tree_map_only",
     "without_gradient_hooks",
+    "writes_to",
 ]
 
 # The placement of a tensor dim that another mesh axis, or a packed projection, has sharded before; torch has no public
@@ -169,6 +172,11 @@ def held_by(tensor: Any) -> Tensor:
     """Return the local tensor of a DTensor itself, of which ``to_local`` makes a view, or a plain tensor itself."""
     found: Tensor = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
     return found
+
+
+def writes_to(tensor: Tensor) -> int:
+    """Count the writes to a DTensor: to itself, and to its local tensor, which torch counts apart."""
+    return changes_in_place(tensor) + changes_in_place(held_by(tensor))
 
 
 def hold_a_copy(tensor: DTensor) -> None:

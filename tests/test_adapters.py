@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers
+from failing import Fail
 
 from nemo_dist import (
     CheckpointError,
@@ -217,6 +218,36 @@ def on_rank_make_two(folder):
 
 def test_the_last_runtime_says_whether_a_backward_averages_gradients_of_adapters(ranks):
     assert ranks(2).run(on_rank_make_two, checkpoint("llama")) == [[0, 1], [0, 1]]
+
+
+def on_rank_fail_once(folder, strategy):
+    """Return the gradients of adapters after a backward that failed, and without one."""
+    runtime = adapted(folder, strategy)
+    model, found = runtime.model, []
+    tokens, labels = batches(0)
+    mine = slice(runtime.dp_rank, None, runtime.dp_size)
+    for fails in (True, False):
+        if fails:
+            hook = (
+                model.get_base_model()
+                .model.layers[1]
+                .register_forward_pre_hook(lambda _, args: (Fail.apply(args[0]), *args[1:]))
+            )
+            with pytest.raises(ValueError, match="a backward that fails"):
+                model(input_ids=tokens[mine], labels=labels[mine]).loss.backward()
+            hook.remove()
+        model.zero_grad()
+        model(input_ids=tokens[mine], labels=labels[mine]).loss.backward()
+        found.append({name: one.grad.clone() for name, one in trainable(model).items()})
+    return found
+
+
+@pytest.mark.parametrize("name", ["fsdp2", "ddp", "ddp-views"])
+def test_adapters_train_on_after_a_backward_that_failed(ranks, name):
+    first, *others = ranks(2).run(on_rank_fail_once, checkpoint("llama"), STRATEGIES[name])
+    for after, without in (first, *others):
+        torch.testing.assert_close(after, without)
+        torch.testing.assert_close(after, first[0], rtol=0, atol=0)
 
 
 def on_rank_add_late(folder):

@@ -11,6 +11,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from cases import case_id, cases, slow
+from failing import Fail
 from megatron_fsdp import fully_shard_model, fully_shard_optimizer
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -658,27 +659,15 @@ def test_what_would_go_wrong_in_silence_is_refused(ranks, edit, message):
 # ---- the order of calls in a loop of one's own ----
 
 
-class Failing(torch.autograd.Function):
-    """Raises in the backward."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        raise ValueError("the backward fails")
-
-
 def failing_after_a_block(model):
     """Let the backward of forwards fail after the last block; return the handle of that."""
-    return model.model.layers[-1].register_forward_pre_hook(lambda module, args: (Failing.apply(args[0]), *args[1:]))
+    return model.model.layers[-1].register_forward_pre_hook(lambda module, args: (Fail.apply(args[0]), *args[1:]))
 
 
 def fail_in_the_middle(model, forward):
     """Run a backward that raises between two blocks."""
     handle = failing_after_a_block(model)
-    with pytest.raises(ValueError, match="the backward fails"):
+    with pytest.raises(ValueError, match="a backward that fails"):
         forward().backward()
     handle.remove()
 
@@ -735,7 +724,7 @@ def drop_a_failed_backward_of_two(loop):
     first = loop.forward(0)
     handle.remove()
     second = loop.forward(1)
-    with pytest.raises(ValueError, match="the backward fails"):
+    with pytest.raises(ValueError, match="a backward that fails"):
         first.backward()
     optimizer.zero_grad()
     second.backward()

@@ -6,6 +6,7 @@ from contextlib import nullcontext, suppress
 import pytest
 import torch
 from cases import cases, slow
+from failing import Fail
 from setups import DATA_PARALLEL
 
 from nemo_dist import DDPConfig, DistributedSetup, FSDP2Config, ParallelismSizes
@@ -62,18 +63,6 @@ class Training:
         return {name: whole(one.grad).clone() for name, one in named if one.grad is not None}
 
 
-class Fail(torch.autograd.Function):
-    """The identity, whose backward fails."""
-
-    @staticmethod
-    def forward(ctx, values):
-        return values.clone()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        raise ValueError("a backward that fails")
-
-
 def failing_loss(training, seed):
     """Return the loss of a graph in the middle of which, in a block, the backward fails."""
     inside = training.model.model.layers[1].mlp
@@ -86,6 +75,10 @@ def failing_loss(training, seed):
 def fail(loss):
     with suppress(ValueError):
         loss.backward()
+
+
+def stop(*_):
+    raise ValueError("a forward that fails")
 
 
 def drop_by_optimizer(training):
@@ -134,6 +127,18 @@ def go_on_after_a_failed_backward(training):
     with training.no_sync():
         training.loss(2).backward()
     training.loss(3).backward()
+
+
+def go_on_after_a_failed_forward(training):
+    optimizer = training.optimizer()
+    training.loss(0).backward()
+    hook = training.model.model.layers[1].mlp.register_forward_hook(stop)
+    with suppress(ValueError):
+        training.loss(1)
+    hook.remove()
+    optimizer.step()
+    optimizer.zero_grad()
+    training.loss(2).backward()
 
 
 def fail_without_synchronising(training):
@@ -187,6 +192,14 @@ def assign_weights(training):
     training.loss(1).backward()
 
 
+def recompute_inside(training):
+    """A backward inside of the backward."""
+    training.model.train()
+    training.model.enable_input_require_grads()
+    training.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    training.loss(0).backward()
+
+
 LOOPS = (
     *(
         drop_by_optimizer,
@@ -194,12 +207,14 @@ LOOPS = (
         drop_those_of_a_module,
         drop_some,
         go_on_after_a_failed_backward,
+        go_on_after_a_failed_forward,
         fail_without_synchronising,
     ),
     *(go_on_with_a_second_graph, run_a_part_after_a_failed_backward, start_at_an_activation),
     call_the_head,
 )
-OF_DDP = (reach_some_parameters, assign_weights)  # the others free what they need, or keep their own parameters
+# The others free what they need, or keep their own parameters.
+OF_DDP = (reach_some_parameters, assign_weights, recompute_inside)
 CELLS = [
     (name, loop)
     for name in TOPOLOGIES
@@ -283,13 +298,6 @@ def assign_data(training):
         parameter.data = parameter.data * 0.5
     with torch.no_grad():
         training.loss(1)
-
-
-def recompute_inside(training):
-    training.model.train()
-    training.model.enable_input_require_grads()
-    training.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
-    training.loss(0).backward()
 
 
 WAITS = r"of model\.embed_tokens\.weight, .* and 27 others: they are of a backward under runtime\.no_sync\(\)"

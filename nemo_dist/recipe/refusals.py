@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Any
 
 import attrs
@@ -25,17 +24,20 @@ def judge_schedule(recipe: Recipe, setup: DistributedSetup) -> None:
     if setup.plan.splitting(Role.LAYERS) == 1:
         return
     rows, batches = recipe.rows_of_batch(setup), recipe.training.accumulation
-    with suppress(AttributeError):  # of a config without heads: then the first step says it
-        facts: Any = facts_of(setup, weightless(recipe.model), rows * batches, recipe.data.length)
-        step = setup.calls.only("schedule", plan=setup.plan, facts=attrs.evolve(facts, batches=batches), model=None)
-        if step is not None and step.problem:
-            raise TopologyError(
-                [
-                    f"{step.problem}: training.batch_size {recipe.training.batch_size} gives a rank {rows} rows in "
-                    f"each of {batches} batches, and a microbatch is of {step.rows}; raise training.batch_size, or "
-                    "change training.accumulation"
-                ]
-            )
+    model = weightless(recipe.model)
+    try:
+        facts: Any = facts_of(setup, model, rows * batches, recipe.data.length)
+    except AttributeError:  # of a config without heads: then the first step says it
+        return
+    step = setup.calls.only("schedule", plan=setup.plan, facts=attrs.evolve(facts, batches=batches), model=None)
+    if step is not None and step.problem:
+        raise TopologyError(
+            [
+                f"{step.problem}: training.batch_size {recipe.training.batch_size} gives a rank {rows} rows in each of "
+                f"{batches} batches, and a microbatch is of {step.rows}; raise training.batch_size, or change "
+                "training.accumulation"
+            ]
+        )
 
 
 def judge_rows(model: ModelSection, rows: Sequence[Row]) -> int | None:

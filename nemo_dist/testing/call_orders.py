@@ -311,15 +311,8 @@ class RankCaller(Caller):
 
 # Calls that get their place in the order, from which their batch or folder follows.
 _PLACED = (
-    "evaluate",
-    "infer",
-    "forward",
-    "generate",
-    "forward_backward",
-    "own_backward",
-    "accumulate",
-    "export",
-    "save",
+    *("evaluate", "infer", "forward", "generate", "forward_backward", "own_backward", "accumulate"),
+    *("export", "save"),
 )
 
 

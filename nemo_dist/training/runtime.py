@@ -205,12 +205,7 @@ class Runtime:
 
     def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
         reshard(self.parts)
-
-        def stepped() -> Iterator[tuple[str, nn.Parameter]]:
-            own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-            return (one for one in self._named() if id(one[1]) in own)
-
-        unreduced.refuse(self._parts, stepped, "optimizer.step()")
+        unreduced.refuse(self._parts, self._named, "optimizer.step()", optimizer)
 
     def _compare_groups(self, groups: Iterable[Mapping[str, Any]]) -> None:
         """Raise RankError where ranks that have a parameter put it into unlike groups, or only some of them into one.

@@ -13,9 +13,14 @@ _SHOWN = 3
 Named = Iterable[tuple[str, nn.Parameter]]
 
 
-def refuse(parts: Iterable[RuntimePart], named: Callable[[], Named], what: str) -> None:
-    """Raise RuntimeError, before *what*, where gradients of the parameters *named* gives wait to be reduced."""
+def refuse(parts: Iterable[RuntimePart], named: Callable[[], Named], what: str, optimizer: Any = None) -> None:
+    """Raise RuntimeError, before *what*, where gradients of the parameters *named* gives wait to be reduced.
+
+    With an *optimizer*, of those that it steps.
+    """
     waiting = {id(parameter) for parameter, _ in _waiting(parts)}
+    if waiting and optimizer is not None:
+        waiting &= _stepped(optimizer)
     names = [name for name, parameter in named() if id(parameter) in waiting] if waiting else []
     if names:
         more = f" and {len(names) - _SHOWN} others" if len(names) > _SHOWN else ""
@@ -28,10 +33,14 @@ def refuse(parts: Iterable[RuntimePart], named: Callable[[], Named], what: str) 
 
 def drop(parts: Iterable[RuntimePart], optimizer: Any) -> None:
     """Drop the gradients that wait for the parameters of *optimizer*."""
-    own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    own = _stepped(optimizer)
     for parameter, forget in _waiting(parts):
         if id(parameter) in own:
             forget()
+
+
+def _stepped(optimizer: Any) -> set[int]:
+    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
 
 
 def _waiting(parts: Iterable[RuntimePart]) -> Iterator[tuple[nn.Parameter, Callable[[], None]]]:

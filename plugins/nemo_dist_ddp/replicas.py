@@ -37,7 +37,8 @@ class Replicas:
     A forward makes it ready for one backward. ``average`` does the same after every other one: the second of one
     forward or of two, those of forwards of a part of the model, and those that reach less than the outputs are made of
     (``backward(inputs=...)``, or one of a captured activation), for which torch's module would wait. ``begun`` says
-    that it averages the gradients of the backward that runs; it stays set by one that fails.
+    that it averages the gradients of the backward that runs; it stays set by one that fails, where ``running`` returns
+    None.
     """
 
     model: nn.Module

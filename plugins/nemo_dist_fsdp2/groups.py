@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from nemo_dist.torch_private import changes_in_place, held_by
+from nemo_dist.torch_private import writes_to
 
 
 def groups_of(model: nn.Module) -> list[Any]:
@@ -61,7 +61,9 @@ def gather_before_each_backward(model: nn.Module) -> None:
 def reset(model: Any) -> None:
     """Put the groups of *model* into the state before a forward or backward that failed; no communication."""
     if getattr(model, "reset_iter_state", None) is None:
-        raise RuntimeError("an earlier backward failed, after which fsdp2 goes on only with torch 2.13; load the model")
+        raise RuntimeError(
+            "an earlier backward failed, after which fsdp2 goes on only with torch 2.13; load the model anew"
+        )
     model.reset_iter_state()
 
 
@@ -160,9 +162,8 @@ def _remember(state: Any, refuse: Callable[[Any], None], register: Callable[[Any
 
 
 def _changes(state: Any) -> int:
-    """Count the writes to the shards of *state*: to each DTensor, and to its local tensor, which torch counts apart."""
-    shards = [one.sharded_param for one in _all(_groups(state))]
-    return sum(changes_in_place(one) + changes_in_place(held_by(one)) for one in shards)
+    """Count the writes to the shards of *state*."""
+    return sum(writes_to(one.sharded_param) for one in _all(_groups(state)))
 
 
 def _groups(state: Any) -> list[Any]:

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nemo_dist.mesh.dtensor import parameter_slots
-from nemo_dist.torch_private import gradient_hooks, number_of_backward, run_after_backward, tensors_in
+from nemo_dist.torch_private import gradient_hooks, number_of_backward, run_after_backward, tensors_in, writes_to
 from nemo_dist_megatron_fsdp.gradients import Gradients
-from nemo_dist_megatron_fsdp.parameter_shard import changes, guard
+from nemo_dist_megatron_fsdp.parameter_shard import guard
 from nemo_dist_megatron_fsdp.row_layout import RowLayout
 
 _ENGINE = "_nemo_dist_megatron_fsdp"  # key in the model's __dict__, so that the engine is no submodule
@@ -140,7 +140,7 @@ class Engine:
 
     def _edits(self) -> int:
         """Count writes to the shards."""
-        return sum(map(changes, self.shards.values()))
+        return sum(map(writes_to, self.shards.values()))
 
     def _stepped(self, *_: Any) -> None:
         self.stale, self.installed = True, self._edits()  # the package installs what its own steps wrote
@@ -278,7 +278,7 @@ class Engine:
             return values[-1]
 
         step(kept, **options)
-        return values[0]
+        return values[0] if values else None
 
     def unreduced(self) -> dict[Any, Callable[[], None]]:
         """Return the parameters whose gradients are not whole, each with a function that drops them."""

@@ -12,8 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nemo_dist.torch_private import hold_a_copy
-from nemo_dist_megatron_fsdp.parameter_shard import changes
+from nemo_dist.torch_private import hold_a_copy, writes_to
 from nemo_dist_megatron_fsdp.row_layout import RowLayout
 
 _DROP_ALL = "call optimizer.zero_grad(), of every optimizer, or model.zero_grad()"
@@ -89,9 +88,9 @@ class Gradients:
                 self.forget([name])
             return
         self.used.add(name)
-        if gradient is not shown or changes(gradient) != count:
+        if gradient is not shown or writes_to(gradient) != count:
             self._put(name, gradient, replaced=gradient is not shown)
-            self.shown[name] = gradient, changes(gradient)
+            self.shown[name] = gradient, writes_to(gradient)
 
     def _put(self, name: str, gradient: Any, replaced: bool) -> None:
         """Put *gradient* in the place of what the package has."""
@@ -174,6 +173,6 @@ class Gradients:
                 shard.grad = torch.zeros_like(shard)
             if shard.grad is not None:
                 self.layout.correct(name, shard.grad)
-                self.shown[name] = shard.grad, changes(shard.grad)
+                self.shown[name] = shard.grad, writes_to(shard.grad)
         self.waiting.clear()
         self.reduced = True

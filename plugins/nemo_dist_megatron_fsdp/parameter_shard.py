@@ -10,8 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from nemo_dist.torch_private import changes_in_place, held_by
-
 
 class ParameterShard(DTensor):
     """A shard whose ``data`` shares its count of writes, where torch's has one of its own; it takes no other storage.
@@ -63,8 +61,3 @@ def _apply(
     finally:
         own.update(shards)
     return module
-
-
-def changes(tensor: Any) -> int:
-    """Count writes to a DTensor: to itself, and to its local tensor, which torch counts apart."""
-    return changes_in_place(tensor) + changes_in_place(held_by(tensor))
