@@ -290,7 +290,8 @@ def _reads(model: Any, name: str, after: str) -> bool:
     kinds: dict[Any, None] = dict.fromkeys(plain_class(module) for module in model.modules())
     # Not in a string, as names of ties are.
     read = re.compile(rf"^[^\"'#]*\.{leaf}\.({own})\b{after}", re.MULTILINE)
-    return any(read.search(forward_source(kind)) for kind in kinds)
+    sources = (source for source in map(forward_source, kinds) if f".{leaf}." in source)  # as most have none
+    return any(map(read.search, sources))
 
 
 def gives_dtype(model: Any, name: str) -> bool:

@@ -222,7 +222,7 @@ class Reading:
                 f"{config.pretrained_model_name_or_path} does not fit the model; pass ignore_mismatched_sizes=True to "
                 "draw these anew:\n" + "\n".join(lines)
             )
-        for part in self._models():
+        for part in self._models() if union else ():
             info = infos[id(part)]
             own = set(part.state_dict()) - {name for name, _, _ in info.mismatched_keys}
             info.mismatched_keys |= {(name, tuple(f), tuple(w)) for name, f, w in union.values() if name in own}

@@ -53,22 +53,24 @@ def convert_and_load(original: Callable[..., Any], model: Any, state: Any, optio
 
     Raises CheckpointError, naming the parameters, where converting slices gave other bits than converting whole.
     """
-    parameters = model.state_dict()
     mapping = options.weight_mapping or []
-    found: list[Conversion] = []
-    if any(isinstance(one, WeightConverter) for one in mapping) and any(map(sharded, parameters.values())):
-        found = [
-            conversion
-            for conversion in conversions(state, mapping, model.base_model_prefix, parameters)
-            if any(sharded(parameters.get(name)) for name in conversion.targets)
-        ]
+    converts = any(isinstance(one, WeightConverter) for one in mapping)
+    parameters = model.state_dict() if converts else {}
+    if not any(map(sharded, parameters.values())):
+        return original(model, state, options, *rest)
+    found = [
+        conversion
+        for conversion in conversions(state, mapping, model.base_model_prefix, parameters)
+        if any(sharded(parameters.get(name)) for name in conversion.targets)
+    ]
     sliced: list[Conversion] = []
     whole: list[Conversion] = []
     for conversion in found:
         (sliced if keeps_slices(conversion, state, parameters) else whole).append(conversion)
     with _converted_whole(model, whole, parameters, lambda made, info: _own_slices(made, parameters, info)):
         answer = original(model, _deferred(state, whole), options, *rest)
-    _prove(original, model, state, options, sliced, *rest)
+    if sliced:
+        _prove(original, model, state, options, sliced, *rest)
     return answer
 
 

@@ -24,7 +24,7 @@ def dtypes_in(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
     made = model if any(one.dtype == dtype for one in model.parameters()) else _made_in(model, dtype)
     found = {name: tensor.dtype for name, tensor in (*made.named_parameters(), *made.named_buffers())}
     kept = [(re.compile(name.replace("*", ".*")), other) for name, other in hf_model.dtype_plan(made, dtype).items()]
-    for name in made.state_dict():  # what no checkpoint has stays as it was made
+    for name in made.state_dict() if kept else ():  # what no checkpoint has stays as it was made
         found[name] = next((other for pattern, other in kept if pattern.search(name)), found.get(name, dtype))
     return found
 

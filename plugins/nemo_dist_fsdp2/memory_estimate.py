@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import attrs
@@ -34,7 +34,7 @@ def groups(model: Any) -> Groups:
     def inside(module: Any) -> tuple[str, ...]:
         return tuple(names[id(parameter)] for parameter in module.parameters())
 
-    passing = [inside(one) for one in untied(model, [*embeddings(model), *hf_model.blocks(model).values()])]
+    passing = [inside(one) for one in chain(*untied(model, embeddings(model), hf_model.blocks(model).values()))]
     apart = {name for group in passing for name in group}
     return Groups(passing=tuple(passing), staying=tuple(name for name in names.values() if name not in apart))
 

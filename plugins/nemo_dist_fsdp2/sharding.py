@@ -68,17 +68,17 @@ def shard(model: nn.Module, mesh: MeshContext, config: FSDP2Config) -> None:
     block_reshard = mesh.size(Role.LAYERS) == 1 if reshard is None else reshard
     _shard_placed(model, options, bool(block_reshard))
     # The embedding first: it may be in a block, around which some models call it (ModernVBERT).
-    for embedding in untied(model, embeddings(model)):
+    first, blocks, last = untied(model, embeddings(model), hf_model.blocks(model).values(), tail(model))
+    for embedding in first:
         how = precise if kept.issuperset(embedding.parameters()) else options
         fully_shard(embedding, reshard_after_forward=block_reshard, **how)
-    blocks = untied(model, hf_model.blocks(model).values())
     if config.enable_compile:
         compile_blocks(model, blocks)
     for block in blocks:
         how = precise if kept.issuperset(block.parameters()) else options
         fully_shard(block, reshard_after_forward=block_reshard, **how)
     # The backward starts where the forward ends, so freeing norm and head in between would only gather them twice.
-    end = [module for module in untied(model, tail(model)) if not kept.issuperset(module.parameters())]
+    end = [module for module in last if not kept.issuperset(module.parameters())]
     if end:
         fully_shard(end, reshard_after_forward=bool(reshard), **options)
     root = policy if all_inputs else replace(policy, cast_forward_inputs=False)
@@ -135,11 +135,10 @@ def refuse_offload_without_cpu_backend() -> None:
 def described(model: nn.Module) -> str:
     """Return the classes of the modules that are gathered one by one, and how many of each there are."""
     sharded: list[nn.Module] = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    ends = [*untied(model, embeddings(model)), *untied(model, tail(model))]
-    names = Counter(
-        hf_model.class_name(module)
-        for module in sharded or [*untied(model, hf_model.blocks(model).values()), *ends, model]
-    )
+    if not sharded:
+        first, blocks, last = untied(model, embeddings(model), hf_model.blocks(model).values(), tail(model))
+        sharded = [*blocks, *first, *last, model]
+    names = Counter(map(hf_model.class_name, sharded))
     return ", ".join(f"{count} {name}" for name, count in names.items())
 
 
@@ -266,26 +265,31 @@ def tail(model: Any) -> list[nn.Module]:
     return list(dict.fromkeys([*named, *([head] if isinstance(head, nn.Module) else [])]))
 
 
-def untied(model: nn.Module, modules: Iterable[nn.Module]) -> list[nn.Module]:
-    """Leave out modules that are sharded already, have no parameters, or have one that is used outside of them too.
+def untied(model: nn.Module, *kinds: Iterable[nn.Module]) -> list[list[nn.Module]]:
+    """Return, for each of *kinds* of modules, those that can be groups of their own.
 
-    Another module shares it, or code elsewhere reads it by itself, as Gemma 4 does with the embedding of padding, or
-    runs what is in the module without the module, or asks it for the dtype of the compute, which it has only while it
-    is gathered.
+    Left out is what is sharded already or inside of an earlier kind, has no parameters, or has one that is used outside
+    of it too. Another module shares it, or code elsewhere reads it by itself, as Gemma 4 does with the embedding of
+    padding, or runs what is in the module without the module, or asks it for the dtype of the compute, which it has
+    only while it is gathered.
     """
     names = {module: name for name, module in model.named_modules()}
     uses = _uses(model)
-    sharded = {inner for module in model.modules() if isinstance(module, FSDPModule) for inner in module.modules()}
+    taken = {inner for module in names if isinstance(module, FSDPModule) for inner in _modules(module)}
     outside = read_from_outside(model)
-    kept = []
-    for module in modules:
-        own = _uses(module)
-        alone = own and module not in sharded and all(uses[key] == own[key] for key in own)
-        name = names.get(module, "")
-        read = name in outside or hf_model.reads_weight(model, name) or hf_model.gives_dtype(model, name)
-        if alone and not read:
-            kept.append(module)
-    return kept
+
+    def alone(module: nn.Module) -> bool:
+        own, name = _uses(module), names.get(module, "")
+        if not own or module in taken or any(uses[key] != count for key, count in own.items()):
+            return False
+        read = name in outside or hf_model.reads_weight(model, name)
+        return not read and not hf_model.gives_dtype(model, name)
+
+    found = []
+    for modules in kinds:
+        found.append(list(filter(alone, modules)))
+        taken.update(inner for module in found[-1] for inner in module.modules())
+    return found
 
 
 def _uses(module: nn.Module) -> Counter[int]:
