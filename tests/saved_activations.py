@@ -53,7 +53,7 @@ class Saved:
             if isinstance(one, checkpoint._VersionWrapper):
                 kept += tensors_in(one.val)
             elif isinstance(one, checkpoint._CheckpointFrame):
-                kept += arguments(one.recompute_fn)
+                kept += [*arguments(one.recompute_fn), *tensors_in(one.saved_args)]  # those in tuples, as of rope
         sizes = {storage_id(one): one.untyped_storage().nbytes() for one in map(local, kept)}
         for tensor in self.held():
             sizes.pop(storage_id(local(tensor)), None)

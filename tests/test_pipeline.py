@@ -299,9 +299,10 @@ def test_a_hand_written_loop_can_step_torchs_schedule(ranks):
     assert on_first == 0 and on_last == pytest.approx(model(**batch).loss.item(), rel=1e-5)
 
 
-def on_rank_train_in_bfloat16(folder, batch, dtype):
+def on_rank_train_in_bfloat16(folder, batch, dtype, policy):
+    options = {} if policy is None else {"mp_policy": policy}
     setup = DistributedSetup.build(
-        parallelism_sizes=ParallelismSizes(pp_size=2), pipeline_config=PipelineConfig(dtype=dtype)
+        FSDP2Config(**options), ParallelismSizes(pp_size=2), pipeline_config=PipelineConfig(dtype=dtype)
     )
     kind = SPECIMENS["llama-deep"].load
     pipeline = kind.from_pretrained(folder, distributed_setup=setup, dtype=torch.float32)
@@ -309,16 +310,25 @@ def on_rank_train_in_bfloat16(folder, batch, dtype):
     (built,) = pipeline._built.values()
     stage = built._stage
     (meta,) = stage._stage_meta.outputs if stage.is_first else stage._stage_meta.inputs
-    return loss, str(meta.dtype), {str(parameter.grad.dtype) for parameter in pipeline.parameters()}
+    return loss, str(meta.dtype), {name: one.grad.to_local() for name, one in pipeline.named_parameters()}
 
 
-@pytest.mark.parametrize(("asked", "travels"), [(None, "torch.bfloat16"), ("float32", "torch.float32")])
-def test_hidden_states_are_sent_in_the_compute_or_the_chosen_dtype(ranks, asked, travels):
+@pytest.mark.parametrize("policy", [None, {"param_dtype": "bfloat16", "reduce_dtype": "float32"}])
+def test_hidden_states_are_sent_in_the_compute_or_the_chosen_dtype(ranks, policy):
+    """Sent in more digits than they have, they give the same loss and gradients to the last bit."""
     batch = batch_of("llama-deep")
     model = SPECIMENS["llama-deep"].load.from_pretrained(checkpoint("llama-deep"), dtype=torch.float32)
-    for loss, dtype, grads in ranks(2).run(on_rank_train_in_bfloat16, checkpoint("llama-deep"), batch, asked):
-        assert dtype == travels and grads == {"torch.float32"}
-        assert loss == pytest.approx(model(**batch).loss.item(), rel=2e-2)
+    expected = model(**batch).loss.item()
+    made = {
+        dtype: ranks(2).run(on_rank_train_in_bfloat16, checkpoint("llama-deep"), batch, dtype, policy)
+        for dtype in (None, "float32", "float16")
+    }
+    for dtype, travels in ((None, "torch.bfloat16"), ("float32", "torch.float32"), ("float16", "torch.float16")):
+        assert {found for _, found, _ in made[dtype]} == {travels}
+        assert [loss for loss, *_ in made[dtype]] == pytest.approx([expected] * 2, rel=2e-2)
+    for (loss, _, grads), (as_made, _, same) in zip(made["float32"], made[None], strict=True):
+        assert loss == as_made and grads.keys() == same.keys()
+        assert all(torch.equal(grads[name], same[name]) and grads[name].dtype is torch.float32 for name in same)
 
 
 def on_rank_train_on_two_lengths(folder, schedule, options):

@@ -123,10 +123,12 @@ class LaterBlock(StandIn):
 class Entry:
     """Where hidden states enter a stage: the input of its first block is replaced by ``received``, where there is one.
 
-    ``dtype`` is that of the input that the model itself made; ``used`` says that the block ran.
+    ``dtype`` is that of the input that the model itself made; ``made`` that of the hidden states before they travelled,
+    if that is known; ``used`` says that the block ran.
     """
 
     received: Tensor | None = None
+    made: torch.dtype | None = None
     dtype: torch.dtype | None = None
     used: bool = False
 
@@ -137,7 +139,8 @@ class Entry:
         self.dtype = (args[0] if name is None else kwargs[name]).dtype
         if self.received is None:
             return None
-        return ((self.received, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: self.received})
+        hidden = self.received.to(self.made or self.received.dtype)
+        return ((hidden, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: hidden})
 
 
 def stages_of(structure: ModelStructure, division: tuple[tuple[str, ...], ...]) -> list[StageInfo]:

@@ -296,15 +296,17 @@ class AutoPipeline:
         """Return the dtype of the hidden states between stages: the user's, else what the first stage makes."""
         if self._dtype is None:
             codes = torch.zeros(2, dtype=torch.long, device=self.device)
+            entry: Any = self._models[0].pipeline_entry
             if self._stages[0].is_first:
                 made = self._first_hidden(run).dtype
-                entry: Any = self.parts[0].pipeline_entry
                 codes += torch.tensor([_DTYPES.index(made), _DTYPES.index(entry.dtype)], device=self.device)
             # All ranks of this pipeline take part; the rank of the first stage knows the dtypes.
             dist.broadcast(codes, group_src=self.placement.rank_of(0), group=self.group)
             made, embedded = (_DTYPES[code] for code in codes.tolist())
             for part in self._models:
                 set_hollow_dtype(part, embedded)
+                entry = part.pipeline_entry
+                entry.made = made
             self._dtype = getattr(torch, self.config.dtype) if self.config.dtype is not None else made
         return self._dtype
 
