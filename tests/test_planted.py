@@ -282,6 +282,7 @@ NUMBERS = [
     ("norm_twice", PARITY, r"norms\[0\]"),
     ("exporting_in_place", PARITY, "gradients"),
     ("averaging_late", "test_it_sums_gradients_in_the_loop_of_the_user", "differs between ranks"),
+    ("stepping_what_waits", "test_it_steps_no_gradients_that_wait", "parameters after a step: "),
     ("last_model", TWO_SETUPS, "state in modules or on classes"),
     (
         "hooking_again",

@@ -108,13 +108,18 @@ def _step(task: Task, runtime: Runtime, optimizer: Any, step: int) -> tuple[floa
     return loss, norm
 
 
+def has_own_loop(runtime: Runtime) -> bool:
+    """Whether the user runs the model of *runtime*, and no plugin does by an engine of its own."""
+    return isinstance(runtime.model, nn.Module) and not any(part.engine for part in runtime.plugins.values())
+
+
 def on_rank_own_loop(task: Task, folder: Path, build: Mapping[str, Any]) -> tuple[Any, Any] | None:
     """Return the gradients of two backwards, the first within ``no_sync``, and the sum of those of each alone.
 
     None for a model that a plugin runs by an engine of its own: it has no loop of the user's.
     """
     runtime, optimizer = started(task, folder, build)
-    if not isinstance(runtime.model, nn.Module) or any(part.engine for part in runtime.plugins.values()):
+    if not has_own_loop(runtime):
         return None
     batches = [runtime.batch(rows_of_rank(task.batches(step)[0], runtime)) for step in range(2)]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import random
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from nemo_dist.setup.setup import DistributedSetup
-from nemo_dist.testing.conformance_runs import loaded
+from nemo_dist.testing.conformance_runs import has_own_loop, loaded, started
 from nemo_dist.testing.equivalence import Task, whole_state
 from nemo_dist.testing.tensors import rows_of_rank
 
@@ -129,6 +130,52 @@ class _Generators:
             for name, module in modules.items()
             if name in modes and module.training != modes[name]
         ]
+
+
+Compared = dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]]  # what is compared: as found, and as expected
+
+
+def on_rank_waiting(task: Task, folder: Path, build: Mapping[str, Any]) -> Compared | None:
+    """Return what a drop and a step of gradients that wait give, each with what it is to give; a refusal gives nothing.
+
+    None for a model that a plugin runs by an engine of its own.
+    """
+    runtime, optimizer = started(task, folder, build)
+    if not has_own_loop(runtime):
+        return None
+    first, second = (runtime.batch(rows_of_rank(task.batches(step)[0], runtime)) for step in range(2))
+    runtime.model(**second).loss.backward()
+    expected = _gradients(runtime)
+    optimizer.zero_grad()
+    with runtime.no_sync():
+        runtime.model(**first).loss.backward()
+    optimizer.zero_grad()
+    runtime.model(**second).loss.backward()
+    found: Compared = {"gradients after a drop": (_gradients(runtime), expected)}
+    runtime.close()
+    stepped = [_stepped(task, folder, build, waiting) for waiting in (True, False)]
+    if stepped[0] is not None and stepped[1] is not None:
+        found["parameters after a step"] = (stepped[0], stepped[1])
+    return found
+
+
+def _gradients(runtime: Any) -> dict[str, Tensor]:
+    found = {name: p.grad for name, p in runtime.named_parameters() if p.grad is not None}
+    return {name: tensor.clone() for name, tensor in whole_state(runtime, found).items()}
+
+
+def _stepped(task: Task, folder: Path, build: Mapping[str, Any], waiting: bool) -> dict[str, Tensor] | None:
+    """Return the parameters after a step, of gradients that are *waiting* to be reduced or not; None if refused."""
+    runtime, optimizer = started(task, folder, build)
+    with runtime, runtime.no_sync() if waiting else nullcontext():
+        runtime.model(**runtime.batch(rows_of_rank(task.batches(0)[0], runtime))).loss.backward()
+        try:
+            optimizer.step()
+        except RuntimeError:
+            if not waiting:
+                raise
+            return None
+        return whole_state(runtime, dict(runtime.named_parameters()))
 
 
 # Options that are not the defaults, for what an optimizer that a plugin makes anew may lose.

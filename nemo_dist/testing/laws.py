@@ -120,6 +120,10 @@ OWN_LOOP = Law(
     "backwards within runtime.no_sync() and one after it give the sum of the gradients of all, averaged once",
     "no_sync of its RuntimePart: what is left local must be reduced by the next backward outside of it",
 )
+WAITS = Law(
+    "optimizer.zero_grad() drops the gradients of backwards within runtime.no_sync(), and a step refuses them",
+    "unreduced of its RuntimePart, which names the parameters with gradients that wait, each with what drops them",
+)
 AGAIN = Law(
     "a second runtime of one model, after a step's backward and an evaluation with the first, computes the same again",
     "hooks put on a model by runtime(), which is called for each runtime (wrap is called once); what a forward without "

@@ -579,6 +579,17 @@ class AveragingLate(Strategy):
         return f"{self.name}: {plan.size('dp')} replicas"
 
 
+@planted("stepping_what_waits")
+class SteppingWhatWaits(AveragingLate):
+    """Average in the backward, and say nothing of what a paused one left."""
+
+    @hookimpl
+    def runtime(self, parts, mesh):
+        from nemo_dist_planted_modules import Pausing
+
+        return RuntimePart(no_sync=Pausing(parts[0], mesh.group(Role.TOKENS)).paused)
+
+
 @planted("last_model")
 class LastModel(AveragingLate):
     """Average the gradients of the model that was wrapped last, whichever is trained."""

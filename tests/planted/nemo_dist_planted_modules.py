@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import threading
+from contextlib import contextmanager
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -31,6 +32,26 @@ def average(model, group, divisor, left_out, halved=False):
     for name, parameter in model.named_parameters():
         if name != left_out and parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(reduce)
+
+
+class Pausing:
+    """Averages the gradients of *model* over *group* as they are there, but for those made while it is paused."""
+
+    def __init__(self, model, group):
+        self.group, self.on = group, True
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(self.reduce)
+
+    def reduce(self, parameter):
+        if self.on and self.group is not None:
+            dist.all_reduce(parameter.grad, group=self.group)
+            parameter.grad.div_(dist.get_world_size(self.group))
+
+    @contextmanager
+    def paused(self):
+        self.on = False
+        yield
+        self.on = True
 
 
 def accumulate_twice(model, group, size):

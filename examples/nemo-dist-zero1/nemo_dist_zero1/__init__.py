@@ -38,6 +38,7 @@ class Zero1:
             return None
         return RuntimePart(
             no_sync=parts[0].zero1_averager.paused,
+            unreduced=parts[0].zero1_averager.unreduced,
             lockstep=True,  # every gradient is averaged as it is made, so all ranks must make the same ones
             optimizer=lambda optimizer: share_state(optimizer, group),
         )

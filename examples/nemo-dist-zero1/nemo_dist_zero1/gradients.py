@@ -1,6 +1,7 @@
 """Average each gradient as the backward makes it."""
 
 from contextlib import contextmanager
+from functools import partial
 
 import attrs
 import torch.distributed as dist
@@ -12,6 +13,7 @@ class Averager:
 
     group: object
     on: bool = True
+    waiting: set = attrs.field(factory=set)  # the parameters with gradients of this rank's rows alone
 
     @classmethod
     def of(cls, model, group):
@@ -26,9 +28,12 @@ class Averager:
 
     def __call__(self, parameter):
         """Average the gradient of *parameter*; all ranks of the group take part, in the order of the backward."""
-        if self.on:
-            dist.all_reduce(parameter.grad, group=self.group)
-            parameter.grad /= dist.get_world_size(self.group)
+        if not self.on:
+            self.waiting.add(parameter)
+            return
+        dist.all_reduce(parameter.grad, group=self.group)
+        parameter.grad /= dist.get_world_size(self.group)
+        self.waiting.discard(parameter)
 
     @contextmanager
     def paused(self):
@@ -38,3 +43,8 @@ class Averager:
             yield
         finally:
             self.on = True
+
+    def unreduced(self):
+        """Return the parameters with gradients that wait to be averaged, each with what forgets that."""
+        found = [parameter for parameter in self.waiting if parameter.grad is not None]
+        return {parameter: partial(self.waiting.discard, parameter) for parameter in found}
