@@ -15,7 +15,8 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.initialization import no_init_weights
 from transformers.modeling_utils import local_torch_dtype
 
-from nemo_dist.planning.validation import near_file, shown
+from nemo_dist.planning.validation import shown
+from nemo_dist.setup.file_names import near_file
 
 _AUTO: tuple[tuple[Any, Any], ...] = (
     (transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.AutoModelForCausalLM),

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import difflib
-import os
 import reprlib
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, TypeVar
 
 import attrs
@@ -97,15 +95,6 @@ def near(word: object, words: Iterable[str]) -> str:
         return ""
     close = difflib.get_close_matches(word, list(words), 1)
     return f"; did you mean {close[0]!r}?" if close else ""
-
-
-def near_file(path: str | os.PathLike[str]) -> str:
-    """Return ``near`` of the name of *path* among what is in its folder, or an empty string where it exists."""
-    try:
-        found = Path(path)
-        return near(found.name, sorted(entry.name for entry in found.parent.iterdir())) if not found.exists() else ""
-    except (OSError, ValueError):  # there is no such folder, or no such path
-        return ""
 
 
 def _copy(items: Mapping[str, V]) -> dict[str, V]:

@@ -12,7 +12,8 @@ from typing import Any
 import attrs
 
 from nemo_dist.models.meta_model import in_one_line
-from nemo_dist.planning.validation import near_file, shown
+from nemo_dist.planning.validation import shown
+from nemo_dist.setup.file_names import near_file
 
 _JSON = ".json"
 _LINES = (".jsonl", ".ndjson")

@@ -17,7 +17,8 @@ from typing import Any, NoReturn
 import attrs
 import yaml
 
-from nemo_dist.planning.validation import near_file, shown
+from nemo_dist.planning.validation import shown
+from nemo_dist.setup.file_names import near_file
 
 _LARGEST = 2**20  # bytes of a file
 _DEEPEST = 64  # levels of nesting
