@@ -115,7 +115,8 @@ def one_backward_a_step(order):
     waiting = False
     for call in order:
         backward = call in ("forward_backward", "own_backward", "accumulate")
-        if not (waiting and backward) and call != "thaw":  # thawed, the optimizer does not drop it
+        # The optimizer drops neither what was thawed since it was made nor what was frozen before.
+        if not (waiting and (backward or call.startswith("freeze"))) and call != "thaw":
             yield call
         waiting = backward or (waiting and call not in ("zero_grad", "zero_grad_in_place"))
 

@@ -498,6 +498,8 @@ def on_rank_backward_twice(folder, zero, between):
         runtime.forward_backward(rows_of_rank(batch, runtime))
         if step == 0 and between == "optimizer.zero_grad":
             optimizer.zero_grad()
+        if step == 0 and between == "model.zero_grad":
+            model.zero_grad()
         if step == 0 and between == "evaluate, grad = None":
             model(first["input_ids"])
         if step == 0 and "grad = None" in between:
@@ -515,7 +517,7 @@ def gradients_alone(batches):
 
 
 @pytest.mark.parametrize("zero", ENDS, ids="zero {}".format)
-@pytest.mark.parametrize("between", ["optimizer.zero_grad", "grad = None", "evaluate, grad = None"])
+@pytest.mark.parametrize("between", ["optimizer.zero_grad", "model.zero_grad", "grad = None", "evaluate, grad = None"])
 def test_dropped_gradients_do_not_come_back(ranks, zero, between):
     expected = gradients_alone(Task(accumulate=2).batches(0)[1:])
     for found in ranks(2).run(on_rank_backward_twice, checkpoint("llama"), zero, between):

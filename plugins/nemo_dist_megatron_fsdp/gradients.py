@@ -69,12 +69,14 @@ class Gradients:
                 f"a backward failed in the middle, with gradients of some parameters only; {_DROP_ALL} before the next"
             )
         if self.reduced:
-            if all(shard.grad is None for shard in self.shards.values()):
+            held = [name for name, shard in self.shards.items() if shard.grad is not None]
+            if not held:
                 self.forget(self.shards)
             elif self.wrapper.data_parallel_sharding_strategy == "optim":
                 raise RuntimeError(
-                    "ZeRO 1 has reduced the gradients of the last backward, and would reduce them again; call "
-                    "optimizer.zero_grad() first, or run all but the last backward under runtime.no_sync()"
+                    f"ZeRO 1 has reduced the gradients of the last backward, that of {held[0]} for one, and would "
+                    "reduce them again; call optimizer.zero_grad() first, or model.zero_grad() for parameters that the "
+                    "optimizer does not have, or run all but the last backward under runtime.no_sync()"
                 )
         for name, shard in self.shards.items():
             self._take_back(name, shard.grad)
