@@ -55,6 +55,7 @@ PRIVATE = {
         *("_get_dtype_plan", "_loss_function", "_can_set_experts_implementation"),
     ),
     "nemo_dist.mesh.mesh_context": ("_flatten", "_flatten_mapping", "_get_root_mesh", "_set_pg_timeout"),
+    "nemo_dist.mesh.process_group": ("_device_types", "_get_backend", "_timeout"),
     "nemo_dist.mesh.rank_status": ("_get_default_store",),
     "nemo_dist.loading.hf_weight_loader": (
         *("_load_pretrained_model", "_finalize_model_loading", "_initialize_missing_keys", "_dtensor_from_local_like"),

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from nemo_dist import DistributedSetup, FSDP2Config, ParallelismSizes, initialize_distributed
-from nemo_dist.mesh import store_consensus
+from nemo_dist.mesh import rank_group, store_consensus
 from nemo_dist.mesh.live_groups import live
 from nemo_dist.mesh.mesh_context import flatten
 from nemo_dist.testing.pool import RankPool
@@ -69,6 +69,20 @@ def test_the_timeout_of_a_setup_is_that_of_its_flattened_groups_too(ranks):
     for found in ranks(4).run(on_rank_timeouts):
         assert {"dp", "dp_shard_cp", "dp_cp", "cp"} <= found.keys()
         assert found == dict.fromkeys(found, timedelta(seconds=30))
+
+
+def on_rank_timeouts_of_the_process_group():
+    """Return the timeouts of the process group, and of groups over some of its ranks that are made later."""
+    setup = DistributedSetup.build(parallelism_sizes=ParallelismSizes(tp_size=2, cp_size=2))
+    groups = [dist.group.WORLD, setup.mesh_context.group("tp"), setup.mesh_context.group("cp")]
+    if dist.get_rank() < 3:
+        groups.append(rank_group._group((0, 1, 2)))
+    return [group._get_backend(torch.device("cpu")).options._timeout for group in groups]
+
+
+def test_a_group_that_is_made_later_waits_as_long_as_the_process_group(ranks):
+    for of_all, *of_some in ranks(4).run(on_rank_timeouts_of_the_process_group):
+        assert set(of_some) == {of_all}
 
 
 ENDS = """
