@@ -58,13 +58,13 @@ def _page_locked(size: int) -> Tensor:
     """
     global _locked
     if not size:  # a rank whose shards are all empty; CUDA locks no empty range
-        return torch.empty(0, dtype=torch.uint8)
+        return torch.empty(0, dtype=torch.uint8, device="cpu")
     if _locked is None or len(_locked) < size:
         cuda: Any = torch.cuda.cudart()
         if _locked is not None:
             cuda.cudaHostUnregister(_locked.data_ptr())
             _locked = None
-        made = torch.empty(size, dtype=torch.uint8)
+        made = torch.empty(size, dtype=torch.uint8, device="cpu")
         code = cuda.cudaHostRegister(made.data_ptr(), size, 0)
         if code != cuda.cudaError.success:
             raise CheckpointError(
