@@ -20,6 +20,7 @@ from nemo_dist.mesh.process_group import (
     require_process_group,
     timeout_of_group,
 )
+from nemo_dist.mesh.rank_group import make_group
 from nemo_dist.planning.mesh_plan import DENSE_AXES, FLATTENED, MeshPlan, Role, View
 
 _DP = "dp"  # the axis of a user's own mesh that replaces dp_replicate x dp_shard
@@ -83,6 +84,8 @@ class MeshContext:
             flattened={name: axes for view in (plan.dense, *plan.views) for name, axes in view.flattened.items()},
             roles={axis.name: axis.role for axis in plan.dense.axes},
         )
+        if len(ranks) < dist.get_world_size():
+            make_group(tuple(sorted(ranks)))
         if timeout is not None:
             _limit(context, timeout)
         return context

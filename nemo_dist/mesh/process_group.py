@@ -17,6 +17,7 @@ from nemo_dist.mesh.rank_status import tell_uncaught
 from nemo_dist.mesh.rendezvous import join
 from nemo_dist.mesh.store_consensus import set_patience
 from nemo_dist.planning.validation import positive_minutes
+from nemo_dist.torch_private import TIMEOUT
 
 _LIMITED = ("gloo", "nccl")  # the backends of which torch can set the timeout of a group
 
@@ -139,7 +140,7 @@ def _read_timeout(world: Any) -> timedelta | None:
         for device in world._device_types:
             backend = world._get_backend(device)
             if backend.name() in _LIMITED:
-                found: timedelta = backend.options._timeout
+                found: timedelta = getattr(backend.options, TIMEOUT)
                 return found
     return None
 
