@@ -16,11 +16,11 @@ from nemo_dist.errors import RankError
 from nemo_dist.mesh.live_groups import live
 from nemo_dist.mesh.process_group import (
     default_device_type,
+    make_group,
     refuse_part_of_bound,
     require_process_group,
     timeout_of_group,
 )
-from nemo_dist.mesh.rank_group import make_group
 from nemo_dist.planning.mesh_plan import DENSE_AXES, FLATTENED, MeshPlan, Role, View
 
 _DP = "dp"  # the axis of a user's own mesh that replaces dp_replicate x dp_shard

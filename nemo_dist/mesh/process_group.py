@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from nemo_dist.errors import RankError
 from nemo_dist.mesh.launch_env import Launch
+from nemo_dist.mesh.live_groups import live
 from nemo_dist.mesh.rank_status import tell_uncaught
 from nemo_dist.mesh.rendezvous import join
 from nemo_dist.mesh.store_consensus import set_patience
@@ -143,6 +144,15 @@ def _read_timeout(world: Any) -> timedelta | None:
                 found: timedelta = getattr(backend.options, TIMEOUT)
                 return found
     return None
+
+
+def make_group(ranks: tuple[int, ...]) -> None:
+    """Make the process group that *ranks* share, ascending and some of all; all ranks call it, in the same order.
+
+    A group that its members make alone has a name by the number of groups that each of them has. Where meshes over
+    other ranks came before, that is not the same, and the members would wait for each other.
+    """
+    live.kept(ranks, lambda: dist.new_group(list(ranks), timeout=timeout_of_group()))
 
 
 def refuse_part_of_bound(members: int) -> None:

@@ -233,15 +233,6 @@ def _world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def make_group(ranks: tuple[int, ...]) -> None:
-    """Make the process group of *ranks*, ascending and some of all; all ranks call it, in the same order.
-
-    A group that its members make alone has a name by the number of groups that each of them has. Where meshes over
-    other ranks came before, that is not the same, and the members would wait for each other.
-    """
-    live.kept(ranks, lambda: dist.new_group(list(ranks), timeout=timeout_of_group()))
-
-
 def _group(ranks: tuple[int, ...] | None) -> dist.ProcessGroup | None:
     """Return the process group of *ranks*, created on first use by its members only; None for the default group."""
     if ranks is None or len(ranks) == _world():
