@@ -26,6 +26,7 @@ __all__ = [
     "FLASH_ATTENTION",
     "FLASH_ATTENTION_ON_CPU",
     "FUNCTIONAL_COLLECTIVES",
+    "TIMEOUT",
     "BatchNorm",
     "StridedShard",
     "TorchDispatchMode",
@@ -73,6 +74,7 @@ reduce_scatter_single: Any = getattr(_functional_collectives, "reduce_scatter_si
     _functional_collectives.reduce_scatter_tensor
 )
 FUNCTIONAL_COLLECTIVES = "_c10d_functional"  # the namespace of those operators
+TIMEOUT = "_timeout"  # the attribute of the options of a backend of process groups
 # Operators of aten: fused attention that also returns the log-sums of its weights, and its backward, which takes them.
 FLASH_ATTENTION = ("_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_backward")
 FLASH_ATTENTION_ON_CPU = (

@@ -29,17 +29,23 @@ from nemo_dist import (
 )
 from nemo_dist.checkpoint import host_copy, rng_state
 from nemo_dist.checkpoint.host_copy import to_host
-from nemo_dist.errors import CheckpointError
+from nemo_dist.errors import CheckpointError, RankError
 from nemo_dist.hf_model import INITIALIZED
 from nemo_dist.loading.missing_weights import Draws
 from nemo_dist.mesh.dtensor import filled, from_local
 from nemo_dist.mesh.mesh_context import MeshContext
-from nemo_dist.testing.equivalence import checkpoint
-from nemo_dist.testing.tensors import whole
+from nemo_dist.plugin.resharding import reshard
+from nemo_dist.testing.equivalence import Task, checkpoint
+from nemo_dist.testing.precision import FP32
+from nemo_dist.testing.temp_folders import scratch
+from nemo_dist.testing.tensors import rows_of_rank, saved_weights, whole
 from nemo_dist.testing.tiny_models import SPECIMENS
+from nemo_dist.training import replica_check
 from nemo_dist.training.peft_adapters import adapters
+from nemo_dist_context import packed, ring
 from nemo_dist_context.attention import _lower_right
 from nemo_dist_context.sequence_layout import SequenceLayout, index_of
+from nemo_dist_fsdp2 import sharding
 from nemo_dist_recompute.policy import is_attention, selective_contexts
 from nemo_dist_tensor.layers import vocabulary
 
@@ -87,6 +93,28 @@ def on_rank_offload(make, folder):
 @pytest.mark.parametrize("make", ["from_pretrained", "from_config"])
 def test_offloaded_parameters_load_to_the_cpu_and_buffers_to_the_device(ranks, make):
     assert ranks(2).run(on_rank_offload, make, checkpoint("llama")) == [({"cpu"}, {"meta"})] * 2
+
+
+def on_rank_note_what_waits(folder, offload):
+    setup = DistributedSetup.build(strategy=FSDP2Config(offload_policy=offload))
+    with mock.patch.object(sharding, "wait_for_copies") as wait:
+        NeMoAutoModelForCausalLM.from_pretrained(folder, distributed_setup=setup)
+    return wait.call_count
+
+
+def test_what_writes_to_offloaded_shards_waits_for_the_copies_of_forwards(ranks):
+    folder = checkpoint("llama")
+    assert [ranks(1).run(on_rank_note_what_waits, folder, offload) for offload in (None, "cpu")] == [[0], [1]]
+    model, card = torch.nn.Linear(2, 2), torch.device("cuda", 0)
+    with mock.patch.object(torch.cuda, "synchronize") as wait:
+        sharding.wait_for_copies(model, card)
+        model(torch.ones(2))
+        assert wait.mock_calls == [mock.call(card)]  # for the forward before, which may have had no backward
+        with torch.no_grad():
+            model(torch.ones(2))
+        assert wait.call_count == 3  # and for this one
+        reshard([model])  # as a step, a load and runtime.named_parameters() do
+    assert wait.call_count == 4
 
 
 def on_rank_offload_without_gloo(folder):
@@ -147,6 +175,34 @@ def test_a_default_device_of_the_user_does_not_draw_the_weights(ranks, new_head)
     assert [n for n, p in expected.named_parameters() if not torch.equal(found[n].float(), p.float())] == []
 
 
+def on_rank_save_under_a_default_device(folder, target):
+    setup = DistributedSetup.build(strategy=FSDP2Config(mp_policy=FP32))
+    model = NeMoAutoModelForCausalLM.from_pretrained(folder, distributed_setup=setup, dtype=torch.float32)
+    elsewhere = torch.device("meta")  # in the place of torch.set_default_device("cuda")
+    with elsewhere:
+        runtime = setup.runtime(model)
+        optimizer = runtime.optimizer(torch.optim.AdamW, lr=1e-3)
+    runtime.forward_backward(rows_of_rank(Task().batches(0)[0], runtime))
+    optimizer.step()
+    before = {name: whole(parameter) for name, parameter in model.named_parameters()}
+    with elsewhere:
+        runtime.save(target / "saved", optimizer, asynchronous=True)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    with elsewhere:
+        runtime.load(target / "saved", optimizer)
+        runtime.export(target / "exported")
+    after = {name: whole(parameter) for name, parameter in model.named_parameters()}
+    exported = saved_weights(target / "exported")
+    return [n for n in before if not torch.equal(after[n], before[n]) or not torch.equal(exported[n], before[n])]
+
+
+def test_a_default_device_of_the_user_takes_part_in_no_save_and_no_load(ranks):
+    arguments = checkpoint("llama"), scratch("default_device")
+    assert ranks(2).run(on_rank_save_under_a_default_device, *arguments) == [[], []]
+
+
 def test_a_token_outside_of_the_vocabulary_is_asserted_on_the_device():
     asserted = []
     embedding = torch.nn.Embedding(8, 4, device="meta")
@@ -192,6 +248,23 @@ def test_a_causal_mask_on_a_card_is_never_made_of_numbers_not_even_under_selecti
     torch.testing.assert_close(found, wanted)
     torch.testing.assert_close(torch.autograd.grad(found.sin().sum(), given), gradients)
     assert kind is torch.Tensor and set(kinds) == {CausalBias}
+
+
+@pytest.mark.parametrize(
+    ("width", "dtype", "capability", "fits"),
+    [
+        (64, torch.bfloat16, (9, 0), True),
+        (100, torch.bfloat16, (9, 0), False),  # torch pads no width for these kernels, and stops at 100
+        (264, torch.bfloat16, (9, 0), False),
+        (64, torch.float32, (9, 0), False),
+        (64, torch.float16, (7, 5), False),  # a T4
+    ],
+)
+def test_flash_attention_gets_no_inputs_at_which_it_stops(width, dtype, capability, fits):
+    with FakeTensorMode(), mock.patch.object(torch.cuda, "get_device_capability", return_value=capability):
+        query = torch.empty(1, 2, 4, width, dtype=dtype, device="cuda")
+        assert ring.fits(query, query, dropout=0.0) is fits
+        assert (packed.has_kernel(query.device, dtype) and packed.fits(query, query, {})) is fits
 
 
 @torch.library.custom_op("flash_attn_of_a_package::varlen_fwd", mutates_args=())
@@ -258,6 +331,22 @@ def on_rank_join_a_group_that_exists(backends, environment, bound):
     return str(env.device), env.local_rank, [str(device) for device in chosen]
 
 
+def on_rank_take_some_of_a_bound_group(own_mesh):
+    mesh = DeviceMesh("cpu", torch.tensor([0]), mesh_dim_names=("dp_shard",))
+    setup = DistributedSetup.build(ranks=[0])
+    dist.group.WORLD.bound_device_id = torch.device("cuda", 0)
+    try:
+        with pytest.raises(RankError, match="the mesh has 1 of the 2 ranks, and the process group is bound to cuda:0"):
+            MeshContext.from_meshes(mesh) if own_mesh else setup.mesh_context
+    finally:
+        dist.group.WORLD.bound_device_id = None
+
+
+def test_some_ranks_of_a_group_that_is_bound_to_a_device_are_refused(ranks):
+    for own_mesh in (True, False):
+        ranks(2).run(on_rank_take_some_of_a_bound_group, own_mesh)
+
+
 LAUNCHED = {"RANK": "1", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
 
 
@@ -297,6 +386,18 @@ def test_adapters_are_where_the_model_computes_and_not_where_its_shards_are(rank
     assert added and moved == ["meta"] * added
 
 
+def test_replicas_of_offloaded_shards_are_compared_beside_adapters_on_the_device():
+    seen = []
+    with (
+        FakeTensorMode(),
+        mock.patch.object(replica_check, "digest", lambda tensor: tensor.sum().long()),
+        mock.patch.object(torch, "stack", lambda tensors: seen.extend(str(tensor.device) for tensor in tensors)),
+    ):
+        shard, adapter = torch.empty(4, 3), torch.empty(5, device="cuda")
+        replica_check.digests_on(torch.device("cuda", 0), [shard, adapter, shard.new_zeros(0)])
+    assert seen == ["cuda:0"] * 3  # which torch.stack wants on one device
+
+
 def test_a_malformed_state_of_a_device_is_found_before_any_generator_changes():
     states = rng_state.capture() | {"cuda": torch.zeros(3, dtype=torch.uint8)}
     generators = mock.patch.object(torch, "Generator", return_value=torch.Generator())
@@ -324,9 +425,13 @@ def test_the_memory_for_copies_is_locked_once_and_again_for_more():
         cudaHostRegister=lambda address, size, flags: calls.append(size) or 0,
         cudaHostUnregister=lambda address: calls.append("unlocked"),
     )
-    with mock.patch.object(torch.cuda, "cudart", return_value=cuda), mock.patch.object(host_copy, "_locked", None):
+    with (
+        mock.patch.object(torch.cuda, "cudart", return_value=cuda),
+        mock.patch.object(host_copy, "_locked", None),
+        torch.device("meta"),  # in the place of torch.set_default_device("cuda")
+    ):
         first = host_copy._page_locked(100)
-        assert host_copy._page_locked(60) is first
+        assert first.device.type == "cpu" and host_copy._page_locked(60) is first
         assert len(host_copy._page_locked(200)) == 200
     assert calls == [100, "unlocked", 200]
 
@@ -336,9 +441,11 @@ def test_memory_that_cuda_cannot_lock_is_an_error_with_a_way_out():
     with (
         mock.patch.object(torch.cuda, "cudart", return_value=cuda),
         mock.patch.object(host_copy, "_locked", None),
+        mock.patch.object(torch, "zeros", side_effect=RuntimeError("CUDA error: out of memory")) as next_kernel,
         pytest.raises(CheckpointError, match=r"cannot lock 100 bytes .* save without asynchronous=True"),
     ):
         host_copy._page_locked(100)
+    next_kernel.assert_called_once_with(1, device="cuda")  # which CUDA tells the failure, and no kernel of the user's
 
 
 def on_rank_store_in_bfloat16(folder):

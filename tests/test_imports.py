@@ -48,13 +48,14 @@ PRIVATE = {
         *("_version", "_dtensor_spec", "_assert_async", "_resolve_process_group", "_subclasses", "_spec", "_BatchNorm"),
         *("_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_backward"),
         *("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward"),
-        *("_backward_hooks", "_post_accumulate_grad_hooks", "_local_tensor"),
+        *("_backward_hooks", "_post_accumulate_grad_hooks", "_local_tensor", "_timeout"),
     ),
     "nemo_dist.hf_model": (
         *("_no_split_modules", "_hf_peft_config_loaded", "_is_hf_initialized", "_attn_implementation"),
         *("_get_dtype_plan", "_loss_function", "_can_set_experts_implementation"),
     ),
     "nemo_dist.mesh.mesh_context": ("_flatten", "_flatten_mapping", "_get_root_mesh", "_set_pg_timeout"),
+    "nemo_dist.mesh.process_group": ("_device_types", "_get_backend"),
     "nemo_dist.mesh.rank_status": ("_get_default_store",),
     "nemo_dist.loading.hf_weight_loader": (
         *("_load_pretrained_model", "_finalize_model_loading", "_initialize_missing_keys", "_dtensor_from_local_like"),
@@ -71,7 +72,7 @@ PRIVATE = {
     "nemo_dist.training.peft_adapters": ("_get_base_model_class",),
     "nemo_dist.dry_run.imagined_world": ("_internal", "_fully_shard", "_fsdp_param"),
     "nemo_dist.testing.fake_cuda": ("_coalescing_manager", "_dynamo"),
-    "nemo_dist.testing.worker": ("_Options", "_clear_sharding_prop_cache", "_devices", "_timeout", "_world"),
+    "nemo_dist.testing.worker": ("_Options", "_clear_sharding_prop_cache", "_devices", "_world"),
     "nemo_dist_fsdp2.groups": (
         *(
             "_get_fsdp_state",

@@ -14,9 +14,10 @@ import torch
 import torch.distributed as dist
 
 from nemo_dist import DistributedSetup, FSDP2Config, ParallelismSizes, initialize_distributed
-from nemo_dist.mesh import store_consensus
+from nemo_dist.mesh import rank_group, store_consensus
 from nemo_dist.mesh.live_groups import live
 from nemo_dist.mesh.mesh_context import flatten
+from nemo_dist.mesh.rank_group import RankGroup
 from nemo_dist.testing.pool import RankPool
 
 
@@ -69,6 +70,31 @@ def test_the_timeout_of_a_setup_is_that_of_its_flattened_groups_too(ranks):
     for found in ranks(4).run(on_rank_timeouts):
         assert {"dp", "dp_shard_cp", "dp_cp", "cp"} <= found.keys()
         assert found == dict.fromkeys(found, timedelta(seconds=30))
+
+
+def on_rank_timeouts_of_the_process_group():
+    """Return the timeouts of the process group, and of groups over some of its ranks that are made later."""
+    setup = DistributedSetup.build(parallelism_sizes=ParallelismSizes(tp_size=2, cp_size=2))
+    groups = [dist.group.WORLD, setup.mesh_context.group("tp"), setup.mesh_context.group("cp")]
+    some = DistributedSetup.build(ranks=[0, 1, 2]).mesh_context
+    if some.holds_this_rank:
+        groups.append(rank_group._group((0, 1, 2)))
+    return [group._get_backend(torch.device("cpu")).options._timeout for group in groups]
+
+
+def test_a_group_that_is_made_later_waits_as_long_as_the_process_group(ranks):
+    for of_all, *of_some in ranks(4).run(on_rank_timeouts_of_the_process_group):
+        assert set(of_some) == {of_all}
+
+
+def on_rank_count_members(sets):
+    """Return how many ranks each of several meshes has, of those that this rank is in."""
+    meshes = [DistributedSetup.build(ranks=list(ranks)).mesh_context for ranks in sets]
+    return [RankGroup.of(mesh).total([1])[0] for mesh in meshes if mesh.holds_this_rank]
+
+
+def test_meshes_over_some_ranks_each_share_a_group_whatever_other_meshes_these_are_in(ranks):
+    assert ranks(4).run(on_rank_count_members, ((0, 1, 2), (1, 3), (0, 3))) == [[3, 2], [3, 2], [3], [2, 2]]
 
 
 ENDS = """

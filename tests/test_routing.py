@@ -8,7 +8,7 @@ import torch
 import transformers
 from setups import DATA_PARALLEL
 
-from nemo_dist import DistributedSetup, MeshContext
+from nemo_dist import DistributedSetup, MeshContext, ParallelismSizes
 from nemo_dist.losses import CrossEntropy
 from nemo_dist.testing.equivalence import Task, assert_equivalent, checkpoint
 from nemo_dist.testing.tensors import rows_of_rank
@@ -66,6 +66,23 @@ def test_another_runtime_of_the_model_leaves_the_router_loss_on(ranks):
 def plain_loss():
     model = SPECIMENS["qwen3-moe"].load.from_pretrained(checkpoint("qwen3-moe"), dtype=torch.float32)
     return model(**Task(specimen="qwen3-moe").batches(0)[0], output_router_logits=False).loss.item()
+
+
+def on_rank_lose_by_stages(folder):
+    setup = DistributedSetup.build(**DATA_PARALLEL["fsdp2"], parallelism_sizes=ParallelismSizes(pp_size=2))
+    model = SPECIMENS["qwen3-moe-deep"].load.from_pretrained(folder, distributed_setup=setup, dtype=torch.float32)
+    found = []
+    for loss in (None, CrossEntropy()):
+        runtime = setup.runtime(model, loss=loss)
+        model.zero_grad()
+        total = runtime.forward_backward(rows_of_rank(Task(specimen="qwen3-moe-deep").batches(0)[0], runtime))
+        found.append((total.item(), runtime.clip_grad_norm_(1e9).item()))
+    return found
+
+
+def test_a_loss_of_ones_own_stands_beside_the_router_loss_of_a_pipeline(ranks):
+    for models, own in ranks(2).run(on_rank_lose_by_stages, checkpoint("qwen3-moe-deep")):
+        assert own == pytest.approx(models, rel=1e-5)
 
 
 def test_batches_of_one_step_must_agree_on_the_router_loss():

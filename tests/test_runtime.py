@@ -3,12 +3,14 @@
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from nemo_dist import DDPConfig, DistributedSetup, FSDP2Config, NeMoAutoModelForCausalLM, ParallelismSizes
 from nemo_dist.testing.equivalence import Task, checkpoint, reference
 from nemo_dist.testing.precision import FP32
 from nemo_dist.testing.tensors import rows_of_rank, whole
 from nemo_dist.testing.tiny_models import SPECIMENS
+from nemo_dist.training.grad_norm import global_norm
 from nemo_dist.training.loss_weighting import count_labels
 
 STRATEGIES = {"fsdp2": FSDP2Config(mp_policy=FP32), "ddp": DDPConfig()}
@@ -169,6 +171,16 @@ def on_rank_unknown_norm(folder):
 def test_a_gradient_that_is_no_number_makes_every_norm_unknown_on_all_ranks(ranks):
     for norms in ranks(2).run(on_rank_unknown_norm, checkpoint("llama")):
         assert all(norm != norm for norm in norms), norms
+
+
+def on_rank_norms_of_less_rows_than_ranks():
+    mesh = DistributedSetup.build(strategy=FSDP2Config()).mesh_context
+    gradient = distribute_tensor(torch.tensor([[3.0, -4.0]]), mesh["dp_shard"], [Shard(0)])  # none on the second rank
+    return [global_norm([gradient], norm_type, (), mesh).item() for norm_type in (float("inf"), 2.0)]
+
+
+def test_a_rank_without_a_row_of_a_gradient_takes_part_in_every_norm(ranks):
+    assert ranks(2).run(on_rank_norms_of_less_rows_than_ranks) == [[4.0, 5.0]] * 2
 
 
 def on_rank_no_clip(folder):

@@ -35,6 +35,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import exactness  # noqa: E402
 import on_ranks  # noqa: E402
 import speed  # noqa: E402
+import split_attention  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 import waits  # noqa: E402
@@ -74,6 +75,8 @@ CHECKS = (
     Check(exactness.experts, 60),
     Check(exactness.compiled, 120),
     Check(exactness.bad_token, 40),
+    Check(split_attention.ring_kernels, 40),
+    Check(split_attention.packed_kernel, 40),
     Check(waits.synchronisations, 60),
     Check(on_ranks.pipeline_on_one_card, 60),
     Check(exactness.demo, 100),

@@ -105,7 +105,7 @@ def _axes(mesh: DeviceMesh, ranks: RankGroup) -> Axes | None:
     """
     grid = mesh.mesh.to(torch.int64)
     if ranks.ranks is not None:
-        members = torch.tensor(ranks.ranks)
+        members = torch.tensor(ranks.ranks, device="cpu")
         places = torch.searchsorted(members, grid.contiguous()).clamp(max=len(members) - 1)
         if not torch.equal(members[places], grid):
             return None
@@ -113,7 +113,7 @@ def _axes(mesh: DeviceMesh, ranks: RankGroup) -> Axes | None:
     found = []
     for dim, size in enumerate(grid.shape):
         stride = int(grid.select(dim, 1).flatten()[0] - grid.flatten()[0]) if size > 1 else 1
-        coordinates = torch.arange(size).view(-1, *(1,) * (grid.dim() - dim - 1)).expand_as(grid)
+        coordinates = torch.arange(size, device="cpu").view(-1, *(1,) * (grid.dim() - dim - 1)).expand_as(grid)
         if stride < 1 or not torch.equal(grid // stride % size, coordinates):
             return None
         found.append((size, stride))
@@ -225,7 +225,7 @@ def assemble(
                     incoming[sender].append((name, chunk))
     sizes = [sum(chunk.numel * dtypes[name].itemsize for name, chunk in parts) for parts in incoming]
     received = ranks.exchange(outgoing, sizes)
-    whole = {name: torch.empty(entries[name].shape, dtype=dtypes[name]) for name in wanted[ranks.rank]}
+    whole = {name: torch.empty(entries[name].shape, dtype=dtypes[name], device="cpu") for name in wanted[ranks.rank]}
     for buffer, parts in zip(received.split(sizes), incoming, strict=True):
         start = 0
         for name, chunk in parts:

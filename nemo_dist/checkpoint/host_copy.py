@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -51,6 +52,12 @@ def _laid_out(tensors: Mapping[str, Tensor]) -> tuple[dict[str, int], int]:
     return starts, total
 
 
+def _forget_error() -> None:
+    """Let CUDA forget a call that failed, of which it would tell at the start of the next kernel, whatever that is."""
+    with suppress(RuntimeError):
+        torch.zeros(1, device="cuda").add_(1)
+
+
 def _page_locked(size: int) -> Tensor:
     """Return a buffer of at least *size* bytes; torch's own pinned memory would round up to a power of two.
 
@@ -58,15 +65,16 @@ def _page_locked(size: int) -> Tensor:
     """
     global _locked
     if not size:  # a rank whose shards are all empty; CUDA locks no empty range
-        return torch.empty(0, dtype=torch.uint8)
+        return torch.empty(0, dtype=torch.uint8, device="cpu")
     if _locked is None or len(_locked) < size:
         cuda: Any = torch.cuda.cudart()
         if _locked is not None:
             cuda.cudaHostUnregister(_locked.data_ptr())
             _locked = None
-        made = torch.empty(size, dtype=torch.uint8)
+        made = torch.empty(size, dtype=torch.uint8, device="cpu")
         code = cuda.cudaHostRegister(made.data_ptr(), size, 0)
         if code != cuda.cudaError.success:
+            _forget_error()
             raise CheckpointError(
                 f"CUDA cannot lock {size} bytes of host memory for an asynchronous save ({code}); save without "
                 "asynchronous=True, or give this process more memory"

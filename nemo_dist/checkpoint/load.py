@@ -26,6 +26,7 @@ from nemo_dist.checkpoint.scheduler_state import fitted, restore_scheduler
 from nemo_dist.checkpoint.sharded_model import ShardedModel
 from nemo_dist.checkpoint.state_dict import copies, exported, imported, own_state
 from nemo_dist.errors import CheckpointError
+from nemo_dist.mesh.process_group import made_on_cpu
 from nemo_dist.mesh.rank_group import RankGroup
 from nemo_dist.plugin.hookspecs import SavedState
 
@@ -76,8 +77,14 @@ def load_from(
 
     Arguments and errors as for :meth:`nemo_dist.Runtime.load`.
     """
-    ranks, path = sharded.ranks, manifest.folder
     run = _Run(sharded=sharded, manifest=manifest, optimizer=optimizer, schedulers=schedulers)
+    with made_on_cpu():  # what safetensors reads
+        _load(run, data)
+    return run.extra
+
+
+def _load(run: _Run, data: Any) -> None:
+    ranks, manifest, path = run.sharded.ranks, run.manifest, run.manifest.folder
     names = ranks.distinct(f"comparing {path} with the model", lambda: json.dumps(run.compare(data)))
     _check_complete(manifest, {name for _, text in names for name in json.loads(text)})
     if data is not None:
@@ -87,7 +94,6 @@ def load_from(
             reader.open(run.files)
         with ranks.agreed(f"loading {path}"), torch.no_grad():
             run.fill(reader)
-    return run.extra
 
 
 @attrs.define(kw_only=True)

@@ -14,7 +14,13 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from nemo_dist.errors import RankError
 from nemo_dist.mesh.live_groups import live
-from nemo_dist.mesh.process_group import default_device_type, require_process_group
+from nemo_dist.mesh.process_group import (
+    default_device_type,
+    make_group,
+    refuse_part_of_bound,
+    require_process_group,
+    timeout_of_group,
+)
 from nemo_dist.planning.mesh_plan import DENSE_AXES, FLATTENED, MeshPlan, Role, View
 
 _DP = "dp"  # the axis of a user's own mesh that replaces dp_replicate x dp_shard
@@ -54,8 +60,8 @@ class MeshContext:
         The same arguments give the same meshes for as long as the process group lives, as process groups have
         threads, connections and buffers that only its end gives back. ``device_type``: "cpu" or "cuda"; None is
         what the process group can use. ``timeout_minutes``: the timeout of every collective on the mesh; None
-        leaves the backend's. Raises RankError without a process group, or when *ranks* is None and the group
-        has another size than the plan.
+        is that of the process group. Raises RankError without a process group, when *ranks* is None and the
+        group has another size than the plan, or when they are some of a group that is bound to a device.
         """
         require_process_group()
         if ranks is None and plan.world_size != dist.get_world_size():
@@ -64,13 +70,13 @@ class MeshContext:
                 "build it with that world_size"
             )
         chosen = tuple(range(plan.world_size) if ranks is None else ranks)
+        refuse_part_of_bound(len(chosen))
         kind = device_type or default_device_type()
-        return live.kept(
-            (plan, chosen, kind, timeout_minutes), lambda: cls._create(plan, chosen, kind, timeout_minutes)
-        )
+        timeout = timeout_of_group() if timeout_minutes is None else timedelta(minutes=timeout_minutes)
+        return live.kept((plan, chosen, kind, timeout), lambda: cls._create(plan, chosen, kind, timeout))
 
     @classmethod
-    def _create(cls, plan: MeshPlan, ranks: tuple[int, ...], kind: str, timeout_minutes: float | None) -> MeshContext:
+    def _create(cls, plan: MeshPlan, ranks: tuple[int, ...], kind: str, timeout: timedelta | None) -> MeshContext:
         members = torch.tensor(ranks, dtype=torch.int, device="cpu")
         context = cls(
             device_mesh=_live(plan.dense, members, kind),
@@ -78,8 +84,10 @@ class MeshContext:
             flattened={name: axes for view in (plan.dense, *plan.views) for name, axes in view.flattened.items()},
             roles={axis.name: axis.role for axis in plan.dense.axes},
         )
-        if timeout_minutes is not None:
-            _limit(context, timedelta(minutes=timeout_minutes))
+        if len(ranks) < dist.get_world_size():
+            make_group(tuple(sorted(ranks)))
+        if timeout is not None:
+            _limit(context, timeout)
         return context
 
     @classmethod
@@ -87,7 +95,8 @@ class MeshContext:
         """Wrap the user's own meshes.
 
         Raises TypeError for anything but a DeviceMesh; ValueError for an axis name that no plan has, for ``dp`` beside
-        ``dp_shard`` or ``dp_replicate``, and for ranks that do not ascend along every axis.
+        ``dp_shard`` or ``dp_replicate``, and for ranks that do not ascend along every axis; RankError for some of the
+        ranks of a process group that is bound to a device.
         """
         for what, mesh, known in (
             ("device_mesh", device_mesh, (*DENSE_AXES, _DP)),
@@ -106,6 +115,8 @@ class MeshContext:
                     f"{what} has the axes {names}; 'dp' stands for dp_replicate x dp_shard, so name it or them"
                 )
             _refuse_disorder(what, mesh)
+        if device_mesh is not None:
+            refuse_part_of_bound(device_mesh.mesh.numel())
         return cls(
             device_mesh, {} if moe_mesh is None else {"experts": moe_mesh}, roles={**DENSE_AXES, _DP: Role.BATCH}
         )

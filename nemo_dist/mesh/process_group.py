@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import timedelta
+from typing import Any
 
 import attrs
 import torch
@@ -11,10 +13,16 @@ import torch.distributed as dist
 
 from nemo_dist.errors import RankError
 from nemo_dist.mesh.launch_env import Launch
+from nemo_dist.mesh.live_groups import live
 from nemo_dist.mesh.rank_status import tell_uncaught
 from nemo_dist.mesh.rendezvous import join
 from nemo_dist.mesh.store_consensus import set_patience
 from nemo_dist.planning.validation import positive_minutes
+from nemo_dist.torch_private import TIMEOUT
+
+_LIMITED = ("gloo", "nccl")  # the backends of which torch can set the timeout of a group
+
+_made_with: tuple[Any, timedelta | None] = (None, None)  # a process group, and the timeout of it
 
 
 @attrs.frozen
@@ -40,12 +48,12 @@ def initialize_distributed(
 
     The ranks may be started by torchrun, Slurm's srun, or mpirun (Open MPI, MPICH, Intel MPI); a process that none of
     them started is a group of one. ``backend``: "nccl", "gloo", or None for gloo on CPU tensors and, where CUDA is
-    available, NCCL on CUDA tensors. ``timeout_minutes``: the timeout of every collective, and of waiting for the other
-    ranks here. ``patience_minutes``: how long ranks wait for the slowest one where they meet to build, load, save and
-    export, mostly for its disk. Sets the current CUDA device, unless CUDA is not available or the backend is "gloo":
-    the one that this process sees, or the one with the number of its local rank. An existing process group is used
-    unchanged: on the CPU without NCCL, else on the device that it is bound to, or the current one where no launcher
-    says the local rank.
+    available, NCCL on CUDA tensors. ``timeout_minutes``: the timeout of every collective, where a setup has none of its
+    own, and of waiting for the other ranks here. ``patience_minutes``: how long ranks wait for the slowest one where
+    they meet to build, load, save and export, mostly for its disk. Sets the current CUDA device, unless CUDA is not
+    available or the backend is "gloo": the one that this process sees, or the one with the number of its local rank. An
+    existing process group is used unchanged: on the CPU without NCCL, else on the device that it is bound to, or the
+    current one where no launcher says the local rank.
 
     Raises ValueError for times that are no positive number of minutes, RuntimeError for "nccl" without CUDA, and
     RankError for ranks without MASTER_ADDR and MASTER_PORT, for ranks that do not come, and for a local rank that has
@@ -115,6 +123,56 @@ def require_process_group() -> None:
     """Raise RankError when no process group is initialised."""
     if not dist.is_initialized():
         raise RankError("there is no process group to lay the mesh over; call initialize_distributed() first")
+
+
+def timeout_of_group() -> timedelta | None:
+    """Return the timeout that the process group was made with; None where its backend knows none.
+
+    torch gives a group that is made later the default of a backend in its place: half an hour beside gloo.
+    """
+    global _made_with
+    if _made_with[0] is not dist.group.WORLD:  # read once, as the timeout of a mesh over all ranks is set on it too
+        _made_with = dist.group.WORLD, _read_timeout(dist.group.WORLD)
+    return _made_with[1]
+
+
+def _read_timeout(world: Any) -> timedelta | None:
+    with suppress(AttributeError, RuntimeError):  # a backend of another kind, or in torch's wrapper for debugging
+        for device in world._device_types:
+            backend = world._get_backend(device)
+            if backend.name() in _LIMITED:
+                found: timedelta = getattr(backend.options, TIMEOUT)
+                return found
+    return None
+
+
+def make_group(ranks: tuple[int, ...]) -> None:
+    """Make the process group that *ranks* share, ascending and some of all; all ranks call it, in the same order.
+
+    A group that its members make alone has a name by the number of groups that each of them has. Where meshes over
+    other ranks came before, that is not the same, and the members would wait for each other.
+    """
+    live.kept(ranks, lambda: dist.new_group(list(ranks), timeout=timeout_of_group()))
+
+
+def refuse_part_of_bound(members: int) -> None:
+    """Raise RankError for a mesh over fewer *members* than all ranks of a process group that is bound to a device.
+
+    NCCL makes every group by splitting that of all ranks then, and those outside of the mesh do not come to it.
+    """
+    world, bound = dist.get_world_size(), getattr(dist.group.WORLD, "bound_device_id", None)
+    if members < world and bound is not None:
+        raise RankError(
+            f"the mesh has {members} of the {world} ranks, and the process group is bound to {bound}, so that NCCL "
+            "makes groups with all ranks only, and these would wait for the others for ever; initialise the process "
+            "group without device_id, as initialize_distributed() does"
+        )
+
+
+def made_on_cpu() -> AbstractContextManager[Any]:
+    """Within the context tensors are made on the CPU, whatever ``torch.set_default_device`` said."""
+    # A device as a context costs time in every operation, so it is none where it would change nothing.
+    return nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
 
 
 def has_cpu_backend(group: dist.ProcessGroup | None = None) -> bool:

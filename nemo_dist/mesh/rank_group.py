@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nemo_dist.errors import CheckpointError
 from nemo_dist.mesh.live_groups import live
-from nemo_dist.mesh.process_group import has_cpu_backend
+from nemo_dist.mesh.process_group import has_cpu_backend, timeout_of_group
 from nemo_dist.mesh.rank_status import default_store, explained
 from nemo_dist.mesh.store_consensus import decide_and_hear, is_imagined, share
 
@@ -237,5 +237,11 @@ def _group(ranks: tuple[int, ...] | None) -> dist.ProcessGroup | None:
     """Return the process group of *ranks*, created on first use by its members only; None for the default group."""
     if ranks is None or len(ranks) == _world():
         return None
-    made: dist.ProcessGroup = live.kept(ranks, lambda: dist.new_group(list(ranks), use_local_synchronization=True))
-    return made
+
+    def make() -> dist.ProcessGroup:
+        made: dist.ProcessGroup = dist.new_group(
+            list(ranks), timeout=timeout_of_group(), use_local_synchronization=True
+        )
+        return made
+
+    return live.kept(ranks, make)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -29,6 +29,7 @@ from nemo_dist.loading.other_formats import damaged_index, unloadable
 from nemo_dist.loading.same_source import config_fields
 from nemo_dist.loading.slice_init import SliceInit, refuse_long_draws
 from nemo_dist.mesh.mesh_context import MeshContext
+from nemo_dist.mesh.process_group import made_on_cpu
 from nemo_dist.mesh.store_consensus import brief, refuse_differences, reported, share_and_hear
 from nemo_dist.models.other_loops import refuse_other_loops
 from nemo_dist.planning.mesh_plan import Role
@@ -152,12 +153,6 @@ def _given(kwargs: dict[str, Any], *names: str) -> dict[str, Any]:
     return {name: kwargs[name] for name in names if name in kwargs}
 
 
-def _made_on_cpu() -> AbstractContextManager[Any]:
-    """Within the context a user's default device neither draws the weights nor receives whole ones."""
-    # A device as a context costs time in every operation, so it is none where it would change nothing.
-    return nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
-
-
 def _finish(setup: DistributedSetup, parts: list[nn.Module], origin: dict[str, Any]) -> object:
     for module in (module for part in parts for module in part.modules()):
         for name, buffer in module.named_buffers(recurse=False):
@@ -249,7 +244,7 @@ class _Loader:
         if kwargs.get("output_loading_info"):
             raise TypeError("output_loading_info is not supported with distributed_setup or device_mesh; leave it out")
         with (
-            _made_on_cpu(),
+            made_on_cpu(),
             read_through(_target(setup), pretrained_model_name_or_path, Draws(setup.ranks)) as reading,
         ):
             _refuse_files(pretrained_model_name_or_path, kwargs)
@@ -283,7 +278,7 @@ class _Loader:
                 raise TypeError(f"init={init!r} needs distributed_setup or device_mesh; leave it out on one process")
             return cls.auto.from_config(config, **kwargs)
         _refuse_placement(kwargs)
-        with _made_on_cpu():
+        with made_on_cpu():
             return cls._new(config, setup, kwargs, init)
 
     @classmethod

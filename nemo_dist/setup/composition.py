@@ -26,7 +26,7 @@ class Composition:
     """The values of a setup; ``plugins`` are in the order in which they act on the model.
 
     ``activation_checkpointing``: as it was asked for; ``recompute_mode`` says what it means. ``ranks``: those of the
-    mesh; None is all. ``timeout_minutes``: the timeout of every collective; None is the backend's.
+    mesh; None is all. ``timeout_minutes``: the timeout of every collective; None is the process group's.
     """
 
     plan: MeshPlan

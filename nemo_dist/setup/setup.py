@@ -257,6 +257,7 @@ class DistributedSetup(Composition):
         """
         from torch import nn
 
+        from nemo_dist.mesh.process_group import made_on_cpu
         from nemo_dist.training.runtime import Runtime
 
         parts = [model] if isinstance(model, nn.Module) else list(getattr(model, "parts", ()))
@@ -265,7 +266,8 @@ class DistributedSetup(Composition):
             if owner is not self:
                 made = "another setup" if owner is not None else "no setup"
                 raise ValueError(f"the model was loaded with {made}; load it with distributed_setup=<this setup> first")
-        return Runtime.assemble(model, self.sharded(parts), self.runtime_parts, self.plugins, check_replicas, loss)
+        with made_on_cpu():  # what models are tried out with
+            return Runtime.assemble(model, self.sharded(parts), self.runtime_parts, self.plugins, check_replicas, loss)
 
     def sharded(self, parts: Sequence[nn.Module]) -> ShardedModel:
         """Return *parts* with what saving, loading and exporting need to know about them."""

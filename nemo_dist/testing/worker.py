@@ -116,6 +116,8 @@ def _share_device() -> None:
     """
     import torch.distributed.distributed_c10d as c10d
 
+    from nemo_dist.torch_private import TIMEOUT
+
     gloo: Any = c10d.ProcessGroupGloo
     interface = os.environ.get("GLOO_SOCKET_IFNAME", "")
     device = gloo.create_device(interface=interface) if interface else gloo.create_default_device()
@@ -123,7 +125,8 @@ def _share_device() -> None:
 
     def make_with_device(group: Any, store: Any, rank: int, size: int, timeout: timedelta) -> None:
         options = gloo._Options()
-        options._devices, options._timeout = [device], timeout
+        options._devices = [device]
+        setattr(options, TIMEOUT, timeout)
         make(group, store, rank, size, options)
 
     gloo.__init__ = make_with_device

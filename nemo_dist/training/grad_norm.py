@@ -75,7 +75,10 @@ def _greatest(value: Tensor, ranks: RankGroup) -> Tensor:
 
 
 def _by_number_of_parts(grads: Iterable[Tensor]) -> dict[int, list[Tensor]]:
-    """Return the local tensors of *grads*, by the number of ranks that hold different parts of the same gradient."""
+    """Return the local tensors of *grads*, by the number of ranks that hold different parts of the same gradient.
+
+    Those without elements are left out, as torch has no greatest absolute value of nothing.
+    """
     found: dict[int, list[Tensor]] = {}
     for grad in grads:
         parts = 1
@@ -84,5 +87,7 @@ def _by_number_of_parts(grads: Iterable[Tensor]) -> dict[int, list[Tensor]]:
                 grad = grad.redistribute(placements=[Replicate() if p.is_partial() else p for p in grad.placements])
             sizes = zip(grad.device_mesh.shape, grad.placements, strict=True)
             parts = math.prod(size for size, placement in sizes if hasattr(placement, "dim"))
-        found.setdefault(parts, []).append(local(grad))
+        own, held = local(grad), found.setdefault(parts, [])
+        if own.numel():
+            held.append(own)
     return found

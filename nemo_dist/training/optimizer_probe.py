@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.optim import Optimizer
 
 from nemo_dist.mesh.mesh_context import MeshContext
+from nemo_dist.mesh.process_group import made_on_cpu
 from nemo_dist.mesh.store_consensus import consensus
 from nemo_dist.planning.mesh_plan import Role
 
@@ -37,7 +38,8 @@ def refuse_what_mixes_elements(
     split = mesh.size(Role.LAYERS) > 1
     if mesh.device_mesh is None or not (split or any(_shards(group["params"]) for group in groups)):
         return
-    found = next(_problems(kind, groups, options, split), "")
+    with made_on_cpu():
+        found = next(_problems(kind, groups, options, split), "")
     ranks = mesh.device_mesh.mesh.flatten().tolist()
     said = consensus(f"trying out {kind.__name__}", found, lambda answers: next(filter(None, answers), ""), ranks)
     if said:

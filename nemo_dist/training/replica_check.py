@@ -107,9 +107,14 @@ def _is_replicated(tensor: Tensor, axis: str, mesh: MeshContext) -> bool:
     return all(isinstance(placement, Replicate | Shard) or placement.is_shard() for placement in tensor.placements)
 
 
+def digests_on(device: torch.device, tensors: Iterable[Tensor]) -> Tensor:
+    """Return the digests of *tensors* on *device*; shards may be offloaded, and adapters beside them are not."""
+    return torch.stack([digest(tensor).to(device) for tensor in tensors])
+
+
 def _along(axis: str, held: Mapping[str, Tensor], mesh: MeshContext) -> list[str]:
     group = mesh.group(axis)
-    digests = torch.stack([digest(tensor) for tensor in held.values()]).to(mesh.device)
+    digests = digests_on(mesh.device, held.values())
     bounds = torch.cat([digests, ~digests])  # the greatest of ~x is ~ of the least x
     dist.all_reduce(bounds, dist.ReduceOp.MAX, group=group)
     highest, lowest = bounds[: len(digests)], ~bounds[len(digests) :]

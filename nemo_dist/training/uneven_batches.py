@@ -113,7 +113,7 @@ def without_labels(batches: Any) -> Any:
     if isinstance(tokens, Tensor):
         padded[COUNTED] = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
     rows = next((len(value) for value in padded.values() if isinstance(value, Tensor) and value.ndim), 0)
-    return padded | {ROWS: torch.zeros(rows, dtype=torch.int32)}
+    return padded | {ROWS: torch.zeros(rows, dtype=torch.int32, device="cpu")}
 
 
 def _warn(found: Sequence[Sequence[Any]]) -> None:

@@ -12,8 +12,7 @@ import attrs
 import torch
 from torch import Tensor
 
-_WIDEST = 256  # of a head, for flash attention
-_FIRST_CAPABILITY = (8, 0)  # of a CUDA device, for flash attention
+from nemo_dist_context.flash import has_flash, takes_width
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -74,14 +73,13 @@ def kernel() -> Any:
 
 def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether *device* has a kernel for numbers of *dtype*."""
-    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or kernel() is None:
-        return False
-    return torch.cuda.get_device_capability(device) >= _FIRST_CAPABILITY
+    return kernel() is not None and has_flash(device, dtype)
 
 
 def fits(query: Tensor, value: Tensor, options: Any) -> bool:
     """Whether the kernel computes what an attention with these inputs and *options* does."""
-    return query.shape[-1] == value.shape[-1] <= _WIDEST and not options.get("dropout")
+    width = query.shape[-1]
+    return value.shape[-1] == width and takes_width(width) and not options.get("dropout")
 
 
 # Not compiled: lengths differ from batch to batch, and each would be compiled anew.

@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nemo_dist.torch_private import FLASH_ATTENTION, FLASH_ATTENTION_ON_CPU, collective_operators
+from nemo_dist_context.flash import has_flash, takes_width
 from nemo_dist_context.sequence_layout import SequenceLayout
 
 _cuda, _cuda_backward = (getattr(torch.ops.aten, name) for name in FLASH_ATTENTION)
 _cpu, _cpu_backward = (getattr(torch.ops.aten, name) for name in FLASH_ATTENTION_ON_CPU)
-_WIDEST = 256  # of a head, for flash attention on a CUDA device
 
 
 def fits(query: Tensor, value: Tensor, dropout: float) -> bool:
@@ -27,8 +27,7 @@ def fits(query: Tensor, value: Tensor, dropout: float) -> bool:
     width = query.shape[-1]
     if dropout or value.shape[-1] != width:
         return False
-    half = query.dtype in (torch.bfloat16, torch.float16)
-    return query.device.type == "cpu" or (query.is_cuda and half and width % 8 == 0 and width <= _WIDEST)
+    return query.device.type == "cpu" or (takes_width(width) and has_flash(query.device, query.dtype))
 
 
 @attrs.frozen(kw_only=True, eq=False)

@@ -10,6 +10,7 @@ from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -102,6 +103,8 @@ def shard(model: nn.Module, mesh: MeshContext, config: FSDP2Config) -> None:
         if isinstance(module, FSDPModule):
             _drop_unreduced(module, resharding)
     reshard_with(model, resharding, resharding.gather)
+    if config.offload_policy is not None:
+        wait_for_copies(model, mesh.device)
 
 
 def _problems(model: nn.Module) -> Iterator[str]:
@@ -120,6 +123,16 @@ def _straighten(model: nn.Module) -> None:
             if parameter not in made:
                 made[parameter] = nn.Parameter(parameter.detach().contiguous(), parameter.requires_grad)
             setattr(module, name, made[parameter])
+
+
+def wait_for_copies(model: nn.Module, device: torch.device) -> None:
+    """Let who steps, loads or lists the shards of *model*, which are on the CPU, wait until *device* has read them.
+
+    FSDP2 copies them to a CUDA device without waiting. A forward that no backward follows may be over for the host
+    while copies for its last blocks have yet to begin, and would compute with what is written meanwhile.
+    """
+    if device.type == "cuda":
+        reshard_with(model, partial(torch.cuda.synchronize, device))
 
 
 def refuse_offload_without_cpu_backend() -> None:

@@ -243,9 +243,12 @@ class AutoPipeline:
             raise ValueError(self.needs_loss)
 
     def survey(self, batches: Sequence[Batch]) -> None:
-        """Run the forwards that :meth:`run` would run, without gradients, in the mode that the stages are in."""
+        """Run the forwards that :meth:`run` would run, without gradients, in the mode that the stages are in.
+
+        A loss of the user's own reads the labels itself, so that the batches have none.
+        """
         for batch in batches:
-            self._run_forward(self._splitter.split(self._models[-1], batch, torch.ones((), device=self.device)))
+            self._run_forward(Microbatches.without_loss(batch, self._size, self._splitter.minimum))
 
     def measure(self, batches: Sequence[Batch], loss: Any) -> Tensor:
         """Return the total sum and count of *loss*, float64 (2,), equal on all stages; forwards without gradients."""

@@ -80,13 +80,21 @@ class Microbatches:
         given, rows = by_rows(batch)
         count = max(minimum, -(-rows // size))
         if loss is not None:
-            padded = _padded({ROWS: torch.ones(rows, dtype=torch.int32), **given}, rows, count * size)
+            ones = torch.ones(rows, dtype=torch.int32, device="cpu")
+            padded = _padded({ROWS: ones, **given}, rows, count * size)
             return cls(padded, weight.float().expand(count), count, count * size)
         padded = _padded(given, rows, count * size)
         whole = cls(padded, weight.new_empty(0), count, count * size)
         counts = torch.stack([count_labels(model, whole[index]) for index in range(count)])
         weights = weight.float() * counts.to(weight.device) / at_least_something(counts.sum()).to(weight.device)
         return attrs.evolve(whole, weights=weights)
+
+    @classmethod
+    def without_loss(cls, batch: Batch, size: int, minimum: int) -> Microbatches:
+        """Split *batch* as ``of`` does, with or without labels, for forwards of which nobody weighs a loss."""
+        given, rows = by_rows(batch)
+        count = max(minimum, -(-rows // size))
+        return cls(_padded(given, rows, count * size), torch.empty(0), count, count * size)
 
     @classmethod
     def joined(cls, runs: Sequence[Microbatches]) -> Microbatches:
