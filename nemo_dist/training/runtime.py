@@ -100,7 +100,7 @@ class Runtime:
             )
         refuse_rows_that_meet(within[-1], sharded.mesh)
         refuse_in_training(within, sharded.mesh, any(part.lockstep for part in plugins.values()))
-        of_step = chosen_loss(loss, within[-1], plugins, routers_known=router_loss is not None)
+        of_step = chosen_loss(loss, within[-1], plugins, sharded.mesh, routers_known=router_loss is not None)
         states = {name: named_state(name, part.state) for name, part in plugins.items() if part.state is not None}
         sharded = attrs.evolve(sharded, states=states)
         return cls(

@@ -19,6 +19,7 @@ from torch.nn.functional import pad
 from nemo_dist.hf_model import IGNORED, class_name, has_own_code, predicts_next_token
 from nemo_dist.planning.mesh_plan import Role
 from nemo_dist.plugin.hookspecs import Batch, RuntimePart
+from nemo_dist.training.loss_sums import LossSums
 from nemo_dist.training.loss_weighting import count_labels, judge_loss, refuse_replaced
 from nemo_dist.training.neighbouring_rows import depends_on_padding, depends_on_rows
 from nemo_dist.training.whole_rows import LABELS, WholeRows, first_rows, is_per_token, nothing, rows_and_length
@@ -75,6 +76,7 @@ class OwnLoss:
     function: LossFunction
     model: Any
     parts: Sequence[RuntimePart] = ()
+    sums: LossSums = attrs.field(factory=LossSums)
 
     @cached_property
     def _calls(self) -> WholeRows:
@@ -139,11 +141,20 @@ class OwnLoss:
             outputs, view = first_rows(outputs, view, len(rows), real)
             if real == 0:
                 return nothing(outputs)
+        if self.rows_together is None:
+            return self._run(outputs, view)
+        return self.sums(self._run, outputs, view, self.rows_together, _name(self.function))
+
+    def _run(self, outputs: Any, view: Batch) -> tuple[Tensor, Tensor]:
         return summed(self.function(outputs, view), self.function)
 
 
 def chosen_loss(
-    given: LossFunction | None, model: nn.Module, plugins: Mapping[str, RuntimePart], routers_known: bool
+    given: LossFunction | None,
+    model: nn.Module,
+    plugins: Mapping[str, RuntimePart],
+    mesh: MeshContext,
+    routers_known: bool,
 ) -> ModelLoss | OwnLoss:
     """Return the loss of a step: the user's where one is *given*, one that a plugin asks for, or that of *model*.
 
@@ -161,6 +172,9 @@ def chosen_loss(
     if not callable(functions[0]):
         raise TypeError(f"loss must be a function of the model's outputs and the batch (got {functions[0]!r})")
     loss = OwnLoss(function=functions[0], model=model, parts=tuple(plugins.values()))
+    rows = mesh.size(Role.BATCH) > 1 or mesh.size(Role.LAYERS) > 1
+    tokens = loss.per_token and mesh.size(Role.TOKENS) > mesh.size(Role.BATCH)
+    loss.sums.dims = (*([0] if rows else ()), *([1] if tokens else ()))
     for name, part in plugins.items():
         if part.engine is not None:
             _judge_engine(name, part, loss)
@@ -205,7 +219,7 @@ def summed(result: Any, function: Any) -> tuple[Tensor, Tensor]:
 
     Raises TypeError or ValueError for anything else.
     """
-    name = getattr(function, "__qualname__", type(function).__qualname__)
+    name = _name(function)
     wanted = (
         f"the loss {name} must return two values: losses and their weights, tensors of one shape, or a sum and a count"
     )
@@ -220,6 +234,11 @@ def summed(result: Any, function: Any) -> tuple[Tensor, Tensor]:
     if losses.ndim:
         losses, weights = (torch.where(weights != 0, losses, 0) * weights).sum(), weights.sum()
     return losses, weights
+
+
+def _name(function: Any) -> str:
+    found: str = getattr(function, "__qualname__", type(function).__qualname__)
+    return found
 
 
 def at_least_something(total: Tensor) -> Tensor:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
 from types import SimpleNamespace
@@ -12,12 +13,13 @@ from typing import Any
 import attrs
 import torch
 from torch import Tensor
-from transformers.utils.generic import TransformersKwargs
+from transformers.utils.generic import ModelOutput, TransformersKwargs
 
 from nemo_dist.hf_model import is_own_class, plain_class
 from nemo_dist.plugin.hookspecs import Batch, RuntimePart
 
 LABELS = ("labels", "shift_labels")
+_WITH_ROWS = ("input_ids", "inputs_embeds", *LABELS, "pixel_values", "input_features", "input_values")
 
 
 @attrs.frozen(kw_only=True, eq=False, slots=False)
@@ -119,18 +121,44 @@ def is_per_token(value: Any, shape: tuple[int, int]) -> bool:
     return isinstance(value, Tensor) and value.ndim > 1 and tuple(value.shape[:2]) == shape
 
 
-def first_rows(outputs: Any, view: Batch, rows: int, real: int) -> tuple[Outputs, dict[str, Any]]:
+def first_rows(outputs: Any, view: Batch, rows: int, real: int) -> tuple[Any, dict[str, Any]]:
     """Return the first *real* of all *rows* of outputs and batch; of a value of a plugin's, what it says they are."""
+    return chosen(outputs, view, 0, rows, slice(0, real))
 
-    def first(value: Any) -> Any:
+
+def rows_of(view: Batch, dim: int) -> int | None:
+    """Return the rows of *view*, or with *dim* 1 the tokens of each; None where no tensor that is known says so."""
+    named = (view.get(name) for name in _WITH_ROWS)
+    return next((one.shape[dim] for one in named if isinstance(one, Tensor) and one.ndim > dim), None)
+
+
+def chosen(outputs: Any, view: Batch, dim: int, size: int, part: slice) -> tuple[Any, dict[str, Any]]:
+    """Return a *part* of outputs and batch along *dim*, of what has *size* elements there: 0 is rows, 1 is tokens."""
+    return _changed(outputs, view, dim, size, lambda value: value[(slice(None),) * dim + (part,)])
+
+
+def repeated(outputs: Any, view: Batch, rows: int) -> tuple[Any, dict[str, Any]]:
+    """Return outputs and batch with all their *rows* twice."""
+    return _changed(outputs, view, 0, rows, lambda value: torch.cat([value, value]))
+
+
+def _changed(
+    outputs: Any, view: Batch, dim: int, size: int, change: Callable[[Tensor], Tensor]
+) -> tuple[Any, dict[str, Any]]:
+    def new(value: Any) -> Any:
         if isinstance(value, Tensor):
-            return value[:real] if value.shape[:1] == (rows,) else value
-        return value.first_rows(rows, real) if hasattr(type(value), "first_rows") else value
+            return change(value) if value.shape[dim : dim + 1] == (size,) else value
+        if type(value) is tuple:
+            return tuple(map(new, value))
+        return value.changed(new) if hasattr(type(value), "changed") else value
 
-    def cut(values: Any) -> dict[str, Any]:
-        return {name: first(value) for name, value in values}
-
-    return Outputs(cut(outputs.items())), cut(view.items())
+    found, read = ({name: new(value) for name, value in values.items()} for values in (outputs, view))
+    if not isinstance(outputs, ModelOutput):
+        return Outputs(found), read
+    like = copy.copy(outputs)  # a loss may read it by numbers
+    for name, value in found.items():
+        like[name] = value
+    return like, read
 
 
 def nothing(outputs: Outputs) -> tuple[Tensor, Tensor]:
