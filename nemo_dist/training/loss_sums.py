@@ -16,6 +16,7 @@ from nemo_dist.torch_private import changes_in_place, tensors_in
 from nemo_dist.training.whole_rows import chosen, repeated, rows_of
 
 Sums = tuple[Tensor, Tensor]  # the sum of losses, and what counts
+_Call = tuple[Any, Batch]
 Run = Callable[[Any, Batch], Sums]
 
 _TOLERANCE, _OF_HALVES = 1e-3, 5e-2  # relative: the second where outputs have half precision, in which users may sum
@@ -56,11 +57,12 @@ def _judge(run: Run, found: Sums, outputs: Any, view: Batch, dim: int, together:
     if size is None:
         return
     middle = size // together // 2 * together
+    whole: _Call = outputs, view
+    parts: list[_Call] = [whole, whole]
     if middle:
-        whole = outputs, view
         parts = [chosen(outputs, view, dim, size, part) for part in (slice(0, middle), slice(middle, size))]
     elif dim == 0 and all(one.shape[:1] in ((), (size,)) for one in tensors_in(dict(view))):  # not of packed rows
-        whole, parts = repeated(outputs, view, size), [(outputs, view)] * 2
+        whole = repeated(outputs, view, size)
     else:
         return
     answers = list(_answers(run, [*parts, whole]))
@@ -77,12 +79,12 @@ def _judge(run: Run, found: Sums, outputs: Any, view: Batch, dim: int, together:
             f"the loss {name} does not add up over {what}, which are on several ranks or in several microbatches: of "
             f"all {what} its sum is {both[0]:g} and its count {both[1]:g}, of two parts of them {first[0]:g} + "
             f"{second[0]:g} and {first[1]:g} + {second[1]:g}; return the loss of every token or row and its weight, "
-            "or their sum and count, no mean. If it compares neighbouring rows, set its attribute rows_together to their "
-            "number; if all rows, to None, and gather those of all ranks, as nemo_dist.losses.Contrastive does"
+            "or their sum and count, no mean. If it compares neighbouring rows, set its attribute rows_together to "
+            "their number; if all rows, to None, and gather those of all ranks, as nemo_dist.losses.Contrastive does"
         )
 
 
-def _answers(run: Run, calls: list[tuple[Any, Batch]]) -> Iterator[tuple[float, float]]:
+def _answers(run: Run, calls: list[_Call]) -> Iterator[tuple[float, float]]:
     for outputs, view in calls:
         with suppress(Exception), torch.no_grad():
             total, count = run(outputs, view)
