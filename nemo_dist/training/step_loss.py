@@ -146,7 +146,13 @@ class OwnLoss:
         return self.sums(self._run, outputs, view, self.rows_together, _name(self.function))
 
     def _run(self, outputs: Any, view: Batch) -> tuple[Tensor, Tensor]:
-        return summed(self.function(outputs, view), self.function)
+        total, count = summed(self.function(outputs, view), self.function)
+        if total.requires_grad or not torch.is_grad_enabled():
+            return total, count
+        if count == 0:  # as where a function returns early
+            return nothing(outputs)
+        name = _name(self.function)
+        raise ValueError(f"the loss {name} does not depend on the model's outputs, or was detached from them")
 
 
 def chosen_loss(
@@ -229,8 +235,6 @@ def summed(result: Any, function: Any) -> tuple[Tensor, Tensor]:
     weights = torch.as_tensor(result[1], dtype=torch.float32, device=losses.device).detach()
     if losses.shape != weights.shape:
         raise ValueError(f"{wanted} (got shapes {tuple(losses.shape)} and {tuple(weights.shape)})")
-    if torch.is_grad_enabled() and not losses.requires_grad:
-        raise ValueError(f"the loss {name} does not depend on the model's outputs, or was detached from them")
     if losses.ndim:
         losses, weights = (torch.where(weights != 0, losses, 0) * weights).sum(), weights.sum()
     return losses, weights
