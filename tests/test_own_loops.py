@@ -307,6 +307,13 @@ def edit_data_of_what_is_gathered(training):
         training.loss(1)
 
 
+def step_what_was_gathered(training):
+    training.loss(0)
+    optimizer = torch.optim.SGD(training.model.parameters(), lr=0.1)
+    training.loss(1).backward()
+    optimizer.step()
+
+
 def assign_data(training):
     training.loss(0).backward()
     for parameter in training.model.parameters():
@@ -359,6 +366,10 @@ REFUSED = {
     ("fsdp2", edit_what_is_gathered): r"lm_head\.weight was changed while gathered, after a forward without a backward",
     ("fsdp2", edit_data_of_what_is_gathered): r"lm_head\.weight was changed while gathered.*runtime\.named_parameters",
     ("ddp, views", recompute_inside): r"a backward runs inside of another, .* or set use_reentrant=False",
+    (
+        "fsdp2",
+        step_what_was_gathered,
+    ): r"made of parameters that a forward had left gathered.*optimizer\(\)",
     ("fsdp2", assign_data): r"the data of model\.embed_tokens\.weight, .* was assigned.*p\.data\.copy_\(value\)",
 }
 
