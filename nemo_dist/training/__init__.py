@@ -1,8 +1,8 @@
 """What a training step does around the model: weigh losses, check batches, clip gradient norms, train adapters.
 
 Here: ``runtime`` (the object for training loops), ``batch_loop`` (forward and backward of a step), ``step_loss`` (the
-model's own loss or the user's), ``loss_parameters`` (that a loss trains itself), ``whole_rows`` (outputs of whole
-rows), ``evaluation``, ``model_inputs`` (no cache, packed sequences), ``rehearsal`` (how a model's outputs depend on
+model's own loss or the user's), ``loss_sums`` (whether that adds up over rows), ``loss_parameters`` (that a loss
+trains itself), ``whole_rows`` (outputs of whole rows), ``evaluation``, ``model_inputs`` (no cache, packed sequences), ``rehearsal`` (how a model's outputs depend on
 other tokens), ``neighbouring_rows`` (on other rows), ``counted_calls`` (on how often it ran), ``fixed_draws`` and
 ``kept_state`` (what makes such runs comparable), ``batch_entries`` (what own code reads of a batch), ``made_up_rows``
 (values of its kind), ``loss_weighting``, ``router_aux_loss``, ``batch_checks``, ``uneven_batches``, ``replica_check``
