@@ -7,7 +7,7 @@ import torch
 from cases import cases
 from loss_runs import setups
 from torch.nn.functional import cross_entropy, normalize
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from nemo_dist import DistributedSetup
 from nemo_dist.losses import DPO, CrossEntropy
@@ -75,6 +75,11 @@ def of_packed_rows(outputs, batch):
     return torch.stack([one.mean() for one in losses[0].tensor_split(ends[1:-1])]), torch.ones(len(ends) - 1)
 
 
+def of_routers(outputs, batch):
+    losses, weights = of_tokens(outputs, batch)
+    return losses + sum(outputs.router_logits).logsumexp(-1).view(losses.shape), weights
+
+
 class Warming:
     calls = 0
 
@@ -84,7 +89,7 @@ class Warming:
         return losses * self.calls, weights
 
 
-ADD_UP = (of_tokens, advantages, CrossEntropy(z_loss=0.1), DPO(), read_by_number, noisy, written, Warming())
+ADD_UP = (of_tokens, of_routers, advantages, CrossEntropy(z_loss=0.1), DPO(), read_by_number, noisy, written, Warming())
 
 
 def batch_of(rows, length=6):
@@ -94,7 +99,10 @@ def batch_of(rows, length=6):
     logits = torch.randn((rows, length, 9), generator=generator, requires_grad=True)
     draws = torch.randn(rows, generator=generator)
     view = {"input_ids": labels.abs(), "shift_labels": labels, "reward": draws, "reference_scores": draws}
-    return CausalLMOutputWithPast(logits=logits * 2), {f"loss.{name}": value for name, value in view.items()}
+    routed = tuple(torch.randn((2, rows * length, 3), generator=generator))
+    return MoeCausalLMOutputWithPast(logits=logits * 2, router_logits=routed), {
+        f"loss.{name}": value for name, value in view.items()
+    }
 
 
 def called(loss, outputs, batch, dims=(0,)):
@@ -104,8 +112,6 @@ def called(loss, outputs, batch, dims=(0,)):
 @pytest.mark.parametrize("rows", [4, 3, 1])
 @pytest.mark.parametrize("loss", DO_NOT_ADD_UP)
 def test_what_is_no_sum_over_rows_is_refused(loss, rows):
-    if loss is whitened and rows == 1:
-        pytest.skip("the reward of one row is its mean")
     with pytest.raises(ValueError, match=rf"{loss.__qualname__} does not add up over rows.*set its attribute rows_tog"):
         called(loss, *batch_of(rows))
 
@@ -124,7 +130,8 @@ def test_what_adds_up_is_the_sum_that_it_was(loss, rows):
 def test_what_is_no_sum_over_tokens_is_refused():
     with pytest.raises(ValueError, match="a_mean does not add up over tokens"):
         called(a_mean, *batch_of(2), dims=(1,))
-    called(CrossEntropy(), *batch_of(2), dims=(1,))
+    for loss in (CrossEntropy(), of_routers):
+        called(loss, *batch_of(2), dims=(1,))
 
 
 def test_packed_rows_are_not_taken_apart():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import attrs
@@ -13,22 +14,23 @@ from torch import Tensor
 
 from nemo_dist.plugin.hookspecs import Batch
 from nemo_dist.torch_private import changes_in_place, tensors_in
-from nemo_dist.training.whole_rows import chosen, repeated, rows_of
+from nemo_dist.training.whole_rows import chosen, sizes_of
 
 Sums = tuple[Tensor, Tensor]  # the sum of losses, and what counts
 _Call = tuple[Any, Batch]
 Run = Callable[[Any, Batch], Sums]
 
-_TOLERANCE, _OF_HALVES = 1e-3, 5e-2  # relative: the second where outputs have half precision, in which users may sum
+_TOLERANCE, _OF_HALVES = 1e-2, 5e-2  # relative: the second where outputs have half precision, in which users may sum
 
 
 @attrs.define(kw_only=True)
 class LossSums:
     """Judges a loss in its first call by two parts of the batch, whose sums and counts must add up to those of both.
 
-    ``dims``: 0 where rows are apart, 1 where tokens are. A batch of one part is taken twice. What draws random numbers,
-    writes into its arguments, or gives another value when it is called again, is not judged, nor what does not run on a
-    part. Ranks make the same number of calls, as some losses run models that other ranks wait for.
+    ``dims``: 0 where rows are apart, 1 where tokens are. A batch of one part gets another, with half of its numbers.
+    What draws random numbers, writes into its arguments, or gives another value when it is called again, is not judged,
+    nor what does not run on a part. Ranks make the same number of calls, as some losses run models that other ranks
+    wait for.
     """
 
     dims: tuple[int, ...] = ()
@@ -53,16 +55,19 @@ class LossSums:
 
 
 def _judge(run: Run, found: Sums, outputs: Any, view: Batch, dim: int, together: int, name: str) -> None:
-    size = rows_of(view, dim)
-    if size is None:
+    sizes = sizes_of(view)
+    if sizes is None:
         return
+    size, tensors = sizes[dim], tensors_in(dict(view))
     middle = size // together // 2 * together
     whole: _Call = outputs, view
     parts: list[_Call] = [whole, whole]
     if middle:
-        parts = [chosen(outputs, view, dim, size, part) for part in (slice(0, middle), slice(middle, size))]
-    elif dim == 0 and all(one.shape[:1] in ((), (size,)) for one in tensors_in(dict(view))):  # not of packed rows
-        whole = repeated(outputs, view, size)
+        halves = (slice(0, middle), slice(middle, size))
+        parts = [chosen(outputs, view, dim, sizes, partial(_part, dim, half)) for half in halves]
+    elif dim == 0 and all(one.shape[:1] in ((), (size,)) for one in tensors):  # unlike the ends of packed sequences
+        whole = chosen(outputs, view, dim, sizes, lambda value: torch.cat([value, _other(value)]))
+        parts[1] = chosen(outputs, view, dim, sizes, _other)
     else:
         return
     answers = list(_answers(run, [*parts, whole]))
@@ -82,6 +87,15 @@ def _judge(run: Run, found: Sums, outputs: Any, view: Batch, dim: int, together:
             "or their sum and count, no mean. If it compares neighbouring rows, set its attribute rows_together to "
             "their number; if all rows, to None, and gather those of all ranks, as nemo_dist.losses.Contrastive does"
         )
+
+
+def _other(value: Tensor) -> Tensor:
+    """Return rows that are unlike those of *value*, for a loss that compares rows."""
+    return value / 2 if value.is_floating_point() else value
+
+
+def _part(dim: int, part: slice, value: Tensor) -> Tensor:
+    return value[(slice(None),) * dim + (part,)]
 
 
 def _answers(run: Run, calls: list[_Call]) -> Iterator[tuple[float, float]]:

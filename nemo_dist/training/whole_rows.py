@@ -123,31 +123,38 @@ def is_per_token(value: Any, shape: tuple[int, int]) -> bool:
 
 def first_rows(outputs: Any, view: Batch, rows: int, real: int) -> tuple[Any, dict[str, Any]]:
     """Return the first *real* of all *rows* of outputs and batch; of a value of a plugin's, what it says they are."""
-    return chosen(outputs, view, 0, rows, slice(0, real))
+    return _changed(outputs, view, lambda value: value[:real] if value.shape[:1] == (rows,) else value)
 
 
-def rows_of(view: Batch, dim: int) -> int | None:
-    """Return the rows of *view*, or with *dim* 1 the tokens of each; None where no tensor that is known says so."""
+def sizes_of(view: Batch) -> tuple[int, int] | None:
+    """Return the rows of *view* and the tokens of each, 0 for none; None where no tensor that is known tells."""
     named = (view.get(name) for name in _WITH_ROWS)
-    return next((one.shape[dim] for one in named if isinstance(one, Tensor) and one.ndim > dim), None)
+    found = next((one for one in named if isinstance(one, Tensor) and one.ndim), None)
+    return None if found is None else (len(found), found.shape[1] if found.ndim > 1 else 0)
 
 
-def chosen(outputs: Any, view: Batch, dim: int, size: int, part: slice) -> tuple[Any, dict[str, Any]]:
-    """Return a *part* of outputs and batch along *dim*, of what has *size* elements there: 0 is rows, 1 is tokens."""
-    return _changed(outputs, view, dim, size, lambda value: value[(slice(None),) * dim + (part,)])
-
-
-def repeated(outputs: Any, view: Batch, rows: int) -> tuple[Any, dict[str, Any]]:
-    """Return outputs and batch with all their *rows* twice."""
-    return _changed(outputs, view, 0, rows, lambda value: torch.cat([value, value]))
-
-
-def _changed(
-    outputs: Any, view: Batch, dim: int, size: int, change: Callable[[Tensor], Tensor]
+def chosen(
+    outputs: Any, view: Batch, dim: int, sizes: tuple[int, int], choose: Callable[[Tensor], Tensor]
 ) -> tuple[Any, dict[str, Any]]:
+    """Return outputs and batch with what *choose* makes of tensors of these *sizes*: (rows, ...).
+
+    Or, with *dim* 1, (rows, tokens, ...), as which tensors (rows * tokens, ...), as routers give them, are taken, too.
+    """
+
+    def change(value: Tensor) -> Tensor:
+        if value.shape[: dim + 1] == sizes[: dim + 1]:
+            return choose(value)
+        if all(sizes) and value.shape[:1] == (sizes[0] * sizes[1],):
+            return choose(value.unflatten(0, sizes)).flatten(0, 1)
+        return value
+
+    return _changed(outputs, view, change)
+
+
+def _changed(outputs: Any, view: Batch, change: Callable[[Tensor], Tensor]) -> tuple[Any, dict[str, Any]]:
     def new(value: Any) -> Any:
         if isinstance(value, Tensor):
-            return change(value) if value.shape[dim : dim + 1] == (size,) else value
+            return change(value)
         if type(value) is tuple:
             return tuple(map(new, value))
         return value.changed(new) if hasattr(type(value), "changed") else value
