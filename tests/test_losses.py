@@ -301,21 +301,28 @@ def weighted_badly(outputs, batch):
     """Has a name for messages."""
 
 
-def on_rank_call_inside(folder, options):
+def on_rank_call_inside(folder, options, of_reference):
     setup = DistributedSetup.build(**options)
     model = SPECIMENS["llama"].load.from_pretrained(folder, distributed_setup=setup, dtype=torch.float32)
+    other = DistributedSetup.build(**setups()["fsdp2"][2]) if of_reference else setup
+    called = SPECIMENS["llama"].load.from_pretrained(folder, distributed_setup=other, dtype=torch.float32)
 
     def close(outputs, batch):
         with torch.no_grad():
-            before = model(input_ids=batch["input_ids"]).logits
+            before = called(input_ids=batch["input_ids"]).logits
         return (outputs.logits - before).square().mean(-1), torch.ones(before.shape[:2])
 
     setup.runtime(model, loss=close).forward_backward(rows_of_one_rank(0))
 
 
-def test_a_loss_that_calls_the_pipeline_is_refused(ranks):
-    with pytest.raises(Exception, match=r"a loss, or a hook, calls a pipeline while one runs"):
-        ranks(2).run(on_rank_call_inside, checkpoint("llama"), setups()["pp"][2])
+@pytest.mark.parametrize(
+    ("of_reference", "message"),
+    [(False, "a loss, or a hook, calls a pipeline while one runs"), (True, "a loss calls a sharded LlamaForCausalLM")],
+    ids=["a pipeline", "a sharded model"],
+)
+def test_a_loss_of_the_last_stage_may_not_wait_for_other_ranks(ranks, of_reference, message):
+    with pytest.raises(Exception, match=message):
+        ranks(2).run(on_rank_call_inside, checkpoint("llama"), setups()["pp"][2], of_reference)
 
 
 def on_rank_refusals(folder, options):

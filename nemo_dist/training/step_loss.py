@@ -7,7 +7,8 @@ weighted by their counts: the loss of a step is the sum of all sums over the sum
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,28 @@ READS = "loss."  # in the batches of a step, names of what only the loss reads s
 ROWS = f"{READS}rows"
 
 LossFunction = Callable[[Any, Batch], tuple[Any, Any]]
+
+
+_on_some_ranks: list[bool] = []
+
+
+@contextmanager
+def _apart() -> Iterator[None]:
+    """Within the context runs a loss that other ranks of the mesh do not call."""
+    _on_some_ranks.append(True)
+    try:
+        yield
+    finally:
+        _on_some_ranks.clear()
+
+
+def refuse_in_loss(model: nn.Module, *_: Any) -> None:
+    """Raise ValueError where a loss that only some ranks call runs *model*, which is sharded over more."""
+    if _on_some_ranks:
+        raise ValueError(
+            f"a loss calls a sharded {class_name(model)} on the ranks of the last stage alone, and the others would "
+            "not; call it before the step, as runtime.forward(batch), and put the outputs into the batch"
+        )
 
 
 @attrs.frozen(eq=False)
@@ -146,7 +169,9 @@ class OwnLoss:
         return self.sums(self._run, outputs, view, self.rows_together, _name(self.function))
 
     def _run(self, outputs: Any, view: Batch) -> tuple[Tensor, Tensor]:
-        total, count = summed(self.function(outputs, view), self.function)
+        with _apart() if any(part.engine is not None for part in self.parts) else nullcontext():
+            result = self.function(outputs, view)
+        total, count = summed(result, self.function)
         if total.requires_grad or not torch.is_grad_enabled():
             return total, count
         if count == 0:  # as where a function returns early
