@@ -30,6 +30,7 @@ __all__ = [
     "BatchNorm",
     "StridedShard",
     "TorchDispatchMode",
+    "accumulated_hooks",
     "all_gather_single",
     "assert_on_device",
     "changes_in_place",
@@ -141,7 +142,12 @@ def assert_on_device(condition: Tensor, message: str) -> None:
 
 def gradient_hooks(parameter: Tensor) -> tuple[bool, bool]:
     """Whether *parameter* has hooks of ``register_hook``, and of ``register_post_accumulate_grad_hook``."""
-    return bool(parameter._backward_hooks), bool(getattr(parameter, "_post_accumulate_grad_hooks", None))
+    return bool(parameter._backward_hooks), bool(accumulated_hooks(parameter))
+
+
+def accumulated_hooks(parameter: Tensor) -> list[Callable[[Tensor], None]]:
+    """Return the hooks of ``register_post_accumulate_grad_hook`` of *parameter*."""
+    return list((getattr(parameter, "_post_accumulate_grad_hooks", None) or {}).values())
 
 
 @contextmanager
@@ -161,7 +167,7 @@ def without_gradient_hooks(parameters: Iterable[Tensor]) -> Iterator[None]:
 def run_gradient_hooks(parameter: Tensor) -> None:
     """Call the hooks of ``register_post_accumulate_grad_hook`` of *parameter*, without gradients, as autograd does."""
     with torch.no_grad():
-        for hook in list((getattr(parameter, "_post_accumulate_grad_hooks", None) or {}).values()):
+        for hook in accumulated_hooks(parameter):
             hook(parameter)
 
 

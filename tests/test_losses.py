@@ -14,7 +14,7 @@ from nemo_dist.losses import DPO, Contrastive, CrossEntropy, Distillation, row_s
 from nemo_dist.testing.equivalence import checkpoint
 from nemo_dist.testing.precision import FP32
 from nemo_dist.testing.tiny_models import SPECIMENS
-from nemo_dist.training.step_loss import summed
+from nemo_dist.training.step_loss import OwnLoss, summed
 from nemo_dist.training.whole_rows import Outputs
 
 # Setups that run one row at a time, and losses that take several together.
@@ -277,17 +277,52 @@ def test_a_contrastive_loss_picks_the_passage_of_each_query():
     [
         (torch.ones(2), "must return two values: .* \\(got one tensor of shape \\(2,\\)\\)"),
         ((torch.ones(2), torch.ones(3)), "got shapes \\(2,\\) and \\(3,\\)"),
-        ((torch.ones(2), torch.ones(2)), "does not depend on the model's outputs"),
     ],
-    ids=["one value", "unlike shapes", "detached"],
+    ids=["one value", "unlike shapes"],
 )
 def test_what_is_no_loss_is_refused(result, message):
     with pytest.raises((TypeError, ValueError), match=message):
         summed(result, weighted_badly)
 
 
+@pytest.mark.parametrize("weight", [1.0, 0.0])
+def test_a_loss_may_leave_the_outputs_out_where_nothing_counts(weight):
+    outputs = Outputs({"logits": torch.ones(2, requires_grad=True)})
+    loss = OwnLoss(function=lambda outputs, batch: (torch.ones(()), weight), model=None)
+    if weight:
+        with pytest.raises(ValueError, match=r"does not depend on the model's outputs"):
+            loss(outputs, {})
+    else:
+        loss(outputs, {})[0].backward()
+        assert outputs.logits.grad.tolist() == [0.0, 0.0]
+
+
 def weighted_badly(outputs, batch):
     """Has a name for messages."""
+
+
+def on_rank_call_inside(folder, options, of_reference):
+    setup = DistributedSetup.build(**options)
+    model = SPECIMENS["llama"].load.from_pretrained(folder, distributed_setup=setup, dtype=torch.float32)
+    other = DistributedSetup.build(**setups()["fsdp2"][2]) if of_reference else setup
+    called = SPECIMENS["llama"].load.from_pretrained(folder, distributed_setup=other, dtype=torch.float32)
+
+    def close(outputs, batch):
+        with torch.no_grad():
+            before = called(input_ids=batch["input_ids"]).logits
+        return (outputs.logits - before).square().mean(-1), torch.ones(before.shape[:2])
+
+    setup.runtime(model, loss=close).forward_backward(rows_of_one_rank(0))
+
+
+@pytest.mark.parametrize(
+    ("of_reference", "message"),
+    [(False, "a loss, or a hook, calls a pipeline while one runs"), (True, "a loss calls a sharded LlamaForCausalLM")],
+    ids=["a pipeline", "a sharded model"],
+)
+def test_a_loss_of_the_last_stage_may_not_wait_for_other_ranks(ranks, of_reference, message):
+    with pytest.raises(Exception, match=message):
+        ranks(2).run(on_rank_call_inside, checkpoint("llama"), setups()["pp"][2], of_reference)
 
 
 def on_rank_refusals(folder, options):

@@ -53,6 +53,12 @@ class Training:
     def no_sync(self):
         return nullcontext() if self.runtime is None else self.runtime.no_sync()
 
+    def step(self, seed):
+        if self.runtime is None:
+            self.loss(seed).backward()
+        else:
+            self.runtime.forward_backward(self.rows(seed))
+
     def optimizer(self, parameters=None):
         if self.runtime is None:
             return torch.optim.SGD(parameters or self.model.parameters(), lr=0.1)
@@ -79,6 +85,14 @@ def fail(loss):
 
 def stop(*_):
     raise ValueError("a forward that fails")
+
+
+def accumulate_steps(training):
+    """Steps of the runtime, of which the last alone averages gradients, and a backward of one's own."""
+    with training.no_sync():
+        training.step(0)
+    training.loss(1).backward()
+    training.step(2)
 
 
 def drop_by_optimizer(training):
@@ -202,6 +216,7 @@ def recompute_inside(training):
 
 LOOPS = (
     *(
+        accumulate_steps,
         drop_by_optimizer,
         drop_by_model,
         drop_those_of_a_module,
@@ -292,6 +307,13 @@ def edit_data_of_what_is_gathered(training):
         training.loss(1)
 
 
+def step_what_was_gathered(training):
+    training.loss(0)
+    optimizer = torch.optim.SGD(training.model.parameters(), lr=0.1)
+    training.loss(1).backward()
+    optimizer.step()
+
+
 def assign_data(training):
     training.loss(0).backward()
     for parameter in training.model.parameters():
@@ -300,8 +322,41 @@ def assign_data(training):
         training.loss(1)
 
 
+def hook_a_gradient(training):
+    training.model.lm_head.weight.register_hook(lambda gradient: gradient.clamp(-0.01, 0.01))
+    training.loss(0).backward()
+
+
+def hook_an_accumulated_gradient(training):
+    training.loss(0).backward()
+    training.model.lm_head.weight.register_post_accumulate_grad_hook(lambda one: one.grad.clamp_(-0.01, 0.01))
+    training.loss(1).backward()
+
+
+def differentiate(training):
+    trained = list(training.model.parameters())
+    for parameter, gradient in zip(trained, torch.autograd.grad(training.loss(0), trained), strict=True):
+        parameter.grad = gradient
+
+
+def clip_what_no_backward_made(training):
+    differentiate(training)
+    training.runtime.clip_grad_norm_(1.0)
+
+
+def step_what_no_backward_made(training):
+    optimizer = training.optimizer()
+    differentiate(training)
+    optimizer.step()
+
+
 WAITS = r"of model\.embed_tokens\.weight, .* and 27 others: they are of a backward under runtime\.no_sync\(\)"
+DIFFER = r"replicas that must be equal on all ranks differ:\n- the gradient of model\.embed_tokens\.weight"
 REFUSED = {
+    ("ddp", hook_a_gradient): r"lm_head\.weight has a hook of its gradient, which ddp would call with that of one rank",
+    ("ddp", hook_an_accumulated_gradient): r"lm_head\.weight has a hook of its gradient.*in \.grad after the backward",
+    ("ddp", clip_what_no_backward_made): DIFFER,
+    ("ddp", step_what_no_backward_made): DIFFER,
     ("fsdp2", clip_what_waits): rf"clip_grad_norm_\(\) found gradients of one rank's rows alone, {WAITS}",
     ("ddp", clip_what_waits): rf"clip_grad_norm_\(\) found gradients of one rank's rows alone, {WAITS}",
     ("fsdp2", step_what_waits): rf"optimizer\.step\(\) found gradients of one rank's rows alone, {WAITS}",
@@ -311,6 +366,10 @@ REFUSED = {
     ("fsdp2", edit_what_is_gathered): r"lm_head\.weight was changed while gathered, after a forward without a backward",
     ("fsdp2", edit_data_of_what_is_gathered): r"lm_head\.weight was changed while gathered.*runtime\.named_parameters",
     ("ddp, views", recompute_inside): r"a backward runs inside of another, .* or set use_reentrant=False",
+    (
+        "fsdp2",
+        step_what_was_gathered,
+    ): r"made of parameters that a forward had left gathered.*optimizer\(\)",
     ("fsdp2", assign_data): r"the data of model\.embed_tokens\.weight, .* was assigned.*p\.data\.copy_\(value\)",
 }
 

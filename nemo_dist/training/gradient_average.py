@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from nemo_dist.torch_private import number_of_backward, run_after_backward
+from nemo_dist.torch_private import accumulated_hooks, number_of_backward, run_after_backward
 
 _BUCKET = 1 << 24  # elements of a flat vector, so that no copy of all gradients is made
 _WATCHED = "_nemo_dist_averaged"  # attribute of a parameter whose gradients an average hears of
@@ -27,6 +27,13 @@ def take_whole(model: nn.Module) -> None:
 def is_whole(model: nn.Module) -> bool:
     """Whether a strategy averages the gradients of all that *model* trains."""
     return _WHOLE in model.__dict__
+
+
+def has_hook_beside(parameter: nn.Parameter) -> bool:
+    """Whether *parameter* has hooks of ``register_post_accumulate_grad_hook`` beside those of averages."""
+    return any(
+        not isinstance(getattr(hook, "__self__", None), GradientAverage) for hook in accumulated_hooks(parameter)
+    )
 
 
 @attrs.define(eq=False)

@@ -34,18 +34,33 @@ def _from_zero(_: object, __: object, value: Any) -> None:
 
 @attrs.define(eq=False)
 class ReplicaCheck:
-    """Compares replicas in the first steps and, with ``every`` above 0, in every that many steps; 0 is never at all."""
+    """Compares replicas in the first steps and, with ``every`` above 0, in every that many steps; 0 is never at all.
+
+    Of a loop that runs its own backwards a step is what is clipped or stepped without a ``forward_backward`` before;
+    ``counted`` says whether the one that is now has been counted.
+    """
 
     every: int | None = attrs.field(default=None, validator=attrs.validators.optional(_from_zero))
     step: int = 0
+    counted: bool = False
 
     @property
     def due(self) -> bool:
         """Whether the step that begins now is one of those; counts it."""
         self.step += 1
+        self.counted = True
         if self.every == 0:
             return False
         return self.step <= FIRST_STEPS or (self.every is not None and self.step % self.every == 0)
+
+    @property
+    def due_in_own_loop(self) -> bool:
+        """Whether the step whose gradients are used now is one of those, and not counted yet."""
+        return not self.counted and self.due
+
+    def end_step(self) -> None:
+        """Count what is used from now on as another step."""
+        self.counted = False
 
 
 def check_replicas(parameters: Iterable[tuple[str, Tensor]], mesh: MeshContext) -> None:

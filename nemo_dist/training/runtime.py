@@ -100,7 +100,7 @@ class Runtime:
             )
         refuse_rows_that_meet(within[-1], sharded.mesh)
         refuse_in_training(within, sharded.mesh, any(part.lockstep for part in plugins.values()))
-        of_step = chosen_loss(loss, within[-1], plugins, routers_known=router_loss is not None)
+        of_step = chosen_loss(loss, within[-1], plugins, sharded.mesh, routers_known=router_loss is not None)
         states = {name: named_state(name, part.state) for name, part in plugins.items() if part.state is not None}
         sharded = attrs.evolve(sharded, states=states)
         return cls(
@@ -206,6 +206,9 @@ class Runtime:
     def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
         reshard(self.parts)
         unreduced.refuse(self._parts, self._named, "optimizer.step()", optimizer)
+        if self.replicas.due_in_own_loop:
+            self._check_replicas_when_due()
+        self.replicas.end_step()
 
     def _compare_groups(self, groups: Iterable[Mapping[str, Any]]) -> None:
         """Raise RankError where ranks that have a parameter put it into unlike groups, or only some of them into one.
@@ -278,8 +281,8 @@ class Runtime:
         """
         with step(self._progress):
             loss = self._loop.run(batches)
-            if self.replicas.due:
-                self._check_replicas_unasked() if self.replicas.every is None else self.check_replicas()
+            if self.replicas.due and not unreduced.waits(self._parts):
+                self._check_replicas_when_due()
         return loss
 
     def evaluate(self, batches: Iterable[Batch | Sequence[Batch]]) -> Tensor:
@@ -317,12 +320,12 @@ class Runtime:
         """
         return self._loop.scale_of(torch.as_tensor(count, dtype=torch.float32, device=self.mesh.device))
 
-    def _check_replicas_unasked(self) -> None:
-        """Check the first steps; on an accelerator only warn, as kernels that add in any order differ in last bits."""
+    def _check_replicas_when_due(self) -> None:
+        """Check a step; of the first ones, on an accelerator only warn, as kernels that add in any order differ."""
         try:
             self.check_replicas()
         except RankError as error:
-            if self.mesh.device.type == "cpu":
+            if self.mesh.device.type == "cpu" or self.replicas.every is not None:
                 raise
             warnings.warn(str(error), stacklevel=3)
 
@@ -360,6 +363,8 @@ class Runtime:
 
     def _clip(self, max_norm: float, norm_type: float) -> Tensor:
         unreduced.refuse(self._parts, self.named_parameters, "clip_grad_norm_()")
+        if self.replicas.due_in_own_loop:
+            self._check_replicas_when_due()
         for part in self._parts:
             if part.before_clip is not None:
                 part.before_clip()

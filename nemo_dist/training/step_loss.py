@@ -7,7 +7,8 @@ weighted by their counts: the loss of a step is the sum of all sums over the sum
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from torch.nn.functional import pad
 from nemo_dist.hf_model import IGNORED, class_name, has_own_code, predicts_next_token
 from nemo_dist.planning.mesh_plan import Role
 from nemo_dist.plugin.hookspecs import Batch, RuntimePart
+from nemo_dist.training.loss_sums import LossSums
 from nemo_dist.training.loss_weighting import count_labels, judge_loss, refuse_replaced
 from nemo_dist.training.neighbouring_rows import depends_on_padding, depends_on_rows
 from nemo_dist.training.whole_rows import LABELS, WholeRows, first_rows, is_per_token, nothing, rows_and_length
@@ -31,6 +33,28 @@ READS = "loss."  # in the batches of a step, names of what only the loss reads s
 ROWS = f"{READS}rows"
 
 LossFunction = Callable[[Any, Batch], tuple[Any, Any]]
+
+
+_on_some_ranks: list[bool] = []
+
+
+@contextmanager
+def _apart() -> Iterator[None]:
+    """Within the context runs a loss that other ranks of the mesh do not call."""
+    _on_some_ranks.append(True)
+    try:
+        yield
+    finally:
+        _on_some_ranks.clear()
+
+
+def refuse_in_loss(model: nn.Module, *_: Any) -> None:
+    """Raise ValueError where a loss that only some ranks call runs *model*, which is sharded over more."""
+    if _on_some_ranks:
+        raise ValueError(
+            f"a loss calls a sharded {class_name(model)} on the ranks of the last stage alone, and the others would "
+            "not; call it before the step, as runtime.forward(batch), and put the outputs into the batch"
+        )
 
 
 @attrs.frozen(eq=False)
@@ -75,6 +99,7 @@ class OwnLoss:
     function: LossFunction
     model: Any
     parts: Sequence[RuntimePart] = ()
+    sums: LossSums = attrs.field(factory=LossSums)
 
     @cached_property
     def _calls(self) -> WholeRows:
@@ -139,11 +164,28 @@ class OwnLoss:
             outputs, view = first_rows(outputs, view, len(rows), real)
             if real == 0:
                 return nothing(outputs)
-        return summed(self.function(outputs, view), self.function)
+        if self.rows_together is None:
+            return self._run(outputs, view)
+        return self.sums(self._run, outputs, view, self.rows_together, _name(self.function))
+
+    def _run(self, outputs: Any, view: Batch) -> tuple[Tensor, Tensor]:
+        with _apart() if any(part.engine is not None for part in self.parts) else nullcontext():
+            result = self.function(outputs, view)
+        total, count = summed(result, self.function)
+        if total.requires_grad or not torch.is_grad_enabled():
+            return total, count
+        if count == 0:  # as where a function returns early
+            return nothing(outputs)
+        name = _name(self.function)
+        raise ValueError(f"the loss {name} does not depend on the model's outputs, or was detached from them")
 
 
 def chosen_loss(
-    given: LossFunction | None, model: nn.Module, plugins: Mapping[str, RuntimePart], routers_known: bool
+    given: LossFunction | None,
+    model: nn.Module,
+    plugins: Mapping[str, RuntimePart],
+    mesh: MeshContext,
+    routers_known: bool,
 ) -> ModelLoss | OwnLoss:
     """Return the loss of a step: the user's where one is *given*, one that a plugin asks for, or that of *model*.
 
@@ -161,6 +203,9 @@ def chosen_loss(
     if not callable(functions[0]):
         raise TypeError(f"loss must be a function of the model's outputs and the batch (got {functions[0]!r})")
     loss = OwnLoss(function=functions[0], model=model, parts=tuple(plugins.values()))
+    rows = mesh.size(Role.BATCH) > 1 or mesh.size(Role.LAYERS) > 1
+    tokens = loss.per_token and mesh.size(Role.TOKENS) > mesh.size(Role.BATCH)
+    loss.sums.dims = (*([0] if rows else ()), *([1] if tokens else ()))
     for name, part in plugins.items():
         if part.engine is not None:
             _judge_engine(name, part, loss)
@@ -205,7 +250,7 @@ def summed(result: Any, function: Any) -> tuple[Tensor, Tensor]:
 
     Raises TypeError or ValueError for anything else.
     """
-    name = getattr(function, "__qualname__", type(function).__qualname__)
+    name = _name(function)
     wanted = (
         f"the loss {name} must return two values: losses and their weights, tensors of one shape, or a sum and a count"
     )
@@ -215,11 +260,14 @@ def summed(result: Any, function: Any) -> tuple[Tensor, Tensor]:
     weights = torch.as_tensor(result[1], dtype=torch.float32, device=losses.device).detach()
     if losses.shape != weights.shape:
         raise ValueError(f"{wanted} (got shapes {tuple(losses.shape)} and {tuple(weights.shape)})")
-    if torch.is_grad_enabled() and not losses.requires_grad:
-        raise ValueError(f"the loss {name} does not depend on the model's outputs, or was detached from them")
     if losses.ndim:
         losses, weights = (torch.where(weights != 0, losses, 0) * weights).sum(), weights.sum()
     return losses, weights
+
+
+def _name(function: Any) -> str:
+    found: str = getattr(function, "__qualname__", type(function).__qualname__)
+    return found
 
 
 def at_least_something(total: Tensor) -> Tensor:

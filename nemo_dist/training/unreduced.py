@@ -13,6 +13,11 @@ _SHOWN = 3
 Named = Iterable[tuple[str, nn.Parameter]]
 
 
+def waits(parts: Iterable[RuntimePart]) -> bool:
+    """Whether gradients wait to be reduced, which then differ between the ranks."""
+    return any(True for _ in _waiting(parts))
+
+
 def refuse(parts: Iterable[RuntimePart], named: Callable[[], Named], what: str, optimizer: Any = None) -> None:
     """Raise RuntimeError, before *what*, where gradients of the parameters *named* gives wait to be reduced.
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
 from types import SimpleNamespace
@@ -12,12 +13,13 @@ from typing import Any
 import attrs
 import torch
 from torch import Tensor
-from transformers.utils.generic import TransformersKwargs
+from transformers.utils.generic import ModelOutput, TransformersKwargs
 
 from nemo_dist.hf_model import is_own_class, plain_class
 from nemo_dist.plugin.hookspecs import Batch, RuntimePart
 
 LABELS = ("labels", "shift_labels")
+_WITH_ROWS = ("input_ids", "inputs_embeds", *LABELS, "pixel_values", "input_features", "input_values")
 
 
 @attrs.frozen(kw_only=True, eq=False, slots=False)
@@ -119,18 +121,51 @@ def is_per_token(value: Any, shape: tuple[int, int]) -> bool:
     return isinstance(value, Tensor) and value.ndim > 1 and tuple(value.shape[:2]) == shape
 
 
-def first_rows(outputs: Any, view: Batch, rows: int, real: int) -> tuple[Outputs, dict[str, Any]]:
+def first_rows(outputs: Any, view: Batch, rows: int, real: int) -> tuple[Any, dict[str, Any]]:
     """Return the first *real* of all *rows* of outputs and batch; of a value of a plugin's, what it says they are."""
+    return _changed(outputs, view, lambda value: value[:real] if value.shape[:1] == (rows,) else value)
 
-    def first(value: Any) -> Any:
+
+def sizes_of(view: Batch) -> tuple[int, int] | None:
+    """Return the rows of *view* and the tokens of each, 0 for none; None where no tensor that is known tells."""
+    named = (view.get(name) for name in _WITH_ROWS)
+    found = next((one for one in named if isinstance(one, Tensor) and one.ndim), None)
+    return None if found is None else (len(found), found.shape[1] if found.ndim > 1 else 0)
+
+
+def chosen(
+    outputs: Any, view: Batch, dim: int, sizes: tuple[int, int], choose: Callable[[Tensor], Tensor]
+) -> tuple[Any, dict[str, Any]]:
+    """Return outputs and batch with what *choose* makes of tensors of these *sizes*: (rows, ...).
+
+    Or, with *dim* 1, (rows, tokens, ...), as which tensors (rows * tokens, ...), as routers give them, are taken, too.
+    """
+
+    def change(value: Tensor) -> Tensor:
+        if value.shape[: dim + 1] == sizes[: dim + 1]:
+            return choose(value)
+        if all(sizes) and value.shape[:1] == (sizes[0] * sizes[1],):
+            return choose(value.unflatten(0, sizes)).flatten(0, 1)
+        return value
+
+    return _changed(outputs, view, change)
+
+
+def _changed(outputs: Any, view: Batch, change: Callable[[Tensor], Tensor]) -> tuple[Any, dict[str, Any]]:
+    def new(value: Any) -> Any:
         if isinstance(value, Tensor):
-            return value[:real] if value.shape[:1] == (rows,) else value
-        return value.first_rows(rows, real) if hasattr(type(value), "first_rows") else value
+            return change(value)
+        if type(value) is tuple:
+            return tuple(map(new, value))
+        return value.changed(new) if hasattr(type(value), "changed") else value
 
-    def cut(values: Any) -> dict[str, Any]:
-        return {name: first(value) for name, value in values}
-
-    return Outputs(cut(outputs.items())), cut(view.items())
+    found, read = ({name: new(value) for name, value in values.items()} for values in (outputs, view))
+    if not isinstance(outputs, ModelOutput):
+        return Outputs(found), read
+    like = copy.copy(outputs)  # a loss may read it by numbers
+    for name, value in found.items():
+        like[name] = value
+    return like, read
 
 
 def nothing(outputs: Outputs) -> tuple[Tensor, Tensor]:

@@ -17,8 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nemo_dist import Role
 from nemo_dist.mesh.dtensor import parameter_slots
-from nemo_dist.torch_private import in_backward, run_after_backward
-from nemo_dist.training.gradient_average import GradientAverage, take_whole
+from nemo_dist.torch_private import gradient_hooks, in_backward, run_after_backward
+from nemo_dist.training.gradient_average import GradientAverage, has_hook_beside, take_whole
 
 if TYPE_CHECKING:
     from nemo_dist.mesh.mesh_context import MeshContext
@@ -108,6 +108,7 @@ class Replicas:
             return None
         if not in_backward():
             self._drop_failed()
+            self._refuse_hooks(model)
         now = [own.get(name) for own, name in self.slots]
         same = all(map(operator.is_, now, self.parameters))
         if self.ddp is None or not same or self.trained != [parameter.requires_grad for parameter in self.parameters]:
@@ -116,6 +117,15 @@ class Replicas:
             return None
         self.ddp.require_backward_grad_sync = self.average.synchronised
         return self.ddp._pre_forward(*args, **kwargs)
+
+    def _refuse_hooks(self, model: nn.Module) -> None:
+        """Raise RuntimeError where a hook of the user's would see, or change, the gradient of one rank's rows."""
+        hooked = [name for name, one in model.named_parameters() if gradient_hooks(one)[0] or has_hook_beside(one)]
+        if hooked:
+            raise RuntimeError(
+                f"{', '.join(hooked[:3])} has a hook of its gradient, which ddp would call with that of one rank's "
+                "rows, before it is averaged; change what runtime.named_parameters() gives in .grad after the backward"
+            )
 
     def _after_forward(self, model: nn.Module, args: Any, output: Any) -> Any:
         return output if self.awaits_loss else self.before_backward(output)

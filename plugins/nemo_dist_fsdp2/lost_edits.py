@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import cache
 from typing import Any
 
 import attrs
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from nemo_dist.torch_private import changes_in_place, held_by, storage_id
 from nemo_dist_fsdp2.groups import Place, strangers
@@ -26,6 +29,20 @@ class _Gathered(nn.Parameter):
         setter.__set__(self, value)
 
 
+def _refuse_gathered(optimizer: Optimizer, *_: Any) -> None:
+    """Raise RuntimeError for a step of gathered parameters, whose gradients go to the shards."""
+    if any(type(one) is _Gathered for group in optimizer.param_groups for one in group["params"]):
+        raise RuntimeError(
+            "the optimizer was made of parameters that a forward had left gathered, which get no gradient; make it by "
+            "runtime.optimizer(), or of what runtime.named_parameters() gives"
+        )
+
+
+@cache
+def _watch_optimizers() -> None:
+    register_optimizer_step_pre_hook(_refuse_gathered)
+
+
 @attrs.define(eq=False)
 class LostEdits:
     """The edits of parameters of *groups*; those of ``data`` of what is gathered only with ``of_data``.
@@ -38,6 +55,9 @@ class LostEdits:
     of_data: bool
     gathered: list[tuple[Place, nn.Parameter, tuple[int, int]]] = attrs.field(factory=list)
     assigned: dict[nn.Parameter, tuple[Tensor, int]] = attrs.field(factory=dict)
+
+    def __attrs_post_init__(self) -> None:
+        _watch_optimizers()
 
     def left_by_forward(self, *_: Any) -> None:
         """Remember what a forward, also one that failed, left gathered."""

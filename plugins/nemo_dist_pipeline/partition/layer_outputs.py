@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import attrs
-from torch import Tensor
 from transformers.utils import ModelOutput
 
 BY_LAYER = ("hidden_states", "attentions", "router_logits")  # ends of the names of such outputs
@@ -22,10 +22,10 @@ class LastOf:
     def __getitem__(self, index: Any) -> Any:
         return self.last if index == -1 and self.last is not None else self._refuse()
 
-    def first_rows(self, rows: int, real: int) -> LastOf:
-        """Return the first *real* of all *rows*; nothing of a value that is not one for each row."""
-        has_rows = isinstance(self.last, Tensor) and self.last.shape[:1] == (rows,)
-        return LastOf(self.name, self.last[:real] if has_rows else None)
+    def changed(self, change: Callable[[Any], Any]) -> LastOf:
+        """Return it with what *change* makes of the value; nothing of one that it leaves, as that has no rows."""
+        found = change(self.last)
+        return LastOf(self.name, None if found is self.last else found)
 
     def __iter__(self) -> NoReturn:
         self._refuse()

@@ -26,6 +26,7 @@ from nemo_dist_pipeline.runtime.adapted_stages import replace_parts
 from nemo_dist_pipeline.runtime.forward_only import broadcast_tensors, forward_only
 from nemo_dist_pipeline.runtime.loss import MeanOfLabels
 from nemo_dist_pipeline.runtime.microbatches import Microbatches, MicrobatchSplitter, by_rows
+from nemo_dist_pipeline.runtime.running import running
 from nemo_dist_pipeline.runtime.tied_embedding import TiedWeight, gradients_set_aside
 from nemo_dist_pipeline.runtime.torch_stage import (
     ModelStage,
@@ -267,7 +268,7 @@ class AutoPipeline:
         scaled = self.config.scale_grads_in_schedule
         target = run.weights * run.count if scaled else run.weights
         # The schedule divides all of a gradient at its end, so earlier batches must not be in it yet.
-        with gradients_set_aside(list(self.parameters())) if scaled else nullcontext():
+        with gradients_set_aside(list(self.parameters())) if scaled else nullcontext(), running(self):
             self.schedule(run, loss).step(target=target, losses=losses, return_outputs=False, **run.arguments)
         total = torch.stack([loss.detach().float() for loss in losses]).sum() if losses else run.weights.new_zeros(())
         return total / run.count if scaled else total
@@ -380,6 +381,10 @@ class AutoPipeline:
 
     @torch.no_grad()
     def _run_forward(self, run: Microbatches, loss: Any = None) -> list[Any]:
+        with running(self):
+            return self._forwards(run, loss)
+
+    def _forwards(self, run: Microbatches, loss: Any) -> list[Any]:
         hidden = torch.empty(self._splitter.hidden_shape(run), dtype=self._boundary_dtype(run), device=self.device)
         with keep_gathered(self.parts):
             return forward_only(self._models, self._stages, run, hidden, self.placement, self.group, loss)
