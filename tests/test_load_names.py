@@ -1,5 +1,7 @@
 """Names and shapes in a checkpoint mean for a part of a model, or for a slice, what they mean for the whole model."""
 
+import json
+
 import pytest
 import torch
 import transformers
@@ -78,3 +80,45 @@ def test_a_weight_with_fewer_dims_than_the_model_wants_is_named_on_all_ranks(ran
 def test_a_scale_for_a_whole_weight_is_read_by_a_stage(ranks, tmp_path):
     folder = tensor_fp8(write("llama", tmp_path))
     assert_loaded(ranks(2).run(on_rank_load, folder, SHARDED["pp 2"], {}), expected(folder))
+
+
+class Scaled(transformers.LlamaForCausalLM):
+    """Has a weight of its own, which only its __init__ fills, unless *filled*."""
+
+    filled = False
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.scale = torch.nn.Parameter(torch.full((64,), 3.0))
+
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if self.filled and module is self:
+            transformers.initialization.constant_(self.scale, 3.0)
+
+
+class ScaledConfig(transformers.LlamaConfig):
+    model_type = "scaled-llama"
+
+
+Scaled.config_class = ScaledConfig
+
+
+def on_rank_load_scaled(folder, options, filled):
+    transformers.AutoConfig.register("scaled-llama", ScaledConfig, exist_ok=True)
+    transformers.AutoModelForCausalLM.register(ScaledConfig, Scaled, exist_ok=True)
+    Scaled.filled = filled
+    found = on_rank_load(folder, options, {})
+    return found if isinstance(found, tuple) else found.get("scale")
+
+
+@pytest.mark.parametrize("setup", ["fsdp2", "pp 2"])
+def test_a_weight_that_neither_the_checkpoint_has_nor_the_class_fills_is_refused(ranks, tmp_path, setup):
+    folder = write("llama", tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "scaled-llama"}))
+    answers = ranks(2).run(on_rank_load_scaled, folder, SHARDED[setup], False)
+    assert [kind for kind, _ in answers] == ["CheckpointError"] * 2
+    assert all("lacks scale, and _init_weights of Scaled does not fill" in text for _, text in answers), answers
+    found = ranks(2).run(on_rank_load_scaled, folder, SHARDED[setup], True)
+    assert found and all(scale is None or torch.equal(scale, torch.full((64,), 3.0)) for scale in found)
