@@ -22,6 +22,7 @@ from nemo_dist.checkpoint.json_state import from_json, to_json
 from nemo_dist.checkpoint.layout import Chunk
 from nemo_dist.checkpoint.manifest import Manifest, sealed
 from nemo_dist.checkpoint.stored_tensor import StoredChunk, overlap
+from nemo_dist.testing.tensors import saved_weights
 
 TRAIN = (
     START
@@ -126,6 +127,29 @@ def test_a_save_into_a_folder_that_is_no_checkpoint_is_refused_and_changes_nothi
     before = content(tmp_path)
     with pytest.raises(CheckpointError, match="is not a checkpoint, and a save would replace what it has"):
         runtime.save(place, optimizer)
+    assert content(tmp_path) == before
+
+
+def test_an_export_replaces_only_the_weights_that_would_be_loaded_in_its_place(one, tmp_path):
+    runtime, _ = one
+    replaced = ["model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json"]
+    replaced += ["pytorch_model.bin", "pytorch_model-00002-of-00002.bin", "pytorch_model.bin.index.json"]
+    kept = ["model.fp16.safetensors", "model_before.safetensors", "pytorch_model_ema.bin", "models.safetensors"]
+    for name in replaced + kept:
+        (tmp_path / name).write_text("old")
+    runtime.export(tmp_path)
+    assert [name for name in kept if (tmp_path / name).read_text() != "old"] == []
+    assert [name for name in replaced if (tmp_path / name).exists()] == ["model.safetensors"]
+    assert saved_weights(tmp_path)
+
+
+def test_an_export_beside_adapters_is_refused_and_changes_nothing(one, tmp_path):
+    """Transformers would add them to the weights, into which they may have been merged."""
+    runtime, _ = one
+    (tmp_path / "adapter_config.json").write_text("{}")
+    before = content(tmp_path)
+    with pytest.raises(CheckpointError, match="which from_pretrained would add to the exported weights; export to an"):
+        runtime.export(tmp_path)
     assert content(tmp_path) == before
 
 
