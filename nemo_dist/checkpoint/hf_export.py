@@ -38,7 +38,7 @@ from nemo_dist.planning.validation import shown
 Assemble = Callable[[Sequence[Sequence[str]]], dict[str, Tensor]]  # names per rank -> this rank's whole tensors
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-# What from_pretrained would read in place of what is written. Other files, also the weights of a variant, are the user's.
+# What from_pretrained would read in place of what is written. Other files, also those of a variant, are the user's.
 _WEIGHTS = re.compile(
     r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
     r"|pytorch_model(-\d{5}-of-\d{5})?\.bin|pytorch_model\.bin\.index\.json"
