@@ -8,6 +8,7 @@ import transformers
 from quantized_checkpoints import tensor_fp8
 from safetensors.torch import load_file, save_file
 from test_load_conversions import SHARDED, assert_loaded, config_of, tensors, write
+from transformers import initialization
 
 from nemo_dist import DistributedSetup, NeMoAutoModelForCausalLM
 from nemo_dist.hf_model import inner_model
@@ -94,7 +95,7 @@ class Scaled(transformers.LlamaForCausalLM):
     def _init_weights(self, module):
         super()._init_weights(module)
         if self.filled and module is self:
-            transformers.initialization.constant_(self.scale, 3.0)
+            initialization.constant_(self.scale, 3.0)
 
 
 class ScaledConfig(transformers.LlamaConfig):
