@@ -1,4 +1,4 @@
-"""Quantize a saved checkpoint in place, in transformers' formats: FP8 in blocks, the experts of GPT-OSS in MXFP4."""
+"""Quantize a saved checkpoint in place, in transformers' formats: FP8, and the experts of GPT-OSS in MXFP4."""
 
 import json
 
@@ -23,6 +23,18 @@ def _block_fp8(name, weight):
     scales = tiles.abs().amax((1, 3)) / 448
     stored = (tiles / scales[:, None, :, None]).to(torch.float8_e4m3fn).reshape(weight.shape)
     return {name: stored, f"{name}_scale_inv": scales}
+
+
+def tensor_fp8(folder):
+    """Store every projection in float8, with one scale for the whole of it."""
+    return _rewrite(folder, _tensor_fp8, {"quant_method": "fp8", "weight_block_size": None})
+
+
+def _tensor_fp8(name, weight):
+    if not name.endswith("_proj.weight"):
+        return {name: weight}
+    scale = weight.abs().amax() / 448
+    return {name: (weight / scale).to(torch.float8_e4m3fn), f"{name}_scale_inv": scale}
 
 
 def mxfp4(folder):

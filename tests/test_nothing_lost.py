@@ -15,6 +15,7 @@ import torch.distributed as dist
 from cases import cases, slow
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from scripts import START
 
 from nemo_dist import CheckpointError, RunFolder, initialize_distributed
@@ -126,6 +127,29 @@ def test_a_save_into_a_folder_that_is_no_checkpoint_is_refused_and_changes_nothi
     before = content(tmp_path)
     with pytest.raises(CheckpointError, match="is not a checkpoint, and a save would replace what it has"):
         runtime.save(place, optimizer)
+    assert content(tmp_path) == before
+
+
+def test_an_export_replaces_only_the_weights_that_would_be_loaded_in_its_place(one, tmp_path):
+    runtime, _ = one
+    replaced = ["model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json"]
+    replaced += ["pytorch_model.bin", "pytorch_model-00002-of-00002.bin", "pytorch_model.bin.index.json"]
+    kept = ["model.fp16.safetensors", "model_before.safetensors", "pytorch_model_ema.bin", "models.safetensors"]
+    for name in replaced + kept:
+        (tmp_path / name).write_text("old")
+    runtime.export(tmp_path)
+    assert [name for name in kept if (tmp_path / name).read_text() != "old"] == []
+    assert [name for name in replaced if (tmp_path / name).exists()] == ["model.safetensors"]
+    assert load_file(tmp_path / "model.safetensors")
+
+
+def test_an_export_beside_adapters_is_refused_and_changes_nothing(one, tmp_path):
+    """Transformers would add them to the weights, into which they may have been merged."""
+    runtime, _ = one
+    (tmp_path / "adapter_config.json").write_text("{}")
+    before = content(tmp_path)
+    with pytest.raises(CheckpointError, match="which from_pretrained would add to the exported weights; export to an"):
+        runtime.export(tmp_path)
     assert content(tmp_path) == before
 
 

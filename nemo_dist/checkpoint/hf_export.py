@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import math
 import os
@@ -32,13 +31,19 @@ from nemo_dist.checkpoint.holdings import Entry
 from nemo_dist.checkpoint.safetensors_writer import DTYPE_OF, DTYPES, SafetensorsFile
 from nemo_dist.checkpoint.sharded_model import ShardedModel
 from nemo_dist.checkpoint.state_dict import model_state
+from nemo_dist.errors import CheckpointError
 from nemo_dist.mesh.rank_group import RankGroup
 from nemo_dist.planning.validation import shown
 
 Assemble = Callable[[Sequence[Sequence[str]]], dict[str, Tensor]]  # names per rank -> this rank's whole tensors
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-_WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin*")
+# What from_pretrained would read in place of what is written. Other files, also those of a variant, are the user's.
+_WEIGHTS = re.compile(
+    r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
+    r"|pytorch_model(-\d{5}-of-\d{5})?\.bin|pytorch_model\.bin\.index\.json"
+)
+_ADAPTERS = "adapter_config.json"
 
 
 @attrs.define
@@ -104,7 +109,7 @@ class Plan:
             _write_index(folder, self.bundles, names)
             write_companions(folder, model, self._dtype())
 
-        write_folder(ranks, path, "the export", write=write, finish=finish, stale=_is_weights)
+        write_folder(ranks, path, "the export", write=write, finish=finish, stale=_is_weights, refuse=_refuse_adapters)
 
     def _dtype(self) -> torch.dtype | None:
         """Return the dtype that the model will have for transformers: that of its first floating-point parameter."""
@@ -223,7 +228,16 @@ def _write_index(folder: Path, bundles: list[Bundle], names: list[list[str]]) ->
 
 
 def _is_weights(name: str) -> bool:
-    return any(fnmatch.fnmatch(name, pattern) for pattern in _WEIGHTS)
+    return _WEIGHTS.fullmatch(name) is not None
+
+
+def _refuse_adapters(folder: Path) -> None:
+    """Raise CheckpointError for a *folder* with adapters, which transformers adds to the weights beside them."""
+    if (folder / _ADAPTERS).exists():
+        raise CheckpointError(
+            f"{folder} has adapters of PEFT ({_ADAPTERS}), which from_pretrained would add to the exported weights; "
+            "export to another folder, or move the adapters away"
+        )
 
 
 def dtype_of(dtype: torch.dtype | str | None) -> torch.dtype | None:

@@ -198,6 +198,11 @@ class DeferredInit(TorchDispatchMode):
         origin = self._origin[name]
         return self.replay(origin) if origin.is_meta else origin
 
+    def leaves(self, origin: Tensor) -> bool:
+        """Whether nothing has written the deferred tensor *origin* since it was made: it has what was in memory."""
+        written = (self._calls[index].function not in _FRESH for index in self._writers[storage_id(origin)])
+        return origin.is_meta and origin.numel() > 0 and not any(written)
+
     @torch.no_grad()
     def replay(self, origin: Tensor) -> Tensor:
         """Return the values that the deferred tensor *origin* has on one process; leaves the CPU generator alone."""

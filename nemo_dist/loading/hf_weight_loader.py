@@ -30,6 +30,8 @@ from transformers.modeling_utils import PreTrainedModel
 
 from nemo_dist.errors import CheckpointError, RankError, TopologyError
 from nemo_dist.hf_model import class_name, detach_computed, inner_model, plain_class
+from nemo_dist.loading.conversion_rules import shape_of
+from nemo_dist.loading.names_of_parts import WholeModel
 from nemo_dist.loading.own_buffers import with_own_buffers
 from nemo_dist.loading.same_source import config_fields, file_fields
 from nemo_dist.loading.weight_conversion import convert_and_load
@@ -135,6 +137,7 @@ class Reading:
     source: Any
     missing: Missing
     _parts: list[nn.Module] = attrs.field(factory=list)
+    _whole: WholeModel | None = None  # of a model that is split into parts
     _occasion: str | None = _COMPARING  # where the ranks meet next; None once they have met in vain
 
     def load(self, original: Callable[..., Any], model: Any, state: Any, files: Any, config: Any) -> Any:
@@ -153,6 +156,7 @@ class Reading:
         whole = frozenset(model.state_dict())
         detach_computed(model)
         undivided: Any = copy.deepcopy(model) if self.target.splits_layers else None
+        self._whole = None if undivided is None else WholeModel.of(undivided)
         self._parts = self.target.shard(model)
         refuse_quantized(self._parts, config.hf_quantizer)
         parts: list[Any] = self._models()
@@ -185,6 +189,10 @@ class Reading:
     def _models(self) -> list[nn.Module]:
         """Return the transformers model in each part, as a plugin may have wrapped it."""
         return [inner_model(part) for part in self._parts]
+
+    def state_for(self, part: Any, state: Any, mapping: Any) -> Any:
+        """Return what of the checkpoint *state* the *part* takes by the transforms *mapping*."""
+        return state if self._whole is None else self._whole.state_for(part, state, mapping or [])
 
     def _read(self, original: Callable[..., Any], part: Any, *args: Any) -> Any:
         whole = part._initialize_missing_keys
@@ -281,10 +289,16 @@ def read_through(target: Target, source: Any, missing: Missing) -> Iterator[Read
     converter: Any = transformers.core_model_loading
     slicer: Any = transformers.distributed.sharding_utils
     converting, sharding = reader.convert_and_load_state_dict_in_model, reader._dtensor_from_local_like
-    placing, cutting = slicer.compute_local_shape_and_global_offset, slicer.DtensorShardOperation._slice_and_cat
+    slicing = slicer.DtensorShardOperation
+    placing, cutting, taking = (
+        slicer.compute_local_shape_and_global_offset,
+        slicing._slice_and_cat,
+        slicing.shard_tensor,
+    )
 
     def convert(model: Any, state_dict: Any, load_config: Any, *others: Any, **more: Any) -> Any:
-        return convert_and_load(lambda *args: converting(*args, **more), model, state_dict, load_config, *others)
+        state = reading.state_for(model, state_dict, load_config.weight_mapping)
+        return convert_and_load(lambda *args: converting(*args, **more), model, state, load_config, *others)
 
     def shard(part: Any, like: Any) -> DTensor:
         return from_local(part.contiguous().to(target.device), like.device_mesh, like.placements, like=like)
@@ -293,8 +307,16 @@ def read_through(target: Target, source: Any, missing: Missing) -> Iterator[Read
         """Cut as transformers does, also for a rank without a part, where more ranks share a dim than it is long."""
         return cutting(operation, source, [several or [(0, 0)] for several in intervals], *others)
 
+    def take(operation: Any, source: Any, tensor_idx: Any = None, device: Any = None, dtype: Any = None) -> Any:
+        """Take the slice as transformers does, and the whole of a source without the dim that is cut."""
+        ndim, of_one = len(shape_of(source)), operation.param_ndim - 1
+        dims = [placement.dim % (of_one + 1) for placement in operation.placements if hasattr(placement, "dim")]
+        if (tensor_idx is None or ndim != of_one) and any(dim >= ndim for dim in dims):
+            return source[...].to(device=device, dtype=dtype)
+        return taking(operation, source, tensor_idx, device, dtype)
+
     private._load_pretrained_model = staticmethod(load)
-    slicer.DtensorShardOperation._slice_and_cat = cut
+    slicing._slice_and_cat, slicing.shard_tensor = cut, take
     reader.convert_and_load_state_dict_in_model = convert
     reader._dtensor_from_local_like = converter._dtensor_from_local_like = shard
     # transformers asks for every parameter anew, which takes torch 30 ms each on thousands of ranks
@@ -306,7 +328,7 @@ def read_through(target: Target, source: Any, missing: Missing) -> Iterator[Read
     else:
         reading.finish()
     finally:
-        slicer.DtensorShardOperation._slice_and_cat = cutting
+        slicing._slice_and_cat, slicing.shard_tensor = cutting, taking
         slicer.compute_local_shape_and_global_offset = placing
         reader.convert_and_load_state_dict_in_model = converting
         reader._dtensor_from_local_like = converter._dtensor_from_local_like = sharding

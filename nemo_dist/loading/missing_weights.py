@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from nemo_dist.hf_model import INITIALIZED
+from nemo_dist.errors import CheckpointError
+from nemo_dist.hf_model import INITIALIZED, class_name
 from nemo_dist.loading.deferred_init import DeferredInit
 from nemo_dist.mesh.dtensor import filled, local, parameter_slots
 
@@ -76,6 +77,7 @@ class Draws:
                 else:
                     _mark(parameter)
             initialise()
+        _refuse_memory(model, init, origins)
         self._whole = {path: partial(init.replay, origin) for path, origin in origins.items()}
 
     @torch.no_grad()
@@ -102,6 +104,7 @@ class Draws:
                     missing[id(parameter)] = (parameter, torch.empty(parameter.shape, dtype=parameter.dtype))
                 setattr(module, name, nn.Parameter(missing[id(parameter)][1], requires_grad=parameter.requires_grad))
             initialise()
+        _refuse_memory(part, init, {path: missing[id(parameter)][1] for path, _, _, parameter in lacking})
         for _, module, name, parameter in loaded:
             setattr(module, name, parameter)
         drawn = {
@@ -110,6 +113,20 @@ class Draws:
         }
         for _, module, name, parameter in lacking:
             setattr(module, name, drawn[id(parameter)])
+
+
+def _refuse_memory(model: nn.Module, init: DeferredInit, missing: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError for weights that no code fills: every rank would have what was in its memory."""
+    ties: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    tied = ties.keys() | set(ties.values())  # one of the two may be loaded
+    left = sorted(path for path, whole in missing.items() if path not in tied and init.leaves(whole))
+    if left:
+        raise CheckpointError(
+            f"the checkpoint lacks {', '.join(left[:3])}{f' and {len(left) - 3} more' if len(left) > 3 else ''}, and "
+            f"_init_weights of {class_name(model)} does not fill them: transformers makes a model without memory when "
+            "it loads, so on every rank they would have what was in memory; fill them there, with "
+            "transformers.initialization, or save them on one process with save_pretrained, and load that"
+        )
 
 
 def _standing_in_for(parameter: nn.Parameter) -> nn.Parameter:
