@@ -445,6 +445,20 @@ def _share(model):
     model.model.layers[2].mlp = model.model.layers[0].mlp
 
 
+def _share_norms(model):
+    for layer in model.model.layers[1:]:
+        layer.input_layernorm = model.model.layers[0].input_layernorm
+
+
+def _share_weights(model):
+    for layer in model.model.layers:
+        layer.self_attn.v_proj.weight = layer.self_attn.k_proj.weight
+
+
+def _freeze(model):
+    model.model.layers[0].requires_grad_(False)
+
+
 def _draw(model):
     model.model.embed_tokens = Drawing(model.config)
 
@@ -519,6 +533,9 @@ CHANGES = {
     "empty": _feed_forwards(Empty),
     "transposed": _feed_forwards(Transposed),
     "sharing": _share,
+    "sharing norms": _share_norms,
+    "sharing weights": _share_weights,
+    "freezing": _freeze,
     "branching": _inner(Branching),
     "branching blocks": _inner(BranchingBlocks),
 }

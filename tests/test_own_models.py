@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 import transformers
-from cases import case_id, cases
+from cases import case_id, cases, slow
 from own_models import (
     SIZES,
     Around,
@@ -22,8 +22,9 @@ from torch.nn.functional import cross_entropy
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from nemo_dist import DDPConfig, DistributedSetup, FSDP2Config, NeMoAutoModelForCausalLM, ParallelismSizes
-from nemo_dist.errors import TopologyError
+from nemo_dist.errors import CheckpointError, TopologyError
 from nemo_dist.hf_model import has_own_code
+from nemo_dist.loading.hf_weight_loader import refuse_apart
 from nemo_dist.testing.equivalence import TOLERANCE, tensor_differences, whole_state
 from nemo_dist.testing.precision import FP32
 from nemo_dist.testing.shrink import tiny
@@ -380,3 +381,32 @@ def test_what_a_class_computes_when_it_is_made_is_there_after_a_load(ranks, tmp_
     for parts in ranks(2).run(on_rank_buffers, tmp_path, sizes):
         for name, buffer in (item for part in parts for item in part.items()):
             assert torch.equal(buffer, expected[name]), name
+
+
+def on_rank_trained(folder, strategy, sizes):
+    setup = DistributedSetup.build(strategy, ParallelismSizes(**sizes))
+    runtime = setup.runtime(NeMoAutoModelForCausalLM.from_pretrained(folder, distributed_setup=setup))
+    return {name: parameter.requires_grad for name, parameter in runtime.named_parameters()}
+
+
+@cases(
+    ("strategy", "sizes"),
+    [(FSDP2Config(mp_policy=FP32), {}), slow(FSDP2Config(mp_policy=FP32), {"pp_size": 2}), slow(DDPConfig(), {})],
+    lambda strategy, sizes: case_id(type(strategy).__name__, sizes),
+)
+def test_what_a_class_freezes_is_trained_after_a_load_as_in_plain_transformers(ranks, tmp_path, strategy, sizes):
+    OwnModel(OwnConfig(**SIZES, change="freezing")).save_pretrained(tmp_path)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+
+    found = {}
+    for own in ranks(2).run(on_rank_trained, tmp_path, strategy, sizes):
+        found |= own
+
+    assert found == {name: parameter.requires_grad for name, parameter in plain.named_parameters()}
+
+
+def test_a_parameter_that_transformers_would_load_as_several_is_refused():
+    for change in ("", "sharing", "sharing norms"):
+        refuse_apart(on_meta(change))
+    with pytest.raises(CheckpointError, match=r"k_proj.weight and model.layers.0.self_attn.v_proj.weight one param"):
+        refuse_apart(on_meta("sharing weights"))
