@@ -25,6 +25,7 @@ def test_a_strategy_matches_one_process(ranks, specimen, strategy, world):
         slow(4, {}, {"dp_replicate_size": 2}),
         slow(2, {}, {"cp_size": 2}),
         slow(4, {}, {"tp_size": 2}),
+        slow(4, {}, {"pp_size": 2}),
         slow(2, {"offload_policy": "cpu"}, {}),
         slow(2, {"reshard_after_forward": False}, {}),
     ],

@@ -153,6 +153,12 @@ def test_a_tiny_config_has_every_kind_of_layer():
     assert small.num_hidden_layers == len(small.layer_types) < config.num_hidden_layers
 
 
+@pytest.mark.parametrize(("value", "small"), [(50257, 121), (32000, 128), (50265, 121), (30522, 122), (96, 96)])
+def test_a_tiny_vocabulary_divides_over_as_many_ranks(value, small):
+    assert shrink(LlamaConfig(vocab_size=value)).config.vocab_size == small
+    assert (small % 2, small % 4, small % 8) == (value % 2, value % 4, value % 8)
+
+
 def test_what_a_tiny_config_changes_is_said():
     changes = shrink(Qwen3MoeConfig(num_experts=128, num_experts_per_tok=8)).changes
 
