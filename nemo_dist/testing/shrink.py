@@ -1,7 +1,8 @@
 """Turn a transformers config into a tiny one of the same structure, by what its options are called.
 
 Kept: which options there are, how they relate (grouped heads, experts per token, windows shorter than a row), over how
-many ranks the vocabulary divides, and every kind of layer. Made small: widths, heads, layers, vocabulary, experts, images, positions. Dropout is turned off.
+many ranks the vocabulary divides, and every kind of layer. Made small: widths, heads, layers, vocabulary, experts,
+images, positions. Dropout is turned off.
 """
 
 from __future__ import annotations
