@@ -1,6 +1,7 @@
 """What makes rows depend on each other, in classes of the user's own above all, is refused before the first step."""
 
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -34,6 +35,7 @@ from nemo_dist.training.counted_calls import SecondForward
 from nemo_dist.training.loss_weighting import judge_loss
 from nemo_dist.training.neighbouring_rows import depends_on_padding, depends_on_rows
 from nemo_dist.training.rehearsal import read_from_outside
+from nemo_dist.training.step_loss import refuse_rows_that_meet
 from nemo_dist_context.apply import require_fit
 from nemo_dist_pipeline.partition.model_structure import ModelStructure
 from nemo_dist_pipeline.partition.proof import require_exact
@@ -68,6 +70,19 @@ def test_what_joins_the_rows_of_a_batch_is_found(change, where):
 
     assert has_own_code(model)
     assert depends_on_rows(model) == where
+
+
+@pytest.mark.parametrize(("option", "value"), [("max_norm", 0.5), ("scale_grad_by_freq", True), ("sparse", True)])
+def test_an_embedding_that_goes_by_the_tokens_of_a_batch_is_refused(option, value):
+    model = on_meta("")
+    several, one = ({"dp_shard": 2}, 2), ({}, 1)
+    meshes = [SimpleNamespace(wide=lambda w=wide: w, size=lambda _, n=size: n) for wide, size in (several, one)]
+    refuse_rows_that_meet(model, meshes[0])
+    setattr(model.model.embed_tokens, option, value)
+
+    with pytest.raises(ValueError, match=f"model.embed_tokens has {option}={value}, .* set its {option} to"):
+        refuse_rows_that_meet(model, meshes[0])
+    refuse_rows_that_meet(model, meshes[1])
 
 
 def test_rows_that_meet_by_their_padding_are_found():
