@@ -199,7 +199,7 @@ def _refuse_embeddings(model: nn.Module) -> None:
             if getattr(module, option, off) not in (None, False):
                 raise ValueError(
                     f"{class_name(model)}: {name} has {option}={getattr(module, option)!r}, by which the tokens of a "
-                    f"batch decide how rows, or their gradients, change, and ranks have others; set its {option} to {off}"
+                    f"batch say how rows, or their gradients, change, and ranks have others; set its {option} to {off}"
                 )
 
 
