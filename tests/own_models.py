@@ -143,6 +143,15 @@ class Noting(LlamaMLP):
         return self.last
 
 
+class Renormed(LlamaMLP):
+    """Keeps the rows of a weight at one norm, in place."""
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.up_proj.weight.div_(self.up_proj.weight.norm(dim=1, keepdim=True))
+        return super().forward(x)
+
+
 class Noisy(LlamaMLP):
     """Draws noise for every row by a generator that is not torch's."""
 
@@ -532,6 +541,7 @@ CHANGES = {
     "experts": _feed_forwards(Experts),
     "empty": _feed_forwards(Empty),
     "transposed": _feed_forwards(Transposed),
+    "renormed": _feed_forwards(Renormed),
     "sharing": _share,
     "sharing norms": _share_norms,
     "sharing weights": _share_weights,

@@ -136,7 +136,7 @@ def on_rank_pipeline_after_a_forward_was_changed(folder):
 
 def test_a_pipeline_refuses_forwards_that_its_stages_would_share(ranks):
     for message in ranks(2).run(on_rank_pipeline_after_a_forward_was_changed, checkpoint("llama")):
-        assert "give it a stage after Stage.SPLIT" in message
+        assert "give that a stage after Stage.SPLIT" in message
 
 
 # ---- 3. wrappers in the place of parts ----

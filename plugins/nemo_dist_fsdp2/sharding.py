@@ -90,7 +90,8 @@ def shard(model: nn.Module, mesh: MeshContext, config: FSDP2Config) -> None:
                 cast_hidden_states(module, policy.param_dtype)
     _shard_kept(model, kept, precise | {"reshard_after_forward": block_reshard})
     Gradients.watch(model, mesh)
-    refuse_lost_writes(model)
+    # Counts are no part of a graph, which a compiled block would leave.
+    refuse_lost_writes(model, counted=hf_model.has_own_code(model) and not config.enable_compile)
     follow_compute_dtype(model, policy.param_dtype)
     if hf_model.has_own_code(model):
         for module in model.modules():
