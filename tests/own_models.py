@@ -246,6 +246,24 @@ class Sharing(OwnModel):
         return output
 
 
+class Relabelling(OwnModel):
+    """Takes the tokens for labels."""
+
+    def forward(self, input_ids=None, labels=None, attention_mask=None, **kwargs):
+        if labels is not None:
+            labels = input_ids.masked_fill(attention_mask == 0, -100)
+        return super().forward(input_ids=input_ids, labels=labels, attention_mask=attention_mask, **kwargs)
+
+
+class LeavingOut(OwnModel):
+    """Leaves out the first labels, in the batch that it is given."""
+
+    def forward(self, labels=None, **kwargs):
+        if labels is not None:
+            labels[:, :2] = -100
+        return super().forward(labels=labels, **kwargs)
+
+
 class Penalised(OwnModel):
     """Adds to its loss, in training, what is no mean over tokens."""
 

@@ -10,10 +10,12 @@ from cases import case_id, cases, slow
 from own_models import (
     SIZES,
     Around,
+    LeavingOut,
     Masked,
     OwnConfig,
     OwnModel,
     Penalised,
+    Relabelling,
     Sharing,
     Weighing,
     WeighingConfig,
@@ -106,6 +108,12 @@ def test_a_term_that_own_code_adds_to_the_loss_is_refused():
         judge_loss(on_meta("routed"), routers_known=False)
     with pytest.raises(ValueError, match=r"Penalised makes a loss of its own \(from its own code\)"):
         judge_loss(on_meta("", Penalised), routers_known=False)
+
+
+@pytest.mark.parametrize("kind", [Relabelling, LeavingOut])
+def test_labels_that_own_code_makes_or_leaves_out_are_refused(kind):
+    with pytest.raises(ValueError, match=r"makes a loss of its own \(from its own code\).*give a loss"):
+        judge_loss(on_meta("", kind), routers_known=False)
 
 
 TOKENS = torch.arange(48).view(4, 12) * 5 % 90 + 3
