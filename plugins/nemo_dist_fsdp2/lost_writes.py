@@ -20,10 +20,9 @@ def refuse_lost_writes(model: nn.Module, counted: bool) -> None:
 
     Writes to a parameter itself are counted, in a model of the user's own code, and those to its ``data`` are not.
     """
-    if counted:
-        for _, module in model.named_modules():
-            if isinstance(module, FSDPModule):
-                wrap_forward(module, partial(_unwritten, module))
+    gathering: list[Any] = [one for one in model.modules() if counted and isinstance(one, FSDPModule)]
+    for module in gathering:
+        wrap_forward(module, partial(_unwritten, module))
     for name, module in model.named_modules():
         kind: Any = plain_class(module)
         for path in written_data(kind):
