@@ -146,8 +146,8 @@ def _rehearsed(rehearsal: Rehearsal, entries: MadeUpRows, beside: bool) -> tuple
     classes = model.config.num_labels if "Classification" in str(loss_kind(model)) else _VOCABULARY
     tokens = torch.arange(2 * _LENGTH).view(2, _LENGTH) % _VOCABULARY + 3
     labels = (tokens * 5 + 1) % classes
-    labels[0, 0], labels[1, 4:] = IGNORED, IGNORED  # rows of unlike numbers of labels, both shifted and not
-    labels[0, 2] = IGNORED  # and unlike those of tokens
+    # Rows of unlike numbers of labels, shifted and not, in unlike relations with and without a mask, and to the tokens.
+    labels[0, 2], labels[1, 3:] = IGNORED, IGNORED
     inputs = entries(tokens, labels=labels)
     padding = inputs.get("attention_mask", torch.ones_like(labels)) == 0
     if beside:
