@@ -143,6 +143,15 @@ class Noting(LlamaMLP):
         return self.last
 
 
+class Renormed(LlamaMLP):
+    """Keeps the rows of a weight at one norm, in place."""
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.up_proj.weight.div_(self.up_proj.weight.norm(dim=1, keepdim=True))
+        return super().forward(x)
+
+
 class Noisy(LlamaMLP):
     """Draws noise for every row by a generator that is not torch's."""
 
@@ -235,6 +244,24 @@ class Sharing(OwnModel):
         if shares is not None:
             output["logits"] = output["logits"] * (shares / shares.mean())[:, None, None]
         return output
+
+
+class Relabelling(OwnModel):
+    """Takes the tokens for labels."""
+
+    def forward(self, input_ids=None, labels=None, attention_mask=None, **kwargs):
+        if labels is not None:
+            labels = input_ids.masked_fill(attention_mask == 0, -100)
+        return super().forward(input_ids=input_ids, labels=labels, attention_mask=attention_mask, **kwargs)
+
+
+class LeavingOut(OwnModel):
+    """Leaves out the first labels, in the batch that it is given."""
+
+    def forward(self, labels=None, **kwargs):
+        if labels is not None:
+            labels[:, :2] = -100
+        return super().forward(labels=labels, **kwargs)
 
 
 class Penalised(OwnModel):
@@ -445,6 +472,20 @@ def _share(model):
     model.model.layers[2].mlp = model.model.layers[0].mlp
 
 
+def _share_norms(model):
+    for layer in model.model.layers[1:]:
+        layer.input_layernorm = model.model.layers[0].input_layernorm
+
+
+def _share_weights(model):
+    for layer in model.model.layers:
+        layer.self_attn.v_proj.weight = layer.self_attn.k_proj.weight
+
+
+def _freeze(model):
+    model.model.layers[0].requires_grad_(False)
+
+
 def _draw(model):
     model.model.embed_tokens = Drawing(model.config)
 
@@ -518,7 +559,11 @@ CHANGES = {
     "experts": _feed_forwards(Experts),
     "empty": _feed_forwards(Empty),
     "transposed": _feed_forwards(Transposed),
+    "renormed": _feed_forwards(Renormed),
     "sharing": _share,
+    "sharing norms": _share_norms,
+    "sharing weights": _share_weights,
+    "freezing": _freeze,
     "branching": _inner(Branching),
     "branching blocks": _inner(BranchingBlocks),
 }

@@ -1,5 +1,6 @@
 """PEFT's adapters under each axis: they train as on one process, go on under another topology, and are exported."""
 
+from types import SimpleNamespace
 from zlib import crc32
 
 import peft
@@ -19,11 +20,12 @@ from nemo_dist import (
 )
 from nemo_dist.errors import RankError
 from nemo_dist.hf_model import compute_experts_one_by_one
+from nemo_dist.planning.mesh_plan import Role
 from nemo_dist.testing.equivalence import MAX_NORM, OPTIMIZER, Outcome, checkpoint, differences, merged
 from nemo_dist.testing.precision import FP32
 from nemo_dist.testing.tensors import rows_of_rank, whole
 from nemo_dist.testing.tiny_models import SPECIMENS
-from nemo_dist.training.peft_adapters import refuse_copies
+from nemo_dist.training.peft_adapters import refuse_copies, refuse_own_forward
 
 EVERY = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 OF_ATTENTION = ["q_proj", "k_proj", "o_proj"]
@@ -41,6 +43,7 @@ KINDS = {
     "dora-packed": peft.LoraConfig(
         r=4, use_dora=True, target_modules=["qkv_proj", "o_proj", "gate_up_proj", "down_proj"], task_type="CAUSAL_LM"
     ),
+    "dora of embedding": peft.LoraConfig(r=4, use_dora=True, target_modules=["embed_tokens"], task_type="CAUSAL_LM"),
     "dora-drawn": peft.LoraConfig(
         r=4, use_dora=True, init_lora_weights=False, target_modules=OF_ATTENTION, task_type="CAUSAL_LM"
     ),
@@ -232,6 +235,26 @@ def test_adapters_that_copy_or_change_weights_are_refused(what):
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], **COPIES[what])
     with pytest.raises(ValueError, match=f"LoraConfig asks for {what}, which copies or changes weights of the model"):
         refuse_copies(config)
+
+
+def test_adapters_that_change_the_forward_of_the_model_are_refused_where_ranks_hold_parts():
+    adalora = peft.AdaLoraConfig(init_r=4, target_r=2, total_step=10, target_modules=["q_proj"])
+    for axis, role in (("cp", Role.SEQUENCE), ("pp", Role.LAYERS), ("tp", Role.PARAMETERS)):
+        mesh = SimpleNamespace(wide=lambda axis=axis: {axis: 2}, roles={axis: role}, size=lambda _: 2)
+        refuse_own_forward(KINDS["lora"], mesh)
+        with pytest.raises(ValueError, match=f"AdaLoraConfig changes the forward .*{axis}_size=2.*use LoraConfig"):
+            refuse_own_forward(adalora, mesh)
+    mesh = SimpleNamespace(wide=lambda: {"dp_shard": 2}, roles={"dp_shard": Role.BATCH})
+    refuse_own_forward(adalora, mesh)
+
+
+def on_rank_dora_of_embedding(folder):
+    with pytest.raises(ValueError, match=r"DoRA of \S+embed_tokens reads the whole embedding.*leave it out of target"):
+        built(folder, "dora of embedding")
+
+
+def test_dora_of_a_sharded_embedding_is_refused(on_ranks):
+    on_ranks(2, on_rank_dora_of_embedding, checkpoint("llama"))
 
 
 UNPROVEN = {

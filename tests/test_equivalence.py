@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from cases import cases, crossed
+from cases import cases, crossed, slow
 from setups import DATA_PARALLEL
 
-from nemo_dist import DDPConfig, FSDP2Config
+from nemo_dist import DDPConfig, FSDP2Config, ParallelismSizes
 from nemo_dist.testing.equivalence import Outcome, Task, assert_equivalent, differences
 from nemo_dist.testing.precision import FP32
 
@@ -16,6 +16,25 @@ DATA_PARALLEL_WORLDS = [("fsdp2", 2), ("fsdp2", 4), ("hsdp", 4), ("ddp", 2), ("d
 @cases(("specimen", "strategy", "world"), crossed(SPECIMENS, DATA_PARALLEL_WORLDS))
 def test_a_strategy_matches_one_process(ranks, specimen, strategy, world):
     assert_equivalent(ranks(world), Task(specimen=specimen), **DATA_PARALLEL[strategy])
+
+
+@cases(
+    ("world", "options", "sizes"),
+    [
+        (2, {}, {}),
+        slow(4, {}, {"dp_replicate_size": 2}),
+        slow(2, {}, {"cp_size": 2}),
+        slow(4, {}, {"tp_size": 2}),
+        slow(4, {}, {"pp_size": 2}),
+        slow(2, {"offload_policy": "cpu"}, {}),
+        slow(2, {"reshard_after_forward": False}, {}),
+    ],
+)
+def test_a_tied_weight_whose_rows_do_not_divide_the_ranks_matches_one_process(ranks, world, options, sizes):
+    config = FSDP2Config(mp_policy=FP32, **options)
+    assert_equivalent(
+        ranks(world), Task(specimen="llama-odd-tied"), strategy=config, parallelism_sizes=ParallelismSizes(**sizes)
+    )
 
 
 @cases(("strategy", "world"), [("fsdp2", 2), ("hsdp", 4), ("ddp", 2)])

@@ -4,10 +4,12 @@ import json
 import random
 
 import pytest
+import torch
+from torch import nn
 from transformers import LlamaConfig, Qwen3MoeConfig, Qwen3NextConfig
 
 from nemo_dist.testing.families import PAGE, Results, missing, run_family
-from nemo_dist.testing.family_cells import CELLS, LOADERS, Verdict, merged
+from nemo_dist.testing.family_cells import CELLS, LOADERS, Verdict, _digest, _lost, merged
 from nemo_dist.testing.family_names import families
 from nemo_dist.testing.family_page import FAILED, page
 from nemo_dist.testing.shrink import shrink, tiny
@@ -115,6 +117,19 @@ def test_ranks_are_judged_together():
     assert merged([Verdict(status="refused", reason="why"), Verdict(status="crash", reason="hm")]).status == "crash"
 
 
+def test_a_single_number_has_a_digest():
+    assert _digest(torch.tensor(0.5)) == _digest(torch.tensor([0.5])) != _digest(torch.tensor(0.25))
+
+
+def test_what_a_load_draws_anew_is_found():
+    saved, loaded = nn.Linear(2, 2, bias=False), nn.Linear(2, 2)
+    loaded.weight.data.copy_(saved.weight)
+
+    assert _lost(saved, loaded) == ["bias"]
+    assert _lost(loaded, saved) == ["bias"]
+    assert _lost(saved, nn.Linear(2, 2, bias=False)) == ["weight"]
+
+
 def test_a_sweep_runs_what_has_no_result_and_what_is_asked_for():
     cells = {"fsdp2": {"status": "equal", "digest": "1"}, "tp": {"status": "wrong", "digest": "2"}}
     entry = {"made": "", "cells": cells}
@@ -151,6 +166,12 @@ def test_a_tiny_config_has_every_kind_of_layer():
 
     assert set(small.layer_types) == set(config.layer_types)
     assert small.num_hidden_layers == len(small.layer_types) < config.num_hidden_layers
+
+
+@pytest.mark.parametrize(("value", "small"), [(50257, 121), (32000, 128), (50265, 121), (30522, 122), (96, 96)])
+def test_a_tiny_vocabulary_divides_over_as_many_ranks(value, small):
+    assert shrink(LlamaConfig(vocab_size=value)).config.vocab_size == small
+    assert (small % 2, small % 4, small % 8) == (value % 2, value % 4, value % 8)
 
 
 def test_what_a_tiny_config_changes_is_said():

@@ -16,6 +16,7 @@ from nemo_dist import (
 from nemo_dist.testing.equivalence import Task, assert_equivalent, checkpoint, reference
 from nemo_dist.testing.fake_cuda import WithCudaCalls
 from nemo_dist.testing.precision import FP32
+from nemo_dist.testing.tiny_models import SPECIMENS
 
 FSDP2 = FSDP2Config(mp_policy=FP32)
 # The beginning of the model, a whole block in its middle, the end of it, and matrices within the blocks.
@@ -83,7 +84,7 @@ def test_a_tied_weight_that_one_stage_froze_is_frozen_on_the_other(ranks):
         assert answer == {"model.embed_tokens.weight": True}
 
 
-def on_rank_thaw(folder):
+def on_rank_thaw():
     """Train, on one of the ranks, what the model itself froze as it was made; return the answer."""
     made = modeling_llama.LlamaRMSNorm.__init__
 
@@ -94,7 +95,8 @@ def on_rank_thaw(folder):
     modeling_llama.LlamaRMSNorm.__init__ = frozen
     try:
         setup = DistributedSetup.build(strategy="megatron_fsdp")
-        model = NeMoAutoModelForCausalLM.from_pretrained(folder, distributed_setup=setup, dtype=torch.float32)
+        config = SPECIMENS["llama"].config()
+        model = NeMoAutoModelForCausalLM.from_config(config, distributed_setup=setup, dtype=torch.float32)
     finally:
         modeling_llama.LlamaRMSNorm.__init__ = made
     runtime = setup.runtime(model)
@@ -108,7 +110,7 @@ def on_rank_thaw(folder):
 
 
 def test_unfreezing_under_megatron_fsdp_is_refused(ranks):
-    for answer in WithCudaCalls(ranks(2)).run(on_rank_thaw, checkpoint("llama")):
+    for answer in WithCudaCalls(ranks(2)).run(on_rank_thaw):
         assert "model.norm.weight: frozen when megatron_fsdp took the model over" in answer
 
 

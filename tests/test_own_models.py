@@ -1,18 +1,21 @@
 """What makes rows depend on each other, in classes of the user's own above all, is refused before the first step."""
 
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
-from cases import case_id, cases
+from cases import case_id, cases, slow
 from own_models import (
     SIZES,
     Around,
+    LeavingOut,
     Masked,
     OwnConfig,
     OwnModel,
     Penalised,
+    Relabelling,
     Sharing,
     Weighing,
     WeighingConfig,
@@ -22,8 +25,9 @@ from torch.nn.functional import cross_entropy
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from nemo_dist import DDPConfig, DistributedSetup, FSDP2Config, NeMoAutoModelForCausalLM, ParallelismSizes
-from nemo_dist.errors import TopologyError
+from nemo_dist.errors import CheckpointError, TopologyError
 from nemo_dist.hf_model import has_own_code
+from nemo_dist.loading.hf_weight_loader import refuse_apart
 from nemo_dist.testing.equivalence import TOLERANCE, tensor_differences, whole_state
 from nemo_dist.testing.precision import FP32
 from nemo_dist.testing.shrink import tiny
@@ -33,6 +37,7 @@ from nemo_dist.training.counted_calls import SecondForward
 from nemo_dist.training.loss_weighting import judge_loss
 from nemo_dist.training.neighbouring_rows import depends_on_padding, depends_on_rows
 from nemo_dist.training.rehearsal import read_from_outside
+from nemo_dist.training.step_loss import refuse_rows_that_meet
 from nemo_dist_context.apply import require_fit
 from nemo_dist_pipeline.partition.model_structure import ModelStructure
 from nemo_dist_pipeline.partition.proof import require_exact
@@ -69,6 +74,19 @@ def test_what_joins_the_rows_of_a_batch_is_found(change, where):
     assert depends_on_rows(model) == where
 
 
+@pytest.mark.parametrize(("option", "value"), [("max_norm", 0.5), ("scale_grad_by_freq", True), ("sparse", True)])
+def test_an_embedding_that_goes_by_the_tokens_of_a_batch_is_refused(option, value):
+    model = on_meta("")
+    several, one = ({"dp_shard": 2}, 2), ({}, 1)
+    meshes = [SimpleNamespace(wide=lambda w=wide: w, size=lambda _, n=size: n) for wide, size in (several, one)]
+    refuse_rows_that_meet(model, meshes[0])
+    setattr(model.model.embed_tokens, option, value)
+
+    with pytest.raises(ValueError, match=f"model.embed_tokens has {option}={value}, .* set its {option} to"):
+        refuse_rows_that_meet(model, meshes[0])
+    refuse_rows_that_meet(model, meshes[1])
+
+
 def test_rows_that_meet_by_their_padding_are_found():
     assert depends_on_rows(on_meta("", Masked)) == "lm_head, Linear"
 
@@ -90,6 +108,12 @@ def test_a_term_that_own_code_adds_to_the_loss_is_refused():
         judge_loss(on_meta("routed"), routers_known=False)
     with pytest.raises(ValueError, match=r"Penalised makes a loss of its own \(from its own code\)"):
         judge_loss(on_meta("", Penalised), routers_known=False)
+
+
+@pytest.mark.parametrize("kind", [Relabelling, LeavingOut])
+def test_labels_that_own_code_makes_or_leaves_out_are_refused(kind):
+    with pytest.raises(ValueError, match=r"makes a loss of its own \(from its own code\).*give a loss"):
+        judge_loss(on_meta("", kind), routers_known=False)
 
 
 TOKENS = torch.arange(48).view(4, 12) * 5 % 90 + 3
@@ -380,3 +404,32 @@ def test_what_a_class_computes_when_it_is_made_is_there_after_a_load(ranks, tmp_
     for parts in ranks(2).run(on_rank_buffers, tmp_path, sizes):
         for name, buffer in (item for part in parts for item in part.items()):
             assert torch.equal(buffer, expected[name]), name
+
+
+def on_rank_trained(folder, strategy, sizes):
+    setup = DistributedSetup.build(strategy, ParallelismSizes(**sizes))
+    runtime = setup.runtime(NeMoAutoModelForCausalLM.from_pretrained(folder, distributed_setup=setup))
+    return {name: parameter.requires_grad for name, parameter in runtime.named_parameters()}
+
+
+@cases(
+    ("strategy", "sizes"),
+    [(FSDP2Config(mp_policy=FP32), {}), slow(FSDP2Config(mp_policy=FP32), {"pp_size": 2}), slow(DDPConfig(), {})],
+    lambda strategy, sizes: case_id(type(strategy).__name__, sizes),
+)
+def test_what_a_class_freezes_is_trained_after_a_load_as_in_plain_transformers(ranks, tmp_path, strategy, sizes):
+    OwnModel(OwnConfig(**SIZES, change="freezing")).save_pretrained(tmp_path)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+
+    found = {}
+    for own in ranks(2).run(on_rank_trained, tmp_path, strategy, sizes):
+        found |= own
+
+    assert found == {name: parameter.requires_grad for name, parameter in plain.named_parameters()}
+
+
+def test_a_parameter_that_transformers_would_load_as_several_is_refused():
+    for change in ("", "sharing", "sharing norms"):
+        refuse_apart(on_meta(change))
+    with pytest.raises(CheckpointError, match=r"k_proj.weight and model.layers.0.self_attn.v_proj.weight one param"):
+        refuse_apart(on_meta("sharing weights"))

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 from cases import cases, slow
-from own_models import SIZES, OwnConfig, OwnModel
+from own_models import SIZES, OwnConfig, OwnModel, on_meta
 from torch.nn.functional import cross_entropy
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
@@ -161,6 +161,18 @@ def test_a_forward_that_needs_other_stages_in_training_only_is_refused():
 
     with pytest.raises(ValueError, match=r"uses weights of other stages again after its blocks; it does not run as"):
         require_exact(model, structure, stages_of(structure, structure.divide(model, 2)))
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        ("sharing", "model.layers.0.mlp.gate_proj.weight, model.layers.2.mlp.gate_proj.weight"),
+        ("sharing norms", "model.layers.0.input_layernorm.weight, model.layers.1.input_layernorm.weight, .*"),
+    ],
+)
+def test_modules_that_blocks_share_are_refused(change, names):
+    with pytest.raises(ValueError, match=f"OwnModel uses one parameter as {names}, and stages would have one each; it"):
+        ModelStructure.of(on_meta(change))
 
 
 def of_last_layer(outputs, batch):

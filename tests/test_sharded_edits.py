@@ -248,3 +248,17 @@ def on_rank_refusal():
 def test_a_parameter_without_elements_is_refused(ranks):
     message = "model.layers.0.mlp.none has no elements, (0, 8), and fsdp2 cannot shard it; use 'ddp'"
     assert all(message in found for found in ranks(2).run(on_rank_refusal))
+
+
+def on_rank_renormed():
+    _, runtime = loaded("renormed")
+    with pytest.raises(RuntimeError) as caught:
+        step(runtime)
+    return str(caught.value)
+
+
+def test_a_weight_that_own_code_changes_in_its_forward_is_refused(ranks):
+    """It is changed where it is gathered, and the backward, and the next step, gather it as it was."""
+    assert all(
+        "changes mlp.up_proj.weight in its forward, which is lost" in said for said in ranks(2).run(on_rank_renormed)
+    )

@@ -35,7 +35,7 @@ from nemo_dist.loading.names_of_parts import WholeModel
 from nemo_dist.loading.own_buffers import with_own_buffers
 from nemo_dist.loading.same_source import config_fields, file_fields
 from nemo_dist.loading.weight_conversion import convert_and_load
-from nemo_dist.mesh.dtensor import from_local, local_slice
+from nemo_dist.mesh.dtensor import from_local, local_slice, parameter_slots
 from nemo_dist.mesh.store_consensus import refuse_differences, share_and_hear
 
 _COMPARING, _READING, _FINISHING = "comparing what to load", "reading the checkpoint", "finishing the model"
@@ -104,6 +104,34 @@ def _stays_quantized(name: str, parameter: DTensor, part: nn.Module, quantizer: 
     return not plain or bool(quantizer.param_needs_quantization(inner_model(part), name))
 
 
+def refuse_apart(model: Any) -> None:
+    """Raise CheckpointError for a parameter that modules of *model* share and transformers would load as several.
+
+    It keeps one of several modules only where the class declares it, and draws the others anew.
+    """
+    declared = dict(model.all_tied_weights_keys or {})
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, _, _, parameter in parameter_slots(model):
+        if name not in declared:
+            names.setdefault(parameter, []).append(name)
+    for shared in names.values():
+        if len(shared) > 1:
+            raise CheckpointError(
+                f"{class_name(model)} makes {' and '.join(shared[:3])} one parameter, and transformers loads each by "
+                "itself; say so in its _tied_weights_keys, with tie_word_embeddings=True in the config, or let these "
+                "modules be one module"
+            )
+
+
+def _thaw(model: nn.Module) -> None:
+    """Let all weights of *model* require gradients: what a class has frozen, transformers thaws by loading it.
+
+    It does so for tensors, and not for the DTensors that take their place.
+    """
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+
+
 def _keep_origin(part: nn.Module) -> None:
     """Let sharded classes in *part* say that they come from where the plain class does.
 
@@ -155,6 +183,8 @@ class Reading:
             object.__setattr__(config, "device_map", {"": self.target.device})
         whole = frozenset(model.state_dict())
         detach_computed(model)
+        refuse_apart(model)
+        _thaw(model)
         undivided: Any = copy.deepcopy(model) if self.target.splits_layers else None
         self._whole = None if undivided is None else WholeModel.of(undivided)
         self._parts = self.target.shard(model)

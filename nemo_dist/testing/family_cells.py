@@ -245,9 +245,10 @@ def _plain(task: FamilyTask, folder: Path, dtype: torch.dtype) -> Any:
 
 
 def _lost(saved: nn.Module, loaded: nn.Module) -> list[str]:
-    """Return the parameters of *saved* that *loaded* has otherwise: those that it drew anew."""
-    found = dict(loaded.named_parameters())
-    return [name for name, one in saved.named_parameters() if name not in found or not torch.equal(found[name], one)]
+    """Return the parameters of *saved* that *loaded* has otherwise, or that only it has: those that it drew anew."""
+    kept, found = (dict(model.named_parameters(remove_duplicate=False)) for model in (saved, loaded))
+    changed = [name for name, one in kept.items() if name not in found or not torch.equal(found[name], one)]
+    return [*changed, *(name for name in found if name not in kept)]
 
 
 def _with_a_mask_where_it_fits(task: FamilyTask, folder: Path) -> FamilyTask:
@@ -373,4 +374,4 @@ def _line(error: BaseException) -> str:
 
 
 def _digest(tensor: Tensor) -> str:
-    return hashlib.sha1(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()[:8]
+    return hashlib.sha1(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()).hexdigest()[:8]

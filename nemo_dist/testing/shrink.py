@@ -1,7 +1,8 @@
 """Turn a transformers config into a tiny one of the same structure, by what its options are called.
 
-Kept: which options there are, how they relate (grouped heads, experts per token, windows shorter than a row) and every
-kind of layer. Made small: widths, heads, layers, vocabulary, experts, images, positions. Dropout is turned off.
+Kept: which options there are, how they relate (grouped heads, experts per token, windows shorter than a row), over how
+many ranks the vocabulary divides, and every kind of layer. Made small: widths, heads, layers, vocabulary, experts,
+images, positions. Dropout is turned off.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import attrs
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
 HIDDEN, HEADS, HEAD = 64, 4, 16  # of every tower, so that what one tower hands to another fits
-VOCABULARY = 128
+VOCABULARY = 128  # at most
+_RANKS = 8  # a vocabulary divides over as many ranks as it did, up to these
 _EXPERTS, _EXPERTS_PER_TOKEN = 4, 2
 _POSITIONS = 256
 _WINDOW = 8  # shorter than the rows of the tests
@@ -141,7 +143,7 @@ class _Tokens:
             return type(value)(self.small(one) for one in value)
         if isinstance(value, bool) or not isinstance(value, int) or value < VOCABULARY - 32:
             return value
-        return self.known.setdefault(value, VOCABULARY - 1 - len(self.known) % 30)
+        return self.known.setdefault(value, VOCABULARY - _RANKS - len(self.known) % 30)
 
 
 @attrs.frozen(kw_only=True)
@@ -368,6 +370,11 @@ def _at_most(most: int) -> Callable[[int, str, Mapping[str, Any]], int]:
     return lambda value, name, values: min(value, most)
 
 
+def _vocabulary(value: int, name: str, values: Mapping[str, Any]) -> int:
+    """Keep the rest of a division by numbers of ranks: of an uneven vocabulary some ranks have fewer rows."""
+    return value if value <= VOCABULARY else VOCABULARY - -value % _RANKS
+
+
 def _inner(value: int, name: str, values: Mapping[str, Any]) -> int:
     return 48 if "moe" in name or "expert" in name else 96
 
@@ -377,7 +384,7 @@ _RULES: tuple[tuple[re.Pattern[str], Callable[[int, str, Mapping[str, Any]], int
     (re.compile("num_kv_shared_layers"), lambda value, name, values: value),
     (_PERIOD, _at_most(2)),
     (_OFFSET, _at_most(1)),
-    (_VOCABULARY, _at_most(VOCABULARY)),
+    (_VOCABULARY, _vocabulary),
     (_EXPERT_COUNT, _at_most(_EXPERTS)),
     (_PER_TOKEN, _at_most(_EXPERTS_PER_TOKEN)),
     (re.compile("topk_group"), _at_most(1)),

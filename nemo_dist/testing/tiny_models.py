@@ -72,10 +72,10 @@ def _qwen3(**more: Any) -> Callable[[], Any]:
     return lambda: transformers.Qwen3Config(**_text(head_dim=8, **more))
 
 
-def _odd() -> Any:
+def _odd(**more: Any) -> Any:
     """Return a config with sizes that few numbers divide: vocabulary, width, 6 query and 3 key heads; with biases."""
     odd = {"vocab_size": 101, "hidden_size": 36, "intermediate_size": 57, "attention_bias": True, "mlp_bias": True}
-    return transformers.LlamaConfig(**_text(**odd, num_attention_heads=6, num_key_value_heads=3, head_dim=6))
+    return transformers.LlamaConfig(**_text(**odd, num_attention_heads=6, num_key_value_heads=3, head_dim=6, **more))
 
 
 def _phi3(**more: Any) -> Callable[[], Any]:
@@ -380,6 +380,7 @@ SPECIMENS: dict[str, Specimen] = {
         Specimen(name="mistral-packed", loader=_CAUSAL, config=_mistral(use_cache=False), batch=_packed),
         Specimen(name="qwen3", loader=_CAUSAL, config=_qwen3(), batch=_causal),
         Specimen(name="llama-odd", loader=_CAUSAL, config=_odd, batch=_causal),
+        Specimen(name="llama-odd-tied", loader=_CAUSAL, config=lambda: _odd(tie_word_embeddings=True), batch=_causal),
         Specimen(name="phi3", loader=_CAUSAL, config=_phi3(), batch=_causal),
         Specimen(
             name="phi3-deep-tied",

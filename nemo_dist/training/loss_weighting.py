@@ -97,9 +97,10 @@ def _is_mean(model: Any) -> bool | None:
     None where a copy does not run, or makes no number.
     """
     found = is_mean_with(model, MadeUpRows())
-    if not found or not has_own_code(model):
+    if found is False or not has_own_code(model):
         return found
-    return all(is_mean_with(model, _MASKS, beside) is not False for beside in (False, True))
+    masked = [is_mean_with(model, _MASKS, beside) for beside in (False, True)]  # without which own code may not run
+    return False if False in masked else found or (True in masked or None)
 
 
 def is_mean_with(model: Any, entries: MadeUpRows, beside: bool = False) -> bool | None:
@@ -120,6 +121,8 @@ def is_mean_with(model: Any, entries: MadeUpRows, beside: bool = False) -> bool 
 
 
 def _judged(model: Any, losses: Tensor, labels: Tensor) -> bool | None:
+    if losses[0].isfinite() and losses.isnan().any():
+        return False  # of a row whose labels do not count
     if not losses.isfinite().all():
         return None
     means = []
@@ -143,7 +146,8 @@ def _rehearsed(rehearsal: Rehearsal, entries: MadeUpRows, beside: bool) -> tuple
     classes = model.config.num_labels if "Classification" in str(loss_kind(model)) else _VOCABULARY
     tokens = torch.arange(2 * _LENGTH).view(2, _LENGTH) % _VOCABULARY + 3
     labels = (tokens * 5 + 1) % classes
-    labels[0, 0], labels[1, 4:] = IGNORED, IGNORED  # rows of unlike numbers of labels, both shifted and not
+    # Rows of unlike numbers of labels, shifted and not, in unlike relations with and without a mask, and to the tokens.
+    labels[0, 2], labels[1, 3:] = IGNORED, IGNORED
     inputs = entries(tokens, labels=labels)
     padding = inputs.get("attention_mask", torch.ones_like(labels)) == 0
     if beside:
@@ -155,7 +159,8 @@ def _rehearsed(rehearsal: Rehearsal, entries: MadeUpRows, beside: bool) -> tuple
     losses = []
     for part in parts:
         with on_copies([model]):
-            losses.append(rehearsal.run(part).output.loss.detach().float())
+            given = {name: value.clone() for name, value in part.items()}  # which own code may change
+            losses.append(rehearsal.run(given).output.loss.detach().float())
     return torch.stack(losses), labels
 
 

@@ -67,6 +67,7 @@ def add_adapters(
     _refuse_axes("adapters would be added", mesh, plugins)
     refuse_copies(config)
     _refuse_rows(config, mesh)
+    refuse_own_forward(config, mesh)
     staged = not isinstance(model, nn.Module)
     refuse_modules(model.parts if staged else [model], config, RankGroup.of(mesh))
     if staged:
@@ -165,6 +166,35 @@ def _refuse_rows(config: Any, mesh: MeshContext) -> None:
             )
 
 
+def refuse_own_forward(config: Any, mesh: MeshContext) -> None:
+    """Raise ValueError for adapters of a kind that changes the forward of the whole model, where a rank has a part.
+
+    AdaLoRA adds a term of its adapters to the loss there, which such ranks would count otherwise, or not at all.
+    """
+    import peft
+    from peft.tuners.tuners_utils import BaseTuner
+
+    kind: Any = peft.PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type, BaseTuner)
+    axes = [axis for axis in mesh.wide() if mesh.roles.get(axis, Role.BATCH) is not Role.BATCH]
+    if axes and issubclass(kind, BaseTuner) and kind.forward is not BaseTuner.forward:
+        raise ValueError(
+            f"{type(config).__name__} changes the forward of the whole model, or its loss, which is not proven with "
+            f"{axes[0]} (got {axes[0]}_size={mesh.size(axes[0])}); leave it at 1, or use LoraConfig"
+        )
+
+
+def _refuse_apart(parts: Iterable[nn.Module]) -> None:
+    """Raise ValueError for DoRA beside an embedding that a rank has a shard of when its adapter runs."""
+    for name, module in (item for part in parts for item in part.named_modules()):
+        base: Any = getattr(module, "base_layer", None)
+        dora: Mapping[str, bool] = getattr(module, "use_dora", None) or {}
+        if isinstance(base, nn.Embedding) and isinstance(base.weight, DTensor) and any(dora.values()):
+            raise ValueError(
+                f"DoRA of {name} reads the whole embedding, of which a rank has a shard then; leave it out of "
+                "target_modules, or use LoRA without use_dora"
+            )
+
+
 def refuse_prompts(part: nn.Module) -> None:
     """Raise ValueError for prompt-learning adapters, which add tokens, so that the loss averages over more labels."""
     config: Any = getattr(part, "active_peft_config", None)
@@ -195,6 +225,10 @@ def adapters(parts: Sequence[nn.Module], mesh: MeshContext, plugins: Sequence[Pl
     if not any(parameter.requires_grad for parameter in added.values()):
         return {}
     _refuse(added, parts, mesh, plugins)
+    _refuse_apart(parts)
+    for part in parts:
+        if (config := getattr(part, "active_peft_config", None)) is not None:
+            refuse_own_forward(config, mesh)
     for parameter in added.values():
         setattr(parameter, _KEPT_EQUAL, True)
     group = mesh.group(Role.TOKENS)

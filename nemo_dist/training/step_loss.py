@@ -214,6 +214,8 @@ def chosen_loss(
 
 def refuse_rows_that_meet(model: nn.Module, mesh: MeshContext) -> None:
     """Raise ValueError where ranks or stages get rows of their own, and *model* computes a row by those beside it."""
+    if mesh.wide():
+        _refuse_embeddings(model)
     apart = mesh.size(Role.TOKENS) > 1 or mesh.size(Role.LAYERS) > 1
     if apart and depends_on_padding(model):
         raise ValueError(
@@ -226,6 +228,24 @@ def refuse_rows_that_meet(model: nn.Module, mesh: MeshContext) -> None:
             f"{class_name(model)} computes a row by the rows beside it (in {where}), and these are on other ranks or "
             "in other microbatches; compute each row by itself, or train with tp_size alone, whose ranks share all rows"
         )
+
+
+# Options of torch's embeddings by which the tokens of a batch change what others get, and a value that turns each off.
+_OF_A_BATCH = {"max_norm": None, "scale_grad_by_freq": False, "sparse": False}
+
+
+def _refuse_embeddings(model: nn.Module) -> None:
+    """Raise ValueError for embeddings of *model* that change their weight, or its gradient, by the tokens of a batch.
+
+    Ranks have other tokens, or parts of the weight, and a norm that is written into a gathered weight is lost.
+    """
+    for name, module in model.named_modules():
+        for option, off in _OF_A_BATCH.items() if isinstance(module, nn.Embedding | nn.EmbeddingBag) else ():
+            if getattr(module, option, off) not in (None, False):
+                raise ValueError(
+                    f"{class_name(model)}: {name} has {option}={getattr(module, option)!r}, by which the tokens of a "
+                    f"batch say how rows, or their gradients, change, and ranks have others; set its {option} to {off}"
+                )
 
 
 def _judge_engine(name: str, part: RuntimePart, loss: OwnLoss) -> None:

@@ -18,6 +18,17 @@ def groups_of(model: nn.Module) -> list[Any]:
     return [group for state in _states(model) for group in _groups(state)]
 
 
+def share_padding(groups: Iterable[Any]) -> None:
+    """Let all parameters of *groups* that loading tied gather from one padded shard.
+
+    FSDP2 pads a shard that has fewer rows than others in the first forward, for each module that has it, and each time
+    into other memory: an optimizer would step the last of them, and the other modules would gather what was.
+    """
+    every = list(_all(groups))
+    for one in every:
+        one.reset_sharded_param = partial(_take_padding, one, every, one.reset_sharded_param)
+
+
 def initialise(model: Any) -> None:
     """Make *model* the root of its groups, as its first forward does; no-op where it was that."""
     model._get_fsdp_state()._lazy_init()
@@ -137,6 +148,18 @@ def _place(parameter: Any) -> Place:
 def _current(parameter: Any) -> Any:
     module, name = _place(parameter)
     return module._parameters.get(name)
+
+
+def _take_padding(parameter: Any, every: Iterable[Any], reset: Callable[[], None]) -> None:
+    """Take the memory of another one of *every* that has the shard of *parameter* already, then *reset*."""
+    shard = _current(parameter)
+    local = shard._local_tensor
+    if not local.is_meta and local.size() != parameter.padded_sharded_param_size:
+        place = local.untyped_storage().data_ptr()
+        for other in every:
+            if other.sharded_param is shard and other._sharded_param_data.untyped_storage().data_ptr() == place:
+                parameter._sharded_param_data = other._sharded_param_data
+    reset()
 
 
 def _drop(parameters: Iterable[Any]) -> None:

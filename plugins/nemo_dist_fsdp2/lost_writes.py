@@ -11,17 +11,34 @@ from torch.distributed.fsdp import FSDPModule
 
 from nemo_dist.hf_model import class_name, plain_class
 from nemo_dist.plugin.forwards import wrap_forward
-from nemo_dist.torch_private import assert_on_device
+from nemo_dist.torch_private import assert_on_device, changes_in_place
 from nemo_dist.training.forward_code import Path, value_at, written_data
 
 
-def refuse_lost_writes(model: nn.Module) -> None:
-    """Compare, around the forward of the group that gathers it, each parameter of *model* that code of it writes."""
+def refuse_lost_writes(model: nn.Module, counted: bool) -> None:
+    """Compare, around the forward of the group that gathers it, each parameter of *model* that code of it writes.
+
+    Writes to a parameter itself are counted, in a model of the user's own code, and those to its ``data`` are not.
+    """
+    gathering: list[Any] = [one for one in model.modules() if counted and isinstance(one, FSDPModule)]
+    for module in gathering:
+        wrap_forward(module, partial(_unwritten, module))
     for name, module in model.named_modules():
         kind: Any = plain_class(module)
         for path in written_data(kind):
             if isinstance(value_at(module, path), nn.Parameter):
                 wrap_forward(_gathering(model, name), partial(_unchanged, module, path))
+
+
+def _unwritten(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    before = {name: (parameter, changes_in_place(parameter)) for name, parameter in module.named_parameters()}
+    output = forward(*args, **kwargs)
+    for name, (parameter, changes) in before.items():
+        if changes_in_place(parameter) != changes:
+            raise RuntimeError(
+                f"{class_name(module)} changes {name} in its forward, which is lost in shards; use 'ddp'"
+            )
+    return output
 
 
 def _gathering(model: nn.Module, name: str) -> nn.Module:

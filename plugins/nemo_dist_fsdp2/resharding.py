@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from nemo_dist.mesh.dtensor import parameter_slots
 from nemo_dist.torch_private import gradient_hooks
-from nemo_dist_fsdp2.groups import Place, cast, groups_of, initialise, strangers
+from nemo_dist_fsdp2.groups import Place, cast, groups_of, initialise, share_padding, strangers
 from nemo_dist_fsdp2.lost_edits import LostEdits
 
 
@@ -40,6 +40,7 @@ class Resharding:
         modules: list[Any] = [module for module in model.modules() if isinstance(module, FSDPModule)]
         found = cls(model, modules, [(module._parameters, slot) for _, module, slot, _ in parameter_slots(model)])
         found.groups = groups_of(model)
+        share_padding(found.groups)
         # A class of its own for what is gathered would have a compiled block leave its graph.
         found.edits = LostEdits(found.groups, of_data=not compiled)
         for module in modules:

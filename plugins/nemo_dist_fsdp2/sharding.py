@@ -94,7 +94,8 @@ def shard(model: nn.Module, mesh: MeshContext, config: FSDP2Config) -> None:
     if data_mesh(mesh).size() > 1:
         model.register_forward_pre_hook(refuse_in_loss, prepend=True)
     Gradients.watch(model, mesh)
-    refuse_lost_writes(model)
+    # Counts are no part of a graph, which a compiled block would leave.
+    refuse_lost_writes(model, counted=hf_model.has_own_code(model) and not config.enable_compile)
     follow_compute_dtype(model, policy.param_dtype)
     if hf_model.has_own_code(model):
         for module in model.modules():

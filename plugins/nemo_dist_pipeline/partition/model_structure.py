@@ -62,7 +62,25 @@ class ModelStructure:
         structure = cls(
             before=tuple(before), layers=tuple(blocks), after=tuple(after), hidden=seen.hidden, places=seen.places
         )
+        structure._refuse_shared(model)
         return attrs.evolve(structure, tied=structure._tie(model))
+
+    def _refuse_shared(self, model: Any) -> None:
+        """Raise ValueError for a parameter of several units that the model does not declare as tied weights.
+
+        It is in a checkpoint once, so a stage without the module of that name would draw its own.
+        """
+        declared = dict(getattr(model, "all_tied_weights_keys", None) or {})
+        names: dict[nn.Parameter, list[str]] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            names.setdefault(parameter, []).append(name)
+        for shared in names.values():
+            own = [name for name in shared if name not in declared]
+            if len({self._region(name) for name in own}) > 1:
+                raise ValueError(
+                    f"{type(model).__name__} uses one parameter as {', '.join(own[:5])}, and stages would have one "
+                    f"each; {NO_PIPELINE}"
+                )
 
     def _tie(self, model: Any) -> tuple[str, str] | None:
         """Return the tied weight's name in the head and its own name (in the embedding); refuse any other tie.

@@ -35,8 +35,9 @@ def split(
     model: Any = parts[0]
     if changed := [name or type(model).__name__ for name, module in model.named_modules() if "forward" in vars(module)]:
         raise ValueError(
-            f"a plugin that acts before the pipeline changed the forward of {', '.join(changed)}, which copies for "
-            "further stages would share; give it a stage after Stage.SPLIT"
+            f"{', '.join(changed)} have a forward of their own beside that of their class, which copies for further "
+            "stages would share; write it into a class, or use pp_size=1. Where a plugin that acts before the pipeline "
+            "set it, give that a stage after Stage.SPLIT"
         )
     structure = ModelStructure.of(model)
     division = division_of(model, structure, placement, config)
