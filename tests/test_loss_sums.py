@@ -117,7 +117,7 @@ def test_what_is_no_sum_over_rows_is_refused(loss, rows):
 
 
 @pytest.mark.parametrize("rows", [4, 2])
-@pytest.mark.parametrize("loss", ADD_UP, ids=str)
+@pytest.mark.parametrize("loss", ADD_UP, ids=lambda loss: getattr(loss, "__name__", type(loss).__name__))
 def test_what_adds_up_is_the_sum_that_it_was(loss, rows):
     outputs, batch = batch_of(rows)
     found, count = called(loss, outputs, batch)
