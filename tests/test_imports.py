@@ -76,6 +76,7 @@ PRIVATE = {
     "nemo_dist_fsdp2.groups": (
         *(
             "_get_fsdp_state",
+            "_sharded_param_data",
             "_fsdp_param_groups",
             "_fsdp_param_group",
             "_lazy_init",

@@ -7,9 +7,9 @@ trains itself), ``whole_rows`` (outputs of whole rows), ``evaluation``, ``model_
 (on how often it ran), ``fixed_draws`` and ``kept_state`` (what makes such runs comparable), ``batch_entries`` (what
 own code reads of a batch), ``made_up_rows`` (values of its kind), ``loss_weighting``, ``router_aux_loss``,
 ``batch_checks``, ``uneven_batches``, ``replica_check`` (are copies equal on all ranks), ``train_mode`` (refuses batch
-statistics and LayerDrop), ``forward_code`` (what modules draw and write), ``grad_norm``, ``optimizer_probe``,
-``gradient_average`` (of what every rank has whole), ``unreduced`` (gradients that wait for a reduction),
-``peft_adapters``, ``modules_in_place`` (PEFT's ``modules_to_save``), ``token_rows`` (its trainable tokens),
-``dora_magnitudes``, ``adapter_files``, ``merged_adapters``, ``seed`` (random generators of the ranks). Not here: how a
-strategy reduces gradients.
+statistics and LayerDrop), ``forward_code`` (what modules draw and write), ``grad_norm``, ``parameters`` (by name),
+``sharded_optimizer``, ``optimizer_probe``, ``gradient_average`` (of what every rank has whole), ``unreduced``
+(gradients that wait for a reduction), ``peft_adapters``, ``modules_in_place`` (PEFT's ``modules_to_save``),
+``token_rows`` (its trainable tokens), ``dora_magnitudes``, ``adapter_files``, ``merged_adapters``, ``seed`` (random
+generators of the ranks). Not here: how a strategy reduces gradients.
 """

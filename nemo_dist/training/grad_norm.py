@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
-from torch.nn.utils import get_total_norm
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from nemo_dist.checkpoint.optimizer_state import GROUP
 from nemo_dist.mesh.dtensor import local
 from nemo_dist.mesh.mesh_context import MeshContext
 from nemo_dist.mesh.rank_group import RankGroup
+from nemo_dist.plugin.hookspecs import RuntimePart
 
 
 def by_mesh(tensors: Iterable[Any]) -> dict[Any, list[Any]]:
@@ -91,3 +92,34 @@ def _by_number_of_parts(grads: Iterable[Tensor]) -> dict[int, list[Tensor]]:
         if own.numel():
             held.append(own)
     return found
+
+
+def clip(
+    parts: Sequence[RuntimePart],
+    named: Callable[[], Iterable[tuple[str, nn.Parameter]]],
+    max_norm: float,
+    norm_type: float,
+    mesh: MeshContext,
+) -> Tensor:
+    """Clip the gradients of the parameters that *named* gives, and those that plugins keep; return the norm before.
+
+    *parts* are those of the plugins; the rest is as :meth:`nemo_dist.Runtime.clip_grad_norm_` says.
+    """
+    for part in parts:
+        if part.before_clip is not None:
+            part.before_clip()
+    skipped = {id(parameter) for part in parts for parameter in part.norm_skip}
+    parameters = [parameter for _, parameter in named() if parameter.grad is not None]
+    counted = [parameter.grad for parameter in parameters if id(parameter) not in skipped]
+    kept = [grad for part in parts if part.kept_gradients is not None for grad in part.kept_gradients()]
+    axes = tuple(axis for part in parts for axis in part.norm_axes)
+    norm = global_norm([*(grad for grad in counted if grad is not None), *kept], norm_type, axes, mesh)
+    if max_norm == math.inf:  # inf / inf would scale all gradients by NaN where one is inf
+        return norm
+    for group in by_mesh(parameters).values():
+        clip_grads_with_norm_(group, max_norm, norm)
+    if kept:
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch clips the others
+        for grad in kept:
+            grad.mul_(factor)
+    return norm

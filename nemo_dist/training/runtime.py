@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import attrs
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_
 from torch.optim import Optimizer
 
 from nemo_dist.checkpoint import async_save
-from nemo_dist.checkpoint.changed_optimizer import watch_steps
 from nemo_dist.checkpoint.hf_export import export
 from nemo_dist.checkpoint.load import load
-from nemo_dist.checkpoint.optimizer_state import placed
 from nemo_dist.checkpoint.save import save
 from nemo_dist.checkpoint.sharded_model import ShardedModel
 from nemo_dist.errors import PluginError, RankError
-from nemo_dist.hf_model import inner_model, name_root
+from nemo_dist.hf_model import inner_model
 from nemo_dist.mesh.mesh_context import MeshContext
 from nemo_dist.mesh.rank_status import default_store, explained, step
-from nemo_dist.mesh.store_consensus import compare, refuse_unequal
 from nemo_dist.mesh.whereabouts import Progress
 from nemo_dist.planning.mesh_plan import Role
 from nemo_dist.plugin.hookspecs import Batch, RuntimePart
@@ -38,12 +32,13 @@ from nemo_dist.plugin.results import named_part, named_state
 from nemo_dist.training import unreduced
 from nemo_dist.training.batch_loop import BatchLoop
 from nemo_dist.training.evaluation import mean_loss, outputs_of
-from nemo_dist.training.grad_norm import by_mesh, global_norm, one_mesh_per_group
+from nemo_dist.training.grad_norm import clip
 from nemo_dist.training.merged_adapters import merged
-from nemo_dist.training.optimizer_probe import keeps_state, refuse_what_mixes_elements, warn_of_lost_updates
-from nemo_dist.training.peft_adapters import adapters, refuse_prompts, refuse_unaveraged
+from nemo_dist.training.parameters import named_as_they_are, named_shards
+from nemo_dist.training.peft_adapters import adapters, refuse_prompts
 from nemo_dist.training.replica_check import ReplicaCheck, check_replicas
 from nemo_dist.training.router_aux_loss import RouterLoss
+from nemo_dist.training.sharded_optimizer import OptimizerMaker
 from nemo_dist.training.step_loss import LossFunction, ModelLoss, OwnLoss, chosen_loss, refuse_rows_that_meet
 from nemo_dist.training.train_mode import refuse_in_training
 from nemo_dist.training.uneven_batches import in_step
@@ -118,8 +113,13 @@ class Runtime:
         return self.sharded.parts
 
     @cached_property
+    def _named_plugins(self) -> Mapping[str, RuntimePart]:
+        """The parts of plugins, whose errors name the plugin."""
+        return {name: named_part(name, part) for name, part in self.plugins.items()}
+
+    @cached_property
     def _parts(self) -> tuple[RuntimePart, ...]:
-        return tuple(named_part(name, part) for name, part in self.plugins.items())
+        return tuple(self._named_plugins.values())
 
     @cached_property
     def _loop(self) -> BatchLoop:
@@ -153,16 +153,10 @@ class Runtime:
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Iterate over the parameters of this rank, each once, with their names in the whole model."""
-        reshard(self.parts)
-        return self._named()
+        return named_shards(self.parts)
 
     def _named(self) -> Iterator[tuple[str, nn.Parameter]]:
-        seen: set[int] = set()
-        for part in self.parts:
-            for name, parameter in name_root(part).named_parameters():
-                if id(parameter) not in seen:
-                    seen.add(id(parameter))
-                    yield name, parameter
+        return named_as_they_are(self.parts)
 
     def optimizer(self, optimizer_type: type[Optimizer], params: Iterable[Any] | None = None, **options: Any) -> Any:
         """Return one optimizer over the parameters of all local parts.
@@ -177,31 +171,8 @@ class Runtime:
         where no rank has parameters; RankError when ranks pass another type, other options or other groups; all ranks
         must call this.
         """
-        told = {"type": f"{optimizer_type.__module__}.{optimizer_type.__qualname__}"}
-        compare(
-            "the optimizer", told | {name: _plain(value) for name, value in options.items()}, self.sharded.ranks.ranks
-        )
-        if params is None:
-            params = [parameter for _, parameter in self.named_parameters() if parameter.requires_grad]
-        groups = one_mesh_per_group(self._shards_of(params))
-        if not self.sharded.ranks.total([any(group["params"] for group in groups)])[0]:
-            raise ValueError("the optimizer got no parameters on any rank; pass some, or let some require gradients")
-        refuse_unaveraged(self._named(), groups, self.mesh)
-        self._compare_groups(groups)
-        warn_of_lost_updates(groups)
-        refuse_what_mixes_elements(optimizer_type, groups, options, self.mesh)
-        optimizer = optimizer_type(groups, **options)
-        optimizer.register_step_pre_hook(self._before_step)
-        optimizer.register_load_state_dict_pre_hook(placed)
-        by = [name for name, part in self.plugins.items() if part.optimizer is not None]
-        for part in self._parts:
-            optimizer = part.optimizer(optimizer) if part.optimizer else optimizer
-        if by:
-            watch_steps(optimizer, by, keeps_state(optimizer_type, options))
-        droppers = [part.zero_grad for part in self._parts if part.zero_grad is not None]
-        if any(part.unreduced is not None for part in self._parts):
-            droppers.append(partial(unreduced.drop, self._parts, optimizer))
-        return _dropping_gradients_of(optimizer, droppers) if droppers else optimizer
+        maker = OptimizerMaker(sharded=self.sharded, plugins=self._named_plugins, before_step=self._before_step)
+        return maker.make(optimizer_type, params, options)
 
     def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
         reshard(self.parts)
@@ -209,38 +180,6 @@ class Runtime:
         if self.replicas.due_in_own_loop:
             self._check_replicas_when_due()
         self.replicas.end_step()
-
-    def _compare_groups(self, groups: Iterable[Mapping[str, Any]]) -> None:
-        """Raise RankError where ranks that have a parameter put it into unlike groups, or only some of them into one.
-
-        Ranks of other stages have other parameters.
-        """
-        chosen = {
-            id(parameter): {"a step": "taken"} | {key: _plain(value) for key, value in group.items() if key != "params"}
-            for group in groups
-            for parameter in group["params"]
-        }
-
-        def told() -> str:
-            named = self.named_parameters()
-            return json.dumps({name: chosen.get(id(one), {"a step": "left out"}) for name, one in named})
-
-        shares = self.sharded.ranks.distinct("making the optimizer", told)
-        refuse_unequal("the optimizer", [(ranks, json.loads(text)) for ranks, text in shares])
-
-    def _shards_of(self, params: Iterable[Any]) -> list[Any]:
-        """Return *params*, parameters or groups of them, with the shard in place of each that a forward gathered."""
-        listed = dict(self._named())
-        shards = dict(self.named_parameters())
-        shard = {id(parameter): shards[name] for name, parameter in listed.items()}
-
-        def own(given: Iterable[Any]) -> list[Any]:
-            return [shard.get(id(parameter), parameter) for parameter in given]
-
-        given = list(params)
-        if given and isinstance(given[0], dict):
-            return [{**group, "params": own(group["params"])} for group in given]
-        return own(given)
 
     def batch(self, batch: Batch) -> dict[str, Any]:
         """Return what this rank computes on for the *batch* of its data-parallel coordinate, on its device."""
@@ -359,30 +298,10 @@ class Runtime:
         if not norm_type > 0:
             raise ValueError(f"norm_type must be above 0, or inf (got {norm_type!r})")
         with explained():
-            return self._clip(max_norm, norm_type)
-
-    def _clip(self, max_norm: float, norm_type: float) -> Tensor:
-        unreduced.refuse(self._parts, self.named_parameters, "clip_grad_norm_()")
-        if self.replicas.due_in_own_loop:
-            self._check_replicas_when_due()
-        for part in self._parts:
-            if part.before_clip is not None:
-                part.before_clip()
-        skipped = {id(parameter) for part in self._parts for parameter in part.norm_skip}
-        parameters = [parameter for _, parameter in self.named_parameters() if parameter.grad is not None]
-        counted = [parameter.grad for parameter in parameters if id(parameter) not in skipped]
-        kept = [grad for part in self._parts if part.kept_gradients is not None for grad in part.kept_gradients()]
-        axes = tuple(axis for part in self._parts for axis in part.norm_axes)
-        norm = global_norm([*(grad for grad in counted if grad is not None), *kept], norm_type, axes, self.mesh)
-        if max_norm == math.inf:  # inf / inf would scale all gradients by NaN where one is inf
-            return norm
-        for group in by_mesh(parameters).values():
-            clip_grads_with_norm_(group, max_norm, norm)
-        if kept:
-            factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch clips the others
-            for grad in kept:
-                grad.mul_(factor)
-        return norm
+            unreduced.refuse(self._parts, self.named_parameters, "clip_grad_norm_()")
+            if self.replicas.due_in_own_loop:
+                self._check_replicas_when_due()
+            return clip(self._parts, self.named_parameters, max_norm, norm_type, self.mesh)
 
     def save(
         self,
@@ -478,25 +397,3 @@ class Runtime:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-
-def _plain(value: Any) -> str:
-    """Return the text of a number, text or tuple of them; of other values the type, as their text has addresses."""
-    if isinstance(value, tuple | list):
-        return f"({', '.join(map(_plain, value))})"
-    if isinstance(value, Tensor) and value.numel() == 1:
-        return repr(value.item())
-    return repr(value) if isinstance(value, bool | int | float | str | None) else type(value).__qualname__
-
-
-def _dropping_gradients_of(optimizer: Any, droppers: Sequence[Callable[[], None]]) -> Any:
-    """Make ``zero_grad`` of *optimizer* also call *droppers*, which drop the gradients that plugins keep."""
-    found = optimizer.zero_grad
-
-    def zero_grad(*args: Any, **kwargs: Any) -> None:
-        found(*args, **kwargs)
-        for drop in droppers:
-            drop()
-
-    optimizer.zero_grad = zero_grad
-    return optimizer

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from nemo_dist.torch_private import writes_to
+from nemo_dist.torch_private import held_by, writes_to
 
 
 def groups_of(model: nn.Module) -> list[Any]:
@@ -153,9 +153,9 @@ def _current(parameter: Any) -> Any:
 def _take_padding(parameter: Any, every: Iterable[Any], reset: Callable[[], None]) -> None:
     """Take the memory of another one of *every* that has the shard of *parameter* already, then *reset*."""
     shard = _current(parameter)
-    local = shard._local_tensor
-    if not local.is_meta and local.size() != parameter.padded_sharded_param_size:
-        place = local.untyped_storage().data_ptr()
+    own = held_by(shard)
+    if not own.is_meta and own.size() != parameter.padded_sharded_param_size:
+        place = own.untyped_storage().data_ptr()
         for other in every:
             if other.sharded_param is shard and other._sharded_param_data.untyped_storage().data_ptr() == place:
                 parameter._sharded_param_data = other._sharded_param_data
