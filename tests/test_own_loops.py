@@ -350,6 +350,13 @@ def step_what_no_backward_made(training):
     optimizer.step()
 
 
+def step_what_waits_by_another(training):
+    optimizer = torch.optim.SGD(training.model.parameters(), lr=0.1)
+    with training.runtime.no_sync():
+        training.loss(0).backward()
+    optimizer.step()
+
+
 WAITS = r"of model\.embed_tokens\.weight, .* and 27 others: they are of a backward under runtime\.no_sync\(\)"
 DIFFER = r"replicas that must be equal on all ranks differ:\n- the gradient of model\.embed_tokens\.weight"
 REFUSED = {
@@ -361,6 +368,14 @@ REFUSED = {
     ("ddp", clip_what_waits): rf"clip_grad_norm_\(\) found gradients of one rank's rows alone, {WAITS}",
     ("fsdp2", step_what_waits): rf"optimizer\.step\(\) found gradients of one rank's rows alone, {WAITS}",
     ("ddp", step_what_waits): rf"optimizer\.step\(\) found gradients of one rank's rows alone, {WAITS}",
+    (
+        "fsdp2",
+        step_what_waits_by_another,
+    ): rf"optimizer\.step\(\) found gradients of one rank's rows alone, {WAITS}",
+    (
+        "ddp",
+        step_what_waits_by_another,
+    ): rf"optimizer\.step\(\) found gradients of one rank's rows alone, {WAITS}",
     ("ddp", step_what_was_frozen): r"optimizer\.step\(\) found gradients .* of lm_head\.weight: they are of",
     ("fsdp2", step_before_the_backward): r"weights of .* were changed between a forward and its backward.*once more",
     ("fsdp2", edit_what_is_gathered): r"lm_head\.weight was changed while gathered, after a forward without a backward",

@@ -29,12 +29,11 @@ from nemo_dist.plugin.hookspecs import Batch, RuntimePart
 from nemo_dist.plugin.protocol import Plugin
 from nemo_dist.plugin.resharding import reshard
 from nemo_dist.plugin.results import named_part, named_state
-from nemo_dist.training import unreduced
 from nemo_dist.training.batch_loop import BatchLoop
 from nemo_dist.training.evaluation import mean_loss, outputs_of
 from nemo_dist.training.grad_norm import clip
 from nemo_dist.training.merged_adapters import merged
-from nemo_dist.training.parameters import named_as_they_are, named_shards
+from nemo_dist.training.parameters import named_shards
 from nemo_dist.training.peft_adapters import adapters, refuse_prompts
 from nemo_dist.training.replica_check import ReplicaCheck, check_replicas
 from nemo_dist.training.router_aux_loss import RouterLoss
@@ -42,6 +41,7 @@ from nemo_dist.training.sharded_optimizer import OptimizerMaker
 from nemo_dist.training.step_loss import LossFunction, ModelLoss, OwnLoss, chosen_loss, refuse_rows_that_meet
 from nemo_dist.training.train_mode import refuse_in_training
 from nemo_dist.training.uneven_batches import in_step
+from nemo_dist.training.unreduced import Waiting
 from nemo_dist.training.whole_rows import Outputs
 
 RuntimeParts = Callable[[list[nn.Module], object], dict[str, RuntimePart]]
@@ -98,7 +98,7 @@ class Runtime:
         of_step = chosen_loss(loss, within[-1], plugins, sharded.mesh, routers_known=router_loss is not None)
         states = {name: named_state(name, part.state) for name, part in plugins.items() if part.state is not None}
         sharded = attrs.evolve(sharded, states=states)
-        return cls(
+        made = cls(
             sharded=sharded,
             model=model,
             plugins=plugins,
@@ -106,6 +106,8 @@ class Runtime:
             router_loss=router_loss,
             replicas=ReplicaCheck(every=0 if check_replicas is None and sharded.differing else check_replicas),
         )
+        made._waiting.watch()
+        return made
 
     @property
     def parts(self) -> Sequence[nn.Module]:
@@ -120,6 +122,10 @@ class Runtime:
     @cached_property
     def _parts(self) -> tuple[RuntimePart, ...]:
         return tuple(self._named_plugins.values())
+
+    @cached_property
+    def _waiting(self) -> Waiting:
+        return Waiting(self._parts, self.parts)
 
     @cached_property
     def _loop(self) -> BatchLoop:
@@ -155,9 +161,6 @@ class Runtime:
         """Iterate over the parameters of this rank, each once, with their names in the whole model."""
         return named_shards(self.parts)
 
-    def _named(self) -> Iterator[tuple[str, nn.Parameter]]:
-        return named_as_they_are(self.parts)
-
     def optimizer(self, optimizer_type: type[Optimizer], params: Iterable[Any] | None = None, **options: Any) -> Any:
         """Return one optimizer over the parameters of all local parts.
 
@@ -171,12 +174,13 @@ class Runtime:
         where no rank has parameters; RankError when ranks pass another type, other options or other groups; all ranks
         must call this.
         """
-        maker = OptimizerMaker(sharded=self.sharded, plugins=self._named_plugins, before_step=self._before_step)
+        maker = OptimizerMaker(
+            sharded=self.sharded, plugins=self._named_plugins, waiting=self._waiting, before_step=self._before_step
+        )
         return maker.make(optimizer_type, params, options)
 
-    def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
+    def _before_step(self, *_: Any) -> None:
         reshard(self.parts)
-        unreduced.refuse(self._parts, self._named, "optimizer.step()", optimizer)
         if self.replicas.due_in_own_loop:
             self._check_replicas_when_due()
         self.replicas.end_step()
@@ -220,7 +224,7 @@ class Runtime:
         """
         with step(self._progress):
             loss = self._loop.run(batches)
-            if self.replicas.due and not unreduced.waits(self._parts):
+            if self.replicas.due and not self._waiting:
                 self._check_replicas_when_due()
         return loss
 
@@ -298,7 +302,7 @@ class Runtime:
         if not norm_type > 0:
             raise ValueError(f"norm_type must be above 0, or inf (got {norm_type!r})")
         with explained():
-            unreduced.refuse(self._parts, self.named_parameters, "clip_grad_norm_()")
+            self._waiting.refuse("clip_grad_norm_()")
             if self.replicas.due_in_own_loop:
                 self._check_replicas_when_due()
             return clip(self._parts, self.named_parameters, max_norm, norm_type, self.mesh)

@@ -16,19 +16,23 @@ from nemo_dist.checkpoint.optimizer_state import placed
 from nemo_dist.checkpoint.sharded_model import ShardedModel
 from nemo_dist.mesh.store_consensus import compare, refuse_unequal
 from nemo_dist.plugin.hookspecs import RuntimePart
-from nemo_dist.training import unreduced
 from nemo_dist.training.grad_norm import one_mesh_per_group
 from nemo_dist.training.optimizer_probe import keeps_state, refuse_what_mixes_elements, warn_of_lost_updates
 from nemo_dist.training.parameters import named_as_they_are, named_shards
 from nemo_dist.training.peft_adapters import refuse_unaveraged
+from nemo_dist.training.unreduced import Waiting
 
 
 @attrs.frozen(kw_only=True)
 class OptimizerMaker:
-    """Makes optimizers for the parts of *sharded*; ``before_step`` is called with each before it steps."""
+    """Makes optimizers for the parts of *sharded*, whose ``zero_grad`` drops what is ``waiting`` too.
+
+    ``before_step`` is called with each before it steps.
+    """
 
     sharded: ShardedModel
     plugins: Mapping[str, RuntimePart]
+    waiting: Waiting
     before_step: Callable[..., None]
 
     def make(self, kind: type[Optimizer], params: Iterable[Any] | None, options: Mapping[str, Any]) -> Any:
@@ -60,7 +64,7 @@ class OptimizerMaker:
             watch_steps(optimizer, by, keeps)
         droppers = [part.zero_grad for part in parts if part.zero_grad is not None]
         if any(part.unreduced is not None for part in parts):
-            droppers.append(partial(unreduced.drop, parts, optimizer))
+            droppers.append(partial(self.waiting.drop, optimizer))
         return _dropping_gradients_of(optimizer, droppers) if droppers else optimizer
 
     def _compare_groups(self, groups: Iterable[Mapping[str, Any]]) -> None:
