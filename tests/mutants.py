@@ -17,7 +17,7 @@ from nemo_dist.hf_model import blocks
 from nemo_dist.mesh.dtensor import local
 from nemo_dist.setup.setup import DistributedSetup
 from nemo_dist.torch_private import in_backward
-from nemo_dist.training import runtime
+from nemo_dist.training import grad_norm, runtime
 from nemo_dist.training.batch_loop import BatchLoop
 from nemo_dist.training.router_aux_loss import RouterLoss
 
@@ -160,7 +160,7 @@ def norm_of_own_shards_only():
     def make(global_norm):
         return lambda grads, *others: global_norm([local(grad) for grad in grads], *others)
 
-    return instead(runtime, "global_norm", make)
+    return instead(grad_norm, "global_norm", make)
 
 
 # ---- context parallelism ----
@@ -363,7 +363,7 @@ def norm_of_own_stage_only():
     def make(global_norm):
         return lambda grads, norm_type, axes, mesh: global_norm(grads, norm_type, (), mesh)
 
-    return instead(runtime, "global_norm", make)
+    return instead(grad_norm, "global_norm", make)
 
 
 # ---- expert parallelism ----
