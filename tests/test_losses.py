@@ -304,7 +304,7 @@ def weighted_badly(outputs, batch):
 def on_rank_call_inside(folder, options, of_reference):
     setup = DistributedSetup.build(**options)
     model = SPECIMENS["llama"].load.from_pretrained(folder, distributed_setup=setup, dtype=torch.float32)
-    other = DistributedSetup.build(**setups()["fsdp2"][2]) if of_reference else setup
+    other = DistributedSetup.build(**of_reference) if of_reference else setup
     called = SPECIMENS["llama"].load.from_pretrained(folder, distributed_setup=other, dtype=torch.float32)
 
     def close(outputs, batch):
@@ -315,14 +315,16 @@ def on_rank_call_inside(folder, options, of_reference):
     setup.runtime(model, loss=close).forward_backward(rows_of_one_rank(0))
 
 
-@pytest.mark.parametrize(
-    ("of_reference", "message"),
-    [(False, "a loss, or a hook, calls a pipeline while one runs"), (True, "a loss calls a sharded LlamaForCausalLM")],
-    ids=["a pipeline", "a sharded model"],
-)
-def test_a_loss_of_the_last_stage_may_not_wait_for_other_ranks(ranks, of_reference, message):
+@pytest.mark.parametrize("reference", ["", "fsdp2", "tp", "cp"], ids="reference {}".format)
+def test_a_loss_of_the_last_stage_may_not_wait_for_other_ranks(ranks, reference):
+    """It may call neither the pipeline nor a reference that ranks of other stages would have to run too."""
+    message = "a loss calls LlamaForCausalLM, which several ranks run together" if reference else "calls a pipeline"
     with pytest.raises(Exception, match=message):
-        ranks(2).run(on_rank_call_inside, checkpoint("llama"), setups()["pp"][2], of_reference)
+        ranks(2).run(on_rank_call_inside, checkpoint("llama"), setups()["pp"][2], reference and setups()[reference][2])
+
+
+def test_a_loss_of_the_last_stage_may_call_a_replica(ranks):
+    ranks(2).run(on_rank_call_inside, checkpoint("llama"), setups()["pp"][2], {"strategy": "ddp"})
 
 
 def on_rank_refusals(folder, options):

@@ -230,9 +230,13 @@ class DistributedSetup(Composition):
 
     def wrap(self, parts: list[nn.Module]) -> object:
         """Run the ``wrap`` hooks on *parts*, whose weights are loaded, and return what the loader gives to the user."""
+        from nemo_dist.training.step_loss import refuse_in_losses
+
         models = [inner_model(part) for part in parts]
         for plugin, _ in self.calls.each("wrap", parts=parts, mesh=self.mesh_context, plan=self.plan):
             judge_parts(plugin, "wrap", parts, models)
+        for model in models:
+            refuse_in_losses(model, self.mesh_context)
         for part in parts:
             part.distributed_setup = self  # type: ignore[assignment]  # a plain attribute that runtime() compares
         presented = self.calls.only("present", parts=parts, mesh=self.mesh_context, plan=self.plan)

@@ -99,6 +99,14 @@ class Kit:
     def _on_one_rank(self) -> dict[str, Any]:
         return {name: value for name, value in self.selecting().items() if name != "parallelism_sizes"}
 
+    def _by_one_process(self, ranks: Ranks, on_rank: Callable[..., Any], plain: Callable[..., Any]) -> Any:
+        """Return what *plain* gives of the task and its weights; or *on_rank*, for a plugin compared with itself."""
+        given = self.task(), checkpoint(self.task().specimen)
+        if not self.alone:
+            return plain(*given)
+        (found,) = ranks(1).run(on_rank, *given, self._on_one_rank())
+        return found
+
     def _hold_on_ranks(self, law: laws.Law, ranks: Ranks, function: Callable[..., list[str]]) -> None:
         """Raise what *law* says where *function* returns lines on a rank."""
         task = self.task()

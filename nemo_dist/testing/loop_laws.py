@@ -73,10 +73,7 @@ class LoopLaws(Kit):
         weights = checkpoint(task.specimen)
         with laws.STEPS.judging(self.plugin):
             ranked = ranks(self.world).run(user.on_rank_groups, task, weights, self.selecting())
-        if self.alone:
-            (expected,) = ranks(1).run(user.on_rank_groups, task, weights, self._on_one_rank())
-        else:
-            expected = user.plain_groups(task, weights)
+        expected = self._by_one_process(ranks, user.on_rank_groups, user.plain_groups)
         lines, refused = [], []
         for name in user.OPTIMIZERS:
             said = [one[name] for one in ranked]
@@ -97,8 +94,5 @@ class LoopLaws(Kit):
         weights = checkpoint(task.specimen)
         with laws.EVALUATES.judging(self.plugin):
             found = ranks(self.world).run(evaluation.on_rank_evaluated, task, weights, self.selecting())
-        if self.alone:
-            (expected,) = ranks(1).run(evaluation.on_rank_evaluated, task, weights, self._on_one_rank())
-        else:
-            expected = evaluation.plain_evaluated(task, weights)
+        expected = self._by_one_process(ranks, evaluation.on_rank_evaluated, evaluation.plain_evaluated)
         laws.EVALUATES.hold(self.plugin, evaluation.wrong(found, expected, self._error))

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import pad
 
 from nemo_dist.hf_model import IGNORED, class_name, has_own_code, predicts_next_token
@@ -48,12 +49,18 @@ def _apart() -> Iterator[None]:
         _on_some_ranks.clear()
 
 
-def refuse_in_loss(model: nn.Module, *_: Any) -> None:
-    """Raise ValueError where a loss that only some ranks call runs *model*, which is sharded over more."""
+def refuse_in_losses(model: nn.Module, mesh: MeshContext) -> None:
+    """Let *model*, on *mesh*, raise ValueError in a loss that only some ranks call, where its ranks run it together."""
+    split = any(mesh.roles.get(axis, Role.BATCH) is not Role.BATCH for axis in mesh.wide())
+    if split or (mesh.wide() and any(isinstance(parameter, DTensor) for parameter in model.parameters())):
+        model.register_forward_pre_hook(_refuse_in_loss, prepend=True)  # before what the strategy does in it
+
+
+def _refuse_in_loss(model: nn.Module, *_: Any) -> None:
     if _on_some_ranks:
         raise ValueError(
-            f"a loss calls a sharded {class_name(model)} on the ranks of the last stage alone, and the others would "
-            "not; call it before the step, as runtime.forward(batch), and put the outputs into the batch"
+            f"a loss calls {class_name(model)}, which several ranks run together, on the ranks of the last stage "
+            "alone; call it before the step, as runtime.forward(batch), and put the outputs into the batch"
         )
 
 

@@ -27,7 +27,6 @@ from nemo_dist.plugin.resharding import reshard_with
 from nemo_dist.plugin.sharding_override import ShardingOverride, sharding_overrides
 from nemo_dist.torch_private import in_backward
 from nemo_dist.training.rehearsal import read_from_outside
-from nemo_dist.training.step_loss import refuse_in_loss
 from nemo_dist_fsdp2.buffers import follow_compute_dtype
 from nemo_dist_fsdp2.compiled import compile_blocks
 from nemo_dist_fsdp2.containers import keep_writes
@@ -91,8 +90,6 @@ def shard(model: nn.Module, mesh: MeshContext, config: FSDP2Config) -> None:
             if module not in own_dtypes and not kept.issuperset(module.parameters()):
                 cast_hidden_states(module, policy.param_dtype)
     _shard_kept(model, kept, precise | {"reshard_after_forward": block_reshard})
-    if data_mesh(mesh).size() > 1:
-        model.register_forward_pre_hook(refuse_in_loss, prepend=True)
     Gradients.watch(model, mesh)
     # Counts are no part of a graph, which a compiled block would leave.
     refuse_lost_writes(model, counted=hf_model.has_own_code(model) and not config.enable_compile)
